@@ -84,7 +84,7 @@ def _one_of(*options): return (lambda v: v in options), "one of " + ", ".join(ma
 _POSITIVE, _UNIT = ((lambda v: v > 0), "a number > 0"), ((lambda v: 0 <= v <= 1), "a number in [0, 1]")
 RULES = {
     "benchmark": _one_of(*BENCHMARKS), "sections": _one_of("both", "findings"), "sft_mode": _one_of("full", "lora"),
-    "rank_norm": _one_of("centered", "unit", "standardized"), "image_size": _at_least(32),
+    "rank_norm": _one_of("centered", "unit", "standardized", "grpo"), "image_size": _at_least(32),
     "stage1_modules": _one_of("language", "language+projector"), "stage2_modules": _one_of("language", "language+projector"),
     "lambda_lex": _UNIT, "lambda_sem": _UNIT, "lambda_vis": _UNIT,
     "group_size": _at_least(2), "k_clin": _at_least(1), "lr": _POSITIVE, "sft_lr": _POSITIVE, "temperature": _POSITIVE,

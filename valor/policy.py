@@ -117,7 +117,7 @@ def trainer_args(folder, seed, save_steps, **kw):
     gpu = torch.cuda.is_available()
     return dict(output_dir=str(folder), seed=seed, data_seed=seed, logging_steps=1, logging_nan_inf_filter=False, save_strategy="steps",
                 save_steps=save_steps, save_total_limit=2, report_to=[], disable_tqdm=True, bf16=gpu, gradient_checkpointing=gpu,
-                dataloader_num_workers=0, optim="adamw_torch", remove_unused_columns=False, **kw)
+                dataloader_pin_memory=gpu, optim="adamw_torch", remove_unused_columns=False, **kw)
 
 class Progress(TrainerCallback):
     "A tqdm bar with an estimate of what is left, in terminals and notebooks alike."
