@@ -115,14 +115,18 @@ def _noise(rng, size, cells):
 
 def _smooth(t):
     t = np.clip(t, 0, 1)
-    return t * t * (3 - 2 * t)
+    rest = -2 * t                       # t² (3 - 2t), in place: this is called fifty times a film
+    rest += 3; rest *= t; rest *= t
+    return rest
 
 def _edge(distance, softness):
     "0 outside (distance << 0), 1 inside, with a soft border about two `softness` wide."
     return _smooth(distance / (2 * softness) + .5)
 
 def _bump(distance, width):
-    return np.exp(-(distance / width) ** 2)
+    d = distance * (1 / width)
+    d *= d
+    return np.exp(-d)
 
 def _strokes(size, lines):
     "Anti-aliased polylines: `lines` holds (points [(x, y)…], width, brightness in [0, 1]) in units of the image."
@@ -158,8 +162,8 @@ def _vessels(size):
         for sign in (-1, 1):
             side = []
             for angle in np.array([-1.25, -.85, -.35, .1, .55, .95, 1.35]) + rng.normal(0, .1, 7):
-                _grow(rng, _HILUM[0] + rng.normal(0, .008), _HILUM[1] + rng.normal(0, .02), angle, rng.uniform(.08, .12),
-                      rng.uniform(.008, .013), side)
+                _grow(rng, _HILUM[0] + rng.normal(0, .010), _HILUM[1] + .035 * angle + rng.normal(0, .012), angle,
+                      rng.uniform(.08, .12), rng.uniform(.006, .013), side)
             lines += [([(.5 + sign * q, y) for q, y in p], w, b) for p, w, b in side]
         lines.sort(key=lambda line: line[1])                       # thick vessels over thin ones
         maps.append(_strokes(size, lines))
@@ -173,16 +177,17 @@ def _anatomy(findings, rng):
     has = {f.name: f for f in findings}
     n = lambda scale: float(rng.normal(0, scale))
     a = SimpleNamespace(
-        cx=.5 + n(.012), tilt=n(.025), curve=n(.004), half=.385 + n(.014), apex=.115 + n(.012), dome=.725 + n(.016),
+        cx=.5 + n(.015), tilt=n(.03), curve=n(.004), half=.382 + n(.018), apex=.115 + n(.016), dome=.725 + n(.02),
         lift={"left": -.022 + n(.006), "right": 0.}, drop=.10 + abs(n(.012)), knob=.026 + n(.004), descend=.0, wide=abs(n(.004)),
-        ribs=.066 + n(.0025), phase=rng.random(), build=1 + n(.05), breast=max(0., .045 + n(.05)), hila={"left": 1., "right": 1.})
+        ribs=.068 + n(.003), phase=rng.random(), build=1 + n(.06), breast=max(0., .05 + n(.06)), bony=rng.uniform(.75, 1.25),
+        hila={"left": 1., "right": 1.})
     low, high = _CTR[has["cardiomegaly"].severity or "moderate" if "cardiomegaly" in has else None]
     a.ctr = rng.uniform(low, high)
     for f in findings:
         sides = _ONE if f.side == "bilateral" else (f.side or _pick(rng, _ONE),)
         if f.name == "low_volume": a.dome -= .085
         if f.name == "high_volume": a.dome += .045; a.drop -= .035
-        if f.name == "flat_diaphragm": a.drop -= .06
+        if f.name == "flat_diaphragm": a.drop -= .075
         if f.name in ("elevated_diaphragm", "atelectasis"):
             for s in sides: a.lift[s] += .085 if f.name == "elevated_diaphragm" else .022      # volume loss
         if f.name == "hilar_enlargement":
@@ -225,54 +230,65 @@ def _expose(a, size, rng):
     dome = top + np.where(off > 0, _F(a.drop / (a.half - .19) ** 2), _F(.9)) * off * off
     inside = _edge(w - q, .008)                                            # the rib cage
     air = inside * _edge(dome - y, .010)
-    lung = air * _edge(q - med, .012)
+    lung = air * _edge(q - med, .010 + .012 * _smooth((.34 - y) / .1))      # the heart's border is crisp, great vessels fade
     f = SimpleNamespace(a=a, size=size, rng=rng, x=x, y=y, u=u, q=q, lung=lung, air=air, left=left, right=right, wall=wall,
                         middle=middle, row=row, dome=dome, lines=[], marks=[], w=w, med=med)
+    outline = np.interp(row, [0, .04, .08, .12, .17, .24, .34, .5, .7, 1], [.14, .15, .19, .31, .45, .53, .54, .51, .485, .48])
+    f.depth = outline[:, None].astype(_F) * _F(a.build) - q                # inward from the skin
+    f.body = _edge(f.depth, .012)
     f.base, f.bone = _tissue(f), _bones(f)
     f.vessels = _vessel_pair(f)
     hila = _bump((q - .095) / .034, 1) * _bump((y - _HILUM[1] - .01) / .055, 1)
     hila *= np.where(is_left, _F(a.hila["left"]), _F(a.hila["right"]))
-    f.haze = lung * (.17 * f.vessels * np.clip(1.2 - 1.4 * q / a.half, .3, 1) + .15 * hila + .012 * _noise(rng, size, 24))
+    mottle = .020 * _noise(rng, size, 34) + .014 * _noise(rng, size, 15)
+    f.haze = lung * (.19 * f.vessels * np.clip(1.25 - 1.2 * q / a.half, .3, 1) + .15 * hila + mottle + .03)
     return f
 
 def _tissue(f):
     "Soft tissue, lungs, mediastinum and abdomen: the base layer."
-    a, y, q, u, row = f.a, f.y, f.q, f.u, f.row
-    body = np.interp(row, [0, .04, .08, .12, .17, .24, .34, .5, .7, 1], [.14, .15, .19, .31, .45, .53, .54, .51, .485, .48])
-    body = _edge(body[:, None].astype(_F) * a.build - q, .014)
+    a, y, q, u = f.a, f.y, f.q, f.u
     t = (y - a.apex) / (a.dome - a.apex)
-    wall = .40 + .16 * _bump(y - .16, .10) - .10 * _smooth((q - .40) / .14)    # shoulders are thick, flanks thin out
-    below = _smooth((y - f.dome) / .16)
-    belly = .62 + .15 * below - .12 * _smooth((q - .30) / .2)
-    centre = .66 - .10 * _smooth((q - .05) / .12) - .10 * _smooth((.2 - y) / .2)
+    wall = .44 + .14 * _bump(y - .15, .09) + .10 * _edge(.075 - np.hypot(q - .47, y - .19), .02)     # shoulders are thick
+    below = _smooth((y - f.dome) / .2)
+    belly = .64 + .07 * below - .10 * _smooth((q - .30) / .2)
+    heart = _edge(f.med - q, .03) * _smooth((t - .45) / .2)
+    centre = .54 + .13 * heart + .05 * _bump(y - .33, .06) - .06 * _smooth((.2 - y) / .2)
+    centre = centre + .035 * _edge(.052 - u, .004) * (u > 0) * _smooth((t - .3) / .1)             # edge of the aorta
     soft = np.where(q < f.w, centre, wall)
     soft = soft + (belly - soft) * _edge(y - f.dome, .02) * _edge(f.w + .03 - q, .05)
-    rim = np.exp(-np.clip(f.w - q, 0, 1) / .045)                               # the wall is seen edge-on
-    lung = .13 + .13 * rim + .05 * _smooth((t - .35) / .6) + .10 * _smooth((.30 - t) / .3)
-    lung = lung + a.breast * _bump(q - .20, .13) * _edge(.80 * 1.0 - t, .10) * _smooth((t - .3) / .3)
+    rim = np.exp(-np.clip(f.w - q, 0, 1) / .04)                                # the wall is seen edge-on
+    lung = .13 + .15 * rim + .06 * _smooth((t - .35) / .6) + .10 * _smooth((.28 - t) / .28)
+    lung = lung + a.breast * _bump(q - .20, .14) * _edge(.93 - t - .6 * (q - .2) ** 2, .05) * _smooth((t - .35) / .35)
     base = soft + (lung - soft) * f.lung
-    base += .13 * _bump(u, .05) * (1 - .35 * _smooth((.3 - y) / .3))           # spine
-    base += .018 * np.cos(y * (2 * np.pi / .058)) * _bump(u, .045)
-    base -= .13 * _bump(u + .003, .017) * _edge(.35 - y, .03)                  # trachea
-    return base * body
+    base += .12 * _bump(u, .048) * (1 - .35 * _smooth((.3 - y) / .3) - .4 * below)                # spine
+    base += .022 * (np.cos(y * (2 * np.pi / .058)) + .3) * _bump(u, .042)
+    base += .03 * _bump(q - .046, .006) * (1 - below)
+    base -= .15 * _bump(u + .003, .017) * _edge(.35 - y, .03)                  # windpipe, then the main bronchi
+    base -= .07 * _bump(q - .8 * (y - .335), .013) * _edge(.42 - y, .02) * _edge(y - .335, .01)
+    return base * f.body * (1 - .4 * np.exp(-np.clip(f.depth, 0, 1) / .045))     # flanks thin out
 
 def _bones(f):
     "Ribs as two periodic bands, front and back, and the collar bones."
     a, y, q, w = f.a, f.y, f.q, f.w
     s = q / _F(a.half)
-    behind = (y - (.13 * s ** 2.2 - .035 * s) * (.75 + .6 * y)) / _F(a.ribs) + _F(a.phase)
-    front = (y + .17 * s) / _F(a.ribs * 1.12) + _F(a.phase * 2)
+    behind = (y - _rib_course(s, y)) / _F(a.ribs) + _F(a.phase)
+    front = (y + .19 * s - .04 * s * s) / _F(a.ribs * 1.15) + _F(a.phase * 2)
     d = np.abs(behind - np.rint(behind))
-    back = _edge(.24 - d, .07) * .6 + _bump(d - .22, .07) * .55
+    back = _edge(.25 - d, .08) * .55 + _bump(d - .22, .06) * .6
     d = np.abs(front - np.rint(front))
-    fore = _edge(.25 - d, .09) * _smooth((s - .42) / .3)
-    cage = _edge(w + .012 - q, .006) * _edge(q - .035, .01) * (1 - .75 * _edge(y - f.dome, .02)) * (1 - .6 * _edge(f.med - q, .02))
-    ribs = cage * (.085 * back + .045 * fore) + .05 * _bump(q - w - .008, .010) * _edge(f.dome + .05 - y, .05) * _edge(y - a.apex, .02)
-    line = .185 - .19 * (q - .04) + .35 * (q - .2) ** 2
-    d = np.abs(y - line)
-    collar = (_edge(.014 - d, .004) * .7 + _bump(d - .013, .004) * .5) * _smooth((q - .03) / .03) * _smooth((.42 - q) / .06)
-    scapula = _bump(q - .37 - .10 * (y - .3), .012) * _smooth((y - .16) / .05) * _smooth((.48 - y) / .1)
-    return ribs + .10 * collar + .05 * scapula
+    fore = (_edge(.26 - d, .09) * .7 + _bump(d - .24, .06) * .4) * _smooth((s - .40) / .3)
+    cage = _edge(w + .012 - q, .006) * _edge(q - .035, .01) * (1 - .85 * _edge(y - f.dome, .03)) * (1 - .6 * _edge(f.med - q, .02))
+    fade = 1.15 - .55 * _smooth((y - .3) / .4)                                  # the lower ribs drown in soft tissue
+    ribs = cage * fade * _F(a.bony) * (.115 * back + .065 * fore)
+    ribs += .06 * _bump(q - w - .008, .010) * _edge(f.dome + .05 - y, .05) * _edge(y - a.apex, .02)
+    d = np.abs(y - (a.apex + .082 - .23 * (q - .04) + .42 * (q - .2) ** 2))
+    collar = (_edge(.015 - d, .004) * .7 + _bump(d - .013, .004) * .6) * _smooth((q - .03) / .03) * _smooth((.46 - q) / .06)
+    scapula = _edge(q - .385 - .10 * (y - .3), .006) * _smooth((y - .16) / .05) * _smooth((.46 - y) / .1) * _edge(.47 - q, .03)
+    return (ribs + .15 * collar + .06 * scapula) * f.body
+
+def _rib_course(s, y):
+    "How far a posterior rib has come down at `s`, its distance from the midline in half chests: first up a little, then round."
+    return (.155 * s ** 2.4 - .04 * s) * (.75 + .6 * y)
 
 def _vessel_pair(f):
     "One tree of the bank for each lung, shifted to where this patient's hila are."
@@ -287,11 +303,16 @@ def _develop(f, rng):
         bx, by = .15 + rng.normal(0, .02), a.dome - a.lift["left"] + .065 + rng.normal(0, .008)
         f.base -= rng.uniform(.08, .2) * _edge(1 - np.hypot((f.u - bx) / .05, (f.y - by) / .024), .3) * _edge(f.y - f.dome - .01, .01)
     density = f.base + f.haze + f.bone
+    if rng.random() < .6:                                                      # the technician's letter on the patient's left
+        mx, my = .925, rng.uniform(.04, .07)
+        f.lines.append(([(mx, my), (mx, my + .045), (mx + .025, my + .045)], .008, .8))
     if f.lines: density += _strokes(size, f.lines)
-    density += .012 * _noise(rng, size, 5)
-    exposure, contrast, gamma = rng.normal(0, .02), rng.uniform(1.08, 1.3), rng.uniform(.85, 1.05)
-    film = np.clip((density - .06 + exposure) * contrast, 0, 1) ** gamma
-    film += rng.uniform(.008, .018) * rng.standard_normal((size, size), dtype=_F)
+    gx, gy = rng.normal(0, .035, 2)
+    density += .010 * _noise(rng, size, 5) + _F(gx) * (f.x - .5) + _F(gy) * (f.y - .5)      # uneven exposure
+    exposure, contrast, gamma = rng.normal(0, .025), rng.uniform(1.05, 1.4), rng.uniform(.8, 1.1)
+    film = np.clip((density - .06 + exposure) * contrast, 0, None)
+    film = (film - .45 * np.clip(film - .70, 0, None)) ** _F(gamma)                       # film saturates softly
+    film += _F(rng.uniform(.010, .022)) * rng.standard_normal((size, size), dtype=_F)
     return (np.clip(film, 0, 1) * 255).astype(np.uint8)
 
 # %% ../nbs/01a_phantom.ipynb #e538e60b
@@ -345,8 +366,8 @@ def _consolidation(film, finding, rng):
     for sign in _sides(finding, rng):
         u, y = _spot(film, sign, finding.zone, rng, (.35, .6))
         ru, ry = rng.uniform(.085, .115), rng.uniform(.075, .10)
-        patch = _blob(film, u, y, ru, ry, .24, .22)
-        film.haze += patch * (.36 + .04 * _noise(rng, film.size, 20) - .12 * film.vessels)     # air bronchograms stay dark
+        patch = _blob(film, u, y, ru * 1.15, ry * 1.15, .28, .42)
+        film.haze += patch * (.38 + .07 * _noise(rng, film.size, 28) - .2 * film.vessels)      # air bronchograms stay dark
         boxes.append(_box(film, u - ru, y - ry, u + ru, y + ry))
     return _union(boxes)
 
@@ -356,7 +377,7 @@ def _opacity(film, finding, rng):
     for sign in _sides(finding, rng):
         u, y = _spot(film, sign, finding.zone, rng, (.4, .6))
         ru, ry = rng.uniform(.12, .15), rng.uniform(.10, .125)
-        film.haze += _blob(film, u, y, ru, ry, .1, .55, 7) * (.20 + .1 * _AMOUNT[finding.severity])
+        film.haze += _blob(film, u, y, ru * 1.1, ry * 1.1, .15, .7, 9) * (.17 + .1 * _AMOUNT[finding.severity])
         boxes.append(_box(film, u - ru, y - ry, u + ru, y + ry))
     return _union(boxes)
 
@@ -367,20 +388,20 @@ def _atelectasis(film, finding, rng):
         zone = finding.zone or "lower"
         u, y = _spot(film, sign, zone, rng, (.4, .55))
         y += .03 * (zone == "lower")
-        length, slope = rng.uniform(.075, .10), rng.uniform(-.25, .3)
+        length, slope = rng.uniform(.075, .10), rng.uniform(-.3, .3)
         for k in range(2 if rng.random() < .6 else 3):
-            dy, half = (k - .5) * .034, length * rng.uniform(.75, 1)
-            d = film.y - (y + dy + slope * sign * (film.u - u))
-            film.haze += .30 * _bump(d, .0095) * _edge(half - np.abs(film.u - u), .012) * film.lung
+            dy, half, du = (k - .5) * rng.uniform(.025, .045), length * rng.uniform(.6, 1), rng.normal(0, .015)
+            d = film.y - (y + dy + (slope + rng.normal(0, .12)) * sign * (film.u - u))
+            film.haze += rng.uniform(.24, .34) * _bump(d, rng.uniform(.008, .012)) * _edge(half - np.abs(film.u - u - du), .03) * film.lung
         boxes.append(_box(film, u - length, y - .045, u + length, y + .065))
     return _union(boxes)
 
 @_painter("edema")
 def _edema(film, finding, rng):
     amount = .4 + .6 * _AMOUNT[finding.severity]
-    cloud = _bump((film.q - .12) / .15, 1) * _bump((film.y - .47) / .20, 1)
-    grain = 1 + .22 * _noise(rng, film.size, 18)
-    film.haze += film.lung * (cloud * (.12 + .26 * amount) * grain + (.05 + .22 * amount) * film.vessels)
+    cloud = _bump(film.q - .12, .13 + .07 * amount) * _bump(film.y - .48, .18 + .06 * amount)
+    grain = 1 + .22 * _noise(rng, film.size, 16) + .12 * _noise(rng, film.size, 34)
+    film.haze += film.lung * cloud * ((.12 + .27 * amount) * grain - .08 * film.vessels)
     for sign in (-1, 1):                                                     # Kerley B lines
         for y in rng.uniform(.55, .70, 5):
             wall = float(np.interp(y, film.row, film.wall))
@@ -393,7 +414,7 @@ def _nodule(film, finding, rng):
     for sign in _sides(finding, rng):
         u, y = _spot(film, sign, finding.zone, rng, (.35, .75))
         r = rng.uniform(.029, .038) + .014 * (_AMOUNT[finding.severity] - .5)
-        film.haze += _blob(film, u, y, r, r, 0, .22) * .36
+        film.haze += _blob(film, u, y, r * 1.2, r * 1.2, .07, .5) * .36
         boxes.append(_box(film, u - r, y - r, u + r, y + r))
     return _union(boxes)
 
@@ -401,15 +422,14 @@ def _nodule(film, finding, rng):
 @_painter("effusion")
 def _effusion(film, finding, rng):
     a, boxes = film.a, []
-    level, rise = {"mild": (.045, .11), "moderate": (-.075, .10), "severe": (-.25, .09)}[finding.severity or "moderate"]
+    level, rise = {"mild": (.045, .11), "moderate": (-.075, .10), "severe": (-.23, .12)}[finding.severity or "moderate"]
     for sign in _sides(finding, rng):
         dome = a.dome - a.lift["left" if sign > 0 else "right"]
         surface = dome + level + rng.normal(0, .008) - rise * np.exp(-np.clip(film.w - film.q, 0, 1) / .06)
-        fluid = _edge(film.y - surface, .012) * film.air * (film.u * sign > 0)
-        film.base += fluid * film.lung * .52
-        film.base += _edge(film.y - surface, .03) * (film.u * sign > 0) * _edge(film.w - film.q, .01) * .06
+        fluid = _edge(film.y - surface, .012) * _edge(film.w - film.q, .008) * (film.u * sign > 0)
+        film.base += fluid * np.clip(.66 - film.base, 0, 1)
         film.haze *= 1 - fluid
-        film.bone *= 1 - .5 * fluid
+        film.bone *= 1 - .75 * fluid
         boxes.append(_box(film, sign * (.45 if level > 0 else .15) * a.half, dome + min(level, 0) - rise * .7, sign * a.half, dome + a.drop))
     return _union(boxes)
 
@@ -423,8 +443,8 @@ def _pneumothorax(film, finding, rng):
         reach = _edge(a.apex + (.75 + 2.5 * gap) * (a.dome - a.apex) - film.y, .06) * (film.u * sign > 0)
         free = film.lung * _edge(film.q - edge, .004) * reach
         film.haze *= 1 - free
-        film.base -= free * np.clip(film.base - .05, 0, .17)
-        film.haze += .20 * _bump(film.q - edge, .0055) * reach * film.lung + .05 * (1 - free) * film.lung * (film.u * sign > 0)
+        film.base -= free * np.clip(film.base - .07, 0, .13)
+        film.haze += .22 * _bump(film.q - edge, .0055) * reach * film.lung + .05 * (1 - free) * film.lung * (film.u * sign > 0)
         boxes.append(_box(film, sign * .2 * a.half, a.apex, sign * a.half, a.apex + (.6 + 2 * gap) * (a.dome - a.apex)))
     return _union(boxes)
 
@@ -437,11 +457,10 @@ def _heart_box(film, finding, rng):
 def _rib_spot(film, sign, rng):
     "A point on a posterior rib in the outer lung with the rib's slope there: (q, y, slope)."
     a, s = film.a, rng.uniform(.62, .80)
-    offset = lambda s, y: (.13 * s ** 2.2 - .035 * s) * (.75 + .6 * y)
     k = np.rint((rng.uniform(.33, .60)) / a.ribs)
     y = (k - a.phase) * a.ribs
-    y = y + offset(s, y + .03)
-    return s * a.half, y, (offset(s + .05, y) - offset(s - .05, y)) / (.1 * a.half)
+    y = y + _rib_course(s, y + .03)
+    return s * a.half, y, (_rib_course(s + .05, y) - _rib_course(s - .05, y)) / (.1 * a.half)
 
 @_painter("fracture")
 def _fracture(film, finding, rng):
@@ -451,8 +470,8 @@ def _fracture(film, finding, rng):
         du, dy, step = film.u * sign - q, film.y - y, .013
         for part in (-1, 1):
             along = _edge(part * du - .008, .003) * _edge(.075 - part * du, .012)
-            film.bone += .30 * along * _edge(.0135 - np.abs(dy - slope * du - part * step), .005)
-        gap = _bump(du, .0075) * _edge(.045 - np.abs(dy), .01)
+            film.bone += .21 * along * _edge(.0135 - np.abs(dy - slope * du - part * step), .005)
+        gap = _bump(du, .0075) * _edge(.036 - np.abs(dy), .01)
         film.bone -= .16 * gap
         boxes.append(_box(film, sign * (q - .08), y - .05, sign * (q + .08), y + .05))
     return _union(boxes)
@@ -474,18 +493,18 @@ def _device(film, finding, rng):
     sign = _sides(finding, rng)[0]
     if kind == "endotracheal tube":
         end = rng.uniform(.26, .31)
-        for side in (-.012, .012): film.lines.append((_at(film, [(side, 0), (side, end)]), .009, .40))
+        for side in (-.012, .012): film.lines.append((_at(film, [(side, 0), (side, end)]), .008, .30))
         return _box(film, -.03, 0, .03, end)
     vein = [(sign * .05, .225), (-.03, .27), (-.038, .36)]
     if kind == "central line":
         points = jig([(sign * .17, .03), (sign * .13, .14), (sign * .085, .20), *vein, (-.045, .45)])
-        film.lines.append((points, .011, .42))
+        film.lines.append((points, .0095, .34))
         return _union([(x - .01, y - .01, x + .01, y + .01) for x, y in points])
     u, y = sign * rng.uniform(.24, .27), rng.uniform(.235, .265)
     film.bone += .55 * _edge(1 - np.hypot(((film.u - u) / .05) ** 2, ((film.y - y) / .036) ** 2), .08)
     points = jig([(u - sign * .03, y - .03), (sign * .15, .19), *vein, (-.05, .50), (.02, .63), (.09, .68)])
-    film.lines.append((points, .009, .45))
-    film.lines.append((jig([(-.05, .50), (-.085, .56), (-.06, .58)]), .009, .45))
+    film.lines.append((points, .008, .36))
+    film.lines.append((jig([(-.05, .50), (-.085, .56), (-.06, .58)]), .008, .36))
     return _union([(u + film.a.cx - .5 + .45, y - .04, u + film.a.cx + .05, y + .04), *((x, y, x, y) for x, y in points)])
 
 # %% ../nbs/01a_phantom.ipynb #c2303e78
@@ -516,11 +535,11 @@ def _scarring(film, finding, rng):
 
 @_painter("interstitial")
 def _interstitial(film, finding, rng):
-    net = np.abs(_noise(rng, film.size, 30))
+    net = np.abs(_noise(rng, film.size, 44))
     where = 1 if finding.side in (None, "bilateral") else film.u * _sides(finding, rng)[0] > 0
     zone = {"upper": .3, "mid": .48, "lower": .64}.get(finding.zone)
     if zone: where = where * _bump(film.y - zone, .12)
-    film.haze += film.lung * where * (.04 + .14 * np.clip(1 - 1.6 * net, 0, 1) + .12 * film.vessels)
+    film.haze += film.lung * where * (.05 + .10 * np.clip(1 - 1.6 * net, 0, 1) + .08 * film.vessels)
     return _box(film, -film.a.half, film.a.apex, film.a.half, film.a.dome)
 
 @_painter("bulla")
@@ -553,7 +572,7 @@ def _calcified_aorta(film, finding, rng):
 def _degenerative_spine(film, finding, rng):
     for k in range(3, 13):
         y, side = .058 * k + rng.normal(0, .004), _pick(rng, (-1, 1))
-        film.lines.append((_at(film, [(side * .025, y), (side * rng.uniform(.05, .066), y + rng.normal(0, .004))]), .009, .22))
+        film.lines.append((_at(film, [(side * .025, y), (side * rng.uniform(.05, .066), y + rng.normal(0, .004))]), .009, .15))
     return _box(film, -.07, .15, .07, .8)
 
 @_painter("spinal_hardware", "sternotomy_wires")
@@ -570,7 +589,7 @@ def _hardware(film, finding, rng):
 def _hernia(film, finding, rng):
     u, y = .035, film.a.dome - .045
     r = np.hypot((film.u - u) / .075, (film.y - y) / .06)
-    film.base += .12 * _edge(1 - r, .1) - .22 * _edge(.75 - r, .1) * _edge(y + .005 - film.y, .004)
+    film.base += .09 * _edge(1 - r, .1) - .20 * _edge(.78 - r, .1) * _edge(y + .005 - film.y, .004)
     return _box(film, u - .075, y - .06, u + .075, y + .06)
 
 @_painter("low_volume", "high_volume", "flat_diaphragm", "elevated_diaphragm", "scoliosis", "wide_mediastinum", "tortuous_aorta",
