@@ -638,8 +638,8 @@ def show_studies(studies, seeds, size=256, columns=4, titles=None, draw_boxes=Fa
 _SIZE = {"mild": "small", "moderate": "moderate", "severe": "large"}
 _ZONE_WORDS = {"upper": ("upper zone", "upper lung"), "mid": ("mid zone", "mid lung"), "lower": ("lower zone", "lung base")}
 _NOUNS = {"effusion": ("pleural effusion",), "pneumothorax": ("pneumothorax",), "consolidation": ("consolidation", "airspace consolidation"),
-          "opacity": ("hazy opacity", "opacity"), "atelectasis": ("atelectasis", "linear atelectasis"),
-          "edema": ("pulmonary edema", "interstitial edema"), "nodule": ("nodule", "pulmonary nodule"),
+          "opacity": ("hazy opacity", "opacity", "faint opacity"), "atelectasis": ("atelectasis", "linear atelectasis", "plate-like atelectasis"),
+          "edema": ("pulmonary edema", "interstitial edema"), "nodule": ("nodule", "pulmonary nodule", "round nodule"),
           "fracture": ("rib fracture", "displaced rib fracture"), "cardiomegaly": ("cardiomegaly", "cardiac enlargement"),
           "pacemaker": ("pacemaker",), "central line": ("central line", "central venous catheter"), "endotracheal tube": ("endotracheal tube",)}
 _MASS = {"consolidation", "atelectasis", "edema", "cardiomegaly"}                # no article
@@ -650,7 +650,7 @@ def _phrase(f, rng, place=None, severity=True):
     "Noun phrase of a finding with everything that is known of it: (text, takes a plural verb)."
     noun = _pick(rng, _NOUNS[f.what])
     plural = f.side == "bilateral" and f.name in ("effusion", "opacity")
-    if plural: noun = {"opacity": "opacities", "hazy opacity": "hazy opacities"}.get(noun, noun + "s")
+    if plural: noun = noun[:-1] + "ies" if noun[-1] == "y" else noun + "s"
     zone = _pick(rng, _ZONE_WORDS[f.zone]) if f.zone else None
     degree = _degree(f) if severity else None
     if place is None: place = bool(rng.random() < .5)
@@ -668,30 +668,34 @@ def _sentence(f, rng):
     text, plural = _phrase(f, rng)
     an = "" if plural or f.name in _MASS else "an " if text[0] in "aeio" else "a "
     verb = "are" if plural else "is"
-    if f.name == "device": frames = (f"{an}{text} is in place.", f"{an}{text} is present.")
-    else: frames = (f"there {verb} {an}{text}.", f"{text}.", f"{an}{text} {verb} seen.", f"{an}{text} {verb} present.")
+    if f.name == "device": frames = (f"{an}{text} is in place.", f"{an}{text} is present.", f"{an}{text} is noted.", f"{text} in standard position.")
+    else: frames = (f"there {verb} {an}{text}.", f"{text}.", f"{an}{text} {verb} seen.", f"{an}{text} {verb} present.", f"{an}{text} {verb} noted.")
     return _pick(rng, frames)
 
 # %% ../nbs/01a_phantom.ipynb #69105e67
 _LUNG = {"consolidation", "opacity", "atelectasis", "edema", "nodule"}
 _NEGATIVES = (     # (names that must be absent, ways to say so)
-    ({"cardiomegaly"}, ("the heart size is normal.", "heart size is within normal limits.", "the cardiac silhouette is normal.")),
-    (_LUNG, ("the lungs are clear.", "both lungs are clear.", "the lungs are well expanded and clear.")),
-    ({"effusion", "pneumothorax"}, ("no pleural effusion or pneumothorax.", "there is no pneumothorax or pleural effusion.")),
-    ({"fracture"}, ("the bones are intact.", "no acute bony abnormality.", "no rib fracture.")),
+    ({"cardiomegaly"}, ("the heart size is normal.", "heart size is within normal limits.", "the cardiac silhouette is normal.",
+                        "the heart is normal in size.")),
+    (_LUNG, ("the lungs are clear.", "both lungs are clear.", "the lungs are well expanded and clear.", "clear lungs bilaterally.")),
+    ({"effusion", "pneumothorax"}, ("no pleural effusion or pneumothorax.", "there is no pneumothorax or pleural effusion.",
+                                    "no evidence of pneumothorax or effusion.")),
+    ({"fracture"}, ("the bones are intact.", "no acute bony abnormality.", "no rib fracture.", "osseous structures are unremarkable.")),
     ({"consolidation", "opacity"}, ("no focal consolidation.", "there is no focal airspace consolidation.", "no focal opacity or consolidation.")),
-    ({"edema"}, ("no pulmonary edema.", "the pulmonary vasculature is normal.")),
-    ({"pneumothorax"}, ("no pneumothorax.", "there is no pneumothorax.")),
-    ({"effusion"}, ("no pleural effusion.", "the costophrenic angles are sharp.")),
-    (set(), ("the mediastinal contours are normal.", "the mediastinum is within normal limits.")),
+    ({"edema"}, ("no pulmonary edema.", "the pulmonary vasculature is normal.", "there is no edema.")),
+    ({"pneumothorax"}, ("no pneumothorax.", "there is no pneumothorax.", "no evidence of pneumothorax.")),
+    ({"effusion"}, ("no pleural effusion.", "the costophrenic angles are sharp.", "there is no effusion.")),
+    ({"nodule"}, ("no suspicious nodule.", "no pulmonary nodule is identified.")),
+    (set(), ("the mediastinal contours are normal.", "the mediastinum is within normal limits.", "mediastinal contours are unremarkable.")),
 )
 _ORDER = {"cardiomegaly": 0, **dict.fromkeys(_LUNG, 1), "pneumothorax": 2, "effusion": 2, "fracture": 3, "device": 4}
-_NORMAL = ("no acute cardiopulmonary abnormality.", "normal chest radiograph.", "no acute disease in the chest.", "no acute findings.")
+_NORMAL = ("no acute cardiopulmonary abnormality.", "normal chest radiograph.", "no acute disease in the chest.", "no acute findings.",
+           "no active disease.", "unremarkable examination.", "no acute intrathoracic process.")
 
 def _negatives(findings, rng):
     "Sentences (organ, text) about absent findings: heart and pleura first, each name denied once, fewer when much is present."
     present, said, out = {f.name for f in findings}, set(), []
-    room = 5 - len(present)
+    room = 6 - len(present)
     for names, ways in _NEGATIVES:
         if len(out) < room and not names & (present | said) and rng.random() < .85:
             said |= names
