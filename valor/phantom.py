@@ -611,18 +611,18 @@ def render(findings, seed, size=96):
     for f in findings:
         if f.name not in FINDINGS: raise ValueError(f"finding {f.name!r} is unknown; expected one of {', '.join(FINDINGS)}")
     if size < 32: raise ValueError(f"size={size!r} is too small to draw on; expected at least 32 pixels")
-    rng = np.random.default_rng(seed)
-    findings = [replace(f, side=f.side or (_pick(rng, _ONE) if FINDINGS[f.name].sides else None)) for f in findings]
-    film = _expose(_anatomy(findings, rng), size, rng)
-    boxes = [tuple(float(v) for v in np.clip(_PAINT[f.name](film, f, rng), 0, 1)) for f in findings]
-    return _develop(film, rng), boxes
+    patient, tissue, disease, tube = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(4))
+    findings = [replace(f, side=f.side or (_pick(disease, _ONE) if FINDINGS[f.name].sides else None)) for f in findings]
+    film = _expose(_anatomy(findings, patient), size, tissue)
+    boxes = [tuple(float(v) for v in np.clip(_PAINT[f.name](film, f, disease), 0, 1)) for f in findings]
+    return _develop(film, tube), boxes
 
 # %% ../nbs/01a_phantom.ipynb #ab89e691
-def show_studies(studies, seeds, size=256, columns=4, titles=None, draw_boxes=False):
+def show_studies(studies, seeds, size=192, columns=4, titles=None, draw_boxes=False):
     "A grid of rendered studies (each a tuple of Finding); returns the matplotlib figure."
     import matplotlib.pyplot as plt
     rows = -(-len(studies) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(1.8 * columns, 2.05 * rows), dpi=80, squeeze=False)
+    fig, axes = plt.subplots(rows, columns, figsize=(1.7 * columns, 2 * rows), dpi=80, squeeze=False)
     for ax in axes.flat: ax.axis("off")
     for k, (ax, findings, seed) in enumerate(zip(axes.flat, studies, seeds)):
         image, boxes = render(findings, seed, size)
