@@ -505,7 +505,7 @@ def _device(film, finding, rng):
     points = jig([(u - sign * .03, y - .03), (sign * .15, .19), *vein, (-.05, .50), (.02, .63), (.09, .68)])
     film.lines.append((points, .008, .36))
     film.lines.append((jig([(-.05, .50), (-.085, .56), (-.06, .58)]), .008, .36))
-    return _union([(u + film.a.cx - .5 + .45, y - .04, u + film.a.cx + .05, y + .04), *((x, y, x, y) for x, y in points)])
+    return _union([_box(film, u - .05, y - .04, u + .05, y + .04), *((x, y, x, y) for x, y in points)])
 
 # %% ../nbs/01a_phantom.ipynb #c2303e78
 @_painter("granuloma", "clips")
@@ -618,17 +618,17 @@ def render(findings, seed, size=96):
     return _develop(film, tube), boxes
 
 # %% ../nbs/01a_phantom.ipynb #ab89e691
-def show_studies(studies, seeds, size=192, columns=4, titles=None, draw_boxes=False):
-    "A grid of rendered studies (each a tuple of Finding); returns the matplotlib figure."
+def show_studies(studies, seeds, size=192, columns=4, draw_boxes=False, width=1.7):
+    "A grid of rendered studies (each a tuple of Finding), captioned with their findings; returns the matplotlib figure."
     import matplotlib.pyplot as plt
     rows = -(-len(studies) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(1.7 * columns, 2 * rows), dpi=80, squeeze=False)
+    fig, axes = plt.subplots(rows, columns, figsize=(width * columns, (width + .3) * rows), dpi=80, squeeze=False)
     for ax in axes.flat: ax.axis("off")
-    for k, (ax, findings, seed) in enumerate(zip(axes.flat, studies, seeds)):
+    for ax, findings, seed in zip(axes.flat, studies, seeds):
         image, boxes = render(findings, seed, size)
         ax.imshow(image, cmap="gray", vmin=0, vmax=255)
-        title = titles[k] if titles else "\n".join(" ".join(filter(None, (f.severity, f.side, f.zone, f.what))) for f in findings) or "normal"
-        ax.set_title(title, fontsize=7)
+        captions = (" ".join(filter(None, (f.severity, f.side, f.zone, f.what))) for f in findings)
+        ax.set_title("\n".join(captions) or "normal", fontsize=7)
         for x0, y0, x1, y1 in boxes if draw_boxes else ():
             ax.add_patch(plt.Rectangle((x0 * size, y0 * size), (x1 - x0) * size, (y1 - y0) * size, fill=False, color="gold", lw=.8))
     fig.tight_layout()
