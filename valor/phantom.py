@@ -189,7 +189,7 @@ def _anatomy(findings, rng):
         if f.name == "high_volume": a.dome += .045; a.drop -= .035
         if f.name == "flat_diaphragm": a.drop -= .075
         if f.name in ("elevated_diaphragm", "atelectasis"):
-            for s in sides: a.lift[s] += .085 if f.name == "elevated_diaphragm" else .022      # volume loss
+            for s in sides: a.lift[s] += .085 if f.name == "elevated_diaphragm" else .034      # volume loss
         if f.name == "hilar_enlargement":
             for s in sides: a.hila[s] = 2.1
         if f.name == "tortuous_aorta": a.knob, a.descend = .052, .035
@@ -377,7 +377,7 @@ def _opacity(film, finding, rng):
     for sign in _sides(finding, rng):
         u, y = _spot(film, sign, finding.zone, rng, (.4, .6))
         ru, ry = rng.uniform(.12, .15), rng.uniform(.10, .125)
-        film.haze += _blob(film, u, y, ru * 1.1, ry * 1.1, .15, .7, 9) * (.17 + .1 * _AMOUNT[finding.severity])
+        film.haze += _blob(film, u, y, ru * 1.1, ry * 1.1, .15, .7, 9) * (.22 + .1 * _AMOUNT[finding.severity])
         boxes.append(_box(film, u - ru, y - ry, u + ru, y + ry))
     return _union(boxes)
 
@@ -392,7 +392,7 @@ def _atelectasis(film, finding, rng):
         for k in range(2 if rng.random() < .6 else 3):
             dy, half, du = (k - .5) * rng.uniform(.025, .045), length * rng.uniform(.6, 1), rng.normal(0, .015)
             d = film.y - (y + dy + (slope + rng.normal(0, .12)) * sign * (film.u - u))
-            film.haze += rng.uniform(.24, .34) * _bump(d, rng.uniform(.008, .012)) * _edge(half - np.abs(film.u - u - du), .03) * film.lung
+            film.haze += rng.uniform(.32, .42) * _bump(d, rng.uniform(.010, .015)) * _edge(half - np.abs(film.u - u - du), .03) * film.lung
         boxes.append(_box(film, u - length, y - .045, u + length, y + .065))
     return _union(boxes)
 
@@ -413,8 +413,8 @@ def _nodule(film, finding, rng):
     boxes = []
     for sign in _sides(finding, rng):
         u, y = _spot(film, sign, finding.zone, rng, (.35, .75))
-        r = rng.uniform(.029, .038) + .014 * (_AMOUNT[finding.severity] - .5)
-        film.haze += _blob(film, u, y, r * 1.2, r * 1.2, .07, .5) * .36
+        r = rng.uniform(.033, .043) + .014 * (_AMOUNT[finding.severity] - .5)
+        film.haze += _blob(film, u, y, r * 1.2, r * 1.2, .07, .45) * .42
         boxes.append(_box(film, u - r, y - r, u + r, y + r))
     return _union(boxes)
 
@@ -422,7 +422,7 @@ def _nodule(film, finding, rng):
 @_painter("effusion")
 def _effusion(film, finding, rng):
     a, boxes = film.a, []
-    level, rise = {"mild": (.045, .11), "moderate": (-.075, .10), "severe": (-.23, .12)}[finding.severity or "moderate"]
+    level, rise = {"mild": (.015, .12), "moderate": (-.075, .10), "severe": (-.23, .12)}[finding.severity or "moderate"]
     for sign in _sides(finding, rng):
         dome = a.dome - a.lift["left" if sign > 0 else "right"]
         surface = dome + level + rng.normal(0, .008) - rise * np.exp(-np.clip(film.w - film.q, 0, 1) / .06)
@@ -456,8 +456,8 @@ def _heart_box(film, finding, rng):
 # %% ../nbs/01a_phantom.ipynb #c9730191
 def _rib_spot(film, sign, rng):
     "A point on a posterior rib in the outer lung with the rib's slope there: (q, y, slope)."
-    a, s = film.a, rng.uniform(.62, .80)
-    k = np.rint((rng.uniform(.33, .60)) / a.ribs)
+    a, s = film.a, rng.uniform(.66, .80)
+    k = np.rint(rng.uniform(.36, .58) / a.ribs)
     y = (k - a.phase) * a.ribs
     y = y + _rib_course(s, y + .03)
     return s * a.half, y, (_rib_course(s + .05, y) - _rib_course(s - .05, y)) / (.1 * a.half)
@@ -467,12 +467,13 @@ def _fracture(film, finding, rng):
     boxes = []
     for sign in _sides(finding, rng):
         q, y, slope = _rib_spot(film, sign, rng)
-        du, dy, step = film.u * sign - q, film.y - y, .013
+        du, dy, step = film.u * sign - q, film.y - y, .017
+        bruise = np.hypot(np.clip(film.w - film.u * sign, 0, 1) / .075, dy / .085)           # blood along the wall
+        film.haze += .22 * _edge(1 - bruise, .4) * film.lung * (film.u * sign > 0)
         for part in (-1, 1):
-            along = _edge(part * du - .008, .003) * _edge(.075 - part * du, .012)
-            film.bone += .21 * along * _edge(.0135 - np.abs(dy - slope * du - part * step), .005)
-        gap = _bump(du, .0075) * _edge(.036 - np.abs(dy), .01)
-        film.bone -= .16 * gap
+            along = _edge(part * du - .009, .003) * _edge(.085 - part * du, .012)
+            film.bone += .28 * along * _edge(.016 - np.abs(dy - slope * du - part * step), .005)
+        film.bone -= .20 * _bump(du, .009) * _edge(.040 - np.abs(dy), .01)
         boxes.append(_box(film, sign * (q - .08), y - .05, sign * (q + .08), y + .05))
     return _union(boxes)
 
@@ -497,8 +498,8 @@ def _device(film, finding, rng):
         return _box(film, -.03, 0, .03, end)
     vein = [(sign * .05, .225), (-.03, .27), (-.038, .36)]
     if kind == "central line":
-        points = jig([(sign * .17, .03), (sign * .13, .14), (sign * .085, .20), *vein, (-.045, .45)])
-        film.lines.append((points, .0095, .34))
+        points = jig([(sign * .36, .21), (sign * .29, .165), (sign * .19, .15), (sign * .10, .185), *vein, (-.045, .45)])
+        film.lines += [(points, .012, .42), (points[:2], .022, .5)]                             # the hub lies on the skin
         return _union([(x - .01, y - .01, x + .01, y + .01) for x, y in points])
     u, y = sign * rng.uniform(.24, .27), rng.uniform(.235, .265)
     film.bone += .55 * _edge(1 - np.hypot(((film.u - u) / .05) ** 2, ((film.y - y) / .036) ** 2), .08)
