@@ -146,14 +146,16 @@ class ValorTrainer(GRPOTrainer):
         super().log(logs, start_time)
 
 # %% ../nbs/07_grpo.ipynb #9ded5fe3
-def make_trainer(sft_folder, data, out, rewards, cfg, modules, lambda_vis, steps, seed, k_start=0, adapter=None):
-    "A `ValorTrainer` on the policy in `sft_folder`, its adapter on `modules` started from folder `adapter` (or fresh)."
+def make_trainer(sft_folder, data, out, rewards, cfg, modules, lambda_vis, steps, seed, k_start=0, adapter=None, per_device=None):
+    """A `ValorTrainer` on the policy in `sft_folder`, its adapter on `modules` started from folder `adapter` (or fresh).
+
+    A rollout batch is `batch_size` × `group_size` completions; `per_device` of them on each process (default: all on one)."""
     set_seed(seed)
     model, processor = load_policy(sft_folder)
     linear = dict(bleu4=cfg.lambda_lex, rouge_l=cfg.lambda_lex, bertscore=cfg.lambda_sem, chexbert=cfg.lambda_clin * cfg.lambda_cx,
                   radgraph=cfg.lambda_clin * cfg.lambda_rg, format=cfg.lambda_format)
     args = GRPOConfig(**trainer_args(Path(out) / "checkpoints", seed, cfg.save_steps), max_steps=steps, learning_rate=cfg.lr,
-                      per_device_train_batch_size=cfg.batch_size * cfg.group_size, num_generations=cfg.group_size,
+                      per_device_train_batch_size=per_device or cfg.batch_size * cfg.group_size, num_generations=cfg.group_size,
                       max_completion_length=cfg.max_new_tokens, temperature=cfg.temperature, beta=cfg.beta, epsilon=cfg.epsilon,
                       loss_type="grpo", use_bias_correction_kl=False, lr_scheduler_type="constant_with_warmup", warmup_steps=0.1,
                       reward_weights=[linear.get(n, 0.) for n in rewards.names])

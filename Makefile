@@ -1,0 +1,31 @@
+# Two commands do all the set-up: `make demo` runs the main job, `make test` runs every check.
+SHELL := /bin/bash
+PYTHON ?= python3
+BENCHMARK ?= phantom
+SEED ?= 0
+BIN := .venv/bin
+# two torch processes that spin for each other's cores are many times slower than two that wait
+export OMP_WAIT_POLICY := PASSIVE
+export TOKENIZERS_PARALLELISM := false
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo smoke test lab setup
+demo: setup
+	valor run --preset laptop --set benchmark=$(BENCHMARK) --set seed=$(SEED)
+
+smoke: setup
+	valor run --preset smoke --set benchmark=$(BENCHMARK) --set seed=$(SEED)
+
+test: setup
+	python tests/check_notebooks.py
+	cd nbs && nbdev_test --n_workers 2 --timing
+	pytest -q
+
+lab: setup
+	jupyter lab --notebook-dir nbs
+
+setup: $(BIN)/.installed
+$(BIN)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
