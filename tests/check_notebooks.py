@@ -15,6 +15,8 @@ def readme(root):
     "README.md as rendered from nbs/index.ipynb."
     subprocess.run([sys.executable, "-m", "jupyter", "nbconvert", "--to", "markdown", "--log-level", "ERROR", "--TagRemovePreprocessor.enabled=True",
                     "--TagRemovePreprocessor.remove_cell_tags=hide", "--output-dir", str(root), "--output", "README", str(root / "nbs/index.ipynb")], check=True)
+    page = root / "README.md"
+    page.write_text(page.read_text().replace("](../figures", "](figures"))
 
 
 def main(fix=False):
@@ -22,7 +24,7 @@ def main(fix=False):
         copy = ROOT if fix else Path(d) / "valor"
         before = {name: files(ROOT / name) for name in ("valor", "nbs")} | {".": files(ROOT)}
         if not fix: shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", "runs", ".git", "figures", "_proc"))
-        for command in ("nbdev_export", "nbdev_clean"): subprocess.run([command], cwd=copy, check=True)
+        for command in ("nbdev_export", "nbdev_clean"): subprocess.run([Path(sys.executable).with_name(command)], cwd=copy, check=True)
         readme(copy)
         wrong = [f"{name}/{f}" for name, old in before.items() for f in changed(old, files(copy / name))]
     if wrong and not fix: sys.exit("out of step (run `python tests/check_notebooks.py --fix`): " + ", ".join(wrong))

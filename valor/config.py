@@ -32,13 +32,13 @@ class Config:
     # frozen image-text expert (Eq. 6)
     expert: str = "embedded"
     expert_seed: int = 101              # independent of the policy's
-    expert_steps: int = 500
+    expert_steps: int = 180
     # base policy: "embedded" (built and trained here) or a folder that transformers can load
     base: str = "embedded"
     base_seed: int = 0
-    base_studies: int = 2000            # phantoms with generic descriptions; on openi_rendered, training studies
-    warmup_epochs: int = 6              # multi-label warm-up of the embedded vision tower
-    base_epochs: int = 2
+    base_studies: int = 3000            # phantoms with generic descriptions; on openi_rendered, training studies
+    warmup_epochs: int = 14             # multi-label warm-up of the embedded vision tower
+    base_epochs: int = 1
     # SFT (Eq. 2)
     sft_mode: str = "full"              # "full" parameters or "lora"
     sft_epochs: int = 3
@@ -120,7 +120,7 @@ def validate(cfg):
 # %% ../nbs/00_config.ipynb #a7900b41
 PRESETS = {
     "laptop": {},
-    "smoke": dict(n_train=96, n_val=8, n_test=16, image_size=64, expert_steps=12, base_studies=64, warmup_epochs=1, base_epochs=1,
+    "smoke": dict(n_train=96, n_val=8, n_test=16, image_size=64, expert_steps=4, base_studies=64, warmup_epochs=1, base_epochs=1,
                   sft_epochs=2, group_size=4, batch_size=2, stage1_steps=4, stage2_steps=4, k_clin=2, max_new_tokens=24,
                   save_steps=2, n_boot=100),
     "paper": dict(n_train=None, n_val=None, n_test=None, image_size=336, sft_mode="lora", sft_lr=2e-4, sft_epochs=1, batch_size=8,
