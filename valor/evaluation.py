@@ -235,9 +235,10 @@ def blank_images(dataset):
     return [im.point(lambda _: mean) for im in dataset["image"]]
 
 def normal_template(train, n, sample=60, seed=0):
-    "One fixed normal report for all `n` studies: of the normal reports of `train` the most central one (highest mean ROUGE-L to the others, among `sample`)."
-    normal = [r for r, row in zip(train["report"], train["labels"]) if row[OBSERVATIONS.index("No Finding")] == 1]
-    some = [normal[i] for i in np.random.default_rng(seed).permutation(len(normal))[:sample]]
+    "One fixed normal report for all `n` studies: among `sample` of `train` with nothing drawn and read as No Finding, the most central (highest mean ROUGE-L to the others)."
+    reports = [r for r, truth in zip(train["report"], train["truth"]) if not truth]
+    some = [reports[i] for i in np.random.default_rng(seed).permutation(len(reports))[:2 * sample]]
+    some = [r for r, normal in zip(some, RuleLabeler().labels(some)["No Finding"]) if normal == 1][:sample]
     rouge = scorer("rouge_l")
     central = max(dict.fromkeys(some), key=lambda r: np.mean(rouge.score([r] * len(some), some)))
     return [as_completion(central)] * n
@@ -345,6 +346,7 @@ def plot_cases(dataset, reports, n=4, width=92, first=0):
     `reports`: {system: list of completions, one per row of `dataset`}."""
     rows = range(first, min(first + n, len(dataset)))
     fig, axes = plt.subplots(len(rows), 2, figsize=(9.2, (1.05 + .62 * len(reports)) * len(rows)), dpi=80, width_ratios=[1, 3.2], squeeze=False)
+    fig.subplots_adjust(left=.01, right=.99, top=.985, bottom=.35 / fig.get_figheight(), wspace=.03, hspace=.06)
     for (left, right), i in zip(axes, rows):
         left.imshow(dataset[i]["image"], cmap="gray", vmin=0, vmax=255); left.axis("off"); left.set_anchor("N"); right.axis("off")
         truth = from_truth(dataset[i]["truth"])
@@ -360,5 +362,5 @@ def plot_cases(dataset, reports, n=4, width=92, first=0):
             text = " ".join(report.split())
             y -= (_coloured_text(right, text, phantom.spans(text, truth), width, y - 1.1 * line, line) + 1.9) * line
     handles = [plt.Line2D([], [], ls="", marker="s", color=style["color"], label=kind) for kind, style in zip(("correct", "wrong (bold)", "mislocated (italic)"), MENTIONS.values())]
-    fig.tight_layout(rect=(0, .3 / fig.get_figheight(), 1, 1)); fig.legend(handles=handles, loc="lower center", ncol=3, frameon=False, fontsize=8)
+    fig.legend(handles=handles, loc="lower center", ncol=3, frameon=False, fontsize=8)
     return fig
