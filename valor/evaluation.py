@@ -345,15 +345,14 @@ def plot_cases(dataset, reports, n=4, width=92, first=0):
 
     `reports`: {system: list of completions, one per row of `dataset`}."""
     rows = range(first, min(first + n, len(dataset)))
-    fig, axes = plt.subplots(len(rows), 2, figsize=(9.2, (1.05 + .62 * len(reports)) * len(rows)), dpi=80, width_ratios=[1, 3.2], squeeze=False)
-    fig.subplots_adjust(left=.01, right=.99, top=.985, bottom=.35 / fig.get_figheight(), wspace=.03, hspace=.06)
-    for (left, right), i in zip(axes, rows):
+    texts = [{"reference": dataset[i]["report"]} | {s: report_body(r[i]) for s, r in reports.items()} for i in rows]
+    lines = [max(15, sum(len(textwrap.wrap(t, width)) + 1.9 for t in case.values()) + .5) for case in texts]      # height of each case in lines of text
+    fig, axes = plt.subplots(len(rows), 2, figsize=(9.2, (sum(lines) * 10.3 + 25) / 72), dpi=80, width_ratios=[1, 3.2], height_ratios=lines, squeeze=False)
+    fig.subplots_adjust(left=.01, right=.99, top=.995, bottom=25 / 72 / fig.get_figheight(), wspace=.03, hspace=0)
+    for (left, right), i, case, height in zip(axes, rows, texts, lines):
         left.imshow(dataset[i]["image"], cmap="gray", vmin=0, vmax=255); left.axis("off"); left.set_anchor("N"); right.axis("off")
-        truth = from_truth(dataset[i]["truth"])
-        line = 10.3 / (right.get_position().height * fig.get_figheight() * 72)       # a line of text (points) in units of the panel
-        y = 1.
-        texts = {"reference": dataset[i]["report"]} | {s: report_body(r[i]) for s, r in reports.items()}
-        for system, report in texts.items():
+        truth, line, y = from_truth(dataset[i]["truth"]), 1 / height, 1.
+        for system, report in case.items():
             right.text(0, y, system, va="top", fontsize=8, weight="bold", color=SYSTEM_COLOURS.get(system, "black"), transform=right.transAxes)
             if system != "reference":
                 said = {f.what for f in parse_report(report)}
