@@ -31,7 +31,7 @@ class WordTokenizer:
         self.vocab_size = self.end + 1
 
     @classmethod
-    def build(cls, texts, min_count=1, max_length=96):
+    def build(cls, texts, min_count=1, max_length=72):
         "Tokenizer over words that occur at least `min_count` times in `texts` (alphabetical); the context fits the longest text and a bit more, up to `max_length`."
         split = [cls.split(t) for t in texts]
         counts = Counter(w for words in split for w in words)
@@ -50,8 +50,8 @@ class WordTokenizer:
         return out
 
 # %% ../nbs/05_expert.ipynb #05a1f994
-def expert_config(tokenizer, size=96, width=16, text_width=96, embed_dim=128):
-    "open_clip's model config of the embedded expert, about 1.6 M parameters. `size`: image side in pixels, a multiple of 32."
+def expert_config(tokenizer, size=96, width=16, text_width=64, embed_dim=128):
+    "open_clip's model config of the embedded expert, about 1.5 M parameters. `size`: image side in pixels, a multiple of 32."
     if size < 64 or size % 32: raise ValueError(f"size={size}: the expert's ResNet reads images of 64, 96, 128, … pixels (multiples of 32)")
     return dict(embed_dim=embed_dim, custom_text=True, vision_cfg=dict(image_size=size, layers=[1, 1, 1, 1], width=width, head_width=32),
                 text_cfg=dict(context_length=tokenizer.context_length, vocab_size=tokenizer.vocab_size, width=text_width, heads=text_width // 32,
@@ -150,7 +150,7 @@ def contrastive_loss(images, texts, edited, owner, same, scale):
     return loss + F.softplus(rejected[owner, torch.arange(len(edited))] - logits.diagonal()[owner]).mean()
 
 # %% ../nbs/05_expert.ipynb #46114451
-def train_expert(dataset, edits, steps=180, seed=101, batch_size=64, n_edits=2, lr=2e-3, renderings=(), min_count=1, progress=True):
+def train_expert(dataset, edits, steps=400, seed=101, batch_size=32, n_edits=2, lr=1e-3, renderings=(), min_count=1, progress=True):
     """A frozen `Expert` trained on the pairs of `dataset` for `steps` batches; the same parameters and number of threads give the same weights.
 
     `edits(i, kind, rng)`: reports with one edit (see `edits_for`), `n_edits` per study and visit. `renderings`: datasets with the same rows in other anatomies
@@ -175,7 +175,7 @@ def train_expert(dataset, edits, steps=180, seed=101, batch_size=64, n_edits=2, 
         loss = contrastive_loss(images, own, edited, owner, same[rows][:, None] == same[rows], model.logit_scale.exp().clamp(max=100))
         optimizer.zero_grad(); loss.backward(); optimizer.step(); schedule.step()
         expert.losses.append(loss.item()); bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
-    model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False).to(memory_format=torch.contiguous_format)   # as it will be when loaded: equal to the bit
     return expert
 
 def some_edits(edits, i, n, rng):
