@@ -95,15 +95,15 @@ STATISTICS = [*BLEU_COLUMNS, "rouge_l", *(f"fresh {c}" for c in [*BLEU_COLUMNS, 
               *(f"{k} {o}" for k in ("tp", "fp", "fn") for o in OBSERVATIONS), "abnormal", "abnormal_found", *FINDING_COLUMNS]
 
 def truth_keys(dataset):
-    "What makes two studies different for retrieval: the set of drawn findings, or the report's text where the truth is not known."
-    return [sorted(map(str, from_truth(t))) if t else r for t, r in zip(dataset["truth"], dataset["report"])]
+    "What makes two studies different for retrieval: the set of drawn findings, or the report's text where no truth is known at all."
+    return [sorted(map(str, from_truth(t))) for t in dataset["truth"]] if any(dataset["truth"]) else list(dataset["report"])
 
 def score_reports(completions, dataset, benchmark, train_reports=(), expert=None, image_features=None, labeler=None, tokenizer="field", seed=0):
     """One row of additive statistics per study, for `summarize` and `aggregate`.
 
     `completions`: raw text, one for each row of `dataset` (a `valor.data` schema), tags included; what counts as the report is decided by
     `rewards.report_body`. `train_reports`: where given, test reports found there word for word are marked as leaked. `expert`: where given, R@1 among
-    8 test images (`image_features` (N, D), if they are at hand, save the images' pass). Raises ValueError if the lengths differ."""
+    8 test images (`image_features` (N, D), if they are at hand, save the images' pass), n/a where fewer than 7 studies have another truth. Raises ValueError if the lengths differ."""
     if len(completions) != len(dataset): raise ValueError(f"completions: {len(completions)} for {len(dataset)} studies; give one for each")
     labeler = labeler or RuleLabeler()
     reports, references = [report_body(c) for c in completions], dataset["report"]
@@ -116,9 +116,10 @@ def score_reports(completions, dataset, benchmark, train_reports=(), expert=None
     frame["fresh"] = [float(r not in train) for r in references] if train else np.nan
     for name in [*BLEU_COLUMNS, "rouge_l"]: frame[f"fresh {name}"] = frame[name] * frame["fresh"]
     frame["retrieved"] = np.nan
-    if expert is not None:
+    keys = truth_keys(dataset)
+    if expert is not None and max(Counter(map(str, keys)).values()) + 7 <= len(keys):      # else R@1 is n/a: too few studies with another truth
         images = np.asarray(expert.image_features(dataset["image"]) if image_features is None else image_features)
-        frame["retrieved"] = retrieved(np.asarray(expert.text_features(reports)), images, distractors(truth_keys(dataset), seed=seed))
+        frame["retrieved"] = retrieved(np.asarray(expert.text_features(reports)), images, distractors(keys, seed=seed))
     frame = pd.concat([frame, label_columns(reports, references, labeler), true_columns(reports, dataset, benchmark, labeler)], axis=1)
     return frame[STATISTICS].set_index(pd.Index(dataset["study_id"], name="study_id"))
 
