@@ -198,14 +198,15 @@ def retrieval(similarity, keys, rng, n=8):
     return {f"R@1 of {n}": float(np.mean(hits)), f"R@1 of {n}, any": float(np.mean(anyhits)), f"R@1 of {n}, any, perfect": float(np.mean(perfect))}
 
 def quality(expert, dataset, edits, rng):
-    "How well `expert` judges the studies of `dataset`: R@1 among 8 (see `retrieval`) and, per kind of edit, how often it prefers the true report and over how many pairs."
+    "How well `expert` judges the studies of `dataset`: R@1 among 8 (see `retrieval`) and, per kind of edit, how often it prefers the true report, over how many pairs, and before a wrong image."
     images, texts = expert.image_features(dataset["image"]), expert.text_features(dataset["report"])
     out = retrieval((texts @ images.T).numpy(), [sorted(map(str, from_truth(t))) for t in dataset["truth"]], rng)
     for kind in KINDS:
         edited = {i: t for i in range(len(dataset)) if (t := edits(i, kind, rng)) is not None}
         rows = list(edited)
-        wins = (images[rows] * texts[rows]).sum(-1) > (images[rows] * expert.text_features(list(edited.values()))).sum(-1)
-        out[kind], out[f"{kind}, pairs"] = float(wins.float().mean()), len(rows)
+        gain = texts[rows] - expert.text_features(list(edited.values()))
+        prefers = lambda of: float(((images[of] * gain).sum(-1) > 0).float().mean())
+        out |= {kind: prefers(rows), f"{kind}, pairs": len(rows), f"{kind}, wrong image": prefers(np.roll(rows, 1))}
     return out
 
 # %% ../nbs/05_expert.ipynb #b87816b3
