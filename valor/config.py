@@ -32,7 +32,7 @@ class Config:
     # frozen image-text expert (Eq. 6)
     expert: str = "embedded"
     expert_seed: int = 101              # independent of the policy's
-    expert_steps: int = 180
+    expert_steps: int = 400
     # base policy: "embedded" (built and trained here) or a folder that transformers can load
     base: str = "embedded"
     base_seed: int = 0
@@ -42,8 +42,8 @@ class Config:
     # SFT (Eq. 2)
     sft_mode: str = "full"              # "full" parameters or "lora"
     sft_epochs: int = 3
-    sft_lr: float = 1e-3
-    sft_batch_size: int = 32
+    sft_lr: float = 3e-3
+    sft_batch_size: int = 16
     # text rewards (Eq. 3-5)
     lambda_lex: float = 0.5
     lambda_sem: float = 0.5
@@ -62,8 +62,9 @@ class Config:
     # GRPO (Eq. 10)
     group_size: int = 8                 # G candidates per image
     batch_size: int = 4                 # prompts per rollout batch; one rollout batch is one update
-    stage1_steps: int = 50
-    stage2_steps: int = 50
+    stage1_steps: int | None = 50       # updates; None is rl_epochs over the training studies
+    stage2_steps: int | None = 50
+    rl_epochs: int = 3                  # per stage, as the paper's "three epochs" is read
     lr: float = 7e-4
     beta: float = 0.02
     epsilon: float = 0.2
@@ -84,7 +85,7 @@ def _one_of(*options): return (lambda v: v in options), "one of " + ", ".join(ma
 _POSITIVE, _UNIT = ((lambda v: v > 0), "a number > 0"), ((lambda v: 0 <= v <= 1), "a number in [0, 1]")
 RULES = {
     "benchmark": _one_of(*BENCHMARKS), "sections": _one_of("both", "findings"), "sft_mode": _one_of("full", "lora"),
-    "rank_norm": _one_of("centered", "unit", "standardized", "grpo"), "image_size": _at_least(32),
+    "rank_norm": _one_of("centered", "unit", "standardized", "grpo"), "image_size": _at_least(64),
     "stage1_modules": _one_of("language", "language+projector"), "stage2_modules": _one_of("language", "language+projector"),
     "lambda_lex": _UNIT, "lambda_sem": _UNIT, "lambda_vis": _UNIT,
     "group_size": _at_least(2), "k_clin": _at_least(1), "lr": _POSITIVE, "sft_lr": _POSITIVE, "temperature": _POSITIVE,
@@ -92,7 +93,7 @@ RULES = {
     **{f: _at_least(0) for f in ("seed", "data_seed", "base_seed", "expert_seed", "lambda_clin", "lambda_cx", "lambda_rg",
                                  "lambda_format", "beta", "warmup_epochs")},
     **{f: _at_least(1) for f in ("threads", "n_train", "n_val", "n_test", "render_copies", "expert_steps", "base_studies",
-                                 "base_epochs", "sft_epochs", "sft_batch_size", "batch_size", "stage1_steps", "stage2_steps",
+                                 "base_epochs", "sft_epochs", "sft_batch_size", "batch_size", "rl_epochs", "stage1_steps", "stage2_steps",
                                  "max_new_tokens", "lora_r", "lora_alpha", "save_steps", "bertscore_layer")},
 }
 
@@ -123,10 +124,11 @@ PRESETS = {
     "smoke": dict(n_train=96, n_val=8, n_test=16, image_size=64, expert_steps=4, base_studies=64, warmup_epochs=1, base_epochs=1,
                   sft_epochs=2, group_size=4, batch_size=2, stage1_steps=4, stage2_steps=4, k_clin=2, max_new_tokens=24,
                   save_steps=2, n_boot=100),
-    "paper": dict(n_train=None, n_val=None, n_test=None, image_size=336, sft_mode="lora", sft_lr=2e-4, sft_epochs=1, batch_size=8,
-                  lr=1e-6, beta=0.04, max_new_tokens=256, lora_r=64, lora_alpha=128, save_steps=100),
+    "paper": dict(expert="hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224", n_train=None, n_val=None,
+                  n_test=None, image_size=336, sft_mode="lora", sft_lr=2e-4, sft_epochs=1, batch_size=8, stage1_steps=None, stage2_steps=None, lr=1e-6, beta=0.04, max_new_tokens=256, lora_r=64, lora_alpha=128, save_steps=100),
 }
-ON_BENCHMARK = {("laptop", "openi_rendered"): dict(sections="findings", n_train=None, render_copies=4, sft_epochs=2)}
+ON_BENCHMARK = {("laptop", "openi_rendered"): dict(sections="findings", n_train=None, n_val=None, n_test=None, render_copies=4,
+                                                   warmup_epochs=5, sft_epochs=2)}
 
 def preset(name, **overrides):
     "Validated `Config` of a preset, with `overrides` by field name. Raises `ValueError` for an unknown preset or parameter."

@@ -3,10 +3,10 @@
 # %% auto #0
 __all__ = ['PHASES', 'MAKERS', 'SYSTEMS', 'MAIN_METRICS', 'PROGRESS', 'repo_root', 'runs_dir', 'versions', 'RunError',
            'phase_config', 'phase_key', 'phase_folder', 'inspect_phase', 'locked', 'finish', 'maker', 'ensure', 'setup',
-           'make_data', 'load_data', 'target', 'make_expert', 'open_expert', 'make_base', 'policy_in', 'make_sft',
-           'text_scorers', 'expert_similarity', 'truth_watch', 'make_stage', 'policy_of', 'score_frame',
-           'make_evaluation', 'make_controls', 'read_frame', 'read_reports', 'frames_of', 'log_of', 'step_profile',
-           'main_job', 'parse_settings', 'main']
+           'make_data', 'load_data', 'target', 'make_expert', 'open_expert', 'renderings', 'make_base', 'policy_in',
+           'make_sft', 'text_scorers', 'expert_similarity', 'truth_watch', 'make_stage', 'policy_of', 'score_frame',
+           'make_evaluation', 'make_controls', 'read_frame', 'read_reports', 'frames_of', 'control_frames', 'log_of',
+           'step_profile', 'main_job', 'parse_settings', 'main']
 
 # %% ../nbs/07a_experiment.ipynb #017610f0
 import argparse, contextlib, dataclasses, fcntl, importlib.metadata, json, logging, os, platform, shutil, sys, warnings
@@ -46,11 +46,11 @@ class RunError(RuntimeError):
 PHASES = {   # name: (predecessors, configuration fields that reach it, version of its code)
     "data": ((), ("benchmark", "data_seed", "n_train", "n_val", "n_test", "image_size", "sections"), 1),
     "expert": (("data",), ("expert", "expert_seed", "expert_steps"), 1),
-    "base": (("data",), ("base", "base_seed", "base_studies", "warmup_epochs", "base_epochs"), 1),
-    "sft": (("base",), ("seed", "sft_mode", "sft_epochs", "sft_lr", "sft_batch_size", "render_copies", "lora_r", "lora_alpha"), 1),
+    "base": (("data",), ("base", "base_seed", "base_studies", "warmup_epochs", "base_epochs", "render_copies", "sft_lr", "sft_batch_size"), 1),
+    "sft": (("base",), ("seed", "sft_mode", "sft_epochs", "lora_r", "lora_alpha"), 1),
     "stage1": (("sft",), ("lambda_lex", "lambda_sem", "lambda_clin", "lambda_cx", "lambda_rg", "k_clin", "lambda_format",
                           "bertscore_model", "bertscore_layer", "chexbert", "radgraph", "rank_norm", "group_size", "batch_size", "lr",
-                          "beta", "epsilon", "temperature", "max_new_tokens", "stage1_steps", "stage1_modules"), 1),
+                          "beta", "epsilon", "temperature", "max_new_tokens", "rl_epochs", "stage1_steps", "stage1_modules"), 1),
     "stage2": (("stage1", "expert"), ("lambda_vis", "stage2_steps", "stage2_modules"), 1),
     "controls": (("data", "expert"), (), 1),
     **{f"eval_{p}": ((p, "expert"), ("max_new_tokens",), 1) for p in ("base", "sft", "stage1", "stage2")},
@@ -151,27 +151,32 @@ def target(report): return f"<report> {report} </report>"
 def make_expert(out, cfg, after, name):
     if cfg.expert != "embedded": return _write(out / "expert.json", dict(path=cfg.expert))
     train = load_data(after["data"])["train"]
-    anew = () if cfg.benchmark == "phantom" else [rerender(train, seed) for seed in (1, 2)]
+    anew = () if cfg.benchmark == "phantom" else [rerender(train, seed) for seed in (1, 2, 3)]
     save_expert(train_expert(train, edits_for(train, cfg.benchmark), cfg.expert_steps, cfg.expert_seed, renderings=anew,
-                             min_count=1 if cfg.benchmark == "phantom" else 4), out / "model")
+                             min_count=1 if cfg.benchmark == "phantom" else 2), out / "model")
 
 def open_expert(folder):
     elsewhere = Path(folder) / "expert.json"
     return load_expert(_read(elsewhere)["path"] if elsewhere.exists() else Path(folder) / "model")
 
+def renderings(train, copies):
+    "`train` and `copies` − 1 fresh renderings of each of its studies, one after the other."
+    return concatenate_datasets([train] + [rerender(train, seed=i) for i in range(1, copies)])
+
 @maker("base")
 def make_base(out, cfg, after, name):
     "The embedded base: vision warm-up on what was drawn, then generic descriptions; or a note of where the real one is."
     if cfg.base != "embedded": return _write(out / "policy.json", dict(path=cfg.base))
-    train = load_data(after["data"])["train"]
-    data = train.select(range(min(cfg.base_studies, len(train))))
+    shown = renderings(load_data(after["data"])["train"], cfg.render_copies)
+    data = shown.select(range(min(cfg.base_studies, len(shown))))
     rng = np.random.default_rng(cfg.base_seed)
     said = [generic_description([f for f in from_truth(t) if FINDINGS[f.name].in_phantom], rng) for t in data["truth"]]
-    model, processor = build_policy([target(r) for r in train["report"]] + said, cfg.image_size, seed=cfg.base_seed,
-                                    min_count=1 if cfg.benchmark == "phantom" else 4)
-    if cfg.warmup_epochs: warm_up_vision(model, processor, list(data["image"]), finding_targets(data["truth"])[0], cfg.warmup_epochs, seed=cfg.base_seed)
+    words = [target(r) for r in load_data(after["data"])["train"]["report"]] + said
+    model, processor = build_policy(words, cfg.image_size, seed=cfg.base_seed, min_count=1 if cfg.benchmark == "phantom" else 4)
+    if cfg.warmup_epochs: warm_up_vision(model, processor, list(shown["image"]), finding_targets(shown["truth"])[0], cfg.warmup_epochs, seed=cfg.base_seed)
     save_policy(model, processor, out / "init")
-    sft(out / "init", conversations(data, said), out / "policy", epochs=cfg.base_epochs, seed=cfg.base_seed, save_steps=10_000, desc="base")
+    sft(out / "init", conversations(data, said), out / "policy", epochs=cfg.base_epochs, lr=cfg.sft_lr, batch_size=cfg.sft_batch_size, seed=cfg.base_seed,
+        save_steps=10_000, desc="base")
     shutil.rmtree(out / "init")
 
 def policy_in(folder):
@@ -183,7 +188,7 @@ def policy_in(folder):
 @maker("sft")
 def make_sft(out, cfg, after, name):
     train = load_data(phase_folder("data", cfg))["train"]
-    shown = concatenate_datasets([train] + [rerender(train, seed=i) for i in range(1, cfg.render_copies)])
+    shown = renderings(train, cfg.render_copies)
     log = sft(policy_in(after["base"]), conversations(shown, [target(r) for r in shown["report"]]), out / "policy", cfg.sft_mode,
               cfg.sft_epochs, cfg.sft_lr, cfg.sft_batch_size, cfg.lora_r, cfg.lora_alpha, cfg.seed, save_steps=cfg.save_steps)
     pd.DataFrame([l for l in log if "loss" in l]).to_csv(out / "log.csv", index=False)
@@ -214,10 +219,10 @@ def truth_watch(cfg):
         c = counts(texts, rows)
         tp, fp, fn = (c[n] for n in (("located_tp", "located_fp", "located_fn") if located else ("finding_tp", "hallucinated", "missed")))
         return (2 * tp / (2 * tp + fp + fn)).fillna(1.).tolist()
-    def abnormal_recall(texts, rows):
+    def finding_recall(texts, rows):
         c = counts(texts, rows)
         return [None if np.isnan(v) else v for v in c.finding_tp / (c.finding_tp + c.missed)]
-    return {"truth_f1": truth_f1, "abnormal_recall": abnormal_recall}
+    return {"truth_f1": truth_f1, "finding_recall": finding_recall}
 
 @maker("stage1", "stage2")
 def make_stage(out, cfg, after, name):
@@ -277,8 +282,12 @@ def frames_of(cfgs, systems=SYSTEMS):
             frames.setdefault(system, {})[cfg.seed] = read_frame(folder, "test")
             if system == "VALOR":
                 for condition in ("shuffled images", "blank image"): frames.setdefault(f"VALOR, {condition}", {})[cfg.seed] = read_frame(folder, condition)
-    folder = ensure("controls", cfgs[0])
-    return frames | {p.stem.removeprefix("frame "): {0: read_frame(folder, p.stem.removeprefix("frame "))} for p in sorted(folder.glob("frame *.csv"))}
+    return frames | control_frames(cfgs[0])
+
+def control_frames(cfg):
+    "Frames of the controls that need no policy, {control: {0: frame}}; they belong in every table."
+    folder = ensure("controls", cfg)
+    return {p.stem.removeprefix("frame "): {0: pd.read_csv(p, index_col=0)} for p in sorted(folder.glob("frame *.csv"))}
 
 def log_of(cfgs):
     "Training logs of both stages of the runs `cfgs`, one row per update, with columns `system`, `seed`, `stage` and `k`."
@@ -291,7 +300,7 @@ def log_of(cfgs):
     return pd.concat(logs, ignore_index=True)
 
 PROGRESS = {"rewards/bleu4/mean": "BLEU-4", "rewards/rouge_l/mean": "ROUGE-L", "rewards/bertscore/mean": "BERTScore", "rewards/chexbert/mean": "label F1 (clinical steps)",
-            "rewards/similarity/mean": "image-text similarity", "rewards/format/mean": "format", "kl": "KL to SFT", "rewards/abnormal_recall/mean": "abnormal recall",
+            "rewards/similarity/mean": "image-text similarity", "rewards/format/mean": "format", "kl": "KL to SFT", "rewards/finding_recall/mean": "abnormal recall (true findings named)",
             "rewards/truth_f1/mean": "F1 against planted truth"}
 
 def step_profile(log):

@@ -171,6 +171,7 @@ def align(sft_folder, data, out, rewards, cfg, stage, lambda_vis, k_start=0, ada
     Checkpoints go to `out/checkpoints`; a killed run that is started again ends with the same adapter, bit for bit on CPU at a
     fixed thread count."""
     steps, modules = ((cfg.stage1_steps, cfg.stage1_modules), (cfg.stage2_steps, cfg.stage2_modules))[stage - 1]
+    steps = steps or cfg.rl_epochs * -(-len(data) // cfg.batch_size)
     trainer = make_trainer(sft_folder, data, out, rewards, cfg, modules, lambda_vis, steps, 10 * cfg.seed + stage, k_start, adapter)
     trainer.add_callback(Progress(f"stage {stage}"))
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(trainer.args.output_dir))

@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['PROMPT', 'SPECIALS', 'TEMPLATE', 'LINEAR', 'MODULES', 'build_tokenizer', 'build_policy', 'save_policy', 'load_policy',
            'as_prompt', 'render_prompt', 'generate', 'lora_config', 'last_complete_checkpoint', 'trainer_args',
-           'Progress', 'conversations', 'sft', 'finding_targets', 'QueryHead', 'warm_up_vision']
+           'Progress', 'conversations', 'freeze_vision', 'sft', 'finding_targets', 'QueryHead', 'warm_up_vision',
+           'settle_projector']
 
 # %% ../nbs/06_policy.ipynb #56f94b64
 import json, re
@@ -134,13 +135,19 @@ def conversations(dataset, completions=None):
     if completions is None: return data
     return data.select_columns(["image", "prompt"]).add_column("completion", [[{"role": "assistant", "content": c}] for c in completions])
 
+def freeze_vision(model):
+    "No gradient for the vision tower, under the names that LLaVA- and Qwen-like models give it."
+    for name, p in model.named_parameters():
+        if re.search(r"\b(vision_tower|vision_model|visual)\.", name): p.requires_grad_(False)
+
 def sft(base, data, out, mode="full", epochs=1, lr=1e-3, batch_size=32, lora_r=16, lora_alpha=32, seed=0, save_steps=10, desc="SFT"):
     """Fine-tune the policy in folder `base` on `data` (see `conversations`) by Eq. 2 and write the merged result to `out`.
 
-    `mode` is "full" (all parameters) or "lora" (merged at the end). Checkpoints go to `out/checkpoints`; a killed run that is
+    `mode` is "full" (all of language model and projector) or "lora" (merged at the end); the vision tower stays as it is, as in LLaVA. Checkpoints go to `out/checkpoints`; a killed run that is
     started again ends with the same weights, bit for bit on CPU at a fixed thread count. Returns the log, one dict per update."""
     set_seed(seed)
     model, processor = load_policy(base)
+    freeze_vision(model)
     args = trainer_args(Path(out) / "checkpoints", seed, save_steps, per_device_train_batch_size=batch_size, num_train_epochs=epochs,
                         learning_rate=lr, lr_scheduler_type="cosine", warmup_steps=0.05, weight_decay=0.01)
     trainer = SFTTrainer(model, args=SFTConfig(**args, max_length=None, completion_only_loss=True), train_dataset=data,
@@ -187,4 +194,15 @@ def warm_up_vision(model, processor, images, targets, epochs=6, lr=1e-3, batch_s
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         opt.step(); schedule.step(); opt.zero_grad()
+    settle_projector(model, pixels[:256])
     return loss.item()
+
+@torch.no_grad()
+def settle_projector(model, pixels):
+    """Start the projector where the patches are: what it reads gets mean 0 and standard deviation 1 over `pixels` `(N, 3, H, W)`.
+
+    A trained tower's patches share one large component; the language model would see that and little else."""
+    seen = model.model.vision_tower(pixels).last_hidden_state[:, 1:].flatten(0, 1)
+    first = model.model.multi_modal_projector.linear_1
+    first.weight /= (seen - seen.mean(0)).std()
+    first.bias.copy_(-first.weight @ seen.mean(0))
