@@ -18,7 +18,7 @@ smoke: setup
 
 test: setup
 	python tests/check_notebooks.py
-	cd nbs && nbdev_test --n_workers 2 --timing
+	cd nbs && nbdev_test --n_workers 1 --timing
 	pytest -q
 
 lab: setup

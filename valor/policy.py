@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['PROMPT', 'SPECIALS', 'TEMPLATE', 'LINEAR', 'MODULES', 'build_tokenizer', 'build_policy', 'save_policy', 'load_policy',
            'as_prompt', 'render_prompt', 'generate', 'lora_config', 'last_complete_checkpoint', 'trainer_args',
-           'Progress', 'conversations', 'freeze_vision', 'sft', 'finding_targets', 'QueryHead', 'warm_up_vision',
-           'settle_projector']
+           'Progress', 'conversations', 'freeze_vision', 'ResumableSFT', 'sft', 'finding_targets', 'QueryHead',
+           'warm_up_vision', 'settle_projector']
 
 # %% ../nbs/06_policy.ipynb #56f94b64
 import json, re
@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import (AutoModelForImageTextToText, AutoProcessor, CLIPImageProcessor, CLIPVisionConfig, LlavaConfig,
@@ -140,6 +140,14 @@ def freeze_vision(model):
     for name, p in model.named_parameters():
         if re.search(r"\b(vision_tower|vision_model|visual)\.", name): p.requires_grad_(False)
 
+class ResumableSFT(SFTTrainer):
+    """TRL's trainer, loading a full checkpoint through `load_policy`.
+
+    The stock loader compares parameter names literally; a saved LLaVA carries its on-disk names, so it would load nothing and say so only in a warning."""
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if isinstance(self.model, PeftModel): return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.model.load_state_dict(load_policy(resume_from_checkpoint)[0].state_dict())
+
 def sft(base, data, out, mode="full", epochs=1, lr=1e-3, batch_size=32, lora_r=16, lora_alpha=32, seed=0, save_steps=10, desc="SFT"):
     """Fine-tune the policy in folder `base` on `data` (see `conversations`) by Eq. 2 and write the merged result to `out`.
 
@@ -150,7 +158,7 @@ def sft(base, data, out, mode="full", epochs=1, lr=1e-3, batch_size=32, lora_r=1
     freeze_vision(model)
     args = trainer_args(Path(out) / "checkpoints", seed, save_steps, per_device_train_batch_size=batch_size, num_train_epochs=epochs,
                         learning_rate=lr, lr_scheduler_type="cosine", warmup_steps=0.05, weight_decay=0.01)
-    trainer = SFTTrainer(model, args=SFTConfig(**args, max_length=None, completion_only_loss=True), train_dataset=data,
+    trainer = ResumableSFT(model, args=SFTConfig(**args, max_length=None, completion_only_loss=True), train_dataset=data,
                          processing_class=processor, callbacks=[Progress(desc)],
                          peft_config=lora_config("language+projector", lora_r, lora_alpha) if mode == "lora" else None)
     trainer.remove_callback(PrinterCallback)
