@@ -18,7 +18,7 @@ smoke: setup
 
 test: setup
 	python tests/check_notebooks.py
-	cd nbs && nbdev_test --n_workers 1 --timing
+	cd nbs && VALOR_RUNS=$$(mktemp -d) nbdev_test --n_workers 1 --timing
 	pytest -q
 
 lab: setup
@@ -26,6 +26,7 @@ lab: setup
 
 setup: $(BIN)/.installed
 $(BIN)/.installed: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("valor needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@

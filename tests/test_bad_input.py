@@ -10,7 +10,8 @@ from valor.rewards import scorer
 BAD = [("lambda_vis=1.2", "lambda_vis=1.2 is not allowed; expected a number in [0, 1]"), ("lambda_clin=-0.1", "lambda_clin=-0.1"),
        ("lambda_lex=0.9", "expected 1 (Eq. 3)"), ("group_size=1", "group_size=1 is not allowed; expected a number >= 2"),
        ("lambda_viz=0.5", "unknown parameter lambda_viz=0.5"), ("k_clin=often", "k_clin='often' is a str; expected int or None"),
-       ("benchmark=mimic", "benchmark='mimic'"), ("lambda_vis", "expected name=value")]
+       ("benchmark=mimic", "benchmark='mimic'"), ("lambda_vis", "expected name=value"), ("chexbert=foo", "chexbert='foo'"),
+       ("base=/no/such", "no such folder"), ("lambda_clin=Infinity", "lambda_clin=inf")]
 
 
 @pytest.mark.parametrize("setting,message", BAD)

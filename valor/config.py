@@ -4,8 +4,9 @@
 __all__ = ['OBSERVATIONS', 'BENCHMARKS', 'RULES', 'PRESETS', 'ON_BENCHMARK', 'Config', 'validate', 'preset', 'key_of']
 
 # %% ../nbs/00_config.ipynb #0322eea5
-import dataclasses, hashlib, json, types, typing
+import dataclasses, hashlib, json, math, types, typing
 from dataclasses import dataclass
+from pathlib import Path
 
 # %% ../nbs/00_config.ipynb #751a8dd5
 OBSERVATIONS = ["Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation",
@@ -79,13 +80,14 @@ class Config:
     n_boot: int = 1000                  # bootstrap draws of every interval
 
 # %% ../nbs/00_config.ipynb #dedfa19c
-def _at_least(low): return (lambda v: v >= low), f"a number >= {low}"
+def _at_least(low): return (lambda v: low <= v < math.inf), f"a number >= {low}"
 def _one_of(*options): return (lambda v: v in options), "one of " + ", ".join(map(repr, options))
 
-_POSITIVE, _UNIT = ((lambda v: v > 0), "a number > 0"), ((lambda v: 0 <= v <= 1), "a number in [0, 1]")
+_POSITIVE, _UNIT = ((lambda v: 0 < v < math.inf), "a number > 0"), ((lambda v: 0 <= v <= 1), "a number in [0, 1]")
 RULES = {
     "benchmark": _one_of(*BENCHMARKS), "sections": _one_of("both", "findings"), "sft_mode": _one_of("full", "lora"),
     "rank_norm": _one_of("centered", "unit", "standardized", "grpo"), "image_size": _at_least(64),
+    "chexbert": _one_of("rules"), "radgraph": _one_of("rules"),   # the real models take their names here
     "stage1_modules": _one_of("language", "language+projector"), "stage2_modules": _one_of("language", "language+projector"),
     "lambda_lex": _UNIT, "lambda_sem": _UNIT, "lambda_vis": _UNIT,
     "group_size": _at_least(2), "k_clin": _at_least(1), "lr": _POSITIVE, "sft_lr": _POSITIVE, "temperature": _POSITIVE,
@@ -116,6 +118,13 @@ def validate(cfg):
     if abs(cfg.lambda_lex + cfg.lambda_sem - 1) > 1e-9:
         raise ValueError(f"lambda_lex + lambda_sem = {cfg.lambda_lex} + {cfg.lambda_sem} = "
                          f"{cfg.lambda_lex + cfg.lambda_sem:g}; expected 1 (Eq. 3)")
+    if cfg.benchmark == "phantom" and None in (cfg.n_train, cfg.n_val, cfg.n_test):
+        raise ValueError(f"n_train={cfg.n_train}, n_val={cfg.n_val}, n_test={cfg.n_test}: phantoms are made on demand; expected numbers")
+    if cfg.expert == "embedded" and cfg.image_size % 32: raise ValueError(f"image_size={cfg.image_size} is not allowed; the embedded expert expects a multiple of 32")
+    if cfg.bertscore_model == "minilm" and cfg.bertscore_layer > 6: raise ValueError(f"bertscore_layer={cfg.bertscore_layer} is not allowed; MiniLM has layers 1 to 6")
+    if cfg.rank_norm == "grpo" and cfg.lambda_vis: raise ValueError(f"rank_norm='grpo' is TRL's normalisation of the text reward alone; expected lambda_vis=0, not {cfg.lambda_vis}")
+    for name, value in (("base", cfg.base), ("expert", cfg.expert)):
+        if value.startswith(("/", ".", "~")) and not Path(value).expanduser().is_dir(): raise ValueError(f"{name}={value!r}: no such folder")
     return dataclasses.replace(cfg, **{n: float(v) for n, v in vars(cfg).items() if hints[n] is float})
 
 # %% ../nbs/00_config.ipynb #a7900b41
@@ -124,7 +133,7 @@ PRESETS = {
     "smoke": dict(n_train=96, n_val=8, n_test=16, image_size=64, expert_steps=4, base_studies=64, warmup_epochs=1, base_epochs=1,
                   sft_epochs=2, group_size=4, batch_size=2, stage1_steps=4, stage2_steps=4, k_clin=2, max_new_tokens=24,
                   save_steps=2, n_boot=100),
-    "paper": dict(expert="hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224", n_train=None, n_val=None,
+    "paper": dict(benchmark="openi_rendered", expert="hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224", n_train=None, n_val=None,
                   n_test=None, image_size=336, sft_mode="lora", sft_lr=2e-4, sft_epochs=1, batch_size=8, stage1_steps=None, stage2_steps=None, lr=1e-6, beta=0.04, max_new_tokens=256, lora_r=64, lora_alpha=128, save_steps=100),
 }
 ON_BENCHMARK = {("laptop", "openi_rendered"): dict(sections="findings", n_train=None, n_val=None, n_test=None, render_copies=4,
@@ -136,7 +145,7 @@ def preset(name, **overrides):
     fields = {f.name for f in dataclasses.fields(Config)}
     for key in overrides:
         if key not in fields: raise ValueError(f"unknown parameter {key}={overrides[key]!r}; expected one of {', '.join(sorted(fields))}")
-    benchmark = overrides.get("benchmark", "phantom")
+    benchmark = {**PRESETS[name], **overrides}.get("benchmark", "phantom")
     return validate(Config(**{"preset": name, **PRESETS[name], **ON_BENCHMARK.get((name, benchmark), {}), **overrides}))
 
 # %% ../nbs/00_config.ipynb #3ee57893

@@ -4,9 +4,10 @@
 __all__ = ['BLEU_COLUMNS', 'PATHOLOGIES', 'FINDING_COLUMNS', 'DRAWN', 'STATISTICS', 'METRICS', 'SYSTEM_COLOURS', 'MENTIONS',
            'bleu_statistics', 'corpus_bleu', 'label_columns', 'planted_columns', 'drawn_columns', 'true_columns',
            'distractors', 'retrieved', 'truth_keys', 'score_reports', 'ratio', 'f1', 'macro_f1', 'micro_f1', 'share',
-           'fresh_bleu', 'study_draws', 'measure', 'interval', 'summarize', 'aggregate', 'result_table',
-           'as_completion', 'shuffled', 'blank_images', 'normal_template', 'random_reports', 'perfect_findings',
-           'retrieval_by_true_codes', 'controls', 'plot_results', 'plot_progression', 'describe', 'plot_cases']
+           'fresh_bleu', 'study_draws', 'measure', 'interval', 'summarize', 'aggregate', 'paired_difference',
+           'result_table', 'as_completion', 'shuffled', 'blank_images', 'normal_template', 'random_reports',
+           'perfect_findings', 'retrieval_by_true_codes', 'controls', 'plot_results', 'plot_progression', 'describe',
+           'plot_cases']
 
 # %% ../nbs/07b_evaluation.ipynb #9c760899
 import textwrap
@@ -203,6 +204,16 @@ def aggregate(frames, n_boot=1000, seed=0):
             rows.append(dict(system=system, metric=name, value=float(np.mean([v[name] for v in values])), lo=lo, hi=hi,
                              seeds=len(each), studies=len(each[0])))
     return pd.DataFrame(rows)
+
+# %% ../nbs/07b_evaluation.ipynb #39343e4d
+def paired_difference(frames, a, b, metric, n_boot=1000, seed=0):
+    "(a − b, lo, hi) of one metric for two systems of `frames` (see `aggregate`), bootstrapped over the same seeds and studies; a control has one seed for all."
+    one = {metric: METRICS[metric]}
+    pairs = [(f, frames[b].get(s, next(iter(frames[b].values())))) for s, f in frames[a].items()]
+    draws = study_draws(len(pairs[0][0]), n_boot, seed)
+    gaps = np.stack([measure(x, draws, one)[metric] - measure(y, draws, one)[metric] for x, y in pairs], axis=1)
+    taken = study_draws(len(pairs), n_boot, seed + 1) / len(pairs)
+    return (float(np.mean([measure(x, None, one)[metric] - measure(y, None, one)[metric] for x, y in pairs])), *map(float, interval((taken * gaps).sum(1))))
 
 # %% ../nbs/07b_evaluation.ipynb #233fb400
 def result_table(tidy, metrics=None):

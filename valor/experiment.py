@@ -2,22 +2,24 @@
 
 # %% auto #0
 __all__ = ['PHASES', 'MAKERS', 'SYSTEMS', 'MAIN_METRICS', 'PROGRESS', 'repo_root', 'runs_dir', 'versions', 'RunError',
-           'phase_config', 'phase_key', 'phase_folder', 'inspect_phase', 'locked', 'finish', 'maker', 'ensure', 'setup',
-           'make_data', 'load_data', 'target', 'make_expert', 'open_expert', 'renderings', 'make_base', 'policy_in',
-           'make_sft', 'text_scorers', 'expert_similarity', 'truth_watch', 'make_stage', 'policy_of', 'score_frame',
-           'make_evaluation', 'make_controls', 'read_frame', 'read_reports', 'frames_of', 'control_frames', 'log_of',
-           'step_profile', 'main_job', 'parse_settings', 'main']
+           'phase_config', 'phase_key', 'phase_folder', 'inspect_phase', 'check_machine', 'locked', 'finish',
+           'drop_checkpoints', 'maker', 'ensure', 'setup', 'make_data', 'load_data', 'target', 'make_expert',
+           'open_expert', 'renderings', 'make_base', 'policy_in', 'make_sft', 'text_scorers', 'expert_similarity',
+           'truth_watch', 'make_stage', 'policy_of', 'score_frame', 'make_evaluation', 'make_controls', 'read_frame',
+           'read_reports', 'frames_of', 'control_frames', 'log_of', 'step_profile', 'made_by', 'main_job',
+           'parse_settings', 'main']
 
 # %% ../nbs/07a_experiment.ipynb #017610f0
-import argparse, contextlib, dataclasses, fcntl, importlib.metadata, json, logging, os, platform, shutil, sys, warnings
+import argparse, contextlib, dataclasses, fcntl, hashlib, importlib.metadata, json, logging, os, platform, shutil, sys, warnings
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import datasets, numpy as np, pandas as pd, torch, transformers
 from datasets import concatenate_datasets, load_from_disk
 
 from . import evaluation as ev
-from .config import Config, key_of, preset, validate
+from .config import key_of, preset
 from .data import benchmark_note, load_benchmark, rerender
 from .expert import edits_for, load_expert, save_expert, train_expert
 from .grpo import Rewards, align
@@ -28,7 +30,7 @@ from .rewards import report_body, scorer
 # %% ../nbs/07a_experiment.ipynb #b52349ad
 def repo_root():
     "Folder that holds `settings.ini`: of the working directory or a parent, else of the installed package."
-    for p in (Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[1]):
+    for p in (Path.cwd(), *Path.cwd().parents, Path(find_spec("valor").origin).resolve().parents[1]):
         if (p / "settings.ini").exists(): return p
     return Path.cwd()
 
@@ -77,16 +79,33 @@ def _write(path, obj):
 
 def inspect_phase(folder, expected):
     "'new', 'interrupted' or 'finished'; raises `RunError` if `folder` holds anything but this phase, whole."
-    if not folder.exists() or not any(folder.iterdir()): return "new"
+    if not folder.exists() or all(p.suffix == ".tmp" for p in folder.iterdir()): return "new"   # a kill may leave half a config.json.tmp
     if not (folder / "config.json").exists(): raise RunError(f"{folder}: holds files but no config.json, so it is not a run of this program; move it away and start again")
     found = _read(folder / "config.json")
     if found.get("config") != expected:
         raise RunError(f"{folder}: made by another version or configuration ({found.get('config')}), expected {expected}; move it away and start again")
     if not (folder / "done.json").exists(): return "interrupted"
-    for name, size in _read(folder / "done.json")["files"].items():
-        actual = (folder / name).stat().st_size if (folder / name).exists() else "no file"
-        if actual != size: raise RunError(f"{folder / name}: damaged ({actual}, expected {size} bytes); move {folder} away and start again")
+    for name, digest in _read(folder / "done.json")["files"].items():
+        if not (folder / name).exists() or _digest(folder / name) != digest:
+            raise RunError(f"{folder / name}: damaged or missing, not what was written when the phase ended; move {folder} away and start again")
     return "finished"
+
+def _digest(path):
+    "SHA-256 of a file; read again only when it changed."
+    stat = path.stat()
+    return _sha256(str(path), stat.st_size, stat.st_mtime_ns)
+
+@lru_cache(4096)
+def _sha256(path, size, mtime): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+def check_machine(folder, status):
+    "A resumed phase needs the libraries and threads it was started with; of a finished one, a difference is printed."
+    record, now = _read(folder / "config.json"), dict(versions=versions(), threads=torch.get_num_threads())
+    changed = [f"{n} {old} → {now['versions'].get(n)}" for n, old in record["versions"].items() if now["versions"].get(n) != old]
+    if status == "finished" and changed: print(f"{folder.name}: made with other versions ({', '.join(changed)})")
+    if status == "interrupted" and record["threads"] != now["threads"]: changed.append(f"threads {record['threads']} → {now['threads']}")
+    if status == "interrupted" and changed:
+        raise RunError(f"{folder}: was interrupted under other conditions ({', '.join(changed)}) and would not end as it began; restore them or move it away and start again")
 
 @contextlib.contextmanager
 def locked(folder):
@@ -100,9 +119,12 @@ def locked(folder):
         yield
 
 def finish(folder):
-    "Declare `folder` complete: list its files with their sizes, then drop what was only needed to resume."
+    "Declare `folder` complete: list its files with their digests, then drop what was only needed to resume."
     kept = [p for p in sorted(folder.rglob("*")) if p.is_file() and "checkpoints" not in p.relative_to(folder).parts]
-    _write(folder / "done.json", dict(files={str(p.relative_to(folder)): p.stat().st_size for p in kept}))
+    _write(folder / "done.json", dict(files={str(p.relative_to(folder)): _digest(p) for p in kept}))
+    drop_checkpoints(folder)
+
+def drop_checkpoints(folder):
     for p in folder.rglob("checkpoints"): shutil.rmtree(p)
 
 # %% ../nbs/07a_experiment.ipynb #101510ee
@@ -119,12 +141,17 @@ def ensure(name, cfg):
     after = {p: ensure(p, cfg) for p in PHASES[name][0]}
     folder, expected = phase_folder(name, cfg), phase_config(name, cfg)
     with locked(folder):
-        if inspect_phase(folder, expected) != "finished":
-            setup(cfg)
-            folder.mkdir(exist_ok=True)
-            _write(folder / "config.json", dict(config=expected, full=dataclasses.asdict(cfg), versions=versions(), threads=torch.get_num_threads()))
-            MAKERS[name](folder, cfg, after, name)
-            finish(folder)
+        status = inspect_phase(folder, expected)
+        if status == "finished":
+            check_machine(folder, status)
+            drop_checkpoints(folder)
+            return folder
+        setup(cfg)
+        if status == "interrupted": check_machine(folder, status)
+        folder.mkdir(exist_ok=True)
+        if status == "new": _write(folder / "config.json", dict(config=expected, full=dataclasses.asdict(cfg), versions=versions(), threads=torch.get_num_threads()))
+        MAKERS[name](folder, cfg, after, name)
+        finish(folder)
     return folder
 
 def setup(cfg):
@@ -249,6 +276,7 @@ def score_frame(completions, cfg, expert):
 @maker("eval_base", "eval_sft", "eval_stage1", "eval_stage2")
 def make_evaluation(out, cfg, after, name):
     model, processor = policy_of(name.removeprefix("eval_"), cfg)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     test, expert = load_data(phase_folder("data", cfg))["test"], open_expert(after["expert"])
     images = dict(test=list(test["image"]))
     if name == "eval_stage2": images |= {"shuffled images": [images["test"][i] for i in ev.shuffled(len(test))], "blank image": ev.blank_images(test)}
@@ -308,6 +336,11 @@ def step_profile(log):
     parts = log[[c for c in log if c.startswith("time/")]].mean().rename(lambda c: c.removeprefix("time/"))
     return pd.DataFrame(dict(seconds=parts, share=parts / parts.sum())).round(3)
 
+def made_by(cfgs):
+    "{run folder: versions and threads it was made with} of every policy evaluated for `cfgs`."
+    folders = {phase_folder(p, dataclasses.replace(c, **change)) for c in cfgs for p, change in SYSTEMS.values()}
+    return {f.name: {k: _read(f / "config.json")[k] for k in ("versions", "threads")} for f in sorted(folders)}
+
 # %% ../nbs/07a_experiment.ipynb #f690af1a
 def main_job(cfgs, out):
     """The main job for the runs `cfgs` (one benchmark, one per seed): table, progression and cases, written to folder `out`.
@@ -321,12 +354,11 @@ def main_job(cfgs, out):
     files = [out / f"{stem}{end}" for end in (".csv", ".md", "_progression.png", "_steps.csv", ".json")]
     tidy.to_csv(files[0], index=False, float_format="%.6g")
     note = benchmark_note(cfg.benchmark, load_data(phase_folder("data", cfg)))
-    files[1].write_text(f"{table.to_markdown()}\n\n{note}\n")
+    files[1].write_text(f"{table.to_markdown()}\n\nAll measures:\n\n{ev.result_table(tidy).T.to_markdown()}\n\n{note}\n")
     shown = log.rename(columns=PROGRESS)[["k", "stage", "system", "seed", *(c for c in PROGRESS.values() if c in log.rename(columns=PROGRESS))]]
     ev.plot_progression(shown, k_clin=cfg.k_clin).savefig(files[2])
-    step_profile(log).to_csv(files[3])
-    _write(files[4], dict(note=note, configs=[dataclasses.asdict(c) for c in cfgs], runs=sorted(phase_key(p, dataclasses.replace(c, **ch)) for c in cfgs for p, ch in SYSTEMS.values()),
-                          versions=versions(), threads=torch.get_num_threads()))
+    step_profile(log.drop_duplicates(["seed", "stage", "k", "step_time"])).to_csv(files[3])   # stage 1 is in the log of both systems
+    _write(files[4], dict(note=note, configs=[dataclasses.asdict(c) for c in cfgs], runs=made_by(cfgs)))
     if cfg.benchmark == "phantom":   # text of real reports is not shown: CC BY-NC-ND
         reports = {s: read_reports(ensure(p, dataclasses.replace(cfg, **ch)), "test") for s, (p, ch) in SYSTEMS.items() if s in ("SFT", "VALOR w/o visual", "VALOR")}
         files.append(out / f"{stem}_cases.png")
@@ -351,10 +383,10 @@ def main(argv=None):
     run.add_argument("--preset", default="laptop")
     run.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a parameter; may be repeated")
     args = parser.parse_args(argv)
-    try:
-        cfg = preset(args.preset, **parse_settings(args.set))
-        table, _, files = main_job([cfg], runs_dir() / "results" / f"{cfg.preset}-{key_of(dataclasses.asdict(cfg))}")
-    except (ValueError, RunError) as e: sys.exit(f"valor: {e}")
+    try: cfg = preset(args.preset, **parse_settings(args.set))
+    except ValueError as e: sys.exit(f"valor: {e}")
+    try: table, _, files = main_job([cfg], runs_dir() / "results" / f"{cfg.preset}-{key_of(dataclasses.asdict(cfg))}")
+    except RunError as e: sys.exit(f"valor: {e}")
     for start in range(0, table.shape[1], 4): print(f"\n{table.iloc[:, start:start + 4].to_string()}")
     print()
     print(files[1].read_text().rsplit("\n\n", 1)[-1])

@@ -9,12 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
 from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import PrinterCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
-from .injection import TEXT_SCORERS, CLINICAL_SCORERS, clinical, composite, is_clinical_step, text_reward, verifiable
+from .injection import TEXT_SCORERS, CLINICAL_SCORERS, clinical, composite, is_clinical_step, needed, text_reward, verifiable
 from .policy import Progress, conversations, last_complete_checkpoint, load_policy, lora_config, trainer_args
 from .ranknorm import rank_norm, rank_reward
 
@@ -72,7 +71,7 @@ class Rewards:
 
     def _scorer(self, name):
         def score(completions, report, **columns):
-            if name in CLINICAL_SCORERS and not is_clinical_step(self.k, self.k_clin): return [None] * len(completions)
+            if name not in needed(self.k, self.k_clin): return [None] * len(completions)
             return self.scorers[name].score(_texts(completions), report)
         return _named(score, name)
 
@@ -100,7 +99,7 @@ class ValorTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, *args):
         if self.model.training: self.state.stateful_callbacks["k"] = self.k + 1
-        self.rewards.k = self.k
+        self.rewards.k = max(1, self.k)   # rewards also run in an evaluation before the first update
         with self._timed("rewards"): self.scores = super()._calculate_rewards(*args)
         return self.scores
 
@@ -108,7 +107,7 @@ class ValorTrainer(GRPOTrainer):
         with self._timed("rollout and rewards"): output = super()._generate_and_score_completions(inputs)
         if self.cfg.rank_norm == "grpo": return output
         scores = dict(zip(self.rewards.names, self.scores.unbind(1)))
-        R, A = advantages(scores, self.k, self.num_generations, self.cfg, self.lambda_vis)
+        R, A = advantages(scores, self.rewards.k, self.num_generations, self.cfg, self.lambda_vis)
         mine = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
         output["advantages"] = A.to(output["advantages"])[mine]
         self._record(scores, R, A)
