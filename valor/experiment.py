@@ -15,7 +15,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
-import datasets, numpy as np, pandas as pd, torch, transformers
+import datasets, matplotlib.pyplot as plt, numpy as np, pandas as pd, torch, transformers
 from datasets import concatenate_datasets, load_from_disk
 
 from . import evaluation as ev
@@ -341,6 +341,10 @@ def made_by(cfgs):
     folders = {phase_folder(p, dataclasses.replace(c, **change)) for c in cfgs for p, change in SYSTEMS.values()}
     return {f.name: {k: _read(f / "config.json")[k] for k in ("versions", "threads")} for f in sorted(folders)}
 
+def _save(figure, path):
+    figure.savefig(path)
+    plt.close(figure)
+
 # %% ../nbs/07a_experiment.ipynb #f690af1a
 def main_job(cfgs, out):
     """The main job for the runs `cfgs` (one benchmark, one per seed): table, progression and cases, written to folder `out`.
@@ -356,13 +360,13 @@ def main_job(cfgs, out):
     note = benchmark_note(cfg.benchmark, load_data(phase_folder("data", cfg)))
     files[1].write_text(f"{table.to_markdown()}\n\nAll measures:\n\n{ev.result_table(tidy).T.to_markdown()}\n\n{note}\n")
     shown = log.rename(columns=PROGRESS)[["k", "stage", "system", "seed", *(c for c in PROGRESS.values() if c in log.rename(columns=PROGRESS))]]
-    ev.plot_progression(shown, k_clin=cfg.k_clin).savefig(files[2])
+    _save(ev.plot_progression(shown, k_clin=cfg.k_clin), files[2])
     step_profile(log.drop_duplicates(["seed", "stage", "k", "step_time"])).to_csv(files[3])   # stage 1 is in the log of both systems
     _write(files[4], dict(note=note, configs=[dataclasses.asdict(c) for c in cfgs], runs=made_by(cfgs)))
     if cfg.benchmark == "phantom":   # text of real reports is not shown: CC BY-NC-ND
         reports = {s: read_reports(ensure(p, dataclasses.replace(cfg, **ch)), "test") for s, (p, ch) in SYSTEMS.items() if s in ("SFT", "VALOR w/o visual", "VALOR")}
         files.append(out / f"{stem}_cases.png")
-        ev.plot_cases(load_data(phase_folder("data", cfg))["test"], reports).savefig(files[-1])
+        _save(ev.plot_cases(load_data(phase_folder("data", cfg))["test"], reports), files[-1])
     return table, tidy, files
 
 # %% ../nbs/07a_experiment.ipynb #66dc464b
