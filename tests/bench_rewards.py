@@ -1,0 +1,62 @@
+"""What a rollout batch of rewards costs: `scorer(...)` against calling each package as its README says, on the same weights, in one run.
+
+Weights are made up at the true size (BERT-base) unless real ones are given; speed does not depend on their values. Run: python tests/bench_rewards.py [--prompts 8] [--device cuda]
+[--chexbert chexbert.pth] [--radgraph FOLDER]. The packages need shims on transformers 5, and get no more than these: f1chexbert, `encode_plus` and a network made without the hub
+(`package_chexbert`); radgraph, `encode_plus` and `build_inputs_with_special_tokens` (`shims`)."""
+import argparse, json, random, tempfile, time
+
+import torch
+
+from valor.entities import EntityF1, load_radgraph, miniature_radgraph, radgraph_folder, shims
+from valor.labels import LabelF1, miniature_chexbert, package_chexbert
+from valor.rewards import BertScore, minilm_folder
+
+PHRASES = ["the heart is normal in size .", "the heart is mildly enlarged .", "there is no pleural effusion .", "small left pleural effusion .", "no acute cardiopulmonary abnormality .",
+           "no focal consolidation , pneumothorax or pleural effusion .", "the lungs are clear .", "right upper lobe nodule .", "low lung volumes with bibasilar atelectasis ."]
+
+
+def batch(prompts, group, duplicates, seed=0):
+    "Candidates and references of one rollout batch, eight sentences a report; a share `duplicates` of the candidates repeats another of its group."
+    rng, said = random.Random(seed), lambda: " ".join(rng.choices(PHRASES, k=8))
+    references = [f"{said()} study {i} ." for i in range(prompts) for _ in (0,)]
+    candidates = [said() + f" {i} ." for i in range(prompts * group)]
+    for i in rng.sample([i for i in range(len(candidates)) if i % group], round(duplicates * len(candidates))): candidates[i] = candidates[i - i % group]
+    return candidates, [r for r in references for _ in range(group)]
+
+
+def seconds(f, device):
+    if device == "cuda": torch.cuda.synchronize()
+    start = time.perf_counter(); f()
+    if device == "cuda": torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--prompts", type=int, default=8); p.add_argument("--group", type=int, default=8); p.add_argument("--duplicates", type=float, default=.3)
+    p.add_argument("--device", default="cpu"); p.add_argument("--threads", type=int, default=1); p.add_argument("--chexbert"); p.add_argument("--radgraph")
+    a = p.parse_args()
+    torch.set_num_threads(a.threads)
+    c, r = batch(a.prompts, a.group, a.duplicates)
+    with tempfile.TemporaryDirectory() as folder:
+        chexbert = a.chexbert or miniature_chexbert(folder, 768, 12)
+        radgraph = a.radgraph or miniature_radgraph(folder, "radgraph-xl", 768, 12)[0]
+        import bert_score
+        package = load_radgraph(radgraph_folder(radgraph, "radgraph-xl"), "radgraph-xl")
+        package.device = torch.device(a.device); package.model.to(a.device)
+        ours = {"bertscore": BertScore(device=a.device), "chexbert": LabelF1(chexbert, device=a.device), "radgraph": EntityF1(radgraph, device=a.device)}
+        referee = package_chexbert(chexbert, ours["chexbert"].labeler.tokenizer).to(a.device); referee.device = torch.device(a.device)
+        berts = bert_score.BERTScorer(model_type=minilm_folder(), num_layers=6, device=a.device)
+        theirs = {"bertscore": lambda: berts.score(c, r), "chexbert": lambda: [referee.get_label(t) for t in c + r], "radgraph": lambda: package(c + r)}
+        print(f"{len(c)} candidates, {a.group} to a reference, {a.duplicates:.0%} duplicates, {a.device}, {a.threads} thread(s)\n{'':10}{'package':>10}{'epoch 1':>10}{'epoch 2':>10}{'ratio':>9}{'ratio':>7}")
+        total = [0, 0, 0]
+        with shims(), torch.no_grad():
+            for name, judge in ours.items():
+                judge.score(["warm up ."], ["warm up ."])
+                times = [seconds(theirs[name], a.device), seconds(lambda: judge.score(c, r), a.device), seconds(lambda: judge.score(c, r), a.device)]
+                total = [x + y for x, y in zip(total, times)]
+                print(f"{name:10}" + "".join(f"{t:9.2f}s" for t in times) + f"{times[0] / times[1]:8.1f}x{times[0] / times[2]:6.1f}x", flush=True)
+        print(f"{'together':10}" + "".join(f"{t:9.2f}s" for t in total) + f"{total[0] / total[1]:8.1f}x{total[0] / total[2]:6.1f}x")
+
+
+if __name__ == "__main__": main()
