@@ -3,7 +3,8 @@
 Weights are made up at the true size (BERT-base) unless real ones are given; speed does not depend on their values. Run: python tests/bench_rewards.py [--prompts 8] [--device cuda]
 [--chexbert chexbert.pth] [--radgraph FOLDER]. The packages need shims on transformers 5, and get no more than these: f1chexbert, `encode_plus` and a network made without the hub
 (`package_chexbert`); radgraph, `encode_plus` and `build_inputs_with_special_tokens` (`shims`)."""
-import argparse, json, random, tempfile, time
+import argparse, json, os, random, subprocess, tempfile, time
+from pathlib import Path
 
 import torch
 
@@ -31,10 +32,22 @@ def seconds(f, device):
     return time.perf_counter() - start
 
 
+def radeval(a, candidates, references, chexbert, radgraph):
+    "Print the seconds that RadEval's reward functions take for the same batch and weights."
+    with tempfile.TemporaryDirectory() as folder:
+        job = dict(candidates=candidates, references=references, chexbert=str(chexbert), radgraph_cache=str(Path(radgraph).parent), tokenizer=minilm_folder(), device=a.device, threads=a.threads)
+        Path(folder, "job.json").write_text(json.dumps(job))
+        done = subprocess.run([a.radeval, str(Path(__file__).with_name("bench_radeval.py")), str(Path(folder, "job.json"))], capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS=str(a.threads)))
+        for line in filter(lambda l: l.startswith("{"), done.stdout.splitlines()):
+            for name, took in json.loads(line).items(): print(f"RadEval {name}: {took if isinstance(took, str) else f'{took:.2f}s'}", flush=True)
+        if done.returncode: print("RadEval:", done.stderr.splitlines()[-1])
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--prompts", type=int, default=8); p.add_argument("--group", type=int, default=8); p.add_argument("--duplicates", type=float, default=.3)
     p.add_argument("--device", default="cpu"); p.add_argument("--threads", type=int, default=1); p.add_argument("--chexbert"); p.add_argument("--radgraph")
+    p.add_argument("--radeval", metavar="PYTHON", help="a Python in which radeval runs, see bench_radeval.py")
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     c, r = batch(a.prompts, a.group, a.duplicates)
@@ -56,6 +69,7 @@ def main():
                 times = [seconds(theirs[name], a.device), seconds(lambda: judge.score(c, r), a.device), seconds(lambda: judge.score(c, r), a.device)]
                 total = [x + y for x, y in zip(total, times)]
                 print(f"{name:10}" + "".join(f"{t:9.2f}s" for t in times) + f"{times[0] / times[1]:8.1f}x{times[0] / times[2]:6.1f}x", flush=True)
+        if a.radeval: radeval(a, c, r, chexbert, radgraph)
         print(f"{'together':10}" + "".join(f"{t:9.2f}s" for t in total) + f"{total[0] / total[1]:8.1f}x{total[0] / total[2]:6.1f}x")
 
 
