@@ -62,16 +62,18 @@ CUES = {
         (?:nearly|almost|partially|incompletely|partly|mostly|largely) (?:completely )?(?:resolved|cleared|gone)
         (?:was |were )?not (?:definitely )?{_SEEN} (?:previously|before|earlier|(?:on|in) (?:the |any )?(?:prior|previous|earlier|old|xxxx))(?: \w+)?
         (?:tip|end|side-?hole|side port|portion) (?:[a-z]+ ){{0,5}}?(?:is|are|was) (?:not|no longer) (?:(?:well|clearly|definitely) )?{_SEEN}""",
-    "doubt after": r"""(?:is|are|remains?) (?:a )?(?:possible|questionable|suspected|likely|not excluded|possibility|consideration)|not (?:entirely |completely )?excluded|versus|vs
+    "doubt after": r"""(?:is|are|remains?) (?:a )?(?:possible|questionable|suspected|likely(?! (?:due|secondary|related))|not excluded|possibility|consideration)|not (?:entirely |completely )?excluded|versus|vs
         (?:can ?not|can't|could not|not) be (?:(?:completely|entirely|definitely|reliably) )?(?:excluded|ruled out)|(?:difficult|hard|impossible) to (?:completely |entirely )?(?:exclude|rule out)
         (?:should|could|can|might|may|must) (?:also )?be (?:considered|present)|in the differential""",
     "not now": r"""history of|h/o|(?:evaluate|evaluation|assess|assessment|check|look|looking) for""",
     "doubt": r"""(?:can ?not|could not|can't|not|difficult to|hard to|no evidence to) (?:(?:completely|entirely|definitely|reliably) )?(?:exclude|rule out)
+        (?:may|might|could|possibly|probably|likely|perhaps)(?: be)? (?:due|secondary|related) to|rais(?:es?|ing) (?:the )?(?:possibility|question|suspicion|concern)|favou?red over
         may|might|could|possible|possibly|probable|probably|likely|suspected|suspicious for|suspicion (?:of|for)|suspect|questionable|question|suggest(?:s|ed|ing|ive)?|consider
         concern(?:ing)? (?:for|of)|worrisome for|equivocal|borderline|perhaps|presumed|presumably|appears? to represent|to exclude|rule out|r/o|either|if
         less likely (?!(?:given|but|due|in|on|than|however|because|as)\b)(?=[a-z])""",
     "denial": rf"""(?:(?:is|are|was|were|has been|have been) )?(?:not|no longer) (?:(?:well|clearly|definitely|currently|radiographically) )?{_SEEN}
-        (?:has|have) (?:(?:completely|since|now|all) )*(?:resolved|cleared|been removed|been excluded)|(?:(?:is|are) )?(?:(?:completely|now|essentially|interval) )*(?:resolved|absent|gone|excluded|ruled out)
+        (?:can ?not|can't|can no longer|could not|could no longer) be (?:(?:well|clearly|definitely) )?{_SEEN}
+        (?:has|have) (?:been )?(?:(?:completely|since|now|all|fully) )*(?:resolved|cleared|removed|excluded|drained|evacuated)|(?:(?:is|are) )?(?:(?:completely|now|essentially|interval) )*(?:resolved|absent|gone|excluded|ruled out)
         unlikely|less likely|none|nil|(?:no|negative)$""",
     "negation": r"""no|not|without|denies|negative(?: for)?|free of|clear of|cleared of|absence of|(?:interval )?(?:resolution|clearing) of|rather than|instead of
         never|nor|neither|nothing|lacks?|lack of|excludes|(?:interval )?removal of|fail(?:s|ed) to""",
@@ -118,7 +120,7 @@ PATTERNS = {
     "Cardiomegaly": rf"cardiomegaly|(?:heart|cardiac){_GAP}{{0,7}}? (?:{_LARGE}|borderline(?! (?:enlarged|prominent|large)))|(?:{_LARGE}|enlargement of the|borderline)(?: (?!lungs?)[\w-]+)? (?:heart|cardiac)",
     "Lung Opacity": r"(?<!nodular )opaci\w+|infiltrat\w+|air ?space (?:disease|process)|interstitial(?: lung)? (?:markings?|opacit\w+)|haz(?:e|iness)",
     "Lung Lesion": r"nodul\w+|mass(?:es|like)?|tumou?rs?|neoplasms?|carcinoma|lesions?|metasta\w+",
-    "Edema": r"edema|(?:heart|cardiac) failure|chf|congestive|(?:volume|fluid) overload|kerley",
+    "Edema": r"edema|(?<!respiratory )(?<!renal )(?<!hepatic )(?<!to )failure|chf|congestive|(?:volume|fluid) overload|kerley",
     "Consolidation": r"consolidat\w+",
     "Pneumonia": r"(?:broncho)?pneumonias?|infectious|pneumonitis",
     "Atelectasis": r"atelecta\w+|volume loss|(?:lobar|lobe|lung) collapse|collapsed?(?: (?:lung|lobe))?",
@@ -126,7 +128,7 @@ PATTERNS = {
     "Pleural Effusion": r"effusions?|pleural fluid|hydropneumothora\w+|hemothorax|empyema",
     "Pleural Other": r"pleural ?(?:-|parenchymal )?(?:thickening|scar\w*|plaques?|fibrosis|calcification\w*|abnormality)|fibrothorax|apical cap",
     "Fracture": r"fractur\w+",
-    "Support Devices": r"pacemaker\w*|pacer|a?icd|defibrillator\w*|picc|catheters?|(?:central|venous)(?: venous)? lines?|lines (?:and|or) tubes|tubes?|port(?:-a-cath)?|mediport|generator|stents?|hardware|valves?|prosthe\w+|drains?|tracheostomy|shunt|devices?|(?:neuro)?stimulator|leads"}
+    "Support Devices": r"pacemaker\w*|pacer|a?icd|defibrillator\w*|picc|catheters?|(?:central|venous|subclavian|jugular|arterial|femoral)(?: venous)? lines?|lines (?:and|or) tubes|tubes?|port(?:-a-cath)?|mediport|generator|stents?|hardware|valves?|prosthe\w+|drains?|tracheostomy|shunt|devices?|(?:neuro)?stimulator|leads"}
 PATTERNS = {observation: re.compile(rf"\b(?:{pattern})\b") for observation, pattern in PATTERNS.items()}
 ORGANS = {"Enlarged Cardiomediastinum": re.compile(rf"\b{_MEDIASTINUM}\b"), "Cardiomegaly": re.compile(r"\b(?:heart|cardiac|cardio ?mediastin\w+)\b")}
 NORMAL = re.compile(r"\b(?:normal|unremarkable)\b")
