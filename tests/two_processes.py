@@ -26,6 +26,7 @@ data = Dataset.from_dict(dict(image=images, report=[words] * 8), features=Featur
 cfg = preset("smoke", group_size=4, batch_size=1, max_new_tokens=8, k_clin=2, stage2_steps=3)
 scorers = {n: Share(w) for n, w in zip((*TEXT_SCORERS, *CLINICAL_SCORERS, "format"), "the heart is effusion edema seen".split())}
 rewards = Rewards(scorers, cfg.k_clin, similarity=lambda texts, rows: [float(len(t)) for t in texts])
+calls.clear()                                                                     # the trial before training
 trainer = make_trainer(sys.argv[2], data, out / "t", rewards, cfg, "language+projector", 0.5, cfg.stage2_steps, seed=0, k_start=5, per_device=2)
 seen = []
 generate = trainer._generate_and_score_completions

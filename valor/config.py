@@ -59,6 +59,7 @@ class Config:
     chexbert_uncertain: str = "positive"        # how uncertain observations count: "positive", "negative" or a "class" of their own
     radgraph: str = "rules"             # … or a folder, an archive or a hub repository's name
     radgraph_type: str = "radgraph-xl"  # which of the real models: "radgraph", "radgraph-xl", "modern-radgraph-xl"
+    radgraph_encoder: str | None = None # folder with its text encoder's configuration and tokenizer, where the hub cannot be reached
     radgraph_level: str = "partial"     # "simple", "partial" or "complete"
     # rewards that are not the paper's: {name or package.module:attribute: [equation 3, 4 or 8, weight]}, and two penalties (04a_guard)
     extra_rewards: dict = dataclasses.field(default_factory=dict)
@@ -151,7 +152,8 @@ PRESETS = {
     "smoke": dict(n_train=96, n_val=8, n_test=16, image_size=64, expert_steps=4, base_studies=64, warmup_epochs=1, base_epochs=1,
                   sft_epochs=2, group_size=4, batch_size=2, stage1_steps=4, stage2_steps=4, k_clin=2, max_new_tokens=24,
                   save_steps=2, n_boot=100),
-    "paper": dict(benchmark="openi_rendered", expert="hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224", n_train=None, n_val=None,
+    "paper": dict(benchmark="openi_rendered", expert="hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224", chexbert="StanfordAIMI/RRG_scorers",
+                  radgraph="StanfordAIMI/RRG_scorers", n_train=None, n_val=None,
                   n_test=None, image_size=336, sft_mode="lora", sft_lr=2e-4, sft_epochs=1, batch_size=8, stage1_steps=None, stage2_steps=None, lr=1e-6, beta=0.04, max_new_tokens=256, lora_r=64, lora_alpha=128, save_steps=100),
 }
 ON_BENCHMARK = {("laptop", "openi_rendered"): dict(sections="findings", n_train=None, n_val=None, n_test=None, render_copies=4,

@@ -55,7 +55,7 @@ PHASES = {   # name: (predecessors, configuration fields that reach it, version 
     "base": (("data",), ("base", "base_seed", "base_studies", "warmup_epochs", "base_epochs", "render_copies", "sft_lr", "sft_batch_size"), 1),
     "sft": (("base",), ("seed", "sft_mode", "sft_epochs", "lora_r", "lora_alpha"), 1),
     "stage1": (("sft",), ("lambda_lex", "lambda_sem", "lambda_clin", "lambda_cx", "lambda_rg", "k_clin", "lambda_format",
-                          "bertscore_model", "bertscore_layer", *LABELER, "radgraph", "radgraph_type", "radgraph_level", "extra_rewards", "lambda_length",
+                          "bertscore_model", "bertscore_layer", *LABELER, "radgraph", "radgraph_type", "radgraph_encoder", "radgraph_level", "extra_rewards", "lambda_length",
                           "lambda_repetition", "rank_norm", "group_size", "batch_size", "lr",
                           "beta", "epsilon", "temperature", "max_new_tokens", "rl_epochs", "stage1_steps", "stage1_modules"), 2),
     "stage2": (("stage1", "expert"), ("lambda_vis", "stage2_steps", "stage2_modules"), 1),
@@ -229,7 +229,7 @@ def text_scorers(cfg):
     "The scorers that `cfg` names, by reward column."
     kept = runs_dir() / "scores"                                        # what models said of references, shared by all runs
     return {"bleu4": scorer("bleu4"), "rouge_l": scorer("rouge_l"), "bertscore": scorer("bertscore", model=cfg.bertscore_model, layer=cfg.bertscore_layer, cache=kept),
-            "chexbert": labeler(cfg), "radgraph": scorer("radgraph", model=cfg.radgraph, model_type=cfg.radgraph_type, level=cfg.radgraph_level, cache=kept), "format": scorer("format"),
+            "chexbert": labeler(cfg), "radgraph": scorer("radgraph", model=cfg.radgraph, model_type=cfg.radgraph_type, encoder=cfg.radgraph_encoder, level=cfg.radgraph_level, cache=kept), "format": scorer("format"),
             **{name: scorer(name) for name in extras_of(cfg)}}
 
 def labeler(cfg):

@@ -153,6 +153,8 @@ class ValorTrainer(GRPOTrainer):
             for name, (first, last) in raised.items():
                 if name not in self._alarmed: tqdm.write(f"alarm at k={self.k}: {name} fell from {first:.3g} to {last:.3g} (means over ten generations)")
             self._alarmed = set(raised)
+            for name, n in self.rewards.odd.items():
+                if n: tqdm.write(f"warning at k={self.k}: {n} scores of reward {name!r} are not finite; its lowest score stands for them")
             logs |= {f"alarm/{name}": last / first for name, (first, last) in raised.items()} | {f"odd/{name}": n for name, n in self.rewards.odd.items() if n}
             t, self._times = self._times, {}
             both = t.get("rollout and rewards", 0)
