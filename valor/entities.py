@@ -192,10 +192,12 @@ RadGraph.graphs = _graphs
 # %% ../nbs/02c_entities.ipynb #0c6b5fe4
 def miniature_radgraph(folder, model_type="radgraph-xl", width=64, layers=2, seed=0):
     "A made-up RadGraph archive `folder/<model_type>` in the true format and architecture, with its encoder in `folder/encoder`; random weights. Returns both paths."
-    from transformers import AutoTokenizer, BertConfig
+    from transformers import AutoTokenizer, BertConfig, ModernBertConfig
     place, encoder = Path(folder)/model_type, Path(folder)/"encoder"
     (place/"vocabulary").mkdir(parents=True)
-    BertConfig(hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64, intermediate_size=2 * width if width < 768 else 3072, initializer_range=.3 if width < 768 else .02).save_pretrained(encoder)
+    sizes = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=max(2, width // 64), intermediate_size=2 * width if width < 768 else 3072, initializer_range=.3 if width < 768 else .02)
+    special = dict(vocab_size=30522, pad_token_id=0, bos_token_id=101, eos_token_id=102, cls_token_id=101, sep_token_id=102)
+    (ModernBertConfig(**sizes, **special) if "modern" in model_type else BertConfig(**sizes)).save_pretrained(encoder)
     AutoTokenizer.from_pretrained(minilm_folder()).save_pretrained(encoder)
     parts = ["definitely present", "definitely absent", "uncertain"]
     kinds = ["Observation::" + p for p in parts] + ["Anatomy::" + p for p in parts] if "xl" in model_type else ["OBS-DP", "OBS-DA", "OBS-U", "ANAT-DP"]
