@@ -251,7 +251,7 @@ def evaluate(paths, out, metrics=None, n_boot=5000, seed=0, image_root=None, **o
                 versions={n: importlib.metadata.version(n) for n in ("valor", "torch", "transformers", "pycocoevalcap", "numpy")})
     table = tidy_table(frames, measures, n_boot, seed)
     table.to_csv(out/"table.csv", index=False, float_format="%.6g")
-    (out/"table.json").write_text(json.dumps(dict(info, rows=table.to_dict("records")), indent=1))
+    (out/"table.json").write_text(json.dumps(dict(info, rows=json.loads(table.to_json(orient="records"))), indent=1))
     (out/"table.md").write_text(f"{formatted(table, not_run).to_markdown()}\n\n{footnotes(info)}\n")
     return table, info
 

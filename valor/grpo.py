@@ -76,6 +76,7 @@ class Rewards:
 
     def _scorer(self, name):
         def score(completions, report, **columns):
+            self.odd[name] = 0
             if name not in needed(self.k, self.k_clin, self.extras): return [None] * len(completions)
             wanted = {n: columns[n] for n in getattr(self.scorers[name], "needs", ()) if n != "reference"}
             scores, self.odd[name] = checked_scores(name, self.scorers[name], _texts(completions), report, f"k={self.k}", columns.get("study_id"), **wanted)
@@ -151,7 +152,7 @@ class ValorTrainer(GRPOTrainer):
         if "loss" in logs:
             raised = alarms(self.state.log_history)
             for name, (first, last) in raised.items():
-                if name not in self._alarmed: tqdm.write(f"alarm at k={self.k}: {name} fell from {first:.3g} to {last:.3g} (means over ten generations)")
+                if name not in self._alarmed and self.is_world_process_zero(): tqdm.write(f"alarm at k={self.k}: {name} fell from {first:.3g} to {last:.3g} (means over ten generations)")
             self._alarmed = set(raised)
             for name, n in self.rewards.odd.items():
                 if n: tqdm.write(f"warning at k={self.k}: {n} scores of reward {name!r} are not finite; its lowest score stands for them")

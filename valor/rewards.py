@@ -389,7 +389,7 @@ def load_attribute(name):
     path = SCORERS.get(name) or next((e.value for e in entry_points(group="valor.scorers", name=name)), name)
     module, colon, attribute = path.partition(":")
     if not colon: raise ValueError(f"scorer name={name!r}: allowed are {', '.join(SCORERS)}, an entry point of the group valor.scorers, and package.module:attribute")
-    if os.getcwd() not in sys.path: sys.path.append(os.getcwd())                      # a command does not look there by itself
+    if name not in SCORERS and os.getcwd() not in sys.path: sys.path.append(os.getcwd())                      # a command does not look there by itself
     try: return getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as e: raise ValueError(f"scorer name={name!r}: {path} cannot be imported ({e})") from e
 
