@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['MESH_SIDES', 'MESH_ZONES', 'MESH_SEVERITIES', 'MESH_FINDINGS', 'BENCHMARKS', 'openi_archive', 'parse_openi',
-           'read_openi', 'Code', 'parse_code', 'code_to_findings', 'codes_to_findings', 'coverage', 'normalize',
-           'hash_unit', 'split_of', 'clean_openi', 'code_labels', 'study_seed', 'render_study', 'openi_dataset',
-           'load_benchmark', 'rerender', 'leaked', 'benchmark_note']
+           'read_openi', 'Code', 'parse_code', 'code_to_findings', 'codes_to_findings', 'coverage', 'hash_unit',
+           'split_of', 'clean_openi', 'code_labels', 'study_seed', 'render_study', 'openi_dataset', 'load_benchmark',
+           'rerender', 'leaked', 'benchmark_note']
 
 # %% ../nbs/01_data.ipynb #e459c624
 import hashlib, importlib.util, re, tarfile
@@ -16,6 +16,7 @@ import numpy as np, pandas as pd
 from datasets import Dataset, DatasetDict
 from tqdm.auto import tqdm
 from .config import OBSERVATIONS
+from .sections import clean_text
 from .phantom import FEATURES, FINDINGS, KINDS, Finding, compose_report, from_truth, labels, make_phantom, png_bytes, render, to_truth
 
 # %% ../nbs/01_data.ipynb #efe64976
@@ -150,19 +151,6 @@ def coverage(studies):
     return dict(studies=len(parts), abnormal=len(abnormal), codes=n_codes, codes_drawn=n_drawn, drawn=share(n_drawn, n_codes),
                 any=share(sum(d > 0 for d, _ in abnormal), len(abnormal)), all=share(sum(d == n for d, n in abnormal), len(abnormal)))
 
-# %% ../nbs/01_data.ipynb #85d9737a
-def normalize(text, deidentified="drop"):
-    """A real report's text made regular: lower-case, single spaces, no list numbers, no doubled or floating punctuation. `deidentified` says what becomes of the token XXXX: `drop`
-    (with what is glued to it; `x-XXXX` becomes x-ray) or `keep` (as the word xxxx). Raises `ValueError` for another rule."""
-    if deidentified not in ("drop", "keep"): raise ValueError(f"deidentified={deidentified!r}: must be 'drop' or 'keep'")
-    text = re.sub(r"\bx-xxxx", "x-ray", text.lower())
-    if deidentified == "drop": text = re.sub(r"[^\s(]*xxxx[^\s.,;:)]*", " ", text)
-    text = re.sub(r"\(\s*\)", " ", text)
-    text = re.sub(r"\s+([.,;:)])", r"\1", " ".join(text.split()))
-    text = re.sub(r"([.,;:])[.,;:]+", r"\1", text)
-    text = re.sub(r"(^|[.:;] )\(?\d{1,2}[.)] (?=[a-z])", r"\1", text)                  # list numbers: "1. no effusion. 2. clear."
-    return text.strip(" ,;:").removeprefix(".").strip()
-
 # %% ../nbs/01_data.ipynb #2102525a
 def hash_unit(text):
     "A number in [0, 1) that depends on `text` alone (SHA-256), the same on every machine."
@@ -179,7 +167,7 @@ def clean_openi(studies, deidentified="drop", min_words=5):
     a fair sample), and a `Counter` of the reasons for which the others were left out."""
     kept, dropped = [], Counter()
     for s in studies:
-        texts = {k: normalize(s[k], deidentified) for k in ("findings", "impression")}
+        texts = {k: clean_text(s[k], deidentified) for k in ("findings", "impression")}
         reason = ("no findings" if not texts["findings"] else "no impression" if not texts["impression"] else
                   "findings too short" if len(texts["findings"].split()) < min_words else "not indexed" if "No Indexing" in s["codes"] else None)
         if reason: dropped[reason] += 1
