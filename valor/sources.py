@@ -14,6 +14,7 @@ from xml.etree.ElementTree import ParseError
 import ijson, pandas as pd
 from .config import OBSERVATIONS
 from .data import code_labels, openi_archive, parse_openi
+from .images import first_line
 from .sections import parse_sections
 
 # %% ../nbs/01d_sources.ipynb #6aa7dbd5
@@ -80,7 +81,7 @@ def read_table(path, needed):
             if missing: raise DataError(f"{path}: the header has no column {', '.join(missing)}; it reads {', '.join(header[:12]) or '(nothing)'}; expected {', '.join(needed)}")
             for row in rows:
                 if row: yield rows.line_num, dict(zip(header, row)) if len(row) == len(header) else None
-    except (UnicodeDecodeError, csv.Error, EOFError, gzip.BadGzipFile, OSError) as e: raise DataError(f"{path}: not readable as CSV in UTF-8 ({e})") from e
+    except (UnicodeDecodeError, csv.Error, EOFError, gzip.BadGzipFile, OSError) as e: raise DataError(f"{path}: not readable as CSV in UTF-8 ({first_line(e)})") from e
 
 # %% ../nbs/01d_sources.ipynb #f0f6e4f2
 FRONTAL, LATERAL = {"PA", "AP", "FRONTAL", "AP AXIAL", "PA ERECT", "AP ERECT", "AP SUPINE"}, {"LATERAL", "LL", "RL", "LARGE LATERAL", "LAO", "RAO", "LEFT LATERAL", "XTABLE LATERAL"}
@@ -128,16 +129,18 @@ def _members(archive):
         with tarfile.open(archive) as tar:
             for m in tar:
                 if m.name.endswith(".xml"): yield f"{archive}:{m.name}", tar.extractfile(m).read()
-    except (tarfile.TarError, EOFError, OSError) as e: raise DataError(f"{archive}: not readable as a tar archive ({e})") from e
+    except (tarfile.TarError, EOFError, OSError) as e: raise DataError(f"{archive}: not readable as a tar archive ({first_line(e)})") from e
 
 def read_openi_tree(root, reports=None):
     "Open-i's raw distribution under `root`. `reports`: None (`ecgen-radiology/` or `NLMCXR_reports.tgz` in `root`), `wheel` (torchxrayvision's archive), or a folder or archive."
     root = _folder(root) if root is not None else Path()
     seen = openi_views()
     for where, xml in _openi_xmls(root, reports):
-        try: s = parse_openi(xml)
+        try:
+            s = parse_openi(xml)
+            if not s["uid"]: raise ValueError("no uId")
         except (ParseError, AttributeError, TypeError, ValueError) as e:
-            yield Fault(Path(where).stem, "broken XML", where, f"not a report of Open-i ({e}); expected eCitation XML with a uId")
+            yield Fault(Path(where).stem, "broken XML", where, f"not a report of Open-i ({first_line(e)}); expected eCitation XML with a uId")
             continue
         images = [(str(_openi_file(root, i)), seen.get(dicom_name(i), "unknown")) for i in s["images"]]
         yield Study(s["uid"], s["uid"], where, s["findings"], s["impression"], images=images, codes=s["codes"])
@@ -179,7 +182,7 @@ def _annotation(path):
                     depth += (event in ("start_map", "start_array")) - (event in ("end_map", "end_array"))
                     if depth == 0: yield split, index, builder.value; builder, index = None, index + 1
             if split is None: raise DataError(f"{path}: holds no splits; expected {{\"train\": [...], \"val\": [...], \"test\": [...]}}")
-    except (ijson.JSONError, UnicodeDecodeError) as e: raise DataError(f"{path}: not readable as JSON ({e})") from e
+    except (ijson.JSONError, UnicodeDecodeError) as e: raise DataError(f"{path}: not readable as JSON ({first_line(e)})") from e
 
 def read_r2gen(root, credentialed, annotation="annotation.json"):
     """R2Gen's layout: the file `annotation` and `images/` under `root`. `credentialed`: the file is MIMIC-CXR's.
@@ -323,14 +326,14 @@ def read_header(path):
     "Yields the header of a CSV."
     try:
         with _open(path) as f: yield [h.strip() for h in next(csv.reader(f), [])]
-    except (UnicodeDecodeError, csv.Error, EOFError, gzip.BadGzipFile) as e: raise DataError(f"{path}: not readable as CSV in UTF-8 ({e})") from e
+    except (UnicodeDecodeError, csv.Error, EOFError, gzip.BadGzipFile) as e: raise DataError(f"{path}: not readable as CSV in UTF-8 ({first_line(e)})") from e
 
 def read_hf(root):
     "A Hugging Face dataset: a folder of `save_to_disk`, or whatever `datasets.load_dataset` takes."
     import datasets
     name, path = str(root), Path(root).expanduser()
     try: found = datasets.load_from_disk(path) if (path/"dataset_dict.json").exists() or (path/"dataset_info.json").exists() else datasets.load_dataset(name)
-    except (FileNotFoundError, ValueError, ConnectionError, OSError) as e: raise DataError(f"root={name!r}: no Hugging Face dataset ({str(e).splitlines()[0]}); expected a folder of save_to_disk or a dataset's name") from e
+    except (FileNotFoundError, ValueError, ConnectionError, OSError) as e: raise DataError(f"root={name!r}: no Hugging Face dataset ({first_line(e)}); expected a folder of save_to_disk or a dataset's name") from e
     for split, part in (found.items() if isinstance(found, dict) else [(None, found)]):
         _check_columns(part.column_names, f"{name}[{split}]")
         for column, feature in part.features.items():

@@ -111,7 +111,7 @@ def add_labels(rows, studies, how):
     "Fill the `labels` of `rows` in place; returns a `Fault` for each row that has none, by index."
     if how["labels"] == "rules":
         judged = RuleLabeler().labels([r["report"] for r in rows])[OBSERVATIONS].isin([1, -1]).astype(int).to_numpy().tolist()
-    elif how["labels"] == "codes": judged = [code_labels(s.codes) if s.codes else None for s in studies]
+    elif how["labels"] == "codes": judged = [code_labels(s.codes) if s.codes and "No Indexing" not in s.codes else None for s in studies]
     else: judged = [None if s.labels is None else [int(v in (1, -1)) for v in s.labels] for s in studies]
     for row, labels in zip(rows, judged): row["labels"] = labels
     return {i: Fault(s.study_id, "no labels", s.where, f"no {'MeSH codes' if how['labels'] == 'codes' else 'row in the CheXpert table'}; labels={how['labels']!r} needs them (labels='rules' reads the report instead)")
@@ -127,7 +127,7 @@ def fingerprint(root):
     if root is None: return []
     root = Path(root).expanduser()
     paths = [root, *(sorted(root.iterdir()) if root.is_dir() else [])]
-    return [(p.name, (s := p.stat()).st_size if p.is_file() else 0, s.st_mtime_ns) for p in paths if p.exists()]
+    return [(p.name, s.st_size if p.is_file() else 0, s.st_mtime_ns) for p in paths if p.exists() for s in [p.stat()]]
 
 def _splits_table(path):
     "{study_id: split} of a user's split file (CSV with study_id, split)."

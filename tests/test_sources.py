@@ -1,0 +1,338 @@
+"""Real-data loading: trees in every distributor's layout load whole; over sixty kinds of fault cost at most the study they are in."""
+import json, shutil, sys, tempfile
+from functools import lru_cache
+from pathlib import Path
+import datasets, numpy as np, pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+from PIL import Image
+sys.path.insert(0, str(Path(__file__).parent))
+import trees
+from valor.data_report import data_report, to_markdown
+from valor.images import ImageError, check_image, read_image
+from valor.sections import parse_sections
+from valor.sources import DataError
+from valor.studies import load_studies, store_images
+
+N = 12
+LAYOUTS = {   # name: (source, builder returning the root, changes that make every study usable)
+    "openi png": ("openi", lambda r: trees.openi(r, N), {}),
+    "openi dicom": ("openi", lambda r: trees.openi(r, N, "dcm"), {}),
+    "kaggle": ("kaggle_indiana", lambda r: trees.kaggle(r, N), {}),
+    "r2gen iu": ("r2gen_iu", lambda r: trees.r2gen(r, N), {}),
+    "r2gen iu flat": ("r2gen_iu", lambda r: trees.r2gen(r, N, flat=True), {}),
+    "r2gen mimic": ("r2gen_mimic", lambda r: trees.r2gen(r, N, mimic=True), {}),
+    "mimic": ("mimic_cxr_jpg", lambda r: trees.mimic(r, N), {}),
+    "csv": ("table", lambda r: trees.table(r, N), {}),
+    "jsonl": ("table", lambda r: trees.table(r, N, "jsonl"), {}),
+}
+
+@pytest.fixture(scope="module")
+def masters(tmp_path_factory):
+    "Every tree, made once; tests copy what they break."
+    home = tmp_path_factory.mktemp("trees")
+    return {name: LAYOUTS[name][1](home/name.replace(" ", "_")) for name in LAYOUTS}
+
+def loaded(name, root, tmp_path, **kw):
+    return load_studies(LAYOUTS[name][0], root, cache=tmp_path/"cache", **kw)
+
+def ids(studies): return {i for d in studies.values() for i in d["study_id"]}
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_loads_whole(name, masters, tmp_path):
+    studies = loaded(name, masters[name], tmp_path, size=48)
+    assert len(ids(studies)) == N and len(studies.set_aside) == 0
+    for data in studies.values():
+        for row in data:
+            assert row["image"].size == (48, 48) and row["image"].mode == "L" and len(row["labels"]) == 14 and row["report"] and row["source"] == LAYOUTS[name][0]
+            assert "xxxx" not in row["report"] and "___" not in row["report"] and row["report"] == row["report"].lower()
+            if "r2gen" not in name: assert row["findings"] and row["impression"] and row["report"].startswith("findings: ")
+    assert "Set aside" in to_markdown(data_report(studies))
+
+@pytest.mark.parametrize("name", ["kaggle", "mimic", "csv"])
+def test_second_image(name, masters, tmp_path):
+    both = loaded(name, masters[name], tmp_path, view="both", size=32)
+    rows = [r for d in both.values() for r in d]
+    assert len(rows) == (8 if name == "mimic" else N) and all(r["view"] == "frontal" and r["second_view"] == "lateral" and r["second_image"].size == (32, 32) for r in rows)
+
+def test_mimic_splits_labels_patients(masters, tmp_path):
+    studies = loaded("mimic", masters["mimic"], tmp_path)
+    assert {s: len(d) for s, d in studies.items()} == {"train": 4, "val": 4, "test": 4}     # validate is val
+    positive = {r["study_id"]: r["labels"][9] for d in studies.values() for r in d}
+    assert all(positive[f"s{50000000 + i}"] == (i % 3 != 1) for i in range(1, N + 1))       # 1 and -1 count as present
+    assert not data_report(studies)["Leakage"]["patients"].any()
+
+def test_r2gen_preset(masters, tmp_path):
+    studies = loaded("r2gen iu", masters["r2gen iu"], tmp_path, preset="r2gen", size=32)
+    row = studies["test"][0]
+    assert row["report"].endswith(" .") and "," not in row["report"] and row["second_image"] is not None and row["second_view"] == "unknown"
+
+def test_hugging_face_dataset(tmp_path):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40)).astype(np.uint8))
+    rows = dict(image=[image] * 4, report=[f"The heart is normal in size {i}." for i in range(4)])
+    part = datasets.Dataset.from_dict(rows, features=datasets.Features(image=datasets.Image(), report=datasets.Value("string")))
+    datasets.DatasetDict(train=part, validation=part.select([0])).save_to_disk(tmp_path/"hf")
+    studies = load_studies("hf", tmp_path/"hf", sections="report", cache=tmp_path/"cache", size=32)
+    assert {s: len(d) for s, d in studies.items()} == {"train": 4, "val": 1} and studies["train"][0]["image"].size == (32, 32)
+
+def test_split_file(masters, tmp_path):
+    (tmp_path/"s.csv").write_text("study_id,split\n" + "\n".join(f"CXR{i},{'test' if i < 4 else 'train'}" for i in range(1, N + 1)) + "\nCXR999,test\n")
+    studies = loaded("kaggle", masters["kaggle"], tmp_path, splits=tmp_path/"s.csv")
+    assert sorted(studies["test"]["study_id"]) == ["CXR1", "CXR2", "CXR3"] and studies.set_aside.kind.tolist() == ["absent study"]
+
+# ---- faults -------------------------------------------------------------------------------------------------------------------------------
+
+def edit(path, old, new, count=1):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, count))
+
+def rows(path, change):
+    found = trees.read_csv(path)
+    trees.write_csv(path, change(found) or found)
+
+def entries(root, change):
+    path = root/"annotation.json"
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+def set_(rows, i, **values): rows[i].update(values)
+
+png, norm = "NLMCXR_png/CXR3_1_IM-0003-1001.png", "images/images_normalized/3_IM-0003-1001.dcm.png"
+second = "NLMCXR_png/CXR3_1_IM-0003-2001.png"
+xml = "ecgen-radiology/3.xml"
+jpg = "files/p10/p10000001/s50000003/00000003-00000000-aaaa-bbbb-cccc.jpg"
+txt = "files/p10/p10000001/s50000003.txt"
+cut = lambda f, keep=.5: f.write_bytes(f.read_bytes()[:int(f.stat().st_size * keep)])
+flip = lambda f, at: f.write_bytes(f.read_bytes()[:at] + b"\0\0\0\0" + f.read_bytes()[at + 4:])
+lone = lambda r: edit(r/"ecgen-radiology/3.xml", '<parentImage id="CXR3_1_IM-0003-2001">', '<other>', 1) or edit(r/"ecgen-radiology/3.xml", "</parentImage></eCitation>", "</other></eCitation>")
+meta, spl, chx = (f"mimic-cxr-2.1.0-{n}.csv.gz" for n in ("metadata", "split", "chexpert"))
+LOST = {"openi png": "CXR3", "openi dicom": "CXR3", "kaggle": "CXR3", "r2gen iu": "CXR3_IM-0003", "mimic": "s50000003", "csv": "study3", "jsonl": "study3"}
+
+FAULTS = {   # "layout: what": (what is done to the tree, kind that is listed, whether the study is lost)
+    # Open-i
+    "openi png: XML cut": (lambda r: cut(r/xml), "broken XML", True),
+    "openi png: XML empty": (lambda r: (r/xml).write_bytes(b""), "broken XML", True),
+    "openi png: XML is something else": (lambda r: (r/xml).write_text("<html/>"), "broken XML", True),
+    "openi png: XML with a bare ampersand": (lambda r: edit(r/xml, "Cough.", "Cough & fever."), "broken XML", True),
+    "openi png: XML in a wrong encoding": (lambda r: (r/xml).write_bytes((r/xml).read_bytes().replace(b"Cough", b"\xff\xfe")), "broken XML", True),
+    "openi png: uId without id": (lambda r: edit(r/xml, 'id="CXR3"', 'nr="CXR3"'), "broken XML", True),
+    "openi png: no FINDINGS": (lambda r: edit(r/xml, 'Label="FINDINGS"', 'Label="OTHER"'), "no findings", True),
+    "openi png: empty IMPRESSION": (lambda r: edit(r/xml, trees.IMPRESSION[0], ""), "no impression", True),
+    "openi png: findings are nothing but marks": (lambda r: edit(r/xml, trees.FINDINGS[0].format(i=3), "XXXX."), "no findings", True),
+    "openi png: findings of one word": (lambda r: edit(r/xml, trees.FINDINGS[0].format(i=3), "Clear."), "too short", True),
+    "openi png: duplicate id": (lambda r: shutil.copy(r/xml, r/"ecgen-radiology/77.xml"), "duplicate id", False),
+    "openi png: no MeSH code": (lambda r: edit(r/xml, f"<major>{trees.MESH[0][0]}</major>", ""), "no labels", True),
+    "openi png: not indexed": (lambda r: edit(r/xml, trees.MESH[0][0], "No Indexing"), "no labels", True),
+    "openi png: one of two PNGs is missing": (lambda r: (r/png).unlink(), "missing image", False),
+    "openi png: one of two PNGs is cut": (lambda r: cut(r/png), "damaged image", False),
+    "openi png: one of two PNGs is empty": (lambda r: (r/png).write_bytes(b""), "damaged image", False),
+    "openi png: one of two PNGs is of one value": (lambda r: Image.new("L", (60, 50), 9).save(r/png), "flat image", False),
+    "openi png: one of two PNGs is black": (lambda r: Image.new("L", (600, 500), 0).save(r/png), "flat image", False),
+    "openi png: a PNG is HTML": (lambda r: (r/png).write_text("<html>404</html>"), "damaged image", False),
+    "openi png: a PNG is a GIF": (lambda r: Image.new("L", (9, 9)).save(r/png, "GIF"), "damaged image", False),
+    "openi png: a PNG is a folder": (lambda r: (r/png).unlink() or (r/png).mkdir(), "damaged image", False),
+    "openi png: both PNGs are missing": (lambda r: (r/png).unlink() or (r/second).unlink(), "no image of the view", True),
+    "openi png: no image is named": (lambda r: (r/xml).write_text((r/xml).read_text().replace("parentImage", "childImage")), "no image of the view", True),
+    "openi dicom: DICOM cut in its pixels": (lambda r: cut(r/"NLMCXR_dcm/3/3_IM-0003-1001.dcm"), "damaged image", False),
+    "openi dicom: DICOM cut in its header": (lambda r: cut(r/"NLMCXR_dcm/3/3_IM-0003-1001.dcm", .03), "damaged image", False),
+    "openi dicom: DICOM of one value": (lambda r: trees.write_dicom(r/"NLMCXR_dcm/3/3_IM-0003-1001.dcm", np.full((50, 60), 7)), "flat image", False),
+    "openi dicom: DICOM without its preamble": (lambda r: (r/"NLMCXR_dcm/3/3_IM-0003-1001.dcm").write_bytes(b"\0" * 400), "damaged image", False),
+    # Kaggle
+    "kaggle: a report row is too long": (lambda r: edit(r/"indiana_reports.csv", "\n3,", "\n3,,,,"), "wrong number of cells", True),
+    "kaggle: a report row is cut": (lambda r: edit(r/"indiana_reports.csv", "\n3,Pleural Effusion/left/small,,Xray Chest PA and Lateral", "\n3\n900,Pleural Effusion/left/small,,Xray Chest PA and Lateral"), "wrong number of cells", True),
+    "kaggle: uid is no number": (lambda r: rows(r/"indiana_reports.csv", lambda t: set_(t, 2, uid="three")), "no identifier", True),
+    "kaggle: uid is empty": (lambda r: rows(r/"indiana_reports.csv", lambda t: set_(t, 2, uid="")), "no identifier", True),
+    "kaggle: duplicate uid": (lambda r: rows(r/"indiana_reports.csv", lambda t: t + [t[2]]), "duplicate id", False),
+    "kaggle: findings empty": (lambda r: rows(r/"indiana_reports.csv", lambda t: set_(t, 2, findings="")), "no findings", True),
+    "kaggle: MeSH empty": (lambda r: rows(r/"indiana_reports.csv", lambda t: set_(t, 2, MeSH="")), "no labels", True),
+    "kaggle: an unknown projection": (lambda r: rows(r/"indiana_projections.csv", lambda t: set_(t, 5, projection="Oblique")), "unknown projection", False),
+    "kaggle: a projection row is too short": (lambda r: edit(r/"indiana_projections.csv", "3,3_IM-0003-2001.dcm.png,Lateral", "3,3_IM-0003-2001.dcm.png"), "wrong number of cells", False),
+    "kaggle: no projection row for a study": (lambda r: rows(r/"indiana_projections.csv", lambda t: [x for x in t if x["uid"] != "3"]), "no image of the view", True),
+    "kaggle: projections of a study without report": (lambda r: rows(r/"indiana_reports.csv", lambda t: [x for x in t if x["uid"] != "3"]), "images without a report", True),
+    "kaggle: the frontal film is missing": (lambda r: (r/norm).unlink(), "no image of the view", True),
+    "kaggle: the frontal film is cut": (lambda r: cut(r/norm, .8), "no image of the view", True),
+    "kaggle: the lateral film is cut": (lambda r: cut(r/norm.replace("1001", "2001")), "damaged image", False),
+    # R2Gen
+    "r2gen iu: no report": (lambda r: entries(r, lambda d: d["train"][1].pop("report")), "missing key", True),
+    "r2gen iu: no image_path": (lambda r: entries(r, lambda d: d["train"][1].pop("image_path")), "missing key", True),
+    "r2gen iu: report is a number": (lambda r: entries(r, lambda d: set_(d["train"], 1, report=5)), "not a text", True),
+    "r2gen iu: report is empty": (lambda r: entries(r, lambda d: set_(d["train"], 1, report=" ")), "no report", True),
+    "r2gen iu: image_path is a number": (lambda r: entries(r, lambda d: set_(d["train"], 1, image_path=[3])), "not a path", True),
+    "r2gen iu: an entry is a text": (lambda r: entries(r, lambda d: d["train"].__setitem__(1, "CXR3")), "not an entry", True),
+    "r2gen iu: an entry is null": (lambda r: entries(r, lambda d: d["train"].__setitem__(1, None)), "not an entry", True),
+    "r2gen iu: split contradicts": (lambda r: entries(r, lambda d: set_(d["train"], 1, split="test")), "contradictory split", True),
+    "r2gen iu: the same id twice": (lambda r: entries(r, lambda d: d["val"].append(d["train"][1] | dict(split="val"))), "duplicate id", False),
+    "r2gen iu: an unknown split": (lambda r: entries(r, lambda d: d.__setitem__("holdout", [d["train"].pop(1) | dict(split="holdout")])), "unknown split", True),
+    "r2gen iu: both images are missing": (lambda r: shutil.rmtree(r/"images/CXR3_IM-0003"), "no image of the view", True),
+    # MIMIC-CXR-JPG
+    "mimic: report missing": (lambda r: (r/txt).unlink(), "missing report", True),
+    "mimic: report not UTF-8": (lambda r: (r/txt).write_bytes(b"\n FINDINGS: \xff\xfe clear"), "not text", True),
+    "mimic: report empty": (lambda r: (r/txt).write_text(""), "no findings", True),
+    "mimic: report without IMPRESSION": (lambda r: edit(r/txt, "IMPRESSION:", "NOTIFICATION:"), "no impression", True),
+    "mimic: report without headers": (lambda r: (r/txt).write_text("The lungs are clear as they were before."), "no findings", True),
+    "mimic: frontal film cut": (lambda r: cut(r/jpg), "no image of the view", True),
+    "mimic: frontal film missing": (lambda r: (r/jpg).unlink(), "missing image", True),
+    "mimic: frontal film flat": (lambda r: Image.new("L", (500, 500), 77).save(r/jpg), "flat image", True),
+    "mimic: no metadata row": (lambda r: rows(r/meta, lambda t: [x for x in t if x["study_id"] != "50000003"]), "absent study", True),
+    "mimic: no split row": (lambda r: rows(r/spl, lambda t: [x for x in t if x["study_id"] != "50000003"]), "not in the split table", True),
+    "mimic: an unknown split": (lambda r: rows(r/spl, lambda t: [x | dict(split="holdout") if x["study_id"] == "50000003" else x for x in t]), "unknown split", True),
+    "mimic: two splits": (lambda r: rows(r/spl, lambda t: t + [dict(dicom_id="x", study_id="50000003", subject_id="10000001", split="test")]), "contradictory split", True),
+    "mimic: study_id is no number": (lambda r: rows(r/spl, lambda t: [x | dict(study_id="s") if x["study_id"] == "50000003" else x for x in t]), "broken table row", True),
+    "mimic: no row in the CheXpert table": (lambda r: rows(r/chx, lambda t: [x for x in t if x["study_id"] != "50000003"]), "no labels", True),
+    "mimic: a label that is none": (lambda r: rows(r/chx, lambda t: set_(t, 2, Edema="maybe")), "broken labels", True),
+    "mimic: a label out of range": (lambda r: rows(r/chx, lambda t: set_(t, 2, Edema="2.0")), "broken labels", True),
+    # one's own table
+    "csv: a row is too long": (lambda r: edit(r, "study3,", "study3,,"), "wrong number of cells", True),
+    "csv: an unknown split": (lambda r: rows(r, lambda t: set_(t, 2, split="holdout")), "unknown split", True),
+    "csv: views do not fit": (lambda r: rows(r, lambda t: set_(t, 2, view="PA")), "views do not fit", True),
+    "csv: no image named": (lambda r: rows(r, lambda t: set_(t, 2, image="", view="")), "no image of the view", True),
+    "csv: image path does not exist": (lambda r: rows(r, lambda t: set_(t, 2, image="img/none.png", view="PA")), "missing image", True),
+    "csv: impression empty": (lambda r: rows(r, lambda t: set_(t, 2, impression="")), "no impression", True),
+    "csv: the same id twice": (lambda r: rows(r, lambda t: t + [t[2]]), "duplicate id", False),
+    "csv: only a lateral film": (lambda r: rows(r, lambda t: set_(t, 2, view="LATERAL;LATERAL")), "no image of the view", True),
+    "jsonl: a line is not JSON": (lambda r: edit(r, '{"study_id": "study3"', '{"study_id: "study3"'), "broken JSON", True),
+    "jsonl: a line is a list": (lambda r: edit(r, "\n", '\n[1, 2]\n'), "broken JSON", False),
+    "jsonl: a text is a number": (lambda r: edit(r, json.dumps(trees.texts(3)[0]), "3"), "not a text", True),
+    "jsonl: an image is a number": (lambda r: edit(r, '["img/3.png", "img/3.jpg"]', "[3, 4]"), "not a path", True),
+}
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_costs_at_most_its_study(name, masters, tmp_path):
+    layout = name.split(": ")[0]
+    root = Path(shutil.copytree(masters[layout].parent if masters[layout].is_file() else masters[layout], tmp_path/"tree"))
+    if masters[layout].is_file(): root = root/masters[layout].name
+    break_it, kind, lost = FAULTS[name]
+    break_it(root)
+    studies = loaded(layout, root, tmp_path)
+    good = ids(loaded(layout, masters[layout], tmp_path))
+    lost_ids = {LOST[layout]} if lost else set()
+    assert good - lost_ids <= ids(studies) and not lost_ids & ids(studies)                       # nothing good is lost, nothing broken is kept
+    aside = studies.set_aside
+    assert kind in set(aside.kind), aside.to_string()
+    line = aside[aside.kind == kind].iloc[0]
+    assert line["message"] and "\n" not in line["message"] and (Path(line["where"].split(":")[0]).name or line["where"] == "split file")
+    with pytest.raises(DataError, match="strict=True"): loaded(layout, root, tmp_path, strict=True)
+
+STOPS = {   # what makes everything unreadable: (layout, what is done, what the message says)
+    "missing root": ("kaggle", lambda r: shutil.rmtree(r), "no such folder"),
+    "root is a file": ("kaggle", lambda r: shutil.rmtree(r) or r.write_text(""), "is a file"),
+    "no reports in Open-i": ("openi png", lambda r: shutil.rmtree(r/"ecgen-radiology"), "neither ecgen-radiology"),
+    "an empty ecgen-radiology": ("openi png", lambda r: shutil.rmtree(r/"ecgen-radiology") or (r/"ecgen-radiology").mkdir(), "no \\*.xml"),
+    "a broken archive": ("openi png", lambda r: shutil.rmtree(r/"ecgen-radiology") or (r/"NLMCXR_reports.tgz").write_bytes(b"no"), "tar archive"),
+    "another header": ("kaggle", lambda r: edit(r/"indiana_reports.csv", "findings", "FINDINGS"), "no column findings"),
+    "no projections": ("kaggle", lambda r: (r/"indiana_projections.csv").unlink(), "no indiana_projections.csv"),
+    "an empty CSV": ("kaggle", lambda r: (r/"indiana_reports.csv").write_bytes(b""), r"\(nothing\)"),
+    "a binary CSV": ("kaggle", lambda r: (r/"indiana_reports.csv").write_bytes(b"\xff\xfe\x00" * 50), "not readable as CSV"),
+    "annotation is not JSON": ("r2gen iu", lambda r: (r/"annotation.json").write_text("{"), "not readable as JSON"),
+    "annotation without splits": ("r2gen iu", lambda r: (r/"annotation.json").write_text("[]"), "holds no splits"),
+    "MIMIC's file as IU's": ("r2gen iu", lambda r: entries(r, lambda d: d["train"][0].__setitem__("image_path", ["p10/p10000032/s50414267/x.jpg"])), "use source='r2gen_mimic'"),
+    "no split table": ("mimic", lambda r: (r/spl).unlink(), "no mimic-cxr-2"),
+    "two split tables": ("mimic", lambda r: shutil.copy(r/spl, r/"mimic-cxr-2.0.0-split.csv.gz"), "more than one"),
+    "a cut table": ("mimic", lambda r: cut(r/meta), "not readable as CSV"),
+    "a table that is not gzip": ("mimic", lambda r: (r/meta).write_text("a,b"), "not readable as CSV"),
+    "no files folder": ("mimic", lambda r: shutil.rmtree(r/"files"), "no files in it"),
+    "a table without report": ("csv", lambda r: r.write_text("image,text\na.png,b\n"), "expected image and report"),
+    "a table of another kind": ("csv", lambda r: r.unlink() or r.mkdir(), "expected a .csv or .jsonl file"),
+    "no study left": ("csv", lambda r: rows(r, lambda t: [x | dict(findings="") for x in t]), "no study of table can be used"),
+}
+
+@pytest.mark.parametrize("name", STOPS)
+def test_nothing_can_be_read(name, masters, tmp_path):
+    layout, break_it, says = STOPS[name]
+    root = Path(shutil.copytree(masters[layout].parent if masters[layout].is_file() else masters[layout], tmp_path/"tree"))
+    if masters[layout].is_file(): root = root/masters[layout].name
+    break_it(root)
+    with pytest.raises(DataError, match=says) as error: loaded(layout, root, tmp_path)
+    assert "\n" not in str(error.value)
+    assert not [p for p in (tmp_path/"cache").iterdir() if p.is_dir()]        # nothing half-made
+
+@pytest.mark.parametrize("text, says", [("study_id,split\nCXR1,holdout\n", "holdout"), ("study,split\n", "no column study_id"), ("study_id,split\nCXR1,train\nCXR1,test\n", "in two splits"), (None, "no such file")])
+def test_broken_split_file(text, says, masters, tmp_path):
+    if text: (tmp_path/"s.csv").write_text(text)
+    with pytest.raises(DataError, match=says): loaded("kaggle", masters["kaggle"], tmp_path, splits=tmp_path/"s.csv")
+
+# ---- properties ---------------------------------------------------------------------------------------------------------------------------
+
+KINDS = ("a.png", "b.jpg", "c.dcm")
+
+@lru_cache
+def film_bytes(name):
+    with tempfile.TemporaryDirectory() as home:
+        trees.film(Path(home)/name, 3, size=(90, 70))
+        return (Path(home)/name).read_bytes()
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(KINDS), st.floats(0, .97))
+def test_a_cut_image_is_always_noticed(name, keep):
+    data = film_bytes(name)[:int(len(film_bytes(name)) * keep)]
+    with pytest.raises(ImageError): check_image(data, name=name)
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(KINDS), st.data())
+def test_damage_never_escapes_as_another_error(name, data):
+    raw = bytearray(film_bytes(name))
+    for at in data.draw(st.lists(st.integers(0, len(raw) - 1), min_size=1, max_size=20)): raw[at] = data.draw(st.integers(0, 255))
+    try:
+        check_image(bytes(raw), full=True)
+        assert read_image(bytes(raw)).dtype == np.uint8
+    except ImageError as e: assert "\n" not in str(e)
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=300))
+def test_any_bytes_are_refused_or_read(data):
+    try: check_image(data)
+    except ImageError: pass
+
+HEADERS = st.sampled_from(["\n FINDINGS: ", "\n IMPRESSION:\n", "\n \n", "\n CHEST, TWO VIEWS:\n", "\n INDICATION: ", "\n WET READ: ", "FINDINGS: ", "\n COMPARISON: "])
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.one_of(HEADERS, st.text(alphabet="abcXYZ .:\n_", max_size=30)), max_size=12))
+def test_sections_never_invent_text(parts):
+    text = "".join(parts)
+    for name, body in parse_sections(text).items(): assert body in text and body == body.strip()
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sets(st.integers(0, N - 1), max_size=N - 1), st.integers(0, 10**6))
+def test_random_damage_costs_exactly_the_damaged(masters, tmp_path_factory, broken, seed):
+    tmp = tmp_path_factory.mktemp("random")
+    root = Path(shutil.copytree(masters["csv"].parent, tmp/"tree"))/"mine.csv"
+    kinds = np.random.default_rng(seed).integers(0, 4, N)
+    table = trees.read_csv(root)
+    for i in broken: table[i] |= [dict(findings=""), dict(split="?"), dict(view="PA"), dict(image="img/no.png;img/no.jpg")][kinds[i]]
+    trees.write_csv(root, table)
+    studies = load_studies("table", root, cache=tmp/"cache")
+    assert ids(studies) == {f"study{i + 1}" for i in range(N) if i not in broken}
+
+# ---- storing, caching, permission ---------------------------------------------------------------------------------------------------------
+
+def test_damage_in_the_middle_is_found_when_decoded(tmp_path):
+    root = trees.table(tmp_path/"t", N)
+    flip(root.parent/"img/3.png", 700)
+    assert "study3" in ids(load_studies("table", root, cache=tmp_path/"cache"))                  # a glance does not see it
+    studies = load_studies("table", root, cache=tmp_path/"cache", check="full")
+    assert "study3" not in ids(studies)
+    glance = load_studies("table", root, cache=tmp_path/"cache")
+    split = next(s for s, d in glance.items() if "study3" in d["study_id"])
+    stored, faults = store_images(glance[split], tmp_path/"stored", 32)
+    assert [f.study_id for f in faults] == ["study3"] and len(stored) == len(glance[split]) - 1
+
+def test_storing_resumes(masters, tmp_path):
+    studies = loaded("csv", masters["csv"], tmp_path)["train"]
+    whole, _ = store_images(studies, tmp_path/"a", 32, shard=2)
+    store_images(studies, tmp_path/"b", 32, shard=2)
+    for p in sorted((tmp_path/"b").iterdir())[-2:]: p.unlink()                                   # as if killed in the last shard
+    (tmp_path/"b"/"000000002.making").write_bytes(b"half")
+    again, _ = store_images(studies, tmp_path/"b", 32, shard=2)
+    assert again["study_id"] == whole["study_id"] and all(x == y for x, y in zip(again["image"], whole["image"]))
+
+def test_index_is_read_again_and_noticed_to_be_old(masters, tmp_path):
+    root = Path(shutil.copytree(masters["kaggle"], tmp_path/"tree"))
+    first = loaded("kaggle", root, tmp_path)
+    stamp = (first.folder/"info.json").stat().st_mtime_ns
+    assert (loaded("kaggle", root, tmp_path).folder/"info.json").stat().st_mtime_ns == stamp
+    rows(root/"indiana_reports.csv", lambda t: t[:-1])
+    assert len(ids(loaded("kaggle", root, tmp_path))) == N - 1
+
+def test_the_report_shows_no_text(masters, tmp_path):
+    studies = loaded("mimic", masters["mimic"], tmp_path)
+    assert not [w for w in ("effusion number", "lungs are clear", "opacity in the") if w in to_markdown(data_report(studies)).lower()]
