@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from xml.etree.ElementTree import ParseError
 import ijson, pandas as pd
-from .config import OBSERVATIONS
+from .config import OBSERVATIONS, REAL_SOURCES
 from .data import code_labels, openi_archive, parse_openi
 from .images import first_line
 from .sections import parse_sections
