@@ -39,7 +39,8 @@ def read_dicom(file, name):
         grey = to_uint8(apply_voi_lut(apply_modality_lut(pixels, ds), ds, index=0))
     except ImageError: raise
     except Exception as e:   # pydicom and its decoders raise what they like on damaged files
-        raise ImageError(f"{name}: not readable as DICOM ({first_line(e)})") from e
+        missing = " (for this compression: pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg)" if "missing dependencies" in str(e) else ""
+        raise ImageError(f"{name}: not readable as DICOM ({first_line(e)}){missing}") from e
     return 255 - grey if ds.get("PhotometricInterpretation") == "MONOCHROME1" else grey
 
 # %% ../nbs/01c_images.ipynb #cd1a58ae
