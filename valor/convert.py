@@ -50,7 +50,8 @@ def original_shapes(vocab, width, inner, layers, heads, kv_heads, tower_width, t
 
 # %% ../nbs/06a_convert.ipynb #6c3a0178
 SENTENCES = [f"{a} {b} in the {side} {zone}{end}" for a in ("There is a small", "No definite", "A subtle", "Persistent") for b in ("opacity", "effusion", "pneumothorax", "nodule", "consolidation")
-             for side in ("left", "right") for zone in ("upper lobe", "lower zone", "costophrenic angle") for end in (".", ", unchanged.", "?")] + ["[INST] Describe this chest X-ray. [/INST]", "The heart size is normal."]
+             for side in ("left", "right") for zone in ("upper lobe", "lower zone", "costophrenic angle") for end in (".", ", unchanged.", "?")] 
+SENTENCES += ["[INST] Describe this chest X-ray. [/INST]", "The heart size is normal."] + [f"FINDINGS:{' ' * n}normal.{' ' * n}{'=' * n}" for n in range(2, 20)]
 
 def train_sentencepiece(vocab=420):
     "Bytes of a small sentencepiece model of Llama's kind (BPE, byte fallback, no normalisation) with `vocab` pieces."
@@ -211,8 +212,8 @@ def merges_of(sp):
     "Byte-pair merges, best first, that rebuild what the sentencepiece model `sp` does."
     vocab = {sp.id_to_piece(i): i for i in range(len(sp))}
     normal = [i for i in range(len(sp)) if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i) or sp.is_unused(i))]
-    pairs = [(-sp.get_score(vocab[p]), vocab[p[:n]], vocab[p[n:]], p[:n], p[n:]) for p in map(sp.id_to_piece, normal) for n in range(1, len(p)) if p[:n] in vocab and p[n:] in vocab]
-    return [pair[3:] for pair in sorted(pairs)]
+    pairs = [(-sp.get_score(vocab[p]), -n, p[:n], p[n:]) for p in map(sp.id_to_piece, normal) for n in range(1, len(p)) if p[:n] in vocab and p[n:] in vocab]
+    return [pair[2:] for pair in sorted(pairs)]   # of two ways to make one piece, the longer left half first: a long run of blanks shows it
 
 def new_tokenizer(sp):
     "A `tokenizers.Tokenizer` with the ids of `original_ids`, image and padding token included."
@@ -225,7 +226,8 @@ def new_tokenizer(sp):
 
 PROMPTS = ["", " ", "\n", "No effusion.", " leading blank", "   three", "trailing blank ", "two  inside", "tab\there", "line\nbreak\n\n", "\r\n", "Röntgen: 3 cm × 4 µm, 正常 🫁", "e\u0301 \u00a0 \u200b",
            "[INST] <image>\nDescribe this chest X-ray. [/INST]", "<image>\n Where?", "<image>word", "a<image> b <image>  c", "[INST] <image>\nq [/INST] a</s>[INST]  next [/INST]", "▁ the mark itself ▁",
-           "no.1,2;3:4(5)[6]{7}", "<report> text </report>", "<0x0A> spelled out", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "THE LUNGS ARE CLEAR", "1234567890 3.14 -5%"]
+           "no.1,2;3:4(5)[6]{7}", "<report> text </report>", "<0x0A> spelled out", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "THE LUNGS ARE CLEAR", "1234567890 3.14 -5%",
+           *(f"a{' ' * n}b{'=' * n}" for n in range(2, 40))]
 
 # %% ../nbs/06a_convert.ipynb #ab83513a
 CHAT = ("<s>{% for m in messages %}{% if m['role'] == 'user' %}[INST] {% if m['content'] is string %}{{ m['content'] }}{% else %}"
@@ -420,10 +422,10 @@ def check_logits(folder, sp, files, original, tower, dtype, layers=1, tolerance=
     prompt = processor.apply_chat_template(turn, add_generation_prompt=True)
     inputs = processor(images=probe_image(), text=prompt, add_special_tokens=False, return_tensors="pt")
     layers = config.text_config.num_hidden_layers = min(layers, config.text_config.num_hidden_layers)
-    with quiet(): model, info = LlavaForConditionalGeneration.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True)
+    with quiet(): model, info = LlavaForConditionalGeneration.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
     left = [k for k in info["unexpected_keys"] if not re.search(r"language_model.*layers\.\d+\.", k)]
     if info["missing_keys"] or left: raise ValueError(f"{folder}: transformers misses {sorted(info['missing_keys'])[:2]} and leaves over {left[:2]}; expected neither; use the versions of constraints.txt")
-    new = model(**inputs).logits[0, :, :original["vocab_size"]]
+    new = model.float()(**inputs).logits[0, :, :original["vocab_size"]]
     del model
     by_hand = logits_by_hand(files, original, tower, dtype, original_ids(sp, prompt.removeprefix("<s>")), inputs.pixel_values, layers)
     gap = float((new - by_hand).abs().max() / by_hand.abs().max()) if new.shape == by_hand.shape else float("nan")
@@ -492,4 +494,4 @@ def run_command(args, options):
     "Run `valor convert-llava-med` with parsed arguments."
     try: done = convert_llava_med(args.src, args.dst, args.vision_tower, args.dtype)
     except (ValueError, OSError) as e: sys.exit(f"valor: {e}")
-    print(f"{done['folder']}: {done['tensors']} tensors, {done['bytes'] / 1e9:.2f} GB, {done['dtype']}; all equal to the original's; token ids equal on {done['prompts']} prompts; logits of the probe within {done['logit_gap']:.0e}")
+    print(f"{Path(done['folder']).name}: {done['tensors']} tensors, {done['bytes'] / 1e9:.2f} GB, {done['dtype']}; all equal to the original's; token ids equal on {done['prompts']} prompts; logits of the probe within {done['logit_gap']:.0e}")
