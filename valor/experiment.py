@@ -22,6 +22,7 @@ from datasets import concatenate_datasets, load_from_disk
 from . import evaluation as ev
 from .config import BENCHMARKS, OBSERVATIONS, key_of, preset
 from .data import benchmark_note, load_benchmark, rerender
+from .convert import add_command as add_convert_command
 from .data_report import add_report_command, data_report, to_markdown, unleaked
 from .evaluate import add_command
 from .expert import edits_for, load_expert, save_expert, train_expert
@@ -30,6 +31,7 @@ from .guard import RewardError, probe
 from .injection import extras_of
 from .phantom import FINDINGS, Finding, from_truth, generic_description
 from .policy import build_policy, conversations, finding_targets, generate, load_policy, save_policy, sft, warm_up_vision
+from .reports import add_report_commands
 from .rewards import report_body, scorer
 from .sources import DataError, terms_of
 from .studies import load_studies, store_images
@@ -475,14 +477,14 @@ def run_main(args, settings):
 def main(argv=None):
     "Entry point of the command `valor`."
     parser = argparse.ArgumentParser("valor", description="VALOR: align a vision-language model for chest X-ray reports")
-    commands = parser.add_subparsers(required=True, metavar="run | evaluate | data-report")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="base, SFT, stage 1, stage 2, evaluation; resumes what was interrupted")
     run.add_argument("--preset", default="laptop")
     run.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a parameter; may be repeated")
     run.set_defaults(run=run_main)
     add_command(commands)
-    add_report_command(commands)
+    for add in (add_report_command, add_convert_command, add_report_commands): add(commands)
     args = parser.parse_args(argv)
-    try: settings = parse_settings(args.set)
+    try: settings = parse_settings(getattr(args, "set", []))
     except ValueError as e: sys.exit(f"valor: {e}")
     args.run(args, settings)

@@ -5,7 +5,7 @@ __all__ = ['PAD', 'ImageError', 'first_line', 'to_uint8', 'read_dicom', 'write_d
            'to_png', 'XRay']
 
 # %% ../nbs/01c_images.ipynb #5397cb95
-import io, mmap, warnings
+import io, mmap, re, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -17,7 +17,9 @@ from PIL import Image
 class ImageError(ValueError):
     "A file that is no usable radiograph; the message says which, why and what was expected."
 
-def first_line(error): return next(iter(str(error).splitlines()), type(error).__name__)
+def first_line(error):
+    "The first line of an error's message, without addresses in memory."
+    return re.sub(r" <_io\S* object at \w+>", "", next(iter(str(error).splitlines()), type(error).__name__))
 
 def to_uint8(values):
     "An array `(H, W)` of any type stretched linearly to 0…255; what holds one value only becomes 0."
