@@ -5,7 +5,7 @@ __all__ = ['grpo_loss', 'advantages', 'group_correlation', 'Rewards', 'distinct'
            'make_trainer', 'align']
 
 # %% ../nbs/07_grpo.ipynb #e93ea962
-import time
+import os, time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -198,7 +198,8 @@ def align(sft_folder, data, out, rewards, cfg, stage, lambda_vis, k_start=0, ada
     fixed thread count."""
     steps, modules = ((cfg.stage1_steps, cfg.stage1_modules), (cfg.stage2_steps, cfg.stage2_modules))[stage - 1]
     steps = steps or cfg.rl_epochs * -(-len(data) // cfg.batch_size)
-    trainer = make_trainer(sft_folder, data, out, rewards, cfg, modules, lambda_vis, steps, 10 * cfg.seed + stage, k_start, adapter)
+    trainer = make_trainer(sft_folder, data, out, rewards, cfg, modules, lambda_vis, steps, 10 * cfg.seed + stage, k_start, adapter,
+                           per_device=cfg.batch_size * cfg.group_size // int(os.environ.get("WORLD_SIZE", 1)))
     trainer.add_callback(Progress(f"stage {stage}"))
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(trainer.args.output_dir))
     trainer.save_model(str(Path(out) / "adapter"))

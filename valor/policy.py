@@ -124,7 +124,7 @@ class Progress(TrainerCallback):
     "A tqdm bar with an estimate of what is left, in terminals and notebooks alike."
     def __init__(self, desc): self.desc = desc
     def on_train_begin(self, args, state, control, **kw):
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.desc, leave=False)
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.desc, leave=False, disable=not state.is_world_process_zero)
     def on_step_end(self, args, state, control, **kw): self.bar.update(state.global_step - self.bar.n)
     def on_train_end(self, args, state, control, **kw): self.bar.close()
 
@@ -164,7 +164,7 @@ def sft(base, data, out, mode="full", epochs=1, lr=1e-3, batch_size=32, lora_r=1
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(args["output_dir"]))
     trained = trainer.model.merge_and_unload() if mode == "lora" else trainer.model
-    save_policy(trained, processor, out)
+    if trainer.is_world_process_zero(): save_policy(trained, processor, out)
     return trainer.state.log_history
 
 # %% ../nbs/06_policy.ipynb #94924e24

@@ -1,0 +1,47 @@
+"""`valor train` on two CPU processes: it trains, and a pair that was killed and started again ends as if it had not been."""
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "valor", "train", "--preset", "smoke", "--set", "threads=1", "--set", "n_train=24", "--set", "expert_steps=2", "--set", "save_steps=1", "--until", "stage1"]
+
+
+def launch(runs, port, *more):
+    env = os.environ | dict(VALOR_RUNS=str(runs), OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="")
+    return subprocess.Popen([*COMMAND[:3], f"--master-port={port}", *COMMAND[3:], *more], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def finished(process):
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err[-3000:]
+    return out
+
+
+def adapter(runs):
+    (folder,) = [p for p in Path(runs).glob("stage1-*") if p.is_dir()]
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes(), (folder / "log.csv").read_text().splitlines()
+
+
+def test_killed_pair_resumes(tmp_path):
+    out = finished(launch(tmp_path / "whole", 29531))
+    (folder,) = [p for p in (tmp_path / "whole").glob("stage1-*") if p.is_dir()]
+    assert json.loads((folder / "config.json").read_text())["processes"] == 2
+    assert out.count("stage1-") == 2                                          # said once (folder, and how to merge it), by the first process
+    killed = launch(tmp_path / "killed", 29532)
+    deadline = time.time() + 300
+    while not list((tmp_path / "killed").glob("stage1-*/checkpoints/checkpoint-2/trainer_state.json")):
+        assert time.time() < deadline and killed.poll() is None, killed.stderr.read()[-3000:]
+        time.sleep(.02)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    finished(launch(tmp_path / "killed", 29533))
+    (a, log), (b, again) = adapter(tmp_path / "whole"), adapter(tmp_path / "killed")
+    assert a == b and len(log) == len(again)
+
+
+@pytest.mark.parametrize("setting, says", [("sft_batch_size=3", "sft_batch_size = 3 cannot be shared by 2 processes"), ("lambda_lex=2", "lambda_lex=2 is not allowed")])
+def test_bad_settings_end_both(setting, says, tmp_path):
+    process = launch(tmp_path, 29534, "--set", setting)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode != 0 and says in err
