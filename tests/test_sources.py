@@ -336,3 +336,20 @@ def test_index_is_read_again_and_noticed_to_be_old(masters, tmp_path):
 def test_the_report_shows_no_text(masters, tmp_path):
     studies = loaded("mimic", masters["mimic"], tmp_path)
     assert not [w for w in ("effusion number", "lungs are clear", "opacity in the") if w in to_markdown(data_report(studies)).lower()]
+
+def test_two_images_reach_the_policy(masters, tmp_path):
+    "`view='both'`: SFT, a GRPO step and generation see two images a study, and the prompt has a place for each."
+    from trl import GRPOConfig, GRPOTrainer
+    from valor.policy import build_policy, conversations, generate, image_lists, load_policy, save_policy, sft
+    data = loaded("csv", masters["csv"], tmp_path, view="both", size=32)["train"]
+    save_policy(*build_policy([f"<report> {r} </report>" for r in data["report"]], image_size=32, width=32), tmp_path/"base")
+    sft(tmp_path/"base", conversations(data, [f"<report> {r} </report>" for r in data["report"]]), tmp_path/"sft", batch_size=2)
+    model, processor = load_policy(tmp_path/"sft")
+    seen, forward = [], model.model.vision_tower.forward
+    model.model.vision_tower.forward = lambda pixels, *a, **k: seen.append(len(pixels)) or forward(pixels, *a, **k)
+    one, two = generate(model, processor, list(data["image"])[:2], 4), generate(model, processor, image_lists(data)[:2], 4)
+    assert len(one) == len(two) == 2 and seen == [2, 4]
+    args = GRPOConfig(str(tmp_path/"g"), per_device_train_batch_size=2, num_generations=2, max_completion_length=4, max_steps=1, report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False, remove_unused_columns=False)
+    seen.clear()
+    GRPOTrainer(model, reward_funcs=lambda completions, **k: [float(len(str(c))) for c in completions], args=args, train_dataset=conversations(data), processing_class=processor).train()
+    assert seen[0] == 4                                                       # two candidates, two images each

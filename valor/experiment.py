@@ -33,7 +33,7 @@ from .grpo import Rewards, align
 from .guard import RewardError, probe
 from .injection import extras_of
 from .phantom import FINDINGS, Finding, from_truth, generic_description
-from .policy import build_policy, conversations, finding_targets, generate, load_policy, save_policy, sft, warm_up_vision
+from .policy import build_policy, conversations, finding_targets, generate, image_lists, load_policy, save_policy, sft, warm_up_vision
 from .reports import add_report_commands
 from .rewards import report_body, scorer
 from .sources import DataError, terms_of
@@ -393,8 +393,8 @@ def make_evaluation(out, cfg, after, name):
     model, processor = policy_of(name.removeprefix("eval_"), cfg)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     test, expert = load_data(phase_folder("data", cfg))["test"], open_expert(after["expert"])
-    images = dict(test=list(test["image"]))
-    if name == "eval_stage2": images |= {"shuffled images": [images["test"][i] for i in ev.shuffled(len(test))], "blank image": ev.blank_images(test)}
+    images = dict(test=image_lists(test))
+    if name == "eval_stage2": images |= {"shuffled images": [images["test"][i] for i in ev.shuffled(len(test))], "blank image": [[blank] * len(row) for blank, row in zip(ev.blank_images(test), images["test"])]}
     for condition, shown in images.items():
         written = generate(model, processor, shown, cfg.max_new_tokens, batch_size=100, desc=name)
         pd.DataFrame(dict(study_id=test["study_id"], completion=written)).to_csv(out / f"reports {condition}.csv", index=False)

@@ -2,13 +2,14 @@
 
 # %% auto #0
 __all__ = ['PROMPT', 'SPECIALS', 'TEMPLATE', 'LINEAR', 'MODULES', 'build_tokenizer', 'build_policy', 'save_policy', 'load_policy',
-           'as_prompt', 'render_prompt', 'generate', 'lora_config', 'last_complete_checkpoint', 'trainer_args',
-           'Progress', 'conversations', 'freeze_vision', 'ResumableSFT', 'sft', 'finding_targets', 'QueryHead',
-           'warm_up_vision', 'settle_projector']
+           'as_prompt', 'render_prompt', 'image_lists', 'generate', 'lora_config', 'last_complete_checkpoint',
+           'trainer_args', 'Progress', 'conversations', 'freeze_vision', 'ResumableSFT', 'sft', 'finding_targets',
+           'QueryHead', 'warm_up_vision', 'settle_projector']
 
 # %% ../nbs/06_policy.ipynb #56f94b64
 import json, re
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -74,21 +75,26 @@ def load_policy(path, dtype=torch.float32):
 # %% ../nbs/06_policy.ipynb #4fb5f0e4
 def as_prompt(): return [{"role": "user", "content": PROMPT}]
 
-def render_prompt(processor, n):
-    "`n` copies of the prompt as text through the model's own chat template."
-    turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPT}]}]
-    return [processor.apply_chat_template(turn, add_generation_prompt=True)] * n
+def render_prompt(processor, n_images=1):
+    "The prompt with `n_images` images as text, through the model's own chat template."
+    turn = [{"role": "user", "content": [{"type": "image"}] * n_images + [{"type": "text", "text": PROMPT}]}]
+    return processor.apply_chat_template(turn, add_generation_prompt=True)
+
+def image_lists(dataset):
+    "What the policy is shown of each row: `[image]`, or `[image, second_image]` where there is a second one."
+    if "second_image" not in dataset.column_names: return [[image] for image in dataset["image"]]
+    return [[image] if second is None else [image, second] for image, second in zip(dataset["image"], dataset["second_image"])]
 
 @torch.inference_mode()
 def generate(model, processor, images, max_new_tokens=96, temperature=None, batch_size=50, seed=0, desc="reports"):
-    "One completion per image (PIL, any mode): greedy, or sampled at `temperature`. Returns a list of str, tags included."
+    "One completion per item of `images` (a PIL image of any mode, or a list of them): greedy, or sampled at `temperature`. Returns a list of str, tags included."
     set_seed(seed)
     was_training, out = model.training, []
     model.eval()
     sampling = dict(do_sample=False) if temperature is None else dict(do_sample=True, temperature=temperature, top_k=0)
     for i in tqdm(range(0, len(images), batch_size), desc=desc, leave=False, disable=len(images) <= batch_size):
-        chunk = [im.convert("RGB") for im in images[i:i + batch_size]]
-        inputs = processor(images=chunk, text=render_prompt(processor, len(chunk)), return_tensors="pt", padding=True,
+        chunk = [[im.convert("RGB") for im in (row if isinstance(row, list) else [row])] for row in images[i:i + batch_size]]
+        inputs = processor(images=chunk, text=[render_prompt(processor, len(row)) for row in chunk], return_tensors="pt", padding=True,
                            add_special_tokens=False).to(model.device)
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, suppress_tokens=[model.config.image_token_id], **sampling)
         out += processor.batch_decode(ids[:, inputs.input_ids.shape[1]:], skip_special_tokens=True)
@@ -130,10 +136,18 @@ class Progress(TrainerCallback):
 
 # %% ../nbs/06_policy.ipynb #12895454
 def conversations(dataset, completions=None):
-    "`image`, `prompt` and, where given, `completion` columns as TRL's trainers read them; other columns are kept."
+    """`image` (or, where a study has two, `images`), `prompt` and, where given, `completion` columns as TRL's trainers read them; without completions other columns are kept."""
+    two = "second_view" in dataset.column_names and any(dataset["second_view"])
     data = dataset.add_column("prompt", [as_prompt()] * len(dataset))
-    if completions is None: return data
-    return data.select_columns(["image", "prompt"]).add_column("completion", [[{"role": "assistant", "content": c}] for c in completions])
+    if completions is not None:
+        data = data.select_columns(["image", "second_image", "prompt"] if two else ["image", "prompt"])
+        data = data.add_column("completion", [[{"role": "assistant", "content": c}] for c in completions])
+    return data.with_transform(partial(_both, drop=completions is not None)) if two else data
+
+def _both(rows, drop):
+    "Rows with `images` instead of `second_image` (and, if `drop`, of `image`, which TRL's SFT would take for the only one)."
+    images = [[a] if b is None else [a, b] for a, b in zip(rows["image"], rows["second_image"])]
+    return {k: v for k, v in rows.items() if k not in ("second_image", "image")[:1 + drop]} | dict(images=images)
 
 def freeze_vision(model):
     "No gradient for the vision tower, under the names that LLaVA- and Qwen-like models give it."
