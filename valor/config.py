@@ -2,11 +2,12 @@
 
 # %% auto #0
 __all__ = ['OBSERVATIONS', 'BENCHMARKS', 'REAL_SOURCES', 'RULES', 'PRESETS', 'ON_BENCHMARK', 'Config', 'validate', 'preset',
-           'key_of']
+           'key_of', 'repo_root', 'runs_dir', 'versions']
 
 # %% ../nbs/00_config.ipynb #0322eea5
-import dataclasses, hashlib, json, math, re, types, typing
+import dataclasses, hashlib, importlib.metadata, json, math, os, platform, re, types, typing
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 # %% ../nbs/00_config.ipynb #751a8dd5
@@ -189,3 +190,17 @@ def preset(name, **overrides):
 def key_of(obj):
     "Short, stable hash of a JSON-able object: equal content, equal key, on every machine and Python."
     return hashlib.sha256(json.dumps(obj, sort_keys=True).encode()).hexdigest()[:12]
+
+# %% ../nbs/00_config.ipynb #f81091e8
+def repo_root():
+    "Folder that holds `settings.ini`: of the working directory or a parent, else of the installed package."
+    for p in (Path.cwd(), *Path.cwd().parents, Path(find_spec("valor").origin).resolve().parents[1]):
+        if (p / "settings.ini").exists(): return p
+    return Path.cwd()
+
+def runs_dir(): return Path(os.environ.get("VALOR_RUNS") or repo_root() / "runs")
+
+def versions():
+    "Versions that a result depends on."
+    names = ("torch", "transformers", "trl", "peft", "datasets", "open-clip-torch", "bert-score", "numpy")
+    return {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in names}}
