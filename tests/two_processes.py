@@ -1,45 +1,72 @@
-"""Run under torchrun by test_two_processes.py: two updates of a miniature stage 2, then what this process saw, as JSON."""
+"""Updates of a miniature stage 2 on completions that were sampled once, however they are shared out.
+
+Imported by test_two_processes.py, and run by it under torchrun: then what each process saw is written to its folder."""
 import json, sys
 from pathlib import Path
 
 import numpy as np, torch
 from datasets import Dataset, Features, Image as ImageFeature, Value
 from PIL import Image
+from transformers import TrainerCallback
 
 from valor.config import preset
 from valor.grpo import CLINICAL_SCORERS, TEXT_SCORERS, Rewards, make_trainer
 
-torch.set_num_threads(1)
-out, words = Path(sys.argv[1]), "<report> the heart is large. no effusion or edema seen. </report>"
-calls = []
+WORDS, START = "<report> the heart is large. no effusion or edema seen. </report>", 5
 
 
 class Share:
-    def __init__(self, word): self.word = word
+    def __init__(self, word, calls): self.word, self.calls = word, calls
     def score(self, candidates, references):
-        calls.append(self.word)
+        self.calls.append(self.word)
         return [c.split().count(self.word) / max(1, len(c.split())) for c in candidates]
 
 
-images = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32), dtype=np.uint8)) for i in range(8)]
-data = Dataset.from_dict(dict(image=images, report=[words] * 8), features=Features(image=ImageFeature(), report=Value("string")))
-cfg = preset("smoke", group_size=4, batch_size=1, max_new_tokens=8, k_clin=2, stage2_steps=3)
-scorers = {n: Share(w) for n, w in zip((*TEXT_SCORERS, *CLINICAL_SCORERS, "format"), "the heart is effusion edema seen".split())}
-rewards = Rewards(scorers, cfg.k_clin, similarity=lambda texts, rows: [float(len(t)) for t in texts])
-calls.clear()                                                                     # the trial before training
-trainer = make_trainer(sys.argv[2], data, out / "t", rewards, cfg, "language+projector", 0.5, cfg.stage2_steps, seed=0, k_start=5, per_device=2)
-seen = []
-generate = trainer._generate_and_score_completions
+class Gradients(TrainerCallback):
+    "The gradient of every update, as the optimiser is about to use it."
+    def __init__(self): self.seen = []
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kw):
+        self.seen.append(torch.cat([whole(p.grad).flatten() for _, p in sorted(model.named_parameters()) if p.requires_grad]))
 
 
-def spy(inputs):
-    output = generate(inputs)
-    seen.append(dict(k=trainer.k, scores=torch.nan_to_num(trainer.scores, nan=-1.).tolist(), advantages=output["advantages"].tolist()))
-    return output
+def whole(tensor): return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
-trainer._generate_and_score_completions = spy
-trainer.train()
-rank = trainer.accelerator.process_index
-moved = {n: p.sum().item() for n, p in trainer.model.named_parameters() if p.requires_grad}
-(out / f"rank{rank}.json").write_text(json.dumps(dict(seen=seen, clinical_calls=sum(w in ("effusion", "edema") for w in calls), weights=moved)))
+def trained(out, sft, processes=1, parts=1, taken=None, **change):
+    """Three updates, each process computing its share in `parts`. `taken`: {k: token lists} to replay; None: sample. Returns what this process saw, as a dict."""
+    calls, images = [], [Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32), dtype=np.uint8)) for i in range(8)]
+    data = Dataset.from_dict(dict(image=images, report=[WORDS] * 8), features=Features(image=ImageFeature(), report=Value("string")))
+    cfg = preset("smoke", group_size=4, batch_size=1, max_new_tokens=8, k_clin=2, stage2_steps=3, gradient_accumulation_steps=parts, **(dict(rank_norm="unit") | change))
+    scorers = {n: Share(w, calls) for n, w in zip((*TEXT_SCORERS, *CLINICAL_SCORERS, "format"), "the heart is effusion edema seen".split())}
+    rewards = Rewards(scorers, cfg.k_clin, similarity=lambda texts, rows: [float(len(t)) for t in texts])
+    calls.clear()                                                                 # the trial before training
+    trainer = make_trainer(sft, data, out, rewards, cfg, "language+projector", 0.5, cfg.stage2_steps, seed=0, k_start=START, per_device=4 // processes)
+    trainer.add_callback(gradients := Gradients())
+    sampled, seen, rank = {}, [], trainer.accelerator.process_index
+    sample, score = trainer._generate_single_turn, trainer._generate_and_score_completions
+
+    def turn(prompt_ids, *more, **kw):
+        if taken is None: ids, logps = sample(prompt_ids, *more, **kw)
+        else: ids, logps = taken[str(trainer.k + 1)][rank * len(prompt_ids):][:len(prompt_ids)], None
+        sampled[str(trainer.k + 1)] = ids
+        return ids, logps
+
+    def spy(inputs):
+        output = score(inputs)
+        seen.append(dict(k=trainer.k, scores=torch.nan_to_num(trainer.scores, nan=-1.).tolist(), advantages=output["advantages"].tolist()))
+        return output
+
+    trainer._generate_single_turn, trainer._generate_and_score_completions = turn, spy
+    trainer.train()
+    weights = torch.cat([whole(p).flatten() for _, p in sorted(trainer.model.named_parameters()) if p.requires_grad])
+    trainer.save_model(str(Path(out) / "adapter"))
+    return dict(seen=seen, clinical_calls=sum(w in ("effusion", "edema") for w in calls), sampled=sampled, gradients=torch.stack(gradients.seen), weights=weights,
+                losses=[l["loss"] for l in trainer.state.log_history if "loss" in l])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    out, sft = Path(sys.argv[1]), sys.argv[2]
+    taken = json.loads((out / "taken.json").read_text())
+    saw = {parts: trained(out / f"parts{parts}", sft, 2, parts, taken) for parts in (1, 2)}
+    torch.save(saw, out / f"rank{torch.distributed.get_rank()}.pt")

@@ -88,6 +88,12 @@ class Config:
     lora_alpha: int = 32
     stage1_modules: str = "language"            # what the adapter reaches in stage 1
     stage2_modules: str = "language+projector"  # … and in stage 2
+    # training at size: how an update is computed
+    gradient_accumulation_steps: int = 1        # parts that each process computes its share of an update in, one after the other; the update stays the same
+    gradient_checkpointing: str = "auto"        # "on", "off"; "auto" is on where there is a GPU
+    policy_weights: str = "float32"     # as the policy's frozen weights are held: "float32", "bfloat16", or "nf4" (4 bits: QLoRA; needs bitsandbytes); an adapter's stay float32
+    vllm_server_url: str | None = None  # where `trl vllm-serve` answers, for rollout="vllm_server"
+    vllm_gpu_memory_utilization: float = 0.3    # share of each GPU that rollout="vllm_colocate" takes
     # bookkeeping
     save_steps: int = 10                # checkpoints, in updates
     n_boot: int = 1000                  # bootstrap draws of every interval
@@ -103,6 +109,7 @@ RULES = {
     "rank_norm": _one_of("centered", "unit", "standardized", "grpo"), "image_size": _at_least(64),
     "chexbert": _MODEL, "radgraph": _MODEL, "chexbert_uncertain": _one_of("positive", "negative", "class"),
     "radgraph_type": _one_of("radgraph", "radgraph-xl", "modern-radgraph-xl"), "radgraph_level": _one_of("simple", "partial", "complete"),
+    "gradient_checkpointing": _one_of("auto", "on", "off"), "policy_weights": _one_of("float32", "bfloat16", "nf4"), "vllm_gpu_memory_utilization": ((lambda v: 0 < v < 1), "a number in (0, 1)"),
     "stage1_modules": _one_of("language", "language+projector"), "stage2_modules": _one_of("language", "language+projector"),
     "lambda_lex": _UNIT, "lambda_sem": _UNIT, "lambda_vis": _UNIT,
     "group_size": _at_least(2), "k_clin": _at_least(1), "lr": _POSITIVE, "sft_lr": _POSITIVE, "temperature": _POSITIVE,
@@ -111,7 +118,7 @@ RULES = {
                                  "lambda_format", "lambda_length", "lambda_repetition", "beta", "warmup_epochs")},
     **{f: _at_least(1) for f in ("threads", "n_train", "n_val", "n_test", "render_copies", "expert_steps", "base_studies",
                                  "base_epochs", "sft_epochs", "sft_batch_size", "batch_size", "rl_epochs", "stage1_steps", "stage2_steps",
-                                 "max_new_tokens", "lora_r", "lora_alpha", "save_steps", "bertscore_layer")},
+                                 "max_new_tokens", "lora_r", "lora_alpha", "save_steps", "bertscore_layer", "gradient_accumulation_steps")},
 }
 
 # %% ../nbs/00_config.ipynb #87e8b25f
@@ -156,6 +163,9 @@ def validate(cfg):
         raise ValueError(f"n_train={cfg.n_train}, n_val={cfg.n_val}, n_test={cfg.n_test}: phantoms are made on demand; expected numbers")
     if cfg.expert == "embedded" and cfg.image_size % 32: raise ValueError(f"image_size={cfg.image_size} is not allowed; the embedded expert expects a multiple of 32")
     if cfg.bertscore_model == "minilm" and cfg.bertscore_layer > 6: raise ValueError(f"bertscore_layer={cfg.bertscore_layer} is not allowed; MiniLM has layers 1 to 6")
+    if cfg.policy_weights != "float32" and cfg.sft_mode == "full": raise ValueError(f"policy_weights={cfg.policy_weights!r}: weights that are trained are held in float32; expected sft_mode='lora' or policy_weights='float32'")
+    for name, n in (("batch_size * group_size", cfg.batch_size * cfg.group_size), ("sft_batch_size", cfg.sft_batch_size)):
+        if n % cfg.gradient_accumulation_steps: raise ValueError(f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} does not divide {name} = {n}; expected a divisor of it")
     _check_extra_rewards(cfg.extra_rewards)
     _check_data(cfg)
     if cfg.rank_norm == "grpo" and cfg.lambda_vis: raise ValueError(f"rank_norm='grpo' is TRL's normalisation of the text reward alone; expected lambda_vis=0, not {cfg.lambda_vis}")
@@ -171,7 +181,7 @@ PRESETS = {
                   save_steps=2, n_boot=100),
     "paper": dict(benchmark="openi_rendered", expert="hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224", chexbert="StanfordAIMI/RRG_scorers",
                   radgraph="StanfordAIMI/RRG_scorers", n_train=None, n_val=None,
-                  n_test=None, image_size=336, sft_mode="lora", sft_lr=2e-4, sft_epochs=1, batch_size=8, stage1_steps=None, stage2_steps=None, lr=1e-6, beta=0.04, max_new_tokens=256, lora_r=64, lora_alpha=128, save_steps=100),
+                  n_test=None, image_size=336, sft_mode="lora", sft_lr=2e-4, sft_epochs=1, batch_size=8, stage1_steps=None, stage2_steps=None, lr=1e-6, beta=0.04, max_new_tokens=256, lora_r=64, lora_alpha=128, policy_weights="bfloat16", save_steps=100),
 }
 ON_BENCHMARK = {("laptop", "openi_rendered"): dict(sections="findings", n_train=None, n_val=None, n_test=None, render_copies=4,
                                                    warmup_epochs=5, sft_epochs=2)}

@@ -50,7 +50,7 @@ PHASES = {   # name: (predecessors, configuration fields that reach it, version 
     "data": ((), ("benchmark", "data_root", "data_options", "data_seed", "n_train", "n_val", "n_test", "image_size", "sections"), 1),
     "expert": (("data",), ("expert", "expert_seed", "expert_steps"), 1),
     "base": (("data",), ("base", "base_seed", "base_studies", "warmup_epochs", "base_epochs", "render_copies", "sft_lr", "sft_batch_size"), 1),
-    "sft": (("base",), ("seed", "sft_mode", "sft_epochs", "lora_r", "lora_alpha"), 1),
+    "sft": (("base",), ("seed", "sft_mode", "sft_epochs", "lora_r", "lora_alpha", "policy_weights"), 1),
     "stage1": (("sft",), ("lambda_lex", "lambda_sem", "lambda_clin", "lambda_cx", "lambda_rg", "k_clin", "lambda_format",
                           *SCORING, "lambda_length", "lambda_repetition", "rank_norm", "group_size", "batch_size", "lr",
                           "beta", "epsilon", "temperature", "max_new_tokens", "rl_epochs", "stage1_steps", "stage1_modules"), 2),
@@ -199,9 +199,10 @@ def alone(name, cfg):
     if subprocess.run([sys.executable, "-c", job, name, json.dumps(dataclasses.asdict(cfg))], env=env).returncode: raise RunError(f"phase {name} failed; its message is above")
     return phase_folder(name, cfg)
 
-def share(n, name):
-    "One process's share of `n`; `RunError` where it is not whole."
+def share(n, name, parts=1):
+    "One process's share of `n`; `RunError` where it, or a `parts`-th of it, is not whole."
     if n % processes(): raise RunError(f"{name} = {n} cannot be shared by {processes()} processes; make it a multiple")
+    if n % (processes() * parts): raise RunError(f"{name} = {n} cannot be shared by {processes()} processes in gradient_accumulation_steps = {parts} parts; make it a multiple of {processes() * parts}")
     return n // processes()
 
 # %% ../nbs/07a_experiment.ipynb #e1473f7e
@@ -306,7 +307,8 @@ def make_sft(out, cfg, after, name):
     train = load_data(phase_folder("data", cfg))["train"]
     shown = renderings(train, cfg.render_copies)
     log = sft(policy_in(after["base"]), conversations(shown, [target(r) for r in shown["report"]]), out / "policy", cfg.sft_mode,
-              cfg.sft_epochs, cfg.sft_lr, share(cfg.sft_batch_size, "sft_batch_size"), cfg.lora_r, cfg.lora_alpha, cfg.seed, save_steps=cfg.save_steps)
+              cfg.sft_epochs, cfg.sft_lr, share(cfg.sft_batch_size, "sft_batch_size", cfg.gradient_accumulation_steps), cfg.lora_r, cfg.lora_alpha, cfg.seed, save_steps=cfg.save_steps,
+              parts=cfg.gradient_accumulation_steps, checkpointing=cfg.gradient_checkpointing, weights=cfg.policy_weights)
     if is_first(): pd.DataFrame([l for l in log if "loss" in l]).to_csv(out / "log.csv", index=False)
 
 def text_scorers(cfg):
@@ -355,7 +357,7 @@ def truth_watch(cfg):
 @maker("stage1", "stage2")
 def make_stage(out, cfg, after, name):
     stage = int(name[-1])
-    share(cfg.batch_size * cfg.group_size, "batch_size * group_size")
+    share(cfg.batch_size * cfg.group_size, "batch_size * group_size", cfg.gradient_accumulation_steps)
     similarity = expert_similarity(open_expert(after["expert"])) if stage == 2 else None
     rewards = Rewards(text_scorers(cfg), cfg.k_clin, similarity, truth_watch(cfg), extras_of(cfg))
     before = dict(adapter=after["stage1"] / "adapter", k_start=int(pd.read_csv(after["stage1"] / "log.csv")["k"].max())) if stage == 2 else {}
@@ -367,8 +369,9 @@ def make_stage(out, cfg, after, name):
 def policy_of(name, cfg):
     "`(model, processor)` at the end of phase `name`, its adapter merged."
     from peft import PeftModel
-    if name in ("base", "sft"): return load_policy(policy_in(phase_folder(name, cfg)))
-    model, processor = load_policy(policy_in(phase_folder("sft", cfg)))
+    dtype = torch.float32 if cfg.policy_weights == "float32" else torch.bfloat16
+    if name in ("base", "sft"): return load_policy(policy_in(phase_folder(name, cfg)), dtype)
+    model, processor = load_policy(policy_in(phase_folder("sft", cfg)), dtype)
     return PeftModel.from_pretrained(model, phase_folder(name, cfg) / "adapter").merge_and_unload(), processor
 
 def score_frame(completions, cfg, expert):

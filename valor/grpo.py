@@ -17,7 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from .guard import alarms, checked_scores, distinct_share, probe
 from .injection import TEXT_SCORERS, CLINICAL_SCORERS, clinical, composite, extra, extras_of, is_clinical_step, needed, text_reward, verifiable
-from .policy import Progress, conversations, last_complete_checkpoint, load_policy, lora_config, trainer_args
+from .policy import Progress, conversations, frozen_weights, last_complete_checkpoint, load_policy, lora_config, trainer_args
 from .ranknorm import rank_norm, rank_reward
 
 # %% ../nbs/07_grpo.ipynb #2c0f3a51
@@ -173,15 +173,16 @@ def check_references(data):
 def make_trainer(sft_folder, data, out, rewards, cfg, modules, lambda_vis, steps, seed, k_start=0, adapter=None, per_device=None):
     """A `ValorTrainer` on the policy in `sft_folder`, its adapter on `modules` started from folder `adapter` (or fresh).
 
-    A rollout batch is `batch_size` × `group_size` completions; `per_device` of them on each process (default: all on one)."""
+    A rollout batch is `batch_size` × `group_size` completions; `per_device` of them on each process (default: all on one), which computes
+    its share of the update in `gradient_accumulation_steps` parts."""
     check_references(data)
     set_seed(seed)
-    model, processor = load_policy(sft_folder)
+    model, processor = load_policy(sft_folder, **frozen_weights(cfg.policy_weights))
     linear = dict(bleu4=cfg.lambda_lex, rouge_l=cfg.lambda_lex, bertscore=cfg.lambda_sem, chexbert=cfg.lambda_clin * cfg.lambda_cx,
                   radgraph=cfg.lambda_clin * cfg.lambda_rg, format=cfg.lambda_format)
     linear |= {name: weight * (cfg.lambda_clin if equation == 4 else 1) for name, (equation, weight) in extras_of(cfg).items()}
-    args = GRPOConfig(**trainer_args(Path(out) / "checkpoints", seed, cfg.save_steps), max_steps=steps, learning_rate=cfg.lr,
-                      per_device_train_batch_size=per_device or cfg.batch_size * cfg.group_size, num_generations=cfg.group_size,
+    args = GRPOConfig(**trainer_args(Path(out) / "checkpoints", seed, cfg.save_steps, cfg.gradient_checkpointing), max_steps=steps, learning_rate=cfg.lr,
+                      per_device_train_batch_size=(per_device or cfg.batch_size * cfg.group_size) // cfg.gradient_accumulation_steps, gradient_accumulation_steps=cfg.gradient_accumulation_steps, num_generations=cfg.group_size,
                       max_completion_length=cfg.max_new_tokens, temperature=cfg.temperature, beta=cfg.beta, epsilon=cfg.epsilon,
                       loss_type="grpo", use_bias_correction_kl=False, lr_scheduler_type="constant_with_warmup", warmup_steps=0.1,
                       reward_weights=[linear.get(n, 0.) for n in rewards.names])

@@ -2,21 +2,22 @@
 
 # %% auto #0
 __all__ = ['PROMPT', 'SPECIALS', 'TEMPLATE', 'LINEAR', 'MODULES', 'build_tokenizer', 'build_policy', 'save_policy', 'load_policy',
-           'as_prompt', 'render_prompt', 'image_lists', 'generate', 'lora_config', 'last_complete_checkpoint',
-           'trainer_args', 'Progress', 'conversations', 'freeze_vision', 'ResumableSFT', 'sft', 'finding_targets',
-           'QueryHead', 'warm_up_vision', 'settle_projector']
+           'frozen_weights', 'as_prompt', 'render_prompt', 'image_lists', 'generate', 'lora_config',
+           'last_complete_checkpoint', 'trainer_args', 'Progress', 'conversations', 'freeze_vision', 'ResumableSFT',
+           'keep_sft', 'sft', 'finding_targets', 'QueryHead', 'warm_up_vision', 'settle_projector']
 
 # %% ../nbs/06_policy.ipynb #56f94b64
 import json, re
 from collections import Counter
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm.auto import tqdm
-from transformers import (AutoModelForImageTextToText, AutoProcessor, CLIPImageProcessor, CLIPVisionConfig, LlavaConfig,
+from transformers import (AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, CLIPImageProcessor, CLIPVisionConfig, LlavaConfig,
                           LlavaForConditionalGeneration, LlavaProcessor, MistralConfig, PreTrainedTokenizerFast, PrinterCallback,
                           TrainerCallback, set_seed)
 from trl import SFTConfig, SFTTrainer
@@ -67,10 +68,17 @@ def save_policy(model, processor, path):
     model.save_pretrained(path)
     processor.save_pretrained(path)
 
-def load_policy(path, dtype=torch.float32):
-    "`(model, processor)` of any transformers image-text-to-text model, by folder or name."
+def load_policy(path, dtype=torch.float32, **kw):
+    "`(model, processor)` of any transformers image-text-to-text model, by folder or name; `kw` goes to the model's `from_pretrained`."
     processor = AutoProcessor.from_pretrained(path, padding_side="left")
-    return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype), processor
+    return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **kw), processor
+
+def frozen_weights(held):
+    "Arguments of `load_policy` by which a policy's frozen weights are held as 'float32', 'bfloat16' or 'nf4' (4 bits, as in QLoRA). Raises `ValueError` for 'nf4' where bitsandbytes is not installed."
+    if held != "nf4": return dict(dtype=getattr(torch, held))
+    if not find_spec("bitsandbytes"): raise ValueError("policy_weights='nf4': the package bitsandbytes is not installed; expected it (pip install 'valor[gpu]'), or policy_weights='bfloat16'")
+    return dict(dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                                                             bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_quant_storage=torch.bfloat16))
 
 # %% ../nbs/06_policy.ipynb #4fb5f0e4
 def as_prompt(): return [{"role": "user", "content": PROMPT}]
@@ -119,11 +127,11 @@ def last_complete_checkpoint(folder):
     found = [p for p in Path(folder).glob("checkpoint-*") if complete(p)]
     return str(max(found, key=lambda p: int(p.name.split("-")[1]))) if found else None
 
-def trainer_args(folder, seed, save_steps, **kw):
-    "Arguments that every phase shares: CPU or GPU as found, a log line per update, checkpoints that resume bit for bit."
+def trainer_args(folder, seed, save_steps, checkpointing="auto", **kw):
+    "Arguments that every phase shares: CPU or GPU as found, a log line per update, checkpoints that resume bit for bit. `checkpointing` of activations: 'on', 'off', or 'auto' (on a GPU)."
     gpu = torch.cuda.is_available()
     return dict(output_dir=str(folder), seed=seed, data_seed=seed, logging_steps=1, logging_nan_inf_filter=False, save_strategy="steps",
-                save_steps=save_steps, save_total_limit=2, report_to=[], disable_tqdm=True, bf16=gpu, gradient_checkpointing=gpu,
+                save_steps=save_steps, save_total_limit=2, report_to=[], disable_tqdm=True, bf16=gpu, gradient_checkpointing=gpu if checkpointing == "auto" else checkpointing == "on",
                 dataloader_pin_memory=gpu, optim="adamw_torch", remove_unused_columns=False, **kw)
 
 class Progress(TrainerCallback):
@@ -162,23 +170,35 @@ class ResumableSFT(SFTTrainer):
         if isinstance(self.model, PeftModel): return super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.model.load_state_dict(load_policy(resume_from_checkpoint)[0].state_dict())
 
-def sft(base, data, out, mode="full", epochs=1, lr=1e-3, batch_size=32, lora_r=16, lora_alpha=32, seed=0, save_steps=10, desc="SFT"):
+def keep_sft(trainer, processor, base, out, mode, dtype=torch.float32):
+    """Write what `trainer` made of the policy in folder `base` as the one folder `out`; every process takes part.
+
+    Weights may be spread over processes or held in 4 bits: they are gathered first, and an adapter is merged, in float32, into `base` as it is on disk."""
+    state = None if mode == "lora" else trainer.accelerator.get_state_dict(trainer.model)
+    if mode == "lora": trainer.save_model(adapter := str(Path(trainer.args.output_dir) / "adapter"))
+    if not trainer.is_world_process_zero(): return
+    if mode == "lora": save_policy(PeftModel.from_pretrained(load_policy(base)[0], adapter).merge_and_unload().to(dtype), processor, out)
+    else:
+        trainer.model.save_pretrained(out, state_dict=state)
+        processor.save_pretrained(out)
+
+def sft(base, data, out, mode="full", epochs=1, lr=1e-3, batch_size=32, lora_r=16, lora_alpha=32, seed=0, save_steps=10, desc="SFT", parts=1, checkpointing="auto", weights="float32"):
     """Fine-tune the policy in folder `base` on `data` (see `conversations`) by Eq. 2 and write the merged result to `out`.
 
+    `batch_size` is of one process, computed in `parts` one after the other; for `checkpointing` and `weights` see `trainer_args`, `frozen_weights`.
     `mode` is "full" (all of language model and projector) or "lora" (merged at the end); the vision tower stays as it is, as in LLaVA. Checkpoints go to `out/checkpoints`; a killed run that is
     started again ends with the same weights, bit for bit on CPU at a fixed thread count. Returns the log, one dict per update."""
     set_seed(seed)
-    model, processor = load_policy(base)
+    model, processor = load_policy(base, **frozen_weights(weights))
     freeze_vision(model)
-    args = trainer_args(Path(out) / "checkpoints", seed, save_steps, per_device_train_batch_size=batch_size, num_train_epochs=epochs,
+    args = trainer_args(Path(out) / "checkpoints", seed, save_steps, checkpointing, per_device_train_batch_size=batch_size // parts, gradient_accumulation_steps=parts, num_train_epochs=epochs,
                         learning_rate=lr, lr_scheduler_type="cosine", warmup_steps=0.05, weight_decay=0.01)
     trainer = ResumableSFT(model, args=SFTConfig(**args, max_length=None, completion_only_loss=True), train_dataset=data,
                          processing_class=processor, callbacks=[Progress(desc)],
                          peft_config=lora_config("language+projector", lora_r, lora_alpha) if mode == "lora" else None)
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(args["output_dir"]))
-    trained = trainer.model.merge_and_unload() if mode == "lora" else trainer.model
-    if trainer.is_world_process_zero(): save_policy(trained, processor, out)
+    keep_sft(trainer, processor, base, out, mode, torch.float32 if weights == "float32" else torch.bfloat16)
     return trainer.state.log_history
 
 # %% ../nbs/06_policy.ipynb #94924e24
