@@ -88,6 +88,7 @@ class Config:
     lora_alpha: int = 32
     stage1_modules: str = "language"            # what the adapter reaches in stage 1
     stage2_modules: str = "language+projector"  # … and in stage 2
+    rollout: str = "merged"             # how candidates are sampled: "merged" (07e_rollout: each prompt read once, the adapter inside the weights), "transformers" (TRL's road), "vllm_colocate", "vllm_server"
     # training at size: how an update is computed
     gradient_accumulation_steps: int = 1        # parts that each process computes its share of an update in, one after the other; the update stays the same
     gradient_checkpointing: str = "auto"        # "on", "off"; "auto" is on where there is a GPU
@@ -110,7 +111,7 @@ RULES = {
     "chexbert": _MODEL, "radgraph": _MODEL, "chexbert_uncertain": _one_of("positive", "negative", "class"),
     "radgraph_type": _one_of("radgraph", "radgraph-xl", "modern-radgraph-xl"), "radgraph_level": _one_of("simple", "partial", "complete"),
     "gradient_checkpointing": _one_of("auto", "on", "off"), "policy_weights": _one_of("float32", "bfloat16", "nf4"), "vllm_gpu_memory_utilization": ((lambda v: 0 < v < 1), "a number in (0, 1)"),
-    "stage1_modules": _one_of("language", "language+projector"), "stage2_modules": _one_of("language", "language+projector"),
+    "stage1_modules": _one_of("language", "language+projector"), "stage2_modules": _one_of("language", "language+projector"), "rollout": _one_of("merged", "transformers", "vllm_colocate", "vllm_server"),
     "lambda_lex": _UNIT, "lambda_sem": _UNIT, "lambda_vis": _UNIT,
     "group_size": _at_least(2), "k_clin": _at_least(1), "lr": _POSITIVE, "sft_lr": _POSITIVE, "temperature": _POSITIVE,
     "epsilon": _POSITIVE, "n_boot": _at_least(10),
@@ -166,6 +167,7 @@ def validate(cfg):
     if cfg.policy_weights != "float32" and cfg.sft_mode == "full": raise ValueError(f"policy_weights={cfg.policy_weights!r}: weights that are trained are held in float32; expected sft_mode='lora' or policy_weights='float32'")
     for name, n in (("batch_size * group_size", cfg.batch_size * cfg.group_size), ("sft_batch_size", cfg.sft_batch_size)):
         if n % cfg.gradient_accumulation_steps: raise ValueError(f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} does not divide {name} = {n}; expected a divisor of it")
+    if cfg.rollout == "merged" and cfg.policy_weights == "nf4": raise ValueError("rollout='merged' is not allowed with policy_weights='nf4': an adapter cannot be added to weights of 4 bits; expected rollout='transformers' or a vLLM one")
     _check_extra_rewards(cfg.extra_rewards)
     _check_data(cfg)
     if cfg.rank_norm == "grpo" and cfg.lambda_vis: raise ValueError(f"rank_norm='grpo' is TRL's normalisation of the text reward alone; expected lambda_vis=0, not {cfg.lambda_vis}")

@@ -13,12 +13,13 @@ import torch
 from peft import load_peft_weights, set_peft_model_state_dict
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, set_seed
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig
 
 from .guard import alarms, checked_scores, distinct_share, probe
 from .injection import TEXT_SCORERS, CLINICAL_SCORERS, clinical, composite, extra, extras_of, is_clinical_step, needed, text_reward, verifiable
 from .policy import Progress, conversations, frozen_weights, last_complete_checkpoint, load_policy, lora_config, trainer_args
 from .ranknorm import rank_norm, rank_reward
+from .rollout import SharedRollout
 
 # %% ../nbs/07_grpo.ipynb #2c0f3a51
 def grpo_loss(logps, old_logps, ref_logps, advantages, mask, epsilon=0.2, beta=0.04):
@@ -100,10 +101,10 @@ def _named(function, name):
     return function
 
 # %% ../nbs/07_grpo.ipynb #b42f5a12
-class ValorTrainer(GRPOTrainer):
+class ValorTrainer(SharedRollout):
     "TRL's GRPO with the advantages of Eq. 5-9. `rank_norm='grpo'` keeps TRL's own (R − mean)/std: the paper's GRPO baseline."
     def __init__(self, model, rewards, cfg, lambda_vis, k_start=0, **kw):
-        super().__init__(model, reward_funcs=rewards.functions(), **kw)
+        super().__init__(model, reward_funcs=rewards.functions(), share=cfg.rollout == "merged", **kw)
         self.rewards, self.cfg, self.lambda_vis, self.k_start, self._times, self._alarmed = rewards, cfg, lambda_vis, k_start, {}, set()
 
     @property

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['BY_TOKEN', 'merged', 'distinct_prompts', 'collate', 'read_prompts', 'positions_after', 'SharedRollout']
 
-# %% ../nbs/07e_rollout.ipynb #bea1fa79
+# %% ../nbs/07e_rollout.ipynb #fc0f61c8
 import hashlib, json
 from contextlib import contextmanager
 
@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
-# %% ../nbs/07e_rollout.ipynb #eebbe7e9
+# %% ../nbs/07e_rollout.ipynb #8055c71b
 @contextmanager
 def merged(model, kept):
     """The model inside the PEFT `model`, its adapter added to the weights; afterwards every weight is what it was, bit for bit.
@@ -24,15 +24,19 @@ def merged(model, kept):
         weight = layer.get_base_layer().weight
         if not weight.is_floating_point(): raise ValueError(f"rollout='merged': the weights of {name} are quantised ({weight.dtype}); expected rollout='transformers' or a vLLM one with them")
         if name not in kept: kept[name] = weight.detach().to("cpu", copy=True)
+    def put(of_layer):
+        for name, layer in layers.items(): model.set_submodule(name, of_layer(layer))
     try:
         for layer in layers.values(): layer.merge()
+        put(lambda layer: layer.get_base_layer())                   # the adapter's layers would only look up, each time, that they have nothing to do
         yield model.get_base_model()
     finally:
+        put(lambda layer: layer)
         for name, layer in layers.items():
             layer.merged_adapters.clear()
             layer.get_base_layer().weight.data.copy_(kept[name])
 
-# %% ../nbs/07e_rollout.ipynb #1468849f
+# %% ../nbs/07e_rollout.ipynb #25a5c5cb
 def distinct_prompts(prompts):
     "`(first, of)`: where the distinct conversations of the list `prompts` first occur, and for each prompt its place among them."
     def seen(part): return part if part["type"] != "image" else [part["image"].size, hashlib.sha256(part["image"].tobytes()).hexdigest()]
@@ -40,7 +44,7 @@ def distinct_prompts(prompts):
     place = {k: i for i, k in enumerate(dict.fromkeys(keys))}
     return [keys.index(k) for k in place], [place[k] for k in keys]
 
-# %% ../nbs/07e_rollout.ipynb #e5f28093
+# %% ../nbs/07e_rollout.ipynb #9920365e
 BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 def collate(prompts, pad_token_id, device):
@@ -49,7 +53,7 @@ def collate(prompts, pad_token_id, device):
     def padded(name, x): return F.pad(x, (length - x.shape[1], 0), value=pad_token_id if name == "input_ids" else 0) if name in BY_TOKEN else x
     return {name: torch.cat([padded(name, p[name]) for p in prompts]).to(device) for name in prompts[0]}
 
-# %% ../nbs/07e_rollout.ipynb #595ae726
+# %% ../nbs/07e_rollout.ipynb #11d1e9c9
 def read_prompts(model, base, inputs, of):
     """What attention keeps of the prompts `inputs` without their last tokens, one row for each candidate: a transformers cache.
 
@@ -70,7 +74,7 @@ def positions_after(base, mask, length):
     offset = getattr(base.base_model, "rope_deltas", None)
     return text if offset is None else torch.cat([text[None], (text + offset.to(text)).expand(3, -1, -1)])
 
-# %% ../nbs/07e_rollout.ipynb #eb5261da
+# %% ../nbs/07e_rollout.ipynb #38dabdb0
 class SharedRollout(GRPOTrainer):
     "TRL's GRPO; with `share` each prompt is prepared and read once for all of its candidates, which are sampled with the adapter merged."
     share = False
