@@ -36,7 +36,7 @@ class Config:
     sections: str = "both"              # report = findings and impression ("both", the paper's) or "findings" alone; of real sources also "impression" or their one "report"
     render_copies: int = 1              # renderings of each training study that SFT sees
     # frozen image-text expert (Eq. 6)
-    expert: str = "embedded"
+    expert: str = "embedded"            # trained here, a folder of open_clip or hf-hub:owner/name, xrv:NAME (torchxrayvision), or package.module:attribute
     expert_seed: int = 101              # independent of the policy's
     expert_steps: int = 400
     # base policy: "embedded" (built and trained here) or a folder that transformers can load
@@ -139,6 +139,12 @@ def _check_extra_rewards(extras):
         if not ok: raise ValueError(f"extra_rewards={{{name!r}: {joins!r}}} is not allowed; expected [equation, weight] with equation 3, 4 or 8 and a weight >= 0")
         load_attribute(name)
 
+def _check_expert(name):
+    "Raise unless `name` can be an expert; only what is neither embedded nor on the hub needs the library to tell."
+    if name == "embedded" or re.fullmatch(r"hf-hub:[\w.-]+/[\w.-]+", name): return
+    from valor.experts import check_expert
+    check_expert(name)
+
 def _check_data(cfg):
     "Raise unless the data parameters go together: real sources have a root, and only drawn images can be drawn again."
     if cfg.benchmark in BENCHMARKS:
@@ -169,10 +175,10 @@ def validate(cfg):
         if n % cfg.gradient_accumulation_steps: raise ValueError(f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} does not divide {name} = {n}; expected a divisor of it")
     if cfg.rollout == "merged" and cfg.policy_weights == "nf4": raise ValueError("rollout='merged' is not allowed with policy_weights='nf4': an adapter cannot be added to weights of 4 bits; expected rollout='transformers' or a vLLM one")
     _check_extra_rewards(cfg.extra_rewards)
+    _check_expert(cfg.expert)
     _check_data(cfg)
     if cfg.rank_norm == "grpo" and cfg.lambda_vis: raise ValueError(f"rank_norm='grpo' is TRL's normalisation of the text reward alone; expected lambda_vis=0, not {cfg.lambda_vis}")
-    for name, value in (("base", cfg.base), ("expert", cfg.expert)):
-        if value.startswith(("/", ".", "~")) and not Path(value).expanduser().is_dir(): raise ValueError(f"{name}={value!r}: no such folder")
+    if cfg.base.startswith(("/", ".", "~")) and not Path(cfg.base).expanduser().is_dir(): raise ValueError(f"base={cfg.base!r}: no such folder")
     return dataclasses.replace(cfg, **{n: float(v) for n, v in vars(cfg).items() if hints[n] is float})
 
 # %% ../nbs/00_config.ipynb #a7900b41

@@ -132,7 +132,7 @@ MEASURES = {   # gauge: {metric: (function of sums, which way is better)}
     "chexbert": {**{n: ev.METRICS[n] for n in ("label micro F1", "label macro F1")}, "label micro F1 (5)": (micro5, "↑"), "label macro F1 (5)": (macro5, "↑"), "abnormal recall": ev.METRICS["abnormal recall"]},
     "radgraph": {f"RadGraph {level}": (ev.share(f"radgraph {level}", "studies"), "↑") for level in LEVELS},
     "ratescore": {"RaTEScore": (ev.share("ratescore", "studies"), "↑")}, "green": {"GREEN": (ev.share("green", "studies"), "↑")},
-    "image": {"image similarity": (ev.share("similarity", "studies"), "↑"), "R@1 of 8": (ev.share("retrieved", "studies"), "↑")}}
+    "image": {"image similarity": (ev.share("similarity", "studies"), "↑"), "R@1 of 8": (ev.share("retrieved", "studies"), "↑"), "beyond the expert's context": (ev.share("cut", "studies"), "↓")}}
 
 # %% ../nbs/07c_evaluate.ipynb #6b257cc2
 def pair_key(pair): return hashlib.sha256(json.dumps(pair).encode("utf-8", "surrogatepass")).hexdigest()[:32]
@@ -170,14 +170,14 @@ def image_columns(frame, options, root):
     if options["expert"] is None: raise NotRun("a field 'image' in every line and --set expert=FOLDER (an open_clip model)")
     if "image" not in frame or frame["image"].isna().any(): raise NotRun("a field 'image' (a path) in every line")
     from PIL import Image
-    from valor.expert import load_expert
+    from valor.experts import load_expert
     paths = [Path(root or ".")/p for p in frame["image"]]
     for p in paths:
         if not p.is_file(): raise ValueError(f"image {p}: no such file; expected the path of an image, --image-root is put before it")
-    expert = load_expert(options["expert"])
+    expert = load_expert(options["expert"], scorer("chexbert", model=options["chexbert"], uncertain=options["chexbert_uncertain"]))
     images = np.concatenate([np.asarray(expert.image_features([Image.open(p).convert("L") for p in paths[i:i + 32]])) for i in tqdm(range(0, len(paths), 32), desc="images", leave=False)])
     texts = np.asarray(expert.text_features(frame["candidate"].tolist()))
-    out = pd.DataFrame(dict(similarity=(texts * images).sum(1)))
+    out = pd.DataFrame(dict(similarity=(texts * images).sum(1), cut=np.array(expert.cut(frame["candidate"].tolist()), dtype=float)))
     keys = frame["reference"].tolist()
     out["retrieved"] = ev.retrieved(texts, images, ev.distractors(keys)) if max(Counter(keys).values()) + 7 <= len(keys) else np.nan
     return out

@@ -92,7 +92,7 @@ def retrieved(text_features, image_features, others):
     return (own > rest.max(1)).astype(float)
 
 # %% ../nbs/07b_evaluation.ipynb #741ad639
-STATISTICS = [*BLEU_COLUMNS, "rouge_l", *(f"fresh {c}" for c in [*BLEU_COLUMNS, "rouge_l"]), "fresh", "words", "well_formed", "retrieved",
+STATISTICS = [*BLEU_COLUMNS, "rouge_l", *(f"fresh {c}" for c in [*BLEU_COLUMNS, "rouge_l"]), "fresh", "words", "well_formed", "retrieved", "cut",
               *(f"{k} {o}" for k in ("tp", "fp", "fn") for o in OBSERVATIONS), "abnormal", "abnormal_found", *FINDING_COLUMNS]
 
 def truth_keys(dataset):
@@ -116,7 +116,8 @@ def score_reports(completions, dataset, benchmark, train_reports=(), expert=None
     train = set(train_reports)
     frame["fresh"] = [float(r not in train) for r in references] if train else np.nan
     for name in [*BLEU_COLUMNS, "rouge_l"]: frame[f"fresh {name}"] = frame[name] * frame["fresh"]
-    frame["retrieved"] = np.nan
+    frame["retrieved"] = frame["cut"] = np.nan
+    if hasattr(expert, "cut"): frame["cut"] = np.array(expert.cut(reports), dtype=float)             # reports of which the expert reads the beginning alone
     keys = truth_keys(dataset)
     if expert is not None and max(Counter(map(str, keys)).values()) + 7 <= len(keys):      # else R@1 is n/a: too few studies with another truth
         images = np.asarray(expert.image_features(dataset["image"]) if image_features is None else image_features)

@@ -5,11 +5,11 @@ __all__ = ['LABELER', 'SCORING', 'PHASES', 'MAKERS', 'JOINT', 'BY_OBSERVATION', 
            'phase_config', 'phase_key', 'phase_folder', 'inspect_phase', 'check_machine', 'locked', 'finish',
            'drop_checkpoints', 'maker', 'ensure', 'begin', 'setup', 'processes', 'is_first', 'together', 'alone',
            'share', 'make_data', 'load_data', 'target', 'real_data', 'check_place', 'note_of', 'make_expert',
-           'open_expert', 'renderings', 'make_base', 'lay_findings', 'warm_up_targets', 'policy_in', 'make_sft',
-           'text_scorers', 'check_scorers', 'labeler', 'expert_similarity', 'truth_watch', 'make_stage', 'policy_of',
-           'score_frame', 'make_evaluation', 'make_controls', 'read_frame', 'read_reports', 'frames_of',
-           'control_frames', 'log_of', 'step_profile', 'made_by', 'main_job', 'parse_settings', 'run_main', 'run_train',
-           'main']
+           'open_expert', 'expert_note', 'renderings', 'make_base', 'lay_findings', 'warm_up_targets', 'policy_in',
+           'make_sft', 'text_scorers', 'check_scorers', 'labeler', 'expert_similarity', 'context_watch', 'truth_watch',
+           'make_stage', 'policy_of', 'score_frame', 'make_evaluation', 'make_controls', 'read_frame', 'read_reports',
+           'frames_of', 'control_frames', 'log_of', 'step_profile', 'made_by', 'main_job', 'parse_settings', 'run_main',
+           'run_train', 'main']
 
 # %% ../nbs/07a_experiment.ipynb #017610f0
 import argparse, contextlib, dataclasses, fcntl, hashlib, json, logging, os, shutil, subprocess, sys, warnings
@@ -27,7 +27,8 @@ from .data import benchmark_note, load_benchmark, rerender
 from .convert import add_command as add_convert_command
 from .data_report import add_report_command, data_report, to_markdown, unleaked
 from .evaluate import add_command
-from .expert import edits_for, load_expert, save_expert, train_expert
+from .expert import edits_for, save_expert, train_expert
+from .experts import load_expert, try_expert
 from .figures import use_style
 from .grpo import Rewards, align
 from .guard import RewardError, probe
@@ -54,9 +55,9 @@ PHASES = {   # name: (predecessors, configuration fields that reach it, version 
     "stage1": (("sft",), ("lambda_lex", "lambda_sem", "lambda_clin", "lambda_cx", "lambda_rg", "k_clin", "lambda_format",
                           *SCORING, "lambda_length", "lambda_repetition", "rank_norm", "group_size", "batch_size", "lr",
                           "beta", "epsilon", "temperature", "rollout", "max_new_tokens", "rl_epochs", "stage1_steps", "stage1_modules"), 2),
-    "stage2": (("stage1", "expert"), ("lambda_vis", "stage2_steps", "stage2_modules"), 1),
-    "controls": (("data", "expert"), LABELER, 2),
-    **{f"eval_{p}": ((p, "expert"), ("max_new_tokens", *LABELER), 2) for p in ("base", "sft", "stage1", "stage2")},
+    "stage2": (("stage1", "expert"), ("lambda_vis", "stage2_steps", "stage2_modules"), 2),
+    "controls": (("data", "expert"), LABELER, 3),
+    **{f"eval_{p}": ((p, "expert"), ("max_new_tokens", *LABELER), 3) for p in ("base", "sft", "stage1", "stage2")},
 }
 
 def phase_config(name, cfg):
@@ -254,15 +255,31 @@ def note_of(cfg):
 # %% ../nbs/07a_experiment.ipynb #716c139e
 @maker("expert")
 def make_expert(out, cfg, after, name):
-    if cfg.expert != "embedded": return _write(out / "expert.json", dict(path=cfg.expert))
+    if cfg.expert != "embedded":
+        expert = load_expert(cfg.expert, labeler(cfg))
+        return _write(out / "expert.json", dict(path=cfg.expert, key=expert.key, note=expert.note))
     train = load_data(after["data"])["train"]
     anew = () if cfg.benchmark != "openi_rendered" else [rerender(train, seed) for seed in (1, 2, 3)]
     save_expert(train_expert(train, edits_for(train, cfg.benchmark), cfg.expert_steps, cfg.expert_seed, renderings=anew,
                              min_count=1 if cfg.benchmark == "phantom" else 2), out / "model")
 
-def open_expert(folder):
+def open_expert(folder, cfg):
+    "The expert of an `expert` phase; the features of images are kept for all runs. `RunError` where another model lies now where the phase found its own."
     elsewhere = Path(folder) / "expert.json"
-    return load_expert(_read(elsewhere)["path"] if elsewhere.exists() else Path(folder) / "model")
+    given = _read(elsewhere) if elsewhere.exists() else dict(path=Path(folder) / "model")
+    expert = load_expert(given["path"], labeler(cfg), cache=runs_dir() / "scores")
+    if given.get("key") not in (None, expert.key):
+        raise RunError(f"{elsewhere}: this run began with other weights ({given['key']}) than expert={cfg.expert!r} has now ({expert.key}); restore them, or move {folder} away and start again")
+    return expert
+
+def expert_note(cfg, frames):
+    "One line that results print: which expert, what it judges, and how many reports of each system ran beyond its context and were cut. `frames`: {system: {seed: frame}}."
+    elsewhere = phase_folder("expert", cfg) / "expert.json"
+    about = f" ({note})" if elsewhere.exists() and (note := _read(elsewhere).get("note")) else ""
+    cut = {system: (sum(f["cut"].sum() for f in by_seed.values()), sum(map(len, by_seed.values()))) for system, by_seed in frames.items()}
+    if all(f["cut"].isna().all() for by_seed in frames.values() for f in by_seed.values()): beyond = "it does not say what it cuts"
+    else: beyond = "beyond its context and cut: " + (", ".join(f"{n:.0f} of {of} reports of {system}" for system, (n, of) in cut.items() if n) or "no report")
+    return f"expert {cfg.expert}{about}; {beyond}"
 
 def renderings(train, copies):
     "`train` and `copies` − 1 fresh renderings of each of its studies, one after the other."
@@ -319,23 +336,21 @@ def text_scorers(cfg):
             **{name: scorer(name) for name in extras_of(cfg)}}
 
 def check_scorers(cfgs):
-    "Make the scorers that the runs `cfgs` name and try them, so that missing weights and broken rewards show before anything is trained (ValueError, RewardError)."
+    "Make the scorers and the expert that the runs `cfgs` name and try them, so that missing weights and broken rewards show before anything is trained (ValueError, RewardError)."
     for cfg in {key_of([getattr(cfg, f) for f in SCORING]): cfg for cfg in cfgs}.values(): probe(text_scorers(cfg))
+    for cfg in {key_of([getattr(cfg, f) for f in ("expert", *LABELER)]): cfg for cfg in cfgs if cfg.expert != "embedded"}.values(): try_expert(load_expert(cfg.expert, labeler(cfg)))
 
 def labeler(cfg):
     "The label scorer that `cfg` names; it labels for training and evaluation alike."
     return scorer("chexbert", model=cfg.chexbert, uncertain=cfg.chexbert_uncertain, cache=runs_dir() / "scores")
 
 def expert_similarity(expert):
-    "Eq. 6 as a function of `(candidates, rows)`; an image's features are computed once per run, equal candidates once per call."
-    kept = {}
-    def similarity(texts, rows):
-        for row in rows:
-            if row["study_id"] not in kept: kept[row["study_id"]] = expert.image_features([row["image"]])[0]
-        unique = list(dict.fromkeys(texts))
-        features = dict(zip(unique, expert.text_features(unique)))
-        return [float(features[t] @ kept[r["study_id"]]) for t, r in zip(texts, rows)]
-    return similarity
+    "Eq. 6 as a function of `(candidates, rows)`; see `valor.experts.FrozenExpert` for what is computed once."
+    return lambda texts, rows: expert.similarity([row["image"] for row in rows], texts).tolist()
+
+def context_watch(expert):
+    "Watched, never rewarded: the share of candidates that run beyond the context of `expert`, which judges their beginning alone."
+    return {"cut": lambda texts, rows: [float(c) for c in expert.cut(texts)]} if expert.counts else {}
 
 def truth_watch(cfg):
     "What training is watched by but never rewarded with: F1 against the planted truth, and the share of true findings that are named."
@@ -358,8 +373,9 @@ def truth_watch(cfg):
 def make_stage(out, cfg, after, name):
     stage = int(name[-1])
     share(cfg.batch_size * cfg.group_size, "batch_size * group_size", cfg.gradient_accumulation_steps)
-    similarity = expert_similarity(open_expert(after["expert"])) if stage == 2 else None
-    rewards = Rewards(text_scorers(cfg), cfg.k_clin, similarity, truth_watch(cfg), extras_of(cfg))
+    expert = open_expert(after["expert"], cfg) if stage == 2 else None
+    similarity, watch = (expert_similarity(expert), truth_watch(cfg) | context_watch(expert)) if expert else (None, truth_watch(cfg))
+    rewards = Rewards(text_scorers(cfg), cfg.k_clin, similarity, watch, extras_of(cfg))
     before = dict(adapter=after["stage1"] / "adapter", k_start=int(pd.read_csv(after["stage1"] / "log.csv")["k"].max())) if stage == 2 else {}
     log = align(policy_in(phase_folder("sft", cfg)), load_data(phase_folder("data", cfg))["train"], out, rewards, cfg, stage,
                 cfg.lambda_vis if stage == 2 else 0., **before)
@@ -382,7 +398,7 @@ def score_frame(completions, cfg, expert):
 def make_evaluation(out, cfg, after, name):
     model, processor = policy_of(name.removeprefix("eval_"), cfg)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    test, expert = load_data(phase_folder("data", cfg))["test"], open_expert(after["expert"])
+    test, expert = load_data(phase_folder("data", cfg))["test"], open_expert(after["expert"], cfg)
     images = dict(test=image_lists(test))
     if name == "eval_stage2": images |= {"shuffled images": [images["test"][i] for i in ev.shuffled(len(test))], "blank image": [[blank] * len(row) for blank, row in zip(ev.blank_images(test), images["test"])]}
     for condition, shown in images.items():
@@ -392,10 +408,10 @@ def make_evaluation(out, cfg, after, name):
 
 @maker("controls")
 def make_controls(out, cfg, after, name):
-    data = load_data(after["data"])
+    data, expert = load_data(after["data"]), open_expert(after["expert"], cfg)
     for control, written in ev.controls(data["train"], data["test"], cfg.benchmark, cfg.sections).items():
         pd.DataFrame(dict(study_id=data["test"]["study_id"], completion=written)).to_csv(out / f"reports {control}.csv", index=False)
-        score_frame(written, cfg, open_expert(after["expert"])).to_csv(out / f"frame {control}.csv")
+        score_frame(written, cfg, expert).to_csv(out / f"frame {control}.csv")
 
 def read_frame(folder, condition): return pd.read_csv(folder / f"frame {condition}.csv", index_col=0)
 def read_reports(folder, condition): return pd.read_csv(folder / f"reports {condition}.csv", keep_default_na=False)["completion"].tolist()
@@ -467,7 +483,7 @@ def main_job(cfgs, out):
     stem = f"main_{cfg.benchmark}"
     files = [out / f"{stem}{end}" for end in (".csv", ".md", "_progression.png", "_steps.csv", ".json")]
     tidy.to_csv(files[0], index=False, float_format="%.6g")
-    note = note_of(cfg)
+    note = f"{note_of(cfg)}; {expert_note(cfg, frames)}"
     fresh = {system: {seed: f[f.fresh == 1] for seed, f in by_seed.items()} for system, by_seed in frames.items()}
     some = next(iter(fresh["VALOR"].values()))
     again = "" if not 1 < len(some) < len(frames["VALOR"][cfg.seed]) else (f"Without the {len(frames['VALOR'][cfg.seed]) - len(some)} test reports that stand word for word in train ({len(some)} studies):\n\n"

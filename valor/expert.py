@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['GREY', 'KINDS', 'WordTokenizer', 'expert_config', 'build_expert', 'as_batch', 'Expert', 'GrammarEdits',
            'SentenceEdits', 'edits_for', 'contrastive_loss', 'train_expert', 'some_edits', 'retrieval', 'quality',
-           'save_expert', 'load_expert']
+           'save_expert', 'load_embedded']
 
 # %% ../nbs/05_expert.ipynb #fd3c36e9
 import json, re
@@ -76,13 +76,14 @@ def as_batch(images, size):
     return ((torch.cat([one(im) for im in images]) - GREY["mean"]) / GREY["std"]).expand(-1, 3, -1, -1)
 
 class Expert:
-    "A frozen open_clip `model` with its `tokenizer` (texts -> ids), `preprocess` (list of images -> tensor) and, for an embedded one, its `config`."
+    "A frozen open_clip `model` with its `tokenizer` (texts -> ids), `preprocess` (list of images -> tensor) and, for an embedded one, its `config`. Works where the model is; answers are on the CPU."
     def __init__(self, model, tokenizer, preprocess, config=None):
         self.model, self.tokenizer, self.preprocess, self.config = model.eval().requires_grad_(False), tokenizer, preprocess, config
 
     def _features(self, encode, prepare, items, batch_size):
+        device = next(self.model.parameters()).device
         with torch.inference_mode():
-            return torch.cat([encode(prepare(items[i:i + batch_size]), normalize=True).float() for i in range(0, len(items), batch_size)])
+            return torch.cat([encode(prepare(items[i:i + batch_size]).to(device), normalize=True).float().cpu() for i in range(0, len(items), batch_size)])
 
     def image_features(self, images, batch_size=128):
         "Unit vectors (N, D) of a list of images (PIL or uint8 arrays). Worth keeping: an image is fixed, its candidates are many."
@@ -91,6 +92,10 @@ class Expert:
     def text_features(self, texts, batch_size=256):
         "Unit vectors (N, D) of a list of reports, tags or not."
         return self._features(self.model.encode_text, self.tokenizer, [report_body(t) for t in texts], batch_size)
+
+    def cut(self, texts):
+        "For each report whether it is longer than the context, so that its end is not read."
+        return self.tokenizer.cut([report_body(t) for t in texts])
 
     def similarity(self, images, texts):
         "Eq. 6: cosine (N,) of each image with the text in the same place."
@@ -218,16 +223,8 @@ def save_expert(expert, path):
     (path/"words.json").write_text(json.dumps(dict(words=expert.tokenizer.words, context_length=expert.tokenizer.context_length)))
     (path/"open_clip_config.json").write_text(json.dumps(dict(model_cfg=expert.config, preprocess_cfg=grey), indent=1))
 
-def load_expert(path_or_name):
-    "The frozen `Expert` in a folder (of `save_expert`, or any open_clip folder) or at `hf-hub:owner/name`. ValueError where there is none."
-    name, folder = str(path_or_name), Path(path_or_name)
-    if not name.startswith("hf-hub:"):
-        if not (folder/"open_clip_config.json").is_file():
-            raise ValueError(f"expert={name!r}: expected a folder with open_clip_config.json, or hf-hub:owner/name")
-        name = f"local-dir:{folder}"
-    if (folder/"words.json").is_file():
-        model = open_clip.create_model(name)
-        config = json.loads((folder/"open_clip_config.json").read_text())["model_cfg"]
-        return Expert(model, WordTokenizer(**json.loads((folder/"words.json").read_text())), partial(as_batch, size=config["vision_cfg"]["image_size"]), config)
-    model, preprocess = open_clip.create_model_from_pretrained(name)
-    return Expert(model, open_clip.get_tokenizer(name), lambda images: torch.stack([preprocess(im if isinstance(im, Image.Image) else Image.fromarray(im)) for im in images]))
+def load_embedded(path):
+    "The frozen `Expert` that `save_expert` wrote to the folder `path`."
+    config = json.loads((Path(path)/"open_clip_config.json").read_text())["model_cfg"]
+    words = json.loads((Path(path)/"words.json").read_text())
+    return Expert(open_clip.create_model(f"local-dir:{path}"), WordTokenizer(**words), partial(as_batch, size=config["vision_cfg"]["image_size"]), config)
