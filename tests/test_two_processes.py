@@ -3,11 +3,15 @@ import json, os, subprocess, sys
 from pathlib import Path
 
 import pytest, torch
+from accelerate.commands.config.config_args import load_config_from_file
+from safetensors.torch import load_file
 
 from two_processes import START, WORDS, trained
 from valor.config import preset
 from valor.grpo import CLINICAL_SCORERS, TEXT_SCORERS, advantages
 from valor.policy import build_policy, save_policy
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 def close(a, b): return (torch.as_tensor(a) - torch.as_tensor(b)).abs().max().item() < 1e-6
@@ -40,11 +44,22 @@ def test_parts_equal_whole(folder, one):
     same(one, [trained(folder / "parts", folder / "sft", parts=2, taken=one["sampled"])])
 
 
-def test_two_processes_equal_one(folder, one):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517", str(Path(__file__).with_name("two_processes.py")), str(folder), str(folder / "sft")]
-    done = subprocess.run(command, env=os.environ | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", ACCELERATE_USE_CPU="true"), capture_output=True, text=True, timeout=500)
+def test_other_parts_resume(folder, one):
+    "Out of memory after two updates: the run goes on with each update in more parts."
+    again = trained(folder / "again", folder / "sft", parts=4, taken=one["sampled"], resume=str(folder / "one" / "checkpoints" / "checkpoint-2"))
+    assert [s["k"] for s in again["seen"]] == [START + 3] and close(again["weights"], one["weights"])
+
+
+def two(folder, how, port, **env):
+    "What the two processes of a launch saw."
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}", str(Path(__file__).with_name("two_processes.py")), str(folder), str(folder / "sft"), how]
+    done = subprocess.run(command, env=os.environ | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", ACCELERATE_USE_CPU="true") | env, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [torch.load(folder / f"rank{r}.pt", weights_only=True) for r in (0, 1)]
+    return [torch.load(folder / f"{how} rank{r}.pt", weights_only=True) for r in (0, 1)]
+
+
+def test_two_processes_equal_one(folder, one):
+    ranks = two(folder, "ddp", 29517)
     for parts in (1, 2): same(one, [r[parts] for r in ranks])
     zero, other = (r[1] for r in ranks)
     assert zero["clinical_calls"] == other["clinical_calls"] == 2 * 2                              # two scorers at k = 6 and 8
@@ -54,3 +69,13 @@ def test_two_processes_equal_one(folder, one):
         assert len(a["advantages"]) == len(b["advantages"]) == 2 and len(a["scores"]) == 4          # one group of four, half of it on each
         columns = dict(zip((*TEXT_SCORERS, *CLINICAL_SCORERS, "format", "similarity"), torch.tensor(a["scores"]).T))
         assert close(advantages(columns, a["k"], 4, cfg, 0.5)[1], a["advantages"] + b["advantages"])
+
+
+def test_sharded_equals_one(folder, one):
+    "The same under FSDP2 with configs/fsdp2.yaml's choices (float32 here), each layer sharded over two CPU processes; the adapter on disk is whole."
+    chosen = load_config_from_file(str(CONFIGS / "fsdp2.yaml")).fsdp_config
+    ranks = two(folder, "fsdp", 29519, ACCELERATE_USE_FSDP="true", **{k.upper(): str(v).lower() if isinstance(v, bool) else str(v) for k, v in chosen.items()})
+    for parts in (1, 2): same(one, [r[parts] for r in ranks])
+    assert {"FSDPMistralDecoderLayer", "FSDPCLIPEncoderLayer"} <= set(ranks[0][1]["sharded"])
+    saved = load_file(folder / "fsdp1" / "adapter" / "adapter_model.safetensors")
+    assert close(torch.cat([w.flatten() for _, w in sorted(saved.items())]), one["weights"])

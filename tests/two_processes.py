@@ -5,6 +5,8 @@ import json, sys
 from pathlib import Path
 
 import numpy as np, torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from datasets import Dataset, Features, Image as ImageFeature, Value
 from PIL import Image
 from transformers import TrainerCallback
@@ -13,6 +15,7 @@ from valor.config import preset
 from valor.grpo import CLINICAL_SCORERS, TEXT_SCORERS, Rewards, make_trainer
 
 WORDS, START = "<report> the heart is large. no effusion or edema seen. </report>", 5
+IMAGES = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32), dtype=np.uint8)) for i in range(8)]
 
 
 class Share:
@@ -32,10 +35,9 @@ class Gradients(TrainerCallback):
 def whole(tensor): return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
-def trained(out, sft, processes=1, parts=1, taken=None, **change):
+def trained(out, sft, processes=1, parts=1, taken=None, resume=None, **change):
     """Three updates, each process computing its share in `parts`. `taken`: {k: token lists} to replay; None: sample. Returns what this process saw, as a dict."""
-    calls, images = [], [Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32), dtype=np.uint8)) for i in range(8)]
-    data = Dataset.from_dict(dict(image=images, report=[WORDS] * 8), features=Features(image=ImageFeature(), report=Value("string")))
+    calls, data = [], Dataset.from_dict(dict(image=IMAGES, report=[WORDS] * 8), features=Features(image=ImageFeature(), report=Value("string")))
     cfg = preset("smoke", group_size=4, batch_size=1, max_new_tokens=8, k_clin=2, stage2_steps=3, gradient_accumulation_steps=parts, **(dict(rank_norm="unit") | change))
     scorers = {n: Share(w, calls) for n, w in zip((*TEXT_SCORERS, *CLINICAL_SCORERS, "format"), "the heart is effusion edema seen".split())}
     rewards = Rewards(scorers, cfg.k_clin, similarity=lambda texts, rows: [float(len(t)) for t in texts])
@@ -57,16 +59,27 @@ def trained(out, sft, processes=1, parts=1, taken=None, **change):
         return output
 
     trainer._generate_single_turn, trainer._generate_and_score_completions = turn, spy
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     weights = torch.cat([whole(p).flatten() for _, p in sorted(trainer.model.named_parameters()) if p.requires_grad])
+    sharded = {type(m).__name__ for m in trainer.model.modules() if type(m).__name__.startswith("FSDP")}      # classes of what is sharded one by one
     trainer.save_model(str(Path(out) / "adapter"))
-    return dict(seen=seen, clinical_calls=sum(w in ("effusion", "edema") for w in calls), sampled=sampled, gradients=torch.stack(gradients.seen), weights=weights,
+    return dict(sharded=sorted(sharded), seen=seen, clinical_calls=sum(w in ("effusion", "edema") for w in calls), sampled=sampled, gradients=torch.stack(gradients.seen), weights=weights,
                 losses=[l["loss"] for l in trainer.state.log_history if "loss" in l])
+
+
+def shard_on_cpu():
+    "accelerate turns FSDP on for GPUs only; FSDP2 itself runs on CPU processes as well. Let accelerate take these for GPUs."
+    first = PartialState.__init__
+    def init(self, *args, **kw):
+        first(self, *args, **kw)
+        if self.distributed_type == DistributedType.MULTI_CPU: self.distributed_type = DistributedType.MULTI_GPU
+    PartialState.__init__ = init
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    out, sft = Path(sys.argv[1]), sys.argv[2]
+    out, sft, how = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     taken = json.loads((out / "taken.json").read_text())
-    saw = {parts: trained(out / f"parts{parts}", sft, 2, parts, taken) for parts in (1, 2)}
-    torch.save(saw, out / f"rank{torch.distributed.get_rank()}.pt")
+    if how == "fsdp": shard_on_cpu()
+    saw = {parts: trained(out / f"{how}{parts}", sft, 2, parts, taken) for parts in (1, 2)}
+    torch.save(saw, out / f"{how} rank{torch.distributed.get_rank()}.pt")

@@ -4,10 +4,10 @@
 __all__ = ['PROMPT', 'SPECIALS', 'TEMPLATE', 'LINEAR', 'MODULES', 'build_tokenizer', 'build_policy', 'save_policy', 'load_policy',
            'frozen_weights', 'as_prompt', 'render_prompt', 'image_lists', 'generate', 'lora_config',
            'last_complete_checkpoint', 'trainer_args', 'Progress', 'conversations', 'freeze_vision', 'ResumableSFT',
-           'keep_sft', 'sft', 'finding_targets', 'QueryHead', 'warm_up_vision', 'settle_projector']
+           'shard_by_layer', 'keep_sft', 'sft', 'finding_targets', 'QueryHead', 'warm_up_vision', 'settle_projector']
 
 # %% ../nbs/06_policy.ipynb #56f94b64
-import json, re
+import json, os, re
 from collections import Counter
 from functools import partial
 from importlib.util import find_spec
@@ -170,6 +170,13 @@ class ResumableSFT(SFTTrainer):
         if isinstance(self.model, PeftModel): return super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.model.load_state_dict(load_policy(resume_from_checkpoint)[0].state_dict())
 
+def shard_by_layer(model):
+    """Tell accelerate which layers of `model` FSDP shards one by one: those of the model's own list that are in it.
+
+    The list of a composed model also names layers that it lacks (LLaVA's names CLIP's text side), which accelerate refuses. A `fsdp_transformer_layer_cls_to_wrap` of the user's stays."""
+    inside = {type(m).__name__ for m in model.modules()} & set(model._no_split_modules or ())
+    os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(sorted(inside)))
+
 def keep_sft(trainer, processor, base, out, mode, dtype=torch.float32):
     """Write what `trainer` made of the policy in folder `base` as the one folder `out`; every process takes part.
 
@@ -191,6 +198,7 @@ def sft(base, data, out, mode="full", epochs=1, lr=1e-3, batch_size=32, lora_r=1
     set_seed(seed)
     model, processor = load_policy(base, **frozen_weights(weights))
     freeze_vision(model)
+    shard_by_layer(model)
     args = trainer_args(Path(out) / "checkpoints", seed, save_steps, checkpointing, per_device_train_batch_size=batch_size // parts, gradient_accumulation_steps=parts, num_train_epochs=epochs,
                         learning_rate=lr, lr_scheduler_type="cosine", warmup_steps=0.05, weight_decay=0.01)
     trainer = ResumableSFT(model, args=SFTConfig(**args, max_length=None, completion_only_loss=True), train_dataset=data,
