@@ -42,6 +42,8 @@ def test_layers_to_shard_are_in_the_model(monkeypatch):
     monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "Mine")
     policy.shard_by_layer(model)
     assert os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] == "Mine"
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="gradient_accumulation_steps=2: .* not the same update under FSDP; expected 1"): policy.shard_by_layer(model, 2)
 
 
 @pytest.mark.parametrize("mode", ("full", "lora"))

@@ -8,8 +8,8 @@ __all__ = ['LABELER', 'SCORING', 'PHASES', 'MAKERS', 'JOINT', 'BY_OBSERVATION', 
            'open_expert', 'expert_note', 'renderings', 'make_base', 'lay_findings', 'warm_up_targets', 'policy_in',
            'make_sft', 'text_scorers', 'check_scorers', 'labeler', 'expert_similarity', 'context_watch', 'truth_watch',
            'make_stage', 'policy_of', 'score_frame', 'make_evaluation', 'make_controls', 'read_frame', 'read_reports',
-           'frames_of', 'control_frames', 'log_of', 'step_profile', 'made_by', 'main_job', 'parse_settings', 'run_main',
-           'run_train', 'main']
+           'frames_of', 'control_frames', 'log_of', 'step_profile', 'made_by', 'main_job', 'parse_settings',
+           'check_packages', 'run_main', 'run_train', 'main']
 
 # %% ../nbs/07a_experiment.ipynb #017610f0
 import argparse, contextlib, dataclasses, fcntl, hashlib, json, logging, os, shutil, subprocess, sys, warnings
@@ -30,11 +30,11 @@ from .evaluate import add_command
 from .expert import edits_for, save_expert, train_expert
 from .experts import load_expert, try_expert
 from .figures import use_style
-from .grpo import Rewards, align
+from .grpo import Rewards, align, vllm_args
 from .guard import RewardError, probe
 from .injection import extras_of
 from .phantom import FINDINGS, Finding, from_truth, generic_description
-from .policy import build_policy, conversations, finding_targets, generate, image_lists, load_policy, save_policy, sft, warm_up_vision
+from .policy import build_policy, conversations, finding_targets, frozen_weights, generate, image_lists, load_policy, save_policy, sft, warm_up_vision
 from .reports import add_report_commands
 from .rewards import report_body, scorer
 from .sources import DataError, terms_of
@@ -510,10 +510,16 @@ def parse_settings(pairs):
         except ValueError: out[name] = value
     return out
 
+def check_packages(cfg):
+    "Raise ValueError where `cfg` needs a package that is not installed (vLLM, bitsandbytes), before anything is trained."
+    frozen_weights(cfg.policy_weights)
+    vllm_args(cfg.rollout, cfg, image_token="")
+
 def run_main(args, settings):
     "Run `valor run` with parsed arguments and `--set` settings."
     try:
         cfg = preset(args.preset, **settings)
+        check_packages(cfg)
         check_scorers([cfg])
     except (ValueError, RewardError) as e: sys.exit(f"valor: {e}")
     try: table, _, files = main_job([cfg], runs_dir() / "results" / f"{cfg.preset}-{key_of(dataclasses.asdict(cfg))}")
@@ -529,6 +535,7 @@ def run_train(args, settings):
     "Run `valor train` with parsed arguments and `--set` settings: the training phases up to `args.until`, on as many processes as were launched."
     try:
         cfg = preset(args.preset, **settings)
+        check_packages(cfg)
         check_scorers([cfg])
         folder = ensure(args.until, cfg)
     except (ValueError, RunError, RewardError) as e: sys.exit(f"valor: {e}")

@@ -191,7 +191,7 @@ def make_trainer(sft_folder, data, out, rewards, cfg, modules, lambda_vis, steps
     check_references(data)
     set_seed(seed)
     model, processor = load_policy(sft_folder, **frozen_weights(cfg.policy_weights))
-    shard_by_layer(model)
+    shard_by_layer(model, cfg.gradient_accumulation_steps)
     linear = dict(bleu4=cfg.lambda_lex, rouge_l=cfg.lambda_lex, bertscore=cfg.lambda_sem, chexbert=cfg.lambda_clin * cfg.lambda_cx,
                   radgraph=cfg.lambda_clin * cfg.lambda_rg, format=cfg.lambda_format)
     linear |= {name: weight * (cfg.lambda_clin if equation == 4 else 1) for name, (equation, weight) in extras_of(cfg).items()}

@@ -170,10 +170,12 @@ class ResumableSFT(SFTTrainer):
         if isinstance(self.model, PeftModel): return super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.model.load_state_dict(load_policy(resume_from_checkpoint)[0].state_dict())
 
-def shard_by_layer(model):
+def shard_by_layer(model, parts=1):
     """Tell accelerate which layers of `model` FSDP shards one by one: those of the model's own list that are in it.
 
-    The list of a composed model also names layers that it lacks (LLaVA's names CLIP's text side), which accelerate refuses. A `fsdp_transformer_layer_cls_to_wrap` of the user's stays."""
+    The list of a composed model also names layers that it lacks (LLaVA's names CLIP's text side), which accelerate refuses. A `fsdp_transformer_layer_cls_to_wrap` of the user's stays.
+    Raises `ValueError` for an update in `parts` under FSDP: two CPU processes gave another update than the whole (torch 2.15, accelerate 1.15, adapter on the projector)."""
+    if parts > 1 and os.environ.get("ACCELERATE_USE_FSDP") == "true": raise ValueError(f"gradient_accumulation_steps={parts}: an update in parts is not the same update under FSDP; expected 1 (use more processes, or smaller batches)")
     inside = {type(m).__name__ for m in model.modules()} & set(model._no_split_modules or ())
     os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(sorted(inside)))
 
@@ -198,7 +200,7 @@ def sft(base, data, out, mode="full", epochs=1, lr=1e-3, batch_size=32, lora_r=1
     set_seed(seed)
     model, processor = load_policy(base, **frozen_weights(weights))
     freeze_vision(model)
-    shard_by_layer(model)
+    shard_by_layer(model, parts)
     args = trainer_args(Path(out) / "checkpoints", seed, save_steps, checkpointing, per_device_train_batch_size=batch_size // parts, gradient_accumulation_steps=parts, num_train_epochs=epochs,
                         learning_rate=lr, lr_scheduler_type="cosine", warmup_steps=0.05, weight_decay=0.01)
     trainer = ResumableSFT(model, args=SFTConfig(**args, max_length=None, completion_only_loss=True), train_dataset=data,
