@@ -73,6 +73,7 @@ class Config:
     # visual reward (Eq. 7-9)
     lambda_vis: float = 0.5
     rank_norm: str = "centered"
+    text_in_mix: str = "raw"            # R_text as it enters Eq. 8: "raw" (the paper's), or "ranked" in its group by Eq. 7, so that text and image count alike at lambda_vis .5
     # GRPO (Eq. 10)
     group_size: int = 8                 # G candidates per image
     batch_size: int = 4                 # prompts per rollout batch; one rollout batch is one update
@@ -107,7 +108,7 @@ _MODEL = (lambda v: v == "rules" or Path(v).expanduser().exists() or re.fullmatc
 _POSITIVE, _UNIT = ((lambda v: 0 < v < math.inf), "a number > 0"), ((lambda v: 0 <= v <= 1), "a number in [0, 1]")
 RULES = {
     "benchmark": _one_of(*BENCHMARKS, *REAL_SOURCES), "sections": _one_of("both", "findings", "impression", "report"), "sft_mode": _one_of("full", "lora"),
-    "rank_norm": _one_of("centered", "unit", "standardized", "grpo"), "image_size": _at_least(64),
+    "rank_norm": _one_of("centered", "unit", "standardized", "grpo"), "text_in_mix": _one_of("raw", "ranked"), "image_size": _at_least(64),
     "chexbert": _MODEL, "radgraph": _MODEL, "chexbert_uncertain": _one_of("positive", "negative", "class"),
     "radgraph_type": _one_of("radgraph", "radgraph-xl", "modern-radgraph-xl"), "radgraph_level": _one_of("simple", "partial", "complete"),
     "gradient_checkpointing": _one_of("auto", "on", "off"), "policy_weights": _one_of("float32", "bfloat16", "nf4"), "vllm_gpu_memory_utilization": ((lambda v: 0 < v < 1), "a number in (0, 1)"),

@@ -55,7 +55,7 @@ PHASES = {   # name: (predecessors, configuration fields that reach it, version 
     "stage1": (("sft",), ("lambda_lex", "lambda_sem", "lambda_clin", "lambda_cx", "lambda_rg", "k_clin", "lambda_format",
                           *SCORING, "lambda_length", "lambda_repetition", "rank_norm", "group_size", "batch_size", "lr",
                           "beta", "epsilon", "temperature", "rollout", "max_new_tokens", "rl_epochs", "stage1_steps", "stage1_modules"), 2),
-    "stage2": (("stage1", "expert"), ("lambda_vis", "stage2_steps", "stage2_modules"), 2),
+    "stage2": (("stage1", "expert"), ("lambda_vis", "text_in_mix", "stage2_steps", "stage2_modules"), 2),
     "controls": (("data", "expert"), LABELER, 3),
     **{f"eval_{p}": ((p, "expert"), ("max_new_tokens", *LABELER), 3) for p in ("base", "sft", "stage1", "stage2")},
 }

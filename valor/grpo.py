@@ -45,9 +45,12 @@ def advantages(scores, k, group_size, cfg, lambda_vis):
     ver = verifiable(*(scores[n] for n in TEXT_SCORERS), cfg.lambda_lex, cfg.lambda_sem) + extra(scores, own, 3)               # Eq. 3
     if is_clinical_step(k, cfg.k_clin): clin = clinical(*(scores[n] for n in CLINICAL_SCORERS), cfg.lambda_cx, cfg.lambda_rg) + extra(scores, own, 4)  # Eq. 4
     text = text_reward(ver, clin, k, cfg.k_clin, cfg.lambda_clin)                                         # Eq. 5
-    vis = rank_reward(scores["similarity"].view(-1, group_size)).flatten() if lambda_vis else None        # Eq. 7
+    vis = _ranks(scores["similarity"], group_size) if lambda_vis else None                                # Eq. 7
+    if lambda_vis and cfg.text_in_mix == "ranked": text = _ranks(text, group_size)
     R = composite(text, vis, scores["format"], lambda_vis, cfg.lambda_format) + extra(scores, own, 8)     # Eq. 8
-    return R, rank_norm(R.view(-1, group_size), cfg.rank_norm).flatten()                                  # Eq. 9
+    return R, rank_norm(R.round(decimals=6).view(-1, group_size), cfg.rank_norm).flatten()                # Eq. 9; rewards that differ by rounding alone are equal
+
+def _ranks(x, group_size): return rank_reward(x.view(-1, group_size)).flatten()
 
 # %% ../nbs/07_grpo.ipynb #88a71765
 def group_correlation(a, b, group_size):

@@ -126,7 +126,7 @@ class SharedRollout(GRPOTrainer):
         "Log-probabilities and entropies, both `(N, T)`, of the candidates `ids` to the prompts numbered `prompts` `(N,)`."
         base = self.accelerator.unwrap_model(model)
         base = base.get_base_model() if isinstance(base, PeftModel) else base
-        if base.is_gradient_checkpointing and torch.is_grad_enabled(): return self._score_apart(model, ids, mask, prompts, compute_entropy)
+        if self.args.gradient_checkpointing and base.is_gradient_checkpointing and torch.is_grad_enabled(): return self._score_apart(model, ids, mask, prompts, compute_entropy)
         which, of = prompts.unique(return_inverse=True)
         inputs = self._collate(which)
         known = torch.cat([inputs["attention_mask"][of], mask[:, :-1]], 1)
