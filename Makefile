@@ -18,8 +18,8 @@ smoke: setup
 
 test: setup
 	python tests/check_notebooks.py
-	cd nbs && VALOR_RUNS=$$(mktemp -d) nbdev_test --n_workers 1 --timing
-	pytest -q
+	cd nbs && VALOR_RUNS=$$(mktemp -d) nbdev_test --n_workers 2 --timing
+	pytest -q -n 2 --dist loadfile
 
 lab: setup
 	jupyter lab --notebook-dir nbs
