@@ -53,7 +53,7 @@ def main():
     make = lambda name, rollout: make_trainer(f"{work}/sft", data, f"{work}/{name}", rewards, preset("laptop", max_new_tokens=args.tokens, rollout=rollout, k_clin=None), "language", 0.5, args.steps, 0)
     ours = make("ours", "merged")
     model, processor = load_policy(f"{work}/sft")
-    theirs = timed(GRPOTrainer)(model, reward_funcs=rewards.functions(), args=copy.deepcopy(ours.args), train_dataset=conversations(data), processing_class=processor, peft_config=lora_config("language", cfg.lora_r, cfg.lora_alpha))
+    theirs = timed(GRPOTrainer)(model, reward_funcs=rewards.functions(), args=copy.deepcopy(ours.args), train_dataset=conversations(data), processing_class=processor, peft_config=lora_config(model, "language", cfg.lora_r, cfg.lora_alpha))
     ours.__class__ = timed(type(ours))
     table = {}
     for name, trainer in {"TRL": theirs, "merged": ours}.items():

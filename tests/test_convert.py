@@ -339,7 +339,7 @@ def test_grpo_step_with_lora(folder, tmp_path):
     args = GRPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=2, num_generations=2, max_completion_length=8, max_steps=1, report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False, beta=.04,
                       learning_rate=1e-2, disable_tqdm=True, save_strategy="no", logging_steps=1)
     reward = lambda completions, **kw: [float(i) for i in range(len(completions))]
-    trainer = GRPOTrainer(model, reward, args, train_dataset=conversations(studies()), processing_class=processor, peft_config=lora_config("language", 4, 8))
+    trainer = GRPOTrainer(model, reward, args, train_dataset=conversations(studies()), processing_class=processor, peft_config=lora_config(model, "language", 4, 8))
     trainer.train()
     weights = {k: v for k, v in trainer.model.named_parameters() if "lora_B" in k}
     assert np.isfinite(trainer.state.log_history[0]["loss"]) and any(v.abs().max() > 0 for v in weights.values()) and not any("vision" in k for k in weights)

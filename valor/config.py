@@ -45,6 +45,9 @@ class Config:
     base_studies: int = 3000            # phantoms with generic descriptions; on openi_rendered, training studies
     warmup_epochs: int = 14             # multi-label warm-up of the embedded vision tower
     base_epochs: int = 1
+    # loading the policy (06c_models)
+    attention: str = "auto"             # as transformers names it: "sdpa", "eager", "flash_attention_2", …; "auto" is its choice
+    trust_remote_code: bool = False     # let a checkpoint bring code of its own
     # SFT (Eq. 2)
     sft_mode: str = "full"              # "full" parameters or "lora"
     sft_epochs: int = 3
@@ -105,6 +108,7 @@ def _at_least(low): return (lambda v: low <= v < math.inf), f"a number >= {low}"
 def _one_of(*options): return (lambda v: v in options), "one of " + ", ".join(map(repr, options))
 
 _MODEL = (lambda v: v == "rules" or Path(v).expanduser().exists() or re.fullmatch(r"[\w.-]+/[\w.-]+", v)), "'rules' (the embedded stand-in), a file or folder that exists, or a hub repository's name"
+_GROUPS = ("language", "language+projector", "language+projector+vision")
 _POSITIVE, _UNIT = ((lambda v: 0 < v < math.inf), "a number > 0"), ((lambda v: 0 <= v <= 1), "a number in [0, 1]")
 RULES = {
     "benchmark": _one_of(*BENCHMARKS, *REAL_SOURCES), "sections": _one_of("both", "findings", "impression", "report"), "sft_mode": _one_of("full", "lora"),
@@ -112,7 +116,7 @@ RULES = {
     "chexbert": _MODEL, "radgraph": _MODEL, "chexbert_uncertain": _one_of("positive", "negative", "class"),
     "radgraph_type": _one_of("radgraph", "radgraph-xl", "modern-radgraph-xl"), "radgraph_level": _one_of("simple", "partial", "complete"),
     "gradient_checkpointing": _one_of("auto", "on", "off"), "policy_weights": _one_of("float32", "bfloat16", "nf4"), "vllm_gpu_memory_utilization": ((lambda v: 0 < v < 1), "a number in (0, 1)"),
-    "stage1_modules": _one_of("language", "language+projector"), "stage2_modules": _one_of("language", "language+projector"), "rollout": _one_of("merged", "transformers", "vllm_colocate", "vllm_server"),
+    "stage1_modules": _one_of(*_GROUPS), "stage2_modules": _one_of(*_GROUPS), "rollout": _one_of("merged", "transformers", "vllm_colocate", "vllm_server"),
     "lambda_lex": _UNIT, "lambda_sem": _UNIT, "lambda_vis": _UNIT,
     "group_size": _at_least(2), "k_clin": _at_least(1), "lr": _POSITIVE, "sft_lr": _POSITIVE, "temperature": _POSITIVE,
     "epsilon": _POSITIVE, "n_boot": _at_least(10),
@@ -125,10 +129,10 @@ RULES = {
 
 # %% ../nbs/00_config.ipynb #87e8b25f
 def _check_type(name, value, hint):
-    "Raise if `value` is not of type `hint`; an int may stand for a float, a bool never for a number."
+    "Raise if `value` is not of type `hint`; an int may stand for a float, a bool for nothing but a bool."
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if float in allowed: allowed = (*allowed, int)
-    if not isinstance(value, allowed) or isinstance(value, bool):
+    if not isinstance(value, allowed) or isinstance(value, bool) != (hint is bool):
         names = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
         raise ValueError(f"{name}={value!r} is a {type(value).__name__}; expected {names}")
 

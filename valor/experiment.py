@@ -32,10 +32,11 @@ from .experts import load_expert, try_expert
 from .figures import use_style
 from .grpo import Rewards, align, vllm_args
 from .guard import RewardError, probe
+from .models import LOADING, check_policy, loading
 from .injection import extras_of
 from .phantom import FINDINGS, Finding, from_truth, generic_description
 from .policy import build_policy, conversations, finding_targets, frozen_weights, generate, image_lists, load_policy, save_policy, sft, warm_up_vision
-from .reports import add_report_commands
+from .reports import add_report_commands, with_adapter
 from .rewards import report_body, scorer
 from .sources import DataError, terms_of
 from .studies import load_studies, store_images
@@ -50,7 +51,7 @@ SCORING = ("bertscore_model", "bertscore_layer", *LABELER, "radgraph", "radgraph
 PHASES = {   # name: (predecessors, configuration fields that reach it, version of its code)
     "data": ((), ("benchmark", "data_root", "data_options", "data_seed", "n_train", "n_val", "n_test", "image_size", "sections"), 1),
     "expert": (("data",), ("expert", "expert_seed", "expert_steps"), 1),
-    "base": (("data",), ("base", "base_seed", "base_studies", "warmup_epochs", "base_epochs", "render_copies", "sft_lr", "sft_batch_size"), 1),
+    "base": (("data",), ("base", "base_seed", "base_studies", "warmup_epochs", "base_epochs", "render_copies", "sft_lr", "sft_batch_size", *LOADING), 1),
     "sft": (("base",), ("seed", "sft_mode", "sft_epochs", "lora_r", "lora_alpha", "policy_weights"), 1),
     "stage1": (("sft",), ("lambda_lex", "lambda_sem", "lambda_clin", "lambda_cx", "lambda_rg", "k_clin", "lambda_format",
                           *SCORING, "lambda_length", "lambda_repetition", "rank_norm", "group_size", "batch_size", "lr",
@@ -325,7 +326,7 @@ def make_sft(out, cfg, after, name):
     shown = renderings(train, cfg.render_copies)
     log = sft(policy_in(after["base"]), conversations(shown, [target(r) for r in shown["report"]]), out / "policy", cfg.sft_mode,
               cfg.sft_epochs, cfg.sft_lr, share(cfg.sft_batch_size, "sft_batch_size", cfg.gradient_accumulation_steps), cfg.lora_r, cfg.lora_alpha, cfg.seed, save_steps=cfg.save_steps,
-              parts=cfg.gradient_accumulation_steps, checkpointing=cfg.gradient_checkpointing, weights=cfg.policy_weights)
+              parts=cfg.gradient_accumulation_steps, checkpointing=cfg.gradient_checkpointing, weights=cfg.policy_weights, **loading(cfg))
     if is_first(): pd.DataFrame([l for l in log if "loss" in l]).to_csv(out / "log.csv", index=False)
 
 def text_scorers(cfg):
@@ -383,12 +384,11 @@ def make_stage(out, cfg, after, name):
 
 # %% ../nbs/07a_experiment.ipynb #d61e5f72
 def policy_of(name, cfg):
-    "`(model, processor)` at the end of phase `name`, its adapter merged."
-    from peft import PeftModel
+    "`(model, processor)` at the end of phase `name`, its adapter merged; never in four bits: this is what `valor merge` writes and a reader would use."
     dtype = torch.float32 if cfg.policy_weights == "float32" else torch.bfloat16
-    if name in ("base", "sft"): return load_policy(policy_in(phase_folder(name, cfg)), dtype)
-    model, processor = load_policy(policy_in(phase_folder("sft", cfg)), dtype)
-    return PeftModel.from_pretrained(model, phase_folder(name, cfg) / "adapter").merge_and_unload(), processor
+    if name in ("base", "sft"): return load_policy(policy_in(phase_folder(name, cfg)), dtype, **loading(cfg))
+    model, processor = load_policy(policy_in(phase_folder("sft", cfg)), dtype, **loading(cfg))
+    return with_adapter(model, phase_folder(name, cfg) / "adapter"), processor
 
 def score_frame(completions, cfg, expert):
     data = load_data(phase_folder("data", cfg))
@@ -521,9 +521,10 @@ def run_main(args, settings):
         cfg = preset(args.preset, **settings)
         check_packages(cfg)
         check_scorers([cfg])
+        if cfg.base != "embedded": check_policy(cfg.base, cfg.trust_remote_code)
     except (ValueError, RewardError) as e: sys.exit(f"valor: {e}")
     try: table, _, files = main_job([cfg], runs_dir() / "results" / f"{cfg.preset}-{key_of(dataclasses.asdict(cfg))}")
-    except (RunError, RewardError, DataError) as e: sys.exit(f"valor: {e}")
+    except (RunError, RewardError, DataError, MemoryError) as e: sys.exit(f"valor: {e}")
     for start in range(0, table.shape[1], 4): print(f"\n{table.iloc[:, start:start + 4].to_string()}")
     print()
     print(files[1].read_text().rsplit("\n\n", 1)[-1])
@@ -537,8 +538,9 @@ def run_train(args, settings):
         cfg = preset(args.preset, **settings)
         check_packages(cfg)
         check_scorers([cfg])
+        if cfg.base != "embedded": check_policy(cfg.base, cfg.trust_remote_code)
         folder = ensure(args.until, cfg)
-    except (ValueError, RunError, RewardError) as e: sys.exit(f"valor: {e}")
+    except (ValueError, RunError, RewardError, MemoryError) as e: sys.exit(f"valor: {e}")
     if not is_first(): return
     print(f"{folder}")
     if args.until != "sft": print(f"one folder of it: valor merge --base {policy_in(phase_folder('sft', cfg))} --adapter {folder / 'adapter'} --out FOLDER")

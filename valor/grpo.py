@@ -18,7 +18,8 @@ from trl import GRPOConfig
 
 from .guard import alarms, checked_scores, distinct_share, probe
 from .injection import TEXT_SCORERS, CLINICAL_SCORERS, clinical, composite, extra, extras_of, is_clinical_step, needed, text_reward, verifiable
-from .policy import Progress, conversations, frozen_weights, last_complete_checkpoint, load_policy, lora_config, shard_by_layer, trainer_args
+from .models import frozen_weights, load_policy, loading, lora_config, memory_line
+from .policy import Progress, conversations, last_complete_checkpoint, shard_by_layer, trainer_args
 from .ranknorm import rank_norm, rank_reward
 from .rollout import SharedRollout
 
@@ -193,7 +194,7 @@ def make_trainer(sft_folder, data, out, rewards, cfg, modules, lambda_vis, steps
     its share of the update in `gradient_accumulation_steps` parts."""
     check_references(data)
     set_seed(seed)
-    model, processor = load_policy(sft_folder, **frozen_weights(cfg.policy_weights))
+    model, processor = load_policy(sft_folder, **frozen_weights(cfg.policy_weights), **loading(cfg))
     shard_by_layer(model, cfg.gradient_accumulation_steps)
     linear = dict(bleu4=cfg.lambda_lex, rouge_l=cfg.lambda_lex, bertscore=cfg.lambda_sem, chexbert=cfg.lambda_clin * cfg.lambda_cx,
                   radgraph=cfg.lambda_clin * cfg.lambda_rg, format=cfg.lambda_format)
@@ -204,7 +205,7 @@ def make_trainer(sft_folder, data, out, rewards, cfg, modules, lambda_vis, steps
                       loss_type="grpo", use_bias_correction_kl=False, lr_scheduler_type="constant_with_warmup", warmup_steps=0.1,
                       **vllm_args(cfg.rollout, cfg, processor.image_token), reward_weights=[linear.get(n, 0.) for n in rewards.names])
     trainer = ValorTrainer(model, rewards, cfg, lambda_vis, k_start, args=args, train_dataset=conversations(data),
-                           processing_class=processor, peft_config=lora_config(modules, cfg.lora_r, cfg.lora_alpha))
+                           processing_class=processor, peft_config=lora_config(model, modules, cfg.lora_r, cfg.lora_alpha))
     trainer.remove_callback(PrinterCallback)
     if adapter is not None: set_peft_model_state_dict(trainer.model, load_peft_weights(adapter, device="cpu"))
     return trainer
@@ -219,6 +220,7 @@ def align(sft_folder, data, out, rewards, cfg, stage, lambda_vis, k_start=0, ada
     trainer = make_trainer(sft_folder, data, out, rewards, cfg, modules, lambda_vis, steps, 10 * cfg.seed + stage, k_start, adapter,
                            per_device=cfg.batch_size * cfg.group_size // int(os.environ.get("WORLD_SIZE", 1)))
     trainer.add_callback(Progress(f"stage {stage}"))
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(trainer.args.output_dir))
+    with memory_line(f"stage {stage}", batch_size=cfg.batch_size, group_size=cfg.group_size, max_new_tokens=cfg.max_new_tokens):
+        trainer.train(resume_from_checkpoint=last_complete_checkpoint(trainer.args.output_dir))
     trainer.save_model(str(Path(out) / "adapter"))
     return [dict(l, stage=stage) for l in trainer.state.log_history if "k" in l]

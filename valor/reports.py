@@ -19,11 +19,13 @@ def with_adapter(model, adapter):
     from peft import PeftModel
     if not (Path(adapter)/"adapter_config.json").is_file(): raise ValueError(f"adapter={str(adapter)!r}: no adapter_config.json in it; expected a folder that PEFT saved, such as a run's stage2-…/adapter")
     from peft import load_peft_weights
+    bare = {n.rpartition(".")[0]: n for n in json.loads((Path(adapter)/"adapter_config.json").read_text()).get("target_parameters") or []}     # a projector without a linear layer, such as Gemma 3's
     weights, shapes = load_peft_weights(str(adapter), device="cpu"), {n: tuple(p.shape) for n, p in model.named_parameters()}
     for name, w in weights.items():
         if ".lora_A." not in name: continue
-        base = name.removeprefix("base_model.model.").split(".lora_A.")[0] + ".weight"
-        if base not in shapes or shapes[base][1] != w.shape[1]:
+        path = name.removeprefix("base_model.model.").split(".lora_A.")[0]
+        base = bare.get(path, path + ".weight")
+        if base not in shapes or w.shape[1] not in (shapes[base][1:] if path not in bare else shapes[base]):
             raise ValueError(f"adapter={str(adapter)!r}: made for another base: it changes {base} with {w.shape[1]} inputs, this model has {shapes.get(base, 'no such weight')}; give the base it was trained on")
     return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
 
@@ -118,7 +120,7 @@ def add_report_commands(commands):
 
 def _said(job):
     try: job()
-    except (ValueError, OSError) as e: sys.exit(f"valor: {e}")
+    except (ValueError, OSError, MemoryError) as e: sys.exit(f"valor: {e}")
 
 def run_generate(args):
     "Run `valor generate` with parsed arguments."

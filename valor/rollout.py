@@ -21,7 +21,7 @@ def merged(model, kept):
     `kept`: dict that holds the frozen weights in host memory from the first call on. Raises ValueError where weights are quantised and cannot take an adapter in."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
     for name, layer in layers.items():
-        weight = layer.get_base_layer().weight
+        weight = _adapted(layer)
         if not weight.is_floating_point(): raise ValueError(f"rollout='merged': the weights of {name} are quantised ({weight.dtype}); expected rollout='transformers' or a vLLM one with them")
         if name not in kept: kept[name] = weight.detach().to("cpu", copy=True)
     def put(of_layer):
@@ -34,7 +34,11 @@ def merged(model, kept):
         put(lambda layer: layer)
         for name, layer in layers.items():
             layer.merged_adapters.clear()
-            layer.get_base_layer().weight.data.copy_(kept[name])
+            _adapted(layer).data.copy_(kept[name])
+
+def _adapted(layer):
+    "The frozen matrix that the adapter's `layer` changes: a linear layer's weight, or a parameter of another name where a model's projector is a bare matrix."
+    return getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
 
 # %% ../nbs/07e_rollout.ipynb #25a5c5cb
 def distinct_prompts(prompts):
