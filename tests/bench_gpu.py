@@ -89,7 +89,7 @@ def trl_trainer(a, out, prompts, steps):
     ours = valor_trainer(a, out, prompts, steps)
     model, processor = load_policy(a.out / "policy", dtype=torch.bfloat16 if GPU else torch.float32)
     theirs = GRPOTrainer(model, reward_funcs=ours.rewards.functions(), args=copy.deepcopy(ours.args), train_dataset=ours.train_dataset, processing_class=processor,
-                         peft_config=lora_config("language", a.rank, 2 * a.rank))
+                         peft_config=lora_config(model, "language", a.rank, 2 * a.rank))
     theirs.remove_callback(PrinterCallback)
     ours.rewards.k = ours.cfg.k_clin                                     # every reward on every step
     return theirs
