@@ -36,7 +36,7 @@ class Config:
     sections: str = "both"              # report = findings and impression ("both", the paper's) or "findings" alone; of real sources also "impression" or their one "report"
     render_copies: int = 1              # renderings of each training study that SFT sees
     # frozen image-text expert (Eq. 6)
-    expert: str = "embedded"            # trained here, a folder of open_clip or hf-hub:owner/name, xrv:NAME (torchxrayvision), or package.module:attribute
+    expert: str = "embedded"            # trained here; "embedded-labels" (a classifier, trained here too); a folder of open_clip or hf-hub:owner/name, xrv:NAME (torchxrayvision), or package.module:attribute
     expert_seed: int = 101              # independent of the policy's
     expert_steps: int = 400
     # base policy: "embedded" (built and trained here) or a folder that transformers can load
@@ -146,7 +146,7 @@ def _check_extra_rewards(extras):
 
 def _check_expert(name):
     "Raise unless `name` can be an expert; only what is neither embedded nor on the hub needs the library to tell."
-    if name == "embedded" or re.fullmatch(r"hf-hub:[\w.-]+/[\w.-]+", name): return
+    if name in ("embedded", "embedded-labels") or re.fullmatch(r"hf-hub:[\w.-]+/[\w.-]+", name): return
     from valor.experts import check_expert
     check_expert(name)
 
@@ -173,7 +173,7 @@ def validate(cfg):
                          f"{cfg.lambda_lex + cfg.lambda_sem:g}; expected 1 (Eq. 3)")
     if cfg.benchmark == "phantom" and None in (cfg.n_train, cfg.n_val, cfg.n_test):
         raise ValueError(f"n_train={cfg.n_train}, n_val={cfg.n_val}, n_test={cfg.n_test}: phantoms are made on demand; expected numbers")
-    if cfg.expert == "embedded" and cfg.image_size % 32: raise ValueError(f"image_size={cfg.image_size} is not allowed; the embedded expert expects a multiple of 32")
+    if cfg.expert.startswith("embedded") and cfg.image_size % 32: raise ValueError(f"image_size={cfg.image_size} is not allowed; the embedded expert expects a multiple of 32")
     if cfg.bertscore_model == "minilm" and cfg.bertscore_layer > 6: raise ValueError(f"bertscore_layer={cfg.bertscore_layer} is not allowed; MiniLM has layers 1 to 6")
     if cfg.policy_weights != "float32" and cfg.sft_mode == "full": raise ValueError(f"policy_weights={cfg.policy_weights!r}: weights that are trained are held in float32; expected sft_mode='lora' or policy_weights='float32'")
     for name, n in (("batch_size * group_size", cfg.batch_size * cfg.group_size), ("sft_batch_size", cfg.sft_batch_size)):

@@ -28,7 +28,7 @@ from .convert import add_command as add_convert_command
 from .data_report import add_report_command, data_report, to_markdown, unleaked
 from .evaluate import add_command
 from .expert import edits_for, save_expert, train_expert
-from .experts import load_expert, try_expert
+from .experts import load_expert, train_classifier, try_expert
 from .figures import use_style
 from .grpo import Rewards, align, vllm_args
 from .guard import RewardError, probe
@@ -256,10 +256,11 @@ def note_of(cfg):
 # %% ../nbs/07a_experiment.ipynb #716c139e
 @maker("expert")
 def make_expert(out, cfg, after, name):
+    train = load_data(after["data"])["train"]
+    if cfg.expert == "embedded-labels": return train_classifier(list(train["image"]), np.array(train["labels"], dtype=float), OBSERVATIONS, out / "model", cfg.expert_steps, cfg.expert_seed)
     if cfg.expert != "embedded":
         expert = load_expert(cfg.expert, labeler(cfg))
         return _write(out / "expert.json", dict(path=cfg.expert, key=expert.key, note=expert.note))
-    train = load_data(after["data"])["train"]
     anew = () if cfg.benchmark != "openi_rendered" else [rerender(train, seed) for seed in (1, 2, 3)]
     save_expert(train_expert(train, edits_for(train, cfg.benchmark), cfg.expert_steps, cfg.expert_seed, renderings=anew,
                              min_count=1 if cfg.benchmark == "phantom" else 2), out / "model")
@@ -339,7 +340,7 @@ def text_scorers(cfg):
 def check_scorers(cfgs):
     "Make the scorers and the expert that the runs `cfgs` name and try them, so that missing weights and broken rewards show before anything is trained (ValueError, RewardError)."
     for cfg in {key_of([getattr(cfg, f) for f in SCORING]): cfg for cfg in cfgs}.values(): probe(text_scorers(cfg))
-    for cfg in {key_of([getattr(cfg, f) for f in ("expert", *LABELER)]): cfg for cfg in cfgs if cfg.expert != "embedded"}.values(): try_expert(load_expert(cfg.expert, labeler(cfg)))
+    for cfg in {key_of([getattr(cfg, f) for f in ("expert", *LABELER)]): cfg for cfg in cfgs if not cfg.expert.startswith("embedded")}.values(): try_expert(load_expert(cfg.expert, labeler(cfg)))
 
 def labeler(cfg):
     "The label scorer that `cfg` names; it labels for training and evaluation alike."
@@ -529,7 +530,7 @@ def run_main(args, settings):
     print()
     print(files[1].read_text().rsplit("\n\n", 1)[-1])
     models = dict(base=cfg.base, expert=cfg.expert, chexbert=cfg.chexbert, radgraph=cfg.radgraph, bertscore=cfg.bertscore_model)
-    print("embedded stand-ins: " + (", ".join(f"{n}={m}" for n, m in models.items() if m in ("embedded", "rules", "minilm")) or "none") + "\n")
+    print("embedded stand-ins: " + (", ".join(f"{n}={m}" for n, m in models.items() if m in ("embedded", "embedded-labels", "rules", "minilm")) or "none") + "\n")
     print("\n".join(map(str, files)))
 
 def run_train(args, settings):

@@ -3,9 +3,10 @@
 # %% auto #0
 __all__ = ['VOCABULARIES', 'STAND_INS', 'HARMLESS', 'OWN', 'one_line', 'image_key', 'fingerprint', 'FrozenExpert', 'part_of',
            'read_config', 'check_tokenizer_name', 'overlay', 'CountingTokenizer', 'open_clip_expert',
-           'miniature_biomedclip', 'LabelExpert', 'xrv', 'xrv_columns', 'prepared', 'Shell', 'TensorsOnly',
-           'ShellPickle', 'tensors_of', 'read_module', 'read_weights', 'parse_xrv', 'xrv_weights', 'xrv_model',
-           'xrv_expert', 'own_expert', 'check_expert', 'load_expert', 'try_expert']
+           'miniature_biomedclip', 'LabelExpert', 'build_classifier', 'train_classifier', 'classifier_expert', 'xrv',
+           'xrv_columns', 'prepared', 'Shell', 'TensorsOnly', 'ShellPickle', 'tensors_of', 'read_module',
+           'read_weights', 'parse_xrv', 'xrv_weights', 'xrv_model', 'xrv_expert', 'own_expert', 'check_expert',
+           'load_expert', 'try_expert']
 
 # %% ../nbs/05a_experts.ipynb #17a52632
 import hashlib, inspect, json, os, pickle, re, sys, tempfile, warnings
@@ -15,10 +16,11 @@ from unittest.mock import patch
 import numpy as np, open_clip, torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from .clinical import RuleLabeler
 from .config import OBSERVATIONS
-from .expert import Expert, load_embedded
+from .expert import Expert, as_batch, load_embedded
 from .guard import PROBES, RewardError
 from .labels import UNCERTAIN
 from .rewards import Store, minilm_folder, report_body, resolve_device
@@ -206,6 +208,42 @@ class LabelExpert:
         said = self.labeler.labels(texts)[self.observations].to_numpy()
         return np.select([said == 1, said == -1], [1., self.uncertain], -1.)
 
+# %% ../nbs/05a_experts.ipynb #0b84af69
+def build_classifier(size, classes, seed=0):
+    "An untrained classifier of grey images of `size` pixels into `classes` logits; weights fixed by `seed`."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return open_clip.modified_resnet.ModifiedResNet([1, 1, 1, 1], output_dim=classes, heads=16, image_size=size, width=16)
+
+def train_classifier(images, labels, observations, out, steps=400, seed=101, batch_size=32, lr=1e-3):
+    """Train on PIL `images` and `labels` (N, C), 1 where an observation is present, and write the folder `out`: weights and what they are.
+
+    Observations that are never, or always, present cannot be learned and are left out. ValueError where none is left. The same parameters and number of threads give the same weights."""
+    kept = np.flatnonzero((labels == 1).any(0) & (labels != 1).any(0))
+    if not len(kept): raise ValueError(f"labels of {len(labels)} studies: no observation is present in some and absent in others; expected at least one")
+    size, target = images[0].size[0], torch.tensor((labels[:, kept] == 1).astype(np.float32))
+    model, rng = build_classifier(size, len(kept), seed).train(), np.random.default_rng(seed)
+    pixels = torch.stack([as_batch([im], size)[0] for im in images])
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, max(steps, 2), pct_start=.1)
+    for _ in tqdm(range(steps), desc="classifier"):
+        rows = rng.choice(len(pixels), min(batch_size, len(pixels)), replace=False)
+        loss = F.binary_cross_entropy_with_logits(model(pixels[rows]), target[rows])
+        optimizer.zero_grad(); loss.backward(); optimizer.step(); schedule.step()
+    Path(out).mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, Path(out)/"classifier.safetensors")
+    (Path(out)/"classifier.json").write_text(json.dumps(dict(size=size, observations=[observations[i] for i in kept])))
+
+def classifier_expert(folder, labeler):
+    "The `LabelExpert` around a classifier that `train_classifier` wrote to `folder`."
+    about = json.loads((Path(folder)/"classifier.json").read_text())
+    model = build_classifier(about["size"], len(about["observations"]))
+    model.load_state_dict(load_file(Path(folder)/"classifier.safetensors"))
+    model.eval().requires_grad_(False).to(resolve_device("auto"))
+    def classify(images):
+        with torch.inference_mode(): return model(as_batch(images, about["size"]).to(next(model.parameters()).device)).sigmoid().cpu()
+    return LabelExpert(classify, about["observations"], labeler, f"embedded-labels {fingerprint(model)}", f"a classifier trained here; knows {', '.join(about['observations'])}")
+
 # %% ../nbs/05a_experts.ipynb #ed34de0a
 STAND_INS = {"Lung Opacity": ("Infiltration",), "Lung Lesion": ("Nodule", "Mass"), "Pleural Effusion": ("Effusion",), "Pleural Other": ("Pleural_Thickening",)}
 
@@ -334,14 +372,14 @@ def own_expert(name):
     return expert
 
 def check_expert(name):
-    "Raise ValueError unless `name` can be an expert: \"embedded\", `hf-hub:owner/name`, `xrv:…`, a folder of open_clip, or `package.module:attribute`. Loads no weights."
-    if name == "embedded" or re.fullmatch(r"hf-hub:[\w.-]+/[\w.-]+", name): return
+    "Raise ValueError unless `name` can be an expert: \"embedded\", \"embedded-labels\", `hf-hub:owner/name`, `xrv:…`, a folder of open_clip, or `package.module:attribute`. Loads no weights."
+    if name in ("embedded", "embedded-labels") or re.fullmatch(r"hf-hub:[\w.-]+/[\w.-]+", name): return
     if name.startswith("xrv:"): parse_xrv(name)
     elif OWN.fullmatch(name): own_expert(name)
     elif (Path(name).expanduser()/"open_clip_config.json").is_file(): check_tokenizer_name(name, read_config(Path(name).expanduser())[1])
     else:
         why = "no open_clip_config.json in that folder" if Path(name).expanduser().is_dir() else "no such folder"
-        raise ValueError(f"expert={name!r}: {why}; expected 'embedded', a folder with open_clip_config.json, hf-hub:owner/name, xrv:NAME (torchxrayvision) or package.module:attribute")
+        raise ValueError(f"expert={name!r}: {why}; expected 'embedded', 'embedded-labels', a folder with open_clip_config.json, hf-hub:owner/name, xrv:NAME (torchxrayvision) or package.module:attribute")
 
 def load_expert(name, labeler=None, cache=None):
     """The `FrozenExpert` called `name` (a folder of `save_expert`, or see `check_expert`), on this process's GPU where there is one.
@@ -354,7 +392,8 @@ def load_expert(name, labeler=None, cache=None):
         inner.model.to(resolve_device("auto"))
         inner.key, inner.note = f"embedded {fingerprint(inner.model)}", f"reads {inner.tokenizer.context_length} words of a text"
         return FrozenExpert(inner, "embedded", cache)
-    if name == "embedded": raise ValueError("expert='embedded': a run trains it and keeps it in its own folder; expected that folder (expert-…/model)")
+    if (folder/"classifier.json").is_file(): return FrozenExpert(classifier_expert(folder, labeler or RuleLabeler()), "embedded-labels", cache)
+    if name in ("embedded", "embedded-labels"): raise ValueError(f"expert={name!r}: a run trains it and keeps it in its own folder; expected that folder (expert-…/model)")
     check_expert(name)
     if name.startswith("xrv:"): inner = xrv_expert(name, labeler or RuleLabeler())
     elif OWN.fullmatch(name): inner = own_expert(name)
