@@ -60,7 +60,8 @@ def two(folder, how, port, **env):
 
 def test_two_processes_equal_one(folder, one):
     ranks = two(folder, "ddp", 29517)
-    for parts in (1, 2): same(one, [r[parts] for r in ranks])
+    for how in (1, 2, "merged"): same(one, [r[how] for r in ranks])                                # parts; and each prompt read once on each process, in two parts
+    assert torch.equal(*(r["sampled"]["weights"] for r in ranks)) and ranks[0]["sampled"]["sampled"] != ranks[1]["sampled"]["sampled"]      # each draws its own candidates, the adapter inside the weights
     zero, other = (r[1] for r in ranks)
     assert zero["clinical_calls"] == other["clinical_calls"] == 2 * 2                              # two scorers at k = 6 and 8
     assert torch.equal(zero["weights"], other["weights"])

@@ -82,4 +82,5 @@ if __name__ == "__main__":
     taken = json.loads((out / "taken.json").read_text())
     if how == "fsdp": shard_on_cpu()
     saw = {parts: trained(out / f"{how}{parts}", sft, 2, parts, taken) for parts in ((1,) if how == "fsdp" else (1, 2))}
+    if how == "ddp": saw |= {"merged": trained(out / "merged", sft, 2, 2, taken, rollout="merged"), "sampled": trained(out / "sampled", sft, 2, rollout="merged")}
     torch.save(saw, out / f"{how} rank{torch.distributed.get_rank()}.pt")
