@@ -38,6 +38,7 @@ from .phantom import FINDINGS, Finding, from_truth, generic_description
 from .policy import build_policy, conversations, finding_targets, frozen_weights, generate, image_lists, load_policy, save_policy, sft, warm_up_vision
 from .reports import add_report_commands, with_adapter
 from .rewards import report_body, scorer
+from .server import add_serve_command
 from .sources import DataError, terms_of
 from .studies import load_studies, store_images
 
@@ -559,7 +560,7 @@ def main(argv=None):
     for command in (run, train):
         command.add_argument("--preset", default="laptop")
         command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a parameter; may be repeated")
-    for add in (add_report_command, add_convert_command, add_report_commands): add(commands)
+    for add in (add_report_command, add_convert_command, add_report_commands, add_serve_command): add(commands)
     args = parser.parse_args(argv)
     try: settings = parse_settings(getattr(args, "set", []))
     except ValueError as e: sys.exit(f"valor: {e}")
