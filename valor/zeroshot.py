@@ -8,7 +8,7 @@ __all__ = ['ZERO_SHOT', 'STATUSES', 'REFUSAL', 'LONGEST', 'ROWS', 'READERS', 'TA
            'estimate', 'Row', 'load_row', 'chat_report', 'maira2_report', 'run_open', 'from_file', 'Result', 'slug',
            'run_row', 'answered', 'how_to_run', 'score_rows', 'usable', 'table2', 'footnotes']
 
-# %% ../nbs/10a_zeroshot.ipynb #33bf4bc9
+# %% ../nbs/10a_zeroshot.ipynb #70c4569f
 import base64, hashlib, io, json, logging, math, os, threading, time
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -28,7 +28,7 @@ from .rewards import report_body
 from .server import complete, fingerprint
 from .sources import check_endpoint, is_local
 
-# %% ../nbs/10a_zeroshot.ipynb #d9110a32
+# %% ../nbs/10a_zeroshot.ipynb #7abdcbb5
 ZERO_SHOT = ("You are a radiologist. Write the report of this chest X-ray: the findings, then the impression, in full sentences of the kind that stands in a hospital's reports. "
              "Plain text alone: no headings, no lists, no remarks about yourself or about the limits of the image.")
 
@@ -65,7 +65,7 @@ def named(endpoint, client):
     if len(found) != 1: raise EndpointError(f"model=None: {endpoint.base_url} lists {', '.join(found) or 'none'}; name one")
     return replace(endpoint, model=found[0])
 
-# %% ../nbs/10a_zeroshot.ipynb #00b0b03f
+# %% ../nbs/10a_zeroshot.ipynb #d575f011
 def images_of(row): return [row["image"]] + ([] if row.get("second_image") is None else [row["second_image"]])
 
 def settings_of(endpoint): return dict(model=endpoint.model, prompt=endpoint.prompt, parameters=endpoint.parameters)
@@ -83,7 +83,7 @@ def messages_of(prompt, images):
         return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
     return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url(im)}} for im in images] + [{"type": "text", "text": prompt}]}]
 
-# %% ../nbs/10a_zeroshot.ipynb #746be84e
+# %% ../nbs/10a_zeroshot.ipynb #19412a3a
 STATUSES = ("ok", "refusal", "empty", "error")
 REFUSAL = re.compile(r"\W*(i['’]?m (very |so )?(sorry|unable)|i am (very |so )?(sorry|unable|not able)|(i )?(apologi[sz]e|regret)|sorry\b|i (can(no|['’])t|won['’]t|do not|don['’]t|am not) (\w+ )?(assist|help|provide|interpret|analy[sz]e|give|diagnose|write|view|see))", re.I)
 
@@ -100,7 +100,7 @@ def outcome(response):
     used = {} if usage is None else dict(input=usage.prompt_tokens, output=max(usage.completion_tokens or 0, (usage.total_tokens or 0) - (usage.prompt_tokens or 0)))
     return dict(status=status, candidate=text if status == "ok" else "", **({"said": refusal or text} if status == "refusal" else {}), finish=choice.finish_reason, usage=used, model=response.model)
 
-# %% ../nbs/10a_zeroshot.ipynb #e0166b96
+# %% ../nbs/10a_zeroshot.ipynb #419bd55c
 def tile_tokens(width, height):
     scale = min(1, 2048 / max(width, height))
     scale *= min(1, 768 / (scale * min(width, height)))
@@ -126,7 +126,7 @@ class Purse:
     def settle(self, amount, actual):
         with self.lock: self.held -= amount; self.spent += actual
 
-# %% ../nbs/10a_zeroshot.ipynb #f6ab2c81
+# %% ../nbs/10a_zeroshot.ipynb #f691a606
 LONGEST = 600   # seconds that Retry-After is obeyed for
 
 def retry_after(error):
@@ -178,7 +178,7 @@ def question(client, endpoint, images):
     except (openai.OpenAIError, json.JSONDecodeError, Malformed) as e: answer, errors = dict(status="error", candidate="", error=error_line(e)), e.errors
     return answer | (dict(attempts=len(errors) + (answer["status"] != "error"), unknown=sum(map(fate_unknown, errors)), most=most_used(endpoint, images)) if errors else {})
 
-# %% ../nbs/10a_zeroshot.ipynb #bc386db7
+# %% ../nbs/10a_zeroshot.ipynb #46d52855
 def kept_answers(path, settings):
     "`{question key: line}` of the answers in the file `path` that `settings` lead to; errors are not among them, to be asked again. Raises `ValueError` naming the line that is none."
     path = Path(path)
@@ -239,7 +239,7 @@ def _ask_all(todo, dataset, keys, kept, file, tag, settings, answer, workers, li
             end += [e for f in finished if (e := f.exception())]
     if end: raise end[0]
 
-# %% ../nbs/10a_zeroshot.ipynb #86a3b964
+# %% ../nbs/10a_zeroshot.ipynb #1c0980c9
 def ask(endpoint, dataset, path, *, budget, benchmark, permitted=(), give_up=5):
     """The report that `endpoint` writes of each study of `dataset`, through the file of answers `path` (see `collect`).
 
@@ -276,7 +276,7 @@ def estimate(endpoint, dataset, have, settings, budget, spent):
     money = "prices not given, no limit" if endpoint.prices is None else f"at most {cost(total, endpoint.prices):.4f} USD (budget {'none' if budget is None else budget}, spent {spent:.4f})"
     return f"{endpoint.model}: {len(dataset):,} studies, {len(new):,} questions to ask: about {total['input']:,} tokens read, at most {total['output']:,} written; {money}"
 
-# %% ../nbs/10a_zeroshot.ipynb #8d8b2fd7
+# %% ../nbs/10a_zeroshot.ipynb #9cd39fa5
 @dataclass(frozen=True)
 class Row:
     "A system of Table 2: its `family` there, the `way` it is run (endpoint, transformers, reports), its `model` name, and for each way what it takes."
@@ -301,7 +301,7 @@ ROWS = {
     "Qwen2.5-VL": Row("general", "transformers", "Qwen/Qwen2.5-VL-7B-Instruct", how="not in the paper's table"),
 }
 
-# %% ../nbs/10a_zeroshot.ipynb #5448b512
+# %% ../nbs/10a_zeroshot.ipynb #99c19a70
 def load_row(row, name, folder, trust_remote_code=()):
     "`(model, processor)` of the open model `row` from a folder or hub name. Raises `ValueError` where it needs code of its own and is not named in `trust_remote_code`."
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
@@ -337,7 +337,7 @@ def run_open(row, name, folder, dataset, path, trust_remote_code=(), max_new_tok
         return dict(status="refusal" if REFUSAL.match(text) else "ok" if text.strip() else "empty", candidate="" if REFUSAL.match(text) else text, finish=finish)
     return collect(dataset, path, settings, answer, desc=name)
 
-# %% ../nbs/10a_zeroshot.ipynb #e8e460c8
+# %% ../nbs/10a_zeroshot.ipynb #a9157e07
 def from_file(path, ids):
     "Frame of the reports that the JSONL file `path` has for the studies `ids`, and a line naming ids that are missing or too many ('' where none is). Raises `ValueError` naming file and line."
     path, found = Path(path), {}
@@ -358,7 +358,7 @@ def from_file(path, ids):
     note = "; ".join(([f"no report of {listed(missing)}"] if missing else []) + ([f"ids that are no study here: {listed(extra)}"] if extra else []))
     return pd.DataFrame([dict(id=i, candidate=found.get(i, ""), status="missing" if i not in found else "ok" if found[i] else "empty") for i in ids]), note
 
-# %% ../nbs/10a_zeroshot.ipynb #673e98e5
+# %% ../nbs/10a_zeroshot.ipynb #50070d43
 @dataclass
 class Result:
     "What became of a row: `reports` (a frame with id, status, candidate) or None, and in `note` why not, or what is odd."
@@ -396,7 +396,7 @@ def how_to_run(name, benchmark):
     key = f"{row.endpoint.get('key_env', 'OPENAI_API_KEY')}=… " if row.way == "endpoint" else ""
     return f"{key}papermill nbs/10_zero_shot.ipynb out.ipynb -y '{{benchmark: {benchmark}, rows: [{name}], {given}}}'"
 
-# %% ../nbs/10a_zeroshot.ipynb #df51e0d7
+# %% ../nbs/10a_zeroshot.ipynb #133b3f28
 TABLE2 = ["BLEU-1", "BLEU-4", "ROUGE-L", "METEOR", "label micro F1", "abnormal recall", "words"]
 GAUGED = ("lexical", "meteor", "chexbert")
 
@@ -435,7 +435,7 @@ def usable(results, ids, unanswered="empty"):
     if not left: raise ValueError("unanswered='drop': no study has a report in every row; use 'empty' or leave a row out")
     return left, {name: {0: list(f.candidate[left])} for name, f in ran.items()}
 
-# %% ../nbs/10a_zeroshot.ipynb #5f3e64d5
+# %% ../nbs/10a_zeroshot.ipynb #164fd74d
 REPORTED = {   # Table 2: {row: {data set: (BLEU, ROUGE-L, METEOR)}}, in percent; the order of BLEU is not stated
     "GPT-4o": {"IU X-Ray": (15.32, 18.80, 11.50), "MIMIC-CXR": (12.10, 17.20, 10.30)}, "GPT-4.1": {"IU X-Ray": (16.48, 19.95, 12.34), "MIMIC-CXR": (12.94, 17.88, 10.92)},
     "Gemini 2.5 Pro": {"IU X-Ray": (17.26, 21.10, 13.05), "MIMIC-CXR": (13.42, 18.76, 11.48)}, "Med-Flamingo": {"IU X-Ray": (14.85, 24.10, 22.44), "MIMIC-CXR": (11.76, 21.95, 19.84)},
