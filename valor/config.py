@@ -36,7 +36,7 @@ class Config:
     sections: str = "both"              # report = findings and impression ("both", the paper's) or "findings" alone; of real sources also "impression" or their one "report"
     render_copies: int = 1              # renderings of each training study that SFT sees
     # frozen image-text expert (Eq. 6)
-    expert: str = "embedded"            # trained here; "embedded-labels" (a classifier, trained here too); a folder of open_clip or hf-hub:owner/name, xrv:NAME (torchxrayvision), or package.module:attribute
+    expert: str = "embedded"            # trained here, a folder of open_clip or hf-hub:owner/name, xrv:NAME (torchxrayvision), or package.module:attribute
     expert_seed: int = 101              # independent of the policy's
     expert_steps: int = 400
     # base policy: "embedded" (built and trained here) or a folder that transformers can load
@@ -45,9 +45,6 @@ class Config:
     base_studies: int = 3000            # phantoms with generic descriptions; on openi_rendered, training studies
     warmup_epochs: int = 14             # multi-label warm-up of the embedded vision tower
     base_epochs: int = 1
-    # loading the policy (06c_models)
-    attention: str = "auto"             # as transformers names it: "sdpa", "eager", "flash_attention_2", …; "auto" is its choice
-    trust_remote_code: bool = False     # let a checkpoint bring code of its own
     # SFT (Eq. 2)
     sft_mode: str = "full"              # "full" parameters or "lora"
     sft_epochs: int = 3
@@ -76,7 +73,6 @@ class Config:
     # visual reward (Eq. 7-9)
     lambda_vis: float = 0.5
     rank_norm: str = "centered"
-    text_in_mix: str = "raw"            # R_text as it enters Eq. 8: "raw" (the paper's), or "ranked" in its group by Eq. 7, so that text and image count alike at lambda_vis .5
     # GRPO (Eq. 10)
     group_size: int = 8                 # G candidates per image
     batch_size: int = 4                 # prompts per rollout batch; one rollout batch is one update
@@ -99,6 +95,13 @@ class Config:
     policy_weights: str = "float32"     # as the policy's frozen weights are held: "float32", "bfloat16", or "nf4" (4 bits: QLoRA; needs bitsandbytes); an adapter's stay float32
     vllm_server_url: str | None = None  # where `trl vllm-serve` answers, for rollout="vllm_server"
     vllm_gpu_memory_utilization: float = 0.3    # share of each GPU that rollout="vllm_colocate" takes
+    # preference optimisation (DPO, MMedPO): as many updates as both stages have, as many reports in each
+    dpo_pairs: str = "samples"          # the SFT policy's own samples, or a preference file in MMedPO's schema (JSON or JSONL)
+    dpo_margin: float = 0.1             # a study's best and worst sample make a pair where their text rewards are this far apart
+    dpo_beta: float = 0.1
+    dpo_lr: float = 2e-4
+    mmedpo_noise: str = "lesions"       # the rejected image of an image pair: noise over what was drawn, "diffusion" all over, or "none": text pairs alone
+    mmedpo_scorer: str = "chexbert"     # clinical relevance of a pair = 1 − this scorer's F1 of rejected and chosen report ("chexbert" labels, "radgraph" entities)
     # bookkeeping
     save_steps: int = 10                # checkpoints, in updates
     n_boot: int = 1000                  # bootstrap draws of every interval
@@ -108,15 +111,16 @@ def _at_least(low): return (lambda v: low <= v < math.inf), f"a number >= {low}"
 def _one_of(*options): return (lambda v: v in options), "one of " + ", ".join(map(repr, options))
 
 _MODEL = (lambda v: v == "rules" or Path(v).expanduser().exists() or re.fullmatch(r"[\w.-]+/[\w.-]+", v)), "'rules' (the embedded stand-in), a file or folder that exists, or a hub repository's name"
-_GROUPS = ("language", "language+projector", "language+projector+vision")
 _POSITIVE, _UNIT = ((lambda v: 0 < v < math.inf), "a number > 0"), ((lambda v: 0 <= v <= 1), "a number in [0, 1]")
 RULES = {
     "benchmark": _one_of(*BENCHMARKS, *REAL_SOURCES), "sections": _one_of("both", "findings", "impression", "report"), "sft_mode": _one_of("full", "lora"),
-    "rank_norm": _one_of("centered", "unit", "standardized", "grpo"), "text_in_mix": _one_of("raw", "ranked"), "image_size": _at_least(64),
+    "rank_norm": _one_of("centered", "unit", "standardized", "grpo"), "image_size": _at_least(64),
     "chexbert": _MODEL, "radgraph": _MODEL, "chexbert_uncertain": _one_of("positive", "negative", "class"),
     "radgraph_type": _one_of("radgraph", "radgraph-xl", "modern-radgraph-xl"), "radgraph_level": _one_of("simple", "partial", "complete"),
     "gradient_checkpointing": _one_of("auto", "on", "off"), "policy_weights": _one_of("float32", "bfloat16", "nf4"), "vllm_gpu_memory_utilization": ((lambda v: 0 < v < 1), "a number in (0, 1)"),
-    "stage1_modules": _one_of(*_GROUPS), "stage2_modules": _one_of(*_GROUPS), "rollout": _one_of("merged", "transformers", "vllm_colocate", "vllm_server"),
+    "stage1_modules": _one_of("language", "language+projector"), "stage2_modules": _one_of("language", "language+projector"), "rollout": _one_of("merged", "transformers", "vllm_colocate", "vllm_server"),
+    "dpo_pairs": ((lambda v: v == "samples" or Path(v).expanduser().is_file()), "'samples' or a preference file that exists"),
+    "dpo_margin": _at_least(0), "dpo_beta": _POSITIVE, "dpo_lr": _POSITIVE, "mmedpo_noise": _one_of("lesions", "diffusion", "none"), "mmedpo_scorer": _one_of("chexbert", "radgraph"),
     "lambda_lex": _UNIT, "lambda_sem": _UNIT, "lambda_vis": _UNIT,
     "group_size": _at_least(2), "k_clin": _at_least(1), "lr": _POSITIVE, "sft_lr": _POSITIVE, "temperature": _POSITIVE,
     "epsilon": _POSITIVE, "n_boot": _at_least(10),
@@ -129,10 +133,10 @@ RULES = {
 
 # %% ../nbs/00_config.ipynb #87e8b25f
 def _check_type(name, value, hint):
-    "Raise if `value` is not of type `hint`; an int may stand for a float, a bool for nothing but a bool."
+    "Raise if `value` is not of type `hint`; an int may stand for a float, a bool never for a number."
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if float in allowed: allowed = (*allowed, int)
-    if not isinstance(value, allowed) or isinstance(value, bool) != (hint is bool):
+    if not isinstance(value, allowed) or isinstance(value, bool):
         names = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
         raise ValueError(f"{name}={value!r} is a {type(value).__name__}; expected {names}")
 
@@ -146,7 +150,7 @@ def _check_extra_rewards(extras):
 
 def _check_expert(name):
     "Raise unless `name` can be an expert; only what is neither embedded nor on the hub needs the library to tell."
-    if name in ("embedded", "embedded-labels") or re.fullmatch(r"hf-hub:[\w.-]+/[\w.-]+", name): return
+    if name == "embedded" or re.fullmatch(r"hf-hub:[\w.-]+/[\w.-]+", name): return
     from valor.experts import check_expert
     check_expert(name)
 
@@ -159,6 +163,7 @@ def _check_data(cfg):
     if cfg.data_root is None: raise ValueError(f"data_root=None: benchmark={cfg.benchmark!r} is read from disk; expected its folder or file")
     for name in ("size", "sections", "cache", "refresh"):
         if name in cfg.data_options: raise ValueError(f"data_options={{{name!r}: …}} is not allowed; expected {dict(size='image_size', sections='sections').get(name, 'VALOR_CACHE')} instead")
+    if cfg.mmedpo_noise == "lesions": raise ValueError(f"mmedpo_noise='lesions' is not allowed with benchmark={cfg.benchmark!r}: nobody stated where the lesions of real studies are; expected 'diffusion' or 'none'")
     if cfg.render_copies != 1: raise ValueError(f"render_copies={cfg.render_copies} is not allowed with benchmark={cfg.benchmark!r}: real images cannot be drawn again; expected 1")
 
 def validate(cfg):
@@ -173,7 +178,7 @@ def validate(cfg):
                          f"{cfg.lambda_lex + cfg.lambda_sem:g}; expected 1 (Eq. 3)")
     if cfg.benchmark == "phantom" and None in (cfg.n_train, cfg.n_val, cfg.n_test):
         raise ValueError(f"n_train={cfg.n_train}, n_val={cfg.n_val}, n_test={cfg.n_test}: phantoms are made on demand; expected numbers")
-    if cfg.expert.startswith("embedded") and cfg.image_size % 32: raise ValueError(f"image_size={cfg.image_size} is not allowed; the embedded expert expects a multiple of 32")
+    if cfg.expert == "embedded" and cfg.image_size % 32: raise ValueError(f"image_size={cfg.image_size} is not allowed; the embedded expert expects a multiple of 32")
     if cfg.bertscore_model == "minilm" and cfg.bertscore_layer > 6: raise ValueError(f"bertscore_layer={cfg.bertscore_layer} is not allowed; MiniLM has layers 1 to 6")
     if cfg.policy_weights != "float32" and cfg.sft_mode == "full": raise ValueError(f"policy_weights={cfg.policy_weights!r}: weights that are trained are held in float32; expected sft_mode='lora' or policy_weights='float32'")
     for name, n in (("batch_size * group_size", cfg.batch_size * cfg.group_size), ("sft_batch_size", cfg.sft_batch_size)):
@@ -194,7 +199,7 @@ PRESETS = {
                   save_steps=2, n_boot=100),
     "paper": dict(benchmark="openi_rendered", expert="hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224", chexbert="StanfordAIMI/RRG_scorers",
                   radgraph="StanfordAIMI/RRG_scorers", n_train=None, n_val=None,
-                  n_test=None, image_size=336, sft_mode="lora", sft_lr=2e-4, sft_epochs=1, batch_size=8, stage1_steps=None, stage2_steps=None, lr=1e-6, beta=0.04, max_new_tokens=256, lora_r=64, lora_alpha=128, policy_weights="bfloat16", save_steps=100),
+                  n_test=None, image_size=336, sft_mode="lora", sft_lr=2e-4, sft_epochs=1, batch_size=8, stage1_steps=None, stage2_steps=None, lr=1e-6, dpo_lr=1e-6, beta=0.04, max_new_tokens=256, lora_r=64, lora_alpha=128, policy_weights="bfloat16", save_steps=100),
 }
 ON_BENCHMARK = {("laptop", "openi_rendered"): dict(sections="findings", n_train=None, n_val=None, n_test=None, render_copies=4,
                                                    warmup_epochs=5, sft_epochs=2)}
@@ -206,7 +211,8 @@ def preset(name, **overrides):
     for key in overrides:
         if key not in fields: raise ValueError(f"unknown parameter {key}={overrides[key]!r}; expected one of {', '.join(sorted(fields))}")
     benchmark = {**PRESETS[name], **overrides}.get("benchmark", "phantom")
-    here = dict(n_train=None, n_val=None, n_test=None, sections="report" if benchmark.startswith("r2gen") else "both") if benchmark in REAL_SOURCES and name != "smoke" else {}
+    here = dict(mmedpo_noise="diffusion") if benchmark in REAL_SOURCES else {}
+    if here and name != "smoke": here |= dict(n_train=None, n_val=None, n_test=None, sections="report" if benchmark.startswith("r2gen") else "both")
     return validate(Config(**{"preset": name, **PRESETS[name], **here, **ON_BENCHMARK.get((name, benchmark), {}), **overrides}))
 
 # %% ../nbs/00_config.ipynb #3ee57893

@@ -6,7 +6,8 @@ __all__ = ['BLEU_COLUMNS', 'PATHOLOGIES', 'FINDING_COLUMNS', 'DRAWN', 'STATISTIC
            'retrieved', 'truth_keys', 'score_reports', 'ratio', 'f1', 'macro_f1', 'micro_f1', 'share', 'fresh_bleu',
            'study_draws', 'measure', 'interval', 'summarize', 'aggregate', 'paired_difference', 'result_table',
            'as_completion', 'shuffled', 'blank_images', 'normal_template', 'random_reports', 'perfect_findings',
-           'retrieval_by_true_codes', 'controls', 'plot_results', 'plot_progression', 'describe', 'plot_cases']
+           'retrieval_by_true_codes', 'retrieval_by_expert', 'controls', 'plot_results', 'plot_progression', 'describe',
+           'plot_cases']
 
 # %% ../nbs/07b_evaluation.ipynb #9c760899
 import textwrap
@@ -274,6 +275,12 @@ def retrieval_by_true_codes(train, dataset):
 
 def _parts(findings):
     return {p for f in findings for p in ((f.what,), (f.what, f.side), f.where)}
+
+def retrieval_by_expert(train, dataset, expert):
+    "For each study the `train` report that the frozen expert finds most similar to its image (Eq. 6; the first of equals): retrieval in its image-text space."
+    reports = list(dict.fromkeys(train["report"]))
+    similarity = np.asarray(expert.image_features(list(dataset["image"]))) @ np.asarray(expert.text_features(reports)).T
+    return [as_completion(reports[i]) for i in similarity.argmax(1)]
 
 def controls(train, dataset, benchmark, sections="both", seed=0):
     "The controls that need no policy, {name: completions}; the ceiling's name says what it is."
