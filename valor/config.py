@@ -36,7 +36,7 @@ class Config:
     sections: str = "both"              # report = findings and impression ("both", the paper's) or "findings" alone; of real sources also "impression" or their one "report"
     render_copies: int = 1              # renderings of each training study that SFT sees
     # frozen image-text expert (Eq. 6)
-    expert: str = "embedded"            # trained here, a folder of open_clip or hf-hub:owner/name, xrv:NAME (torchxrayvision), or package.module:attribute
+    expert: str = "embedded"            # trained here; "embedded-labels" (a classifier, trained here too); a folder of open_clip or hf-hub:owner/name, xrv:NAME (torchxrayvision), or package.module:attribute
     expert_seed: int = 101              # independent of the policy's
     expert_steps: int = 400
     # base policy: "embedded" (built and trained here) or a folder that transformers can load
@@ -45,6 +45,9 @@ class Config:
     base_studies: int = 3000            # phantoms with generic descriptions; on openi_rendered, training studies
     warmup_epochs: int = 14             # multi-label warm-up of the embedded vision tower
     base_epochs: int = 1
+    # loading the policy (06c_models)
+    attention: str = "auto"             # as transformers names it: "sdpa", "eager", "flash_attention_2", …; "auto" is its choice
+    trust_remote_code: bool = False     # let a checkpoint bring code of its own
     # SFT (Eq. 2)
     sft_mode: str = "full"              # "full" parameters or "lora"
     sft_epochs: int = 3
@@ -73,6 +76,7 @@ class Config:
     # visual reward (Eq. 7-9)
     lambda_vis: float = 0.5
     rank_norm: str = "centered"
+    text_in_mix: str = "raw"            # R_text as it enters Eq. 8: "raw" (the paper's), or "ranked" in its group by Eq. 7, so that text and image count alike at lambda_vis .5
     # GRPO (Eq. 10)
     group_size: int = 8                 # G candidates per image
     batch_size: int = 4                 # prompts per rollout batch; one rollout batch is one update
@@ -111,14 +115,15 @@ def _at_least(low): return (lambda v: low <= v < math.inf), f"a number >= {low}"
 def _one_of(*options): return (lambda v: v in options), "one of " + ", ".join(map(repr, options))
 
 _MODEL = (lambda v: v == "rules" or Path(v).expanduser().exists() or re.fullmatch(r"[\w.-]+/[\w.-]+", v)), "'rules' (the embedded stand-in), a file or folder that exists, or a hub repository's name"
+_GROUPS = ("language", "language+projector", "language+projector+vision")
 _POSITIVE, _UNIT = ((lambda v: 0 < v < math.inf), "a number > 0"), ((lambda v: 0 <= v <= 1), "a number in [0, 1]")
 RULES = {
     "benchmark": _one_of(*BENCHMARKS, *REAL_SOURCES), "sections": _one_of("both", "findings", "impression", "report"), "sft_mode": _one_of("full", "lora"),
-    "rank_norm": _one_of("centered", "unit", "standardized", "grpo"), "image_size": _at_least(64),
+    "rank_norm": _one_of("centered", "unit", "standardized", "grpo"), "text_in_mix": _one_of("raw", "ranked"), "image_size": _at_least(64),
     "chexbert": _MODEL, "radgraph": _MODEL, "chexbert_uncertain": _one_of("positive", "negative", "class"),
     "radgraph_type": _one_of("radgraph", "radgraph-xl", "modern-radgraph-xl"), "radgraph_level": _one_of("simple", "partial", "complete"),
     "gradient_checkpointing": _one_of("auto", "on", "off"), "policy_weights": _one_of("float32", "bfloat16", "nf4"), "vllm_gpu_memory_utilization": ((lambda v: 0 < v < 1), "a number in (0, 1)"),
-    "stage1_modules": _one_of("language", "language+projector"), "stage2_modules": _one_of("language", "language+projector"), "rollout": _one_of("merged", "transformers", "vllm_colocate", "vllm_server"),
+    "stage1_modules": _one_of(*_GROUPS), "stage2_modules": _one_of(*_GROUPS), "rollout": _one_of("merged", "transformers", "vllm_colocate", "vllm_server"),
     "dpo_pairs": ((lambda v: v == "samples" or Path(v).expanduser().is_file()), "'samples' or a preference file that exists"),
     "dpo_margin": _at_least(0), "dpo_beta": _POSITIVE, "dpo_lr": _POSITIVE, "mmedpo_noise": _one_of("lesions", "diffusion", "none"), "mmedpo_scorer": _one_of("chexbert", "radgraph"),
     "lambda_lex": _UNIT, "lambda_sem": _UNIT, "lambda_vis": _UNIT,
@@ -133,10 +138,10 @@ RULES = {
 
 # %% ../nbs/00_config.ipynb #87e8b25f
 def _check_type(name, value, hint):
-    "Raise if `value` is not of type `hint`; an int may stand for a float, a bool never for a number."
+    "Raise if `value` is not of type `hint`; an int may stand for a float, a bool for nothing but a bool."
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if float in allowed: allowed = (*allowed, int)
-    if not isinstance(value, allowed) or isinstance(value, bool):
+    if not isinstance(value, allowed) or isinstance(value, bool) != (hint is bool):
         names = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
         raise ValueError(f"{name}={value!r} is a {type(value).__name__}; expected {names}")
 
@@ -150,7 +155,7 @@ def _check_extra_rewards(extras):
 
 def _check_expert(name):
     "Raise unless `name` can be an expert; only what is neither embedded nor on the hub needs the library to tell."
-    if name == "embedded" or re.fullmatch(r"hf-hub:[\w.-]+/[\w.-]+", name): return
+    if name in ("embedded", "embedded-labels") or re.fullmatch(r"hf-hub:[\w.-]+/[\w.-]+", name): return
     from valor.experts import check_expert
     check_expert(name)
 
@@ -178,7 +183,7 @@ def validate(cfg):
                          f"{cfg.lambda_lex + cfg.lambda_sem:g}; expected 1 (Eq. 3)")
     if cfg.benchmark == "phantom" and None in (cfg.n_train, cfg.n_val, cfg.n_test):
         raise ValueError(f"n_train={cfg.n_train}, n_val={cfg.n_val}, n_test={cfg.n_test}: phantoms are made on demand; expected numbers")
-    if cfg.expert == "embedded" and cfg.image_size % 32: raise ValueError(f"image_size={cfg.image_size} is not allowed; the embedded expert expects a multiple of 32")
+    if cfg.expert.startswith("embedded") and cfg.image_size % 32: raise ValueError(f"image_size={cfg.image_size} is not allowed; the embedded expert expects a multiple of 32")
     if cfg.bertscore_model == "minilm" and cfg.bertscore_layer > 6: raise ValueError(f"bertscore_layer={cfg.bertscore_layer} is not allowed; MiniLM has layers 1 to 6")
     if cfg.policy_weights != "float32" and cfg.sft_mode == "full": raise ValueError(f"policy_weights={cfg.policy_weights!r}: weights that are trained are held in float32; expected sft_mode='lora' or policy_weights='float32'")
     for name, n in (("batch_size * group_size", cfg.batch_size * cfg.group_size), ("sft_batch_size", cfg.sft_batch_size)):

@@ -9,7 +9,8 @@ __all__ = ['LABELER', 'SCORING', 'PHASES', 'MAKERS', 'JOINT', 'BY_OBSERVATION', 
            'policy_in', 'make_sft', 'text_scorers', 'check_scorers', 'labeler', 'expert_similarity', 'context_watch',
            'truth_watch', 'make_stage', 'make_samples', 'pairs_for', 'make_preference', 'policy_of', 'score_frame',
            'make_evaluation', 'make_controls', 'read_frame', 'read_reports', 'phase_of', 'frames_of', 'control_frames',
-           'log_of', 'step_profile', 'made_by', 'main_job', 'parse_settings', 'run_main', 'run_train', 'main']
+           'log_of', 'step_profile', 'made_by', 'main_job', 'parse_settings', 'check_packages', 'run_main', 'run_train',
+           'main']
 
 # %% ../nbs/07a_experiment.ipynb #017610f0
 import argparse, contextlib, dataclasses, fcntl, hashlib, json, logging, os, shutil, subprocess, sys, warnings
@@ -28,16 +29,18 @@ from .convert import add_command as add_convert_command
 from .data_report import add_report_command, data_report, to_markdown, unleaked
 from .evaluate import add_command
 from .expert import edits_for, save_expert, train_expert
-from .experts import load_expert, try_expert
+from .experts import load_expert, train_classifier, try_expert
 from .figures import use_style
-from .grpo import Rewards, align
+from .grpo import Rewards, align, vllm_args
 from .guard import RewardError, probe
+from .models import LOADING, check_policy, loading
 from .injection import extras_of
 from .phantom import FINDINGS, Finding, from_truth, generic_description
-from .policy import build_policy, conversations, finding_targets, generate, image_lists, load_policy, save_policy, sft, warm_up_vision
+from .policy import build_policy, conversations, finding_targets, frozen_weights, generate, image_lists, load_policy, save_policy, sft, warm_up_vision
 from .preference import clinical_pairs, prefer, read_preferences, read_samples, sample_reports, sampled_pairs, updates_of
-from .reports import add_report_commands
+from .reports import add_report_commands, with_adapter
 from .rewards import report_body, scorer
+from .server import add_serve_command
 from .sources import DataError, terms_of
 from .studies import load_studies, store_images
 
@@ -51,12 +54,12 @@ SCORING = ("bertscore_model", "bertscore_layer", *LABELER, "radgraph", "radgraph
 PHASES = {   # name: (predecessors, configuration fields that reach it, version of its code)
     "data": ((), ("benchmark", "data_root", "data_options", "data_seed", "n_train", "n_val", "n_test", "image_size", "sections"), 1),
     "expert": (("data",), ("expert", "expert_seed", "expert_steps"), 1),
-    "base": (("data",), ("base", "base_seed", "base_studies", "warmup_epochs", "base_epochs", "render_copies", "sft_lr", "sft_batch_size"), 1),
+    "base": (("data",), ("base", "base_seed", "base_studies", "warmup_epochs", "base_epochs", "render_copies", "sft_lr", "sft_batch_size", *LOADING), 1),
     "sft": (("base",), ("seed", "sft_mode", "sft_epochs", "lora_r", "lora_alpha", "policy_weights"), 1),
     "stage1": (("sft",), ("lambda_lex", "lambda_sem", "lambda_clin", "lambda_cx", "lambda_rg", "k_clin", "lambda_format",
                           *SCORING, "lambda_length", "lambda_repetition", "rank_norm", "group_size", "batch_size", "lr",
                           "beta", "epsilon", "temperature", "rollout", "max_new_tokens", "rl_epochs", "stage1_steps", "stage1_modules"), 2),
-    "stage2": (("stage1", "expert"), ("lambda_vis", "stage2_steps", "stage2_modules"), 2),
+    "stage2": (("stage1", "expert"), ("lambda_vis", "text_in_mix", "stage2_steps", "stage2_modules"), 2),
     "samples": (("sft",), ("dpo_pairs", "lambda_lex", "lambda_sem", "lambda_format", "bertscore_model", "bertscore_layer", "extra_rewards", "lambda_length", "lambda_repetition",
                            "group_size", "batch_size", "temperature", "max_new_tokens", "rl_epochs", "stage1_steps", "stage2_steps"), 1),
     "dpo": (("samples",), ("dpo_margin", "dpo_beta", "dpo_lr", "stage2_modules"), 1),
@@ -260,10 +263,11 @@ def note_of(cfg):
 # %% ../nbs/07a_experiment.ipynb #716c139e
 @maker("expert")
 def make_expert(out, cfg, after, name):
+    train = load_data(after["data"])["train"]
+    if cfg.expert == "embedded-labels": return train_classifier(list(train["image"]), np.array(train["labels"], dtype=float), OBSERVATIONS, out / "model", cfg.expert_steps, cfg.expert_seed)
     if cfg.expert != "embedded":
         expert = load_expert(cfg.expert, labeler(cfg))
         return _write(out / "expert.json", dict(path=cfg.expert, key=expert.key, note=expert.note))
-    train = load_data(after["data"])["train"]
     anew = () if cfg.benchmark != "openi_rendered" else [rerender(train, seed) for seed in (1, 2, 3)]
     save_expert(train_expert(train, edits_for(train, cfg.benchmark), cfg.expert_steps, cfg.expert_seed, renderings=anew,
                              min_count=1 if cfg.benchmark == "phantom" else 2), out / "model")
@@ -330,7 +334,7 @@ def make_sft(out, cfg, after, name):
     shown = renderings(train, cfg.render_copies)
     log = sft(policy_in(after["base"]), conversations(shown, [target(r) for r in shown["report"]]), out / "policy", cfg.sft_mode,
               cfg.sft_epochs, cfg.sft_lr, share(cfg.sft_batch_size, "sft_batch_size", cfg.gradient_accumulation_steps), cfg.lora_r, cfg.lora_alpha, cfg.seed, save_steps=cfg.save_steps,
-              parts=cfg.gradient_accumulation_steps, checkpointing=cfg.gradient_checkpointing, weights=cfg.policy_weights)
+              parts=cfg.gradient_accumulation_steps, checkpointing=cfg.gradient_checkpointing, weights=cfg.policy_weights, **loading(cfg))
     if is_first(): pd.DataFrame([l for l in log if "loss" in l]).to_csv(out / "log.csv", index=False)
 
 def text_scorers(cfg):
@@ -343,7 +347,7 @@ def text_scorers(cfg):
 def check_scorers(cfgs):
     "Make the scorers and the expert that the runs `cfgs` name and try them, so that missing weights and broken rewards show before anything is trained (ValueError, RewardError)."
     for cfg in {key_of([getattr(cfg, f) for f in SCORING]): cfg for cfg in cfgs}.values(): probe(text_scorers(cfg))
-    for cfg in {key_of([getattr(cfg, f) for f in ("expert", *LABELER)]): cfg for cfg in cfgs if cfg.expert != "embedded"}.values(): try_expert(load_expert(cfg.expert, labeler(cfg)))
+    for cfg in {key_of([getattr(cfg, f) for f in ("expert", *LABELER)]): cfg for cfg in cfgs if not cfg.expert.startswith("embedded")}.values(): try_expert(load_expert(cfg.expert, labeler(cfg)))
 
 def labeler(cfg):
     "The label scorer that `cfg` names; it labels for training and evaluation alike."
@@ -412,12 +416,11 @@ def make_preference(out, cfg, after, name):
 
 # %% ../nbs/07a_experiment.ipynb #d61e5f72
 def policy_of(name, cfg):
-    "`(model, processor)` at the end of phase `name`, its adapter merged."
-    from peft import PeftModel
+    "`(model, processor)` at the end of phase `name`, its adapter merged; never in four bits: this is what `valor merge` writes and a reader would use."
     dtype = torch.float32 if cfg.policy_weights == "float32" else torch.bfloat16
-    if name in ("base", "sft"): return load_policy(policy_in(phase_folder(name, cfg)), dtype)
-    model, processor = load_policy(policy_in(phase_folder("sft", cfg)), dtype)
-    return PeftModel.from_pretrained(model, phase_folder(name, cfg) / "adapter").merge_and_unload(), processor
+    if name in ("base", "sft"): return load_policy(policy_in(phase_folder(name, cfg)), dtype, **loading(cfg))
+    model, processor = load_policy(policy_in(phase_folder("sft", cfg)), dtype, **loading(cfg))
+    return with_adapter(model, phase_folder(name, cfg) / "adapter"), processor
 
 def score_frame(completions, cfg, expert):
     data = load_data(phase_folder("data", cfg))
@@ -549,28 +552,37 @@ def parse_settings(pairs):
         except ValueError: out[name] = value
     return out
 
+def check_packages(cfg):
+    "Raise ValueError where `cfg` needs a package that is not installed (vLLM, bitsandbytes), before anything is trained."
+    frozen_weights(cfg.policy_weights)
+    vllm_args(cfg.rollout, cfg, image_token="")
+
 def run_main(args, settings):
     "Run `valor run` with parsed arguments and `--set` settings."
     try:
         cfg = preset(args.preset, **settings)
+        check_packages(cfg)
         check_scorers([cfg])
+        if cfg.base != "embedded": check_policy(cfg.base, cfg.trust_remote_code)
     except (ValueError, RewardError) as e: sys.exit(f"valor: {e}")
     try: table, _, files = main_job([cfg], runs_dir() / "results" / f"{cfg.preset}-{key_of(dataclasses.asdict(cfg))}")
-    except (RunError, RewardError, DataError) as e: sys.exit(f"valor: {e}")
+    except (RunError, RewardError, DataError, MemoryError) as e: sys.exit(f"valor: {e}")
     for start in range(0, table.shape[1], 4): print(f"\n{table.iloc[:, start:start + 4].to_string()}")
     print()
     print(files[1].read_text().rsplit("\n\n", 1)[-1])
     models = dict(base=cfg.base, expert=cfg.expert, chexbert=cfg.chexbert, radgraph=cfg.radgraph, bertscore=cfg.bertscore_model)
-    print("embedded stand-ins: " + (", ".join(f"{n}={m}" for n, m in models.items() if m in ("embedded", "rules", "minilm")) or "none") + "\n")
+    print("embedded stand-ins: " + (", ".join(f"{n}={m}" for n, m in models.items() if m in ("embedded", "embedded-labels", "rules", "minilm")) or "none") + "\n")
     print("\n".join(map(str, files)))
 
 def run_train(args, settings):
     "Run `valor train` with parsed arguments and `--set` settings: the training phases up to `args.until`, on as many processes as were launched."
     try:
         cfg = preset(args.preset, **settings)
+        check_packages(cfg)
         check_scorers([cfg])
+        if cfg.base != "embedded": check_policy(cfg.base, cfg.trust_remote_code)
         folder = ensure(args.until, cfg)
-    except (ValueError, RunError, RewardError) as e: sys.exit(f"valor: {e}")
+    except (ValueError, RunError, RewardError, MemoryError) as e: sys.exit(f"valor: {e}")
     if not is_first(): return
     print(f"{folder}")
     if args.until != "sft": print(f"one folder of it: valor merge --base {policy_in(phase_folder('sft', cfg))} --adapter {folder / 'adapter'} --out FOLDER")
@@ -588,7 +600,7 @@ def main(argv=None):
     for command in (run, train):
         command.add_argument("--preset", default="laptop")
         command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a parameter; may be repeated")
-    for add in (add_report_command, add_convert_command, add_report_commands): add(commands)
+    for add in (add_report_command, add_convert_command, add_report_commands, add_serve_command): add(commands)
     args = parser.parse_args(argv)
     try: settings = parse_settings(getattr(args, "set", []))
     except ValueError as e: sys.exit(f"valor: {e}")

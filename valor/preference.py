@@ -5,7 +5,7 @@ __all__ = ['ALPHA_BAR', 'NOTHING', 'weighted_dpo_loss', 'text_rewards', 'whole_l
            'sampled_pairs', 'read_preferences', 'add_noise', 'relevance', 'clinical_pairs', 'noised_pairs',
            'pair_dataset', 'PairCollator', 'MMedPOTrainer', 'preference_trainer', 'updates_of', 'prefer']
 
-# %% ../nbs/07g_preference.ipynb #1824afee
+# %% ../nbs/07g_preference.ipynb #76a304c2
 import dataclasses, json, zlib
 from pathlib import Path
 
@@ -21,16 +21,17 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from .evaluation import as_completion
 from .grpo import Rewards, advantages
 from .injection import extras_of
-from .policy import PROMPT, Progress, frozen_weights, generate, image_lists, last_complete_checkpoint, load_policy, lora_config, trainer_args
+from .models import check_completions, ending, frozen_weights, load_policy, loading, lora_config, memory_line
+from .policy import PROMPT, Progress, generate, image_lists, last_complete_checkpoint, trainer_args
 from .rewards import TAG
 
-# %% ../nbs/07g_preference.ipynb #0aab30fb
+# %% ../nbs/07g_preference.ipynb #0237bf34
 def weighted_dpo_loss(chosen, rejected, ref_chosen, ref_rejected, weights=1., beta=0.1):
     "Mean over pairs of w · −log σ(β · margin), and the margins (N,); arguments are log-probabilities of whole reports (N,) under the policy and the reference."
     margins = (chosen - ref_chosen) - (rejected - ref_rejected)
     return (weights * -logsigmoid(beta * margins)).mean(), margins
 
-# %% ../nbs/07g_preference.ipynb #2616841a
+# %% ../nbs/07g_preference.ipynb #67f734bd
 def text_rewards(candidates, rows, rewards, cfg):
     "The GRPO baseline's reward of each candidate, `(N,)`: Eq. 3 and format, no clinical and no visual part. `rows`: dict of columns of the candidates' studies; `rewards`: a `Rewards` with k_clin=None."
     columns = {n: f(completions=candidates, **rows) for n, f in zip(rewards.scorers, rewards.functions())}
@@ -62,7 +63,7 @@ def sample_reports(policy, data, path, rewards, cfg, n, chunk=8):
 
 def read_samples(path): return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
-# %% ../nbs/07g_preference.ipynb #a03b85d8
+# %% ../nbs/07g_preference.ipynb #e0138ac1
 def pair(row, chosen, rejected, weight=1., noised=False, image="", prompt=PROMPT):
     "One preference pair. `row`: its study in the training data, or −1 where `image` is a file; `noised`: the rejected report is shown the image in noise."
     return dict(row=row, image=image, prompt=prompt, chosen=chosen, rejected=rejected, weight=float(weight), noised=noised)
@@ -75,7 +76,7 @@ def sampled_pairs(samples, margin):
         if s["rewards"][best] - s["rewards"][worst] >= margin and best != worst: pairs.append(pair(s["row"], s["samples"][best], s["samples"][worst]))
     return pairs
 
-# %% ../nbs/07g_preference.ipynb #bdde5281
+# %% ../nbs/07g_preference.ipynb #10269217
 def _turns(row, field):
     "Question and answer of a conversation; ValueError unless it is one of each."
     turns = row.get(field)
@@ -111,7 +112,7 @@ def read_preferences(path, study_ids):
     if not pairs: raise ValueError(f"{path}: holds no pairs; expected at least one")
     return pairs
 
-# %% ../nbs/07g_preference.ipynb #ed6425e9
+# %% ../nbs/07g_preference.ipynb #61000cc7
 ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, .02, 1000))         # the linear schedule of DDPM (Ho et al., 2020)
 
 def add_noise(image, boxes=None, step=500, seed=0):
@@ -124,7 +125,7 @@ def add_noise(image, boxes=None, step=500, seed=0):
         hidden[int(y0 * x.shape[0]):int(np.ceil(y1 * x.shape[0])), int(x0 * x.shape[1]):int(np.ceil(x1 * x.shape[1]))] = True
     return Image.fromarray(np.clip((np.where(hidden[(...,) + (None,) * (x.ndim - 2)], noisy, x) + 1) * 127.5, 0, 255).round().astype(np.uint8))
 
-# %% ../nbs/07g_preference.ipynb #00893414
+# %% ../nbs/07g_preference.ipynb #e45b16cc
 NOTHING = "no acute cardiopulmonary abnormality."
 
 def relevance(chosen, rejected, judge):
@@ -145,7 +146,7 @@ def noised_pairs(rows, reports, data, judge, noise):
     drawn = data.select_columns(["truth"])[rows]["truth"] if noise == "lesions" else [True] * len(rows)
     return [pair(r, c, c, w, True) for r, c, w, d in zip(rows, reports, relevance(reports, [NOTHING] * len(reports), judge), drawn) if d]
 
-# %% ../nbs/07g_preference.ipynb #e7e254cd
+# %% ../nbs/07g_preference.ipynb #44aabc02
 def _shown(p, data):
     "Images of a pair (RGB), and the boxes of what is drawn there."
     if p["row"] < 0: return [Image.open(p["image"]).convert("RGB")], []
@@ -165,7 +166,7 @@ def pair_dataset(pairs, data, noise="none"):
         return out
     return Dataset.from_list(pairs).with_transform(opened)
 
-# %% ../nbs/07g_preference.ipynb #a53050fe
+# %% ../nbs/07g_preference.ipynb #d6d1f202
 @dataclasses.dataclass
 class PairCollator(DataCollatorForVisionPreference):
     "TRL's collator with the pairs' weights, and with the rejected reports' own images."
@@ -191,23 +192,26 @@ class MMedPOTrainer(DPOTrainer):
             self._metrics["train" if model.training else "eval"][name].append(value.mean().item())
         return loss
 
-# %% ../nbs/07g_preference.ipynb #6a40e8ec
+# %% ../nbs/07g_preference.ipynb #1f4cd26a
 def preference_trainer(sft_folder, pairs, data, out, cfg, weighted, steps, seed, per_device=None):
     """TRL's `DPOTrainer` (or, `weighted`, an `MMedPOTrainer`) on `pairs`, started at the policy in `sft_folder`, which is the reference as well.
 
     An update sees `batch_size` × `group_size` reports, as one of GRPO's does: half as many pairs, `per_device` of them on each process (default: all on one)."""
     set_seed(seed)
-    model, processor = load_policy(sft_folder, **frozen_weights(cfg.policy_weights))
+    model, processor = load_policy(sft_folder, **frozen_weights(cfg.policy_weights), **loading(cfg))
+    check_completions([p[side] for p in pairs for side in ("chosen", "rejected")], model, processor)
+    stop = ending(model, processor)
+    pairs = [p | {side: p[side] + stop for side in ("chosen", "rejected")} for p in pairs]
     args = DPOConfig(**trainer_args(Path(out) / "checkpoints", seed, cfg.save_steps, cfg.gradient_checkpointing), max_steps=steps, learning_rate=cfg.dpo_lr, beta=cfg.dpo_beta, max_length=None,
                      per_device_train_batch_size=(per_device or cfg.batch_size * cfg.group_size // 2) // cfg.gradient_accumulation_steps,
                      gradient_accumulation_steps=cfg.gradient_accumulation_steps, lr_scheduler_type="constant_with_warmup", warmup_steps=0.1)
     trainer = (MMedPOTrainer if weighted else DPOTrainer)(
         model, args=args, train_dataset=pair_dataset(pairs, data, cfg.mmedpo_noise), processing_class=processor, data_collator=PairCollator(processor) if weighted else None,
-        peft_config=lora_config(cfg.stage2_modules, cfg.lora_r, cfg.lora_alpha))
+        peft_config=lora_config(model, cfg.stage2_modules, cfg.lora_r, cfg.lora_alpha))
     trainer.remove_callback(PrinterCallback)
     return trainer
 
-# %% ../nbs/07g_preference.ipynb #13a97931
+# %% ../nbs/07g_preference.ipynb #0abcc071
 def updates_of(cfg, n): return sum(steps or cfg.rl_epochs * -(-n // cfg.batch_size) for steps in (cfg.stage1_steps, cfg.stage2_steps))
 
 def prefer(sft_folder, pairs, data, out, cfg, weighted, per_device=None):
@@ -218,6 +222,6 @@ def prefer(sft_folder, pairs, data, out, cfg, weighted, per_device=None):
     if not pairs: raise ValueError(f"{name}: no pairs (dpo_pairs={cfg.dpo_pairs!r}, dpo_margin={cfg.dpo_margin}); expected at least one: lower dpo_margin or raise the temperature")
     trainer = preference_trainer(sft_folder, pairs, data, out, cfg, weighted, updates_of(cfg, len(data)), 10 * cfg.seed + 3 + weighted, per_device)
     trainer.add_callback(Progress(name))
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(trainer.args.output_dir))
+    with memory_line(name, batch_size=cfg.batch_size, group_size=cfg.group_size): trainer.train(resume_from_checkpoint=last_complete_checkpoint(trainer.args.output_dir))
     trainer.save_model(str(Path(out) / "adapter"))
     return [l for l in trainer.state.log_history if "loss" in l]
