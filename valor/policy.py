@@ -142,7 +142,8 @@ def shard_by_layer(model, parts=1):
 
     The list of a composed model also names layers that it lacks (LLaVA's names CLIP's text side), which accelerate refuses. A `fsdp_transformer_layer_cls_to_wrap` of the user's stays.
     Raises `ValueError` for an update in `parts` under FSDP: two CPU processes gave another update than the whole (torch 2.15, accelerate 1.15, adapter on the projector)."""
-    if parts > 1 and os.environ.get("ACCELERATE_USE_FSDP") == "true": raise ValueError(f"gradient_accumulation_steps={parts}: an update in parts is not the same update under FSDP; expected 1 (use more processes, or smaller batches)")
+    if os.environ.get("ACCELERATE_USE_FSDP") != "true": return                             # nothing is left in the environment for the next model
+    if parts > 1: raise ValueError(f"gradient_accumulation_steps={parts}: an update in parts is not the same update under FSDP; expected 1 (use more processes, or smaller batches)")
     inside = {type(m).__name__ for m in model.modules()} & set(model._no_split_modules or ())
     os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(sorted(inside)))
 
