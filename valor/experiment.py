@@ -582,7 +582,7 @@ def run_train(args, settings):
         check_scorers([cfg])
         if cfg.base != "embedded": check_policy(cfg.base, cfg.trust_remote_code)
         folder = ensure(args.until, cfg)
-    except (ValueError, RunError, RewardError, MemoryError) as e: sys.exit(f"valor: {e}")
+    except (ValueError, RunError, RewardError, DataError, MemoryError) as e: sys.exit(f"valor: {e}")
     if not is_first(): return
     print(f"{folder}")
     if args.until != "sft": print(f"one folder of it: valor merge --base {policy_in(phase_folder('sft', cfg))} --adapter {folder / 'adapter'} --out FOLDER")
