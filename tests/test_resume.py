@@ -31,7 +31,7 @@ def kill_at(runs, pattern, timeout=300):
 
 
 def weights(runs):
-    found = sorted(p for pattern in ("sft-*/policy/model.safetensors", "stage*-*/adapter/adapter_model.safetensors") for p in runs.glob(pattern))
+    found = sorted(p for pattern in ("sft-*/policy/model.safetensors", "stage*-*/adapter/adapter_model.safetensors", "stage*-*/snapshots/*/adapter_model.safetensors") for p in runs.glob(pattern))
     return {str(p.relative_to(runs)): hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
 
 
@@ -44,6 +44,6 @@ def test_killed_runs_end_as_if_they_had_not_been(tmp_path):
         assert not list(killed.glob(pattern.split("/")[0] + "/done.json")), f"{pattern}: the kill came too late to test anything"
     last = start(killed)
     assert last.wait(600) == 0, last.stderr.read()[-2000:]
-    assert len(weights(whole)) == 3
+    assert len(weights(whole)) == 5                                    # SFT, two stages, and a snapshot in each
     assert weights(killed) == weights(whole)
     assert not list(killed.rglob("checkpoints"))

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['OBSERVATIONS', 'BENCHMARKS', 'REAL_SOURCES', 'RULES', 'PRESETS', 'ON_BENCHMARK', 'Config', 'validate', 'preset',
-           'key_of', 'repo_root', 'runs_dir', 'versions']
+           'key_of', 'repo_root', 'runs_dir', 'figures_dir', 'versions']
 
 # %% ../nbs/00_config.ipynb #0322eea5
 import dataclasses, hashlib, importlib.metadata, json, math, os, platform, re, types, typing
@@ -106,6 +106,9 @@ class Config:
     dpo_lr: float = 2e-4
     mmedpo_noise: str = "lesions"       # the rejected image of an image pair: noise over what was drawn, "diffusion" all over, or "none": text pairs alone
     mmedpo_scorer: str = "chexbert"     # clinical relevance of a pair = 1 − this scorer's F1 of rejected and chosen report ("chexbert" labels, "radgraph" entities)
+    # held-out evaluation during training
+    eval_steps: int | None = 10         # the adapter is kept every so many updates, to be evaluated then (Fig. 7); None is never
+    eval_studies: int = 48              # validation studies that it is evaluated on
     # bookkeeping
     save_steps: int = 10                # checkpoints, in updates
     n_boot: int = 1000                  # bootstrap draws of every interval
@@ -133,7 +136,7 @@ RULES = {
                                  "lambda_format", "lambda_length", "lambda_repetition", "beta", "warmup_epochs")},
     **{f: _at_least(1) for f in ("threads", "n_train", "n_val", "n_test", "render_copies", "expert_steps", "base_studies",
                                  "base_epochs", "sft_epochs", "sft_batch_size", "batch_size", "rl_epochs", "stage1_steps", "stage2_steps",
-                                 "max_new_tokens", "lora_r", "lora_alpha", "save_steps", "bertscore_layer", "gradient_accumulation_steps")},
+                                 "max_new_tokens", "lora_r", "lora_alpha", "save_steps", "bertscore_layer", "gradient_accumulation_steps", "eval_steps", "eval_studies")},
 }
 
 # %% ../nbs/00_config.ipynb #87e8b25f
@@ -201,10 +204,10 @@ PRESETS = {
     "laptop": {},
     "smoke": dict(n_train=96, n_val=8, n_test=16, image_size=64, expert_steps=4, base_studies=64, warmup_epochs=1, base_epochs=1,
                   sft_epochs=2, group_size=4, batch_size=2, stage1_steps=4, stage2_steps=4, k_clin=2, max_new_tokens=24,
-                  save_steps=2, n_boot=100),
+                  eval_steps=2, eval_studies=8, save_steps=2, n_boot=100),
     "paper": dict(benchmark="openi_rendered", expert="hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224", chexbert="StanfordAIMI/RRG_scorers",
                   radgraph="StanfordAIMI/RRG_scorers", n_train=None, n_val=None,
-                  n_test=None, image_size=336, sft_mode="lora", sft_lr=2e-4, sft_epochs=1, batch_size=8, stage1_steps=None, stage2_steps=None, lr=1e-6, dpo_lr=1e-6, beta=0.04, max_new_tokens=256, lora_r=64, lora_alpha=128, policy_weights="bfloat16", save_steps=100),
+                  n_test=None, image_size=336, sft_mode="lora", sft_lr=2e-4, sft_epochs=1, batch_size=8, stage1_steps=None, stage2_steps=None, lr=1e-6, dpo_lr=1e-6, beta=0.04, max_new_tokens=256, lora_r=64, lora_alpha=128, policy_weights="bfloat16", eval_steps=250, eval_studies=200, save_steps=100),
 }
 ON_BENCHMARK = {("laptop", "openi_rendered"): dict(sections="findings", n_train=None, n_val=None, n_test=None, render_copies=4,
                                                    warmup_epochs=5, sft_epochs=2)}
@@ -233,6 +236,8 @@ def repo_root():
     return Path.cwd()
 
 def runs_dir(): return Path(os.environ.get("VALOR_RUNS") or repo_root() / "runs")
+
+def figures_dir(): return Path(os.environ.get("VALOR_FIGURES") or repo_root() / "figures")
 
 def versions():
     "Versions that a result depends on."

@@ -356,7 +356,7 @@ def _coloured_text(ax, text, spans, width, y, step):
     return len(lines)
 
 def plot_cases(dataset, reports, n=4, width=92, first=0):
-    """A page of `n` phantom studies from row `first` on: image, reference, and each system's report with its mentions coloured.
+    """A page of `n` phantom studies from row `first` on: image with boxes around what was planted, reference, and each system's report with its mentions coloured.
 
     `reports`: {system: list of completions, one per row of `dataset`}."""
     rows = range(first, min(first + n, len(dataset)))
@@ -367,12 +367,14 @@ def plot_cases(dataset, reports, n=4, width=92, first=0):
     for (left, right), i, case, height in zip(axes, rows, texts, lines):
         left.imshow(dataset[i]["image"], cmap="gray", vmin=0, vmax=255); left.axis("off"); left.set_anchor("N"); right.axis("off")
         truth, line, y = from_truth(dataset[i]["truth"]), 1 / height, 1.
+        for x0, y0, x1, y1 in (np.array(t["box"]) * dataset[i]["image"].size[0] for t in dataset[i]["truth"]):
+            left.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="gold", lw=.8))
         for system, report in case.items():
-            right.text(0, y, system, va="top", fontsize=8, weight="bold", color=COLOURS.get(system, "black"), transform=right.transAxes)
+            right.text(0, y, system, va="top", fontsize=7.5, weight="bold", color=COLOURS.get(system, "black"), transform=right.transAxes)
             if system != "reference":
                 said = {f.what for f in parse_report(report)}
                 missed = [t for t in truth if t.what not in said]
-                right.text(1, y, "missed: " + ", ".join(map(describe, missed)) if missed else "", va="top", ha="right", fontsize=7, color="#666666", transform=right.transAxes)
+                right.text(1, y, "missed: " + ", ".join(map(describe, missed)) if missed else "", va="top", ha="right", fontsize=6.2, color="#666666", transform=right.transAxes)
             text = " ".join(report.split())
             y -= (_coloured_text(right, text, phantom.spans(text, truth), width, y - 1.1 * line, line) + 1.9) * line
     handles = [plt.Line2D([], [], ls="", marker="s", color=style["color"], label=kind) for kind, style in zip(("correct", "wrong (bold)", "mislocated (italic)"), MENTIONS.values())]

@@ -7,10 +7,10 @@ __all__ = ['LABELER', 'SCORING', 'PHASES', 'MAKERS', 'JOINT', 'BY_OBSERVATION', 
            'together', 'alone', 'share', 'make_data', 'load_data', 'target', 'real_data', 'check_place', 'note_of',
            'make_expert', 'open_expert', 'expert_note', 'renderings', 'make_base', 'lay_findings', 'warm_up_targets',
            'policy_in', 'make_sft', 'text_scorers', 'check_scorers', 'labeler', 'expert_similarity', 'context_watch',
-           'truth_watch', 'make_stage', 'make_samples', 'pairs_for', 'make_preference', 'policy_of', 'score_frame',
-           'make_evaluation', 'make_controls', 'read_frame', 'read_reports', 'phase_of', 'frames_of', 'control_frames',
-           'log_of', 'step_profile', 'made_by', 'main_job', 'parse_settings', 'check_packages', 'run_main', 'run_train',
-           'main']
+           'truth_watch', 'make_stage', 'make_samples', 'pairs_for', 'make_preference', 'policy_of', 'policy_with',
+           'snapshots_of', 'score_frame', 'make_evaluation', 'make_controls', 'read_frame', 'read_reports',
+           'make_progress', 'progress_of', 'phase_of', 'frames_of', 'control_frames', 'log_of', 'step_profile',
+           'made_by', 'main_job', 'parse_settings', 'check_packages', 'run_main', 'run_train', 'main']
 
 # %% ../nbs/07a_experiment.ipynb #017610f0
 import argparse, contextlib, dataclasses, fcntl, hashlib, json, logging, os, shutil, subprocess, sys, warnings
@@ -21,6 +21,7 @@ from pathlib import Path
 import datasets, matplotlib.pyplot as plt, numpy as np, pandas as pd, torch, transformers
 from accelerate import PartialState
 from datasets import concatenate_datasets, load_from_disk
+from tqdm.auto import tqdm
 
 from . import evaluation as ev
 from .config import BENCHMARKS, OBSERVATIONS, key_of, preset, repo_root, runs_dir, versions
@@ -58,7 +59,7 @@ PHASES = {   # name: (predecessors, configuration fields that reach it, version 
     "sft": (("base",), ("seed", "sft_mode", "sft_epochs", "lora_r", "lora_alpha", "policy_weights"), 1),
     "stage1": (("sft",), ("lambda_lex", "lambda_sem", "lambda_clin", "lambda_cx", "lambda_rg", "k_clin", "lambda_format",
                           *SCORING, "lambda_length", "lambda_repetition", "rank_norm", "group_size", "batch_size", "lr",
-                          "beta", "epsilon", "temperature", "rollout", "max_new_tokens", "rl_epochs", "stage1_steps", "stage1_modules"), 2),
+                          "beta", "epsilon", "temperature", "rollout", "max_new_tokens", "rl_epochs", "stage1_steps", "stage1_modules", "eval_steps"), 2),
     "stage2": (("stage1", "expert"), ("lambda_vis", "text_in_mix", "stage2_steps", "stage2_modules"), 2),
     "samples": (("sft",), ("dpo_pairs", "lambda_lex", "lambda_sem", "lambda_format", "bertscore_model", "bertscore_layer", "extra_rewards", "lambda_length", "lambda_repetition",
                            "group_size", "batch_size", "temperature", "max_new_tokens", "rl_epochs", "stage1_steps", "stage2_steps"), 1),
@@ -66,6 +67,7 @@ PHASES = {   # name: (predecessors, configuration fields that reach it, version 
     "mmedpo": (("samples",), ("dpo_beta", "dpo_lr", "stage2_modules", "mmedpo_noise", "mmedpo_scorer", *LABELER, "radgraph", "radgraph_type", "radgraph_encoder", "radgraph_level"), 1),
     "controls": (("data", "expert"), LABELER, 4),
     **{f"eval_{p}": ((p, "expert"), ("max_new_tokens", *LABELER), 3) for p in ("base", "sft", "stage1", "stage2", "dpo", "mmedpo")},
+    **{f"progress_{p}": ((p,), ("max_new_tokens", "eval_studies", *LABELER), 1) for p in ("stage1", "stage2")},
 }
 
 def phase_config(name, cfg):
@@ -417,10 +419,18 @@ def make_preference(out, cfg, after, name):
 # %% ../nbs/07a_experiment.ipynb #d61e5f72
 def policy_of(name, cfg):
     "`(model, processor)` at the end of phase `name`, its adapter merged; never in four bits: this is what `valor merge` writes and a reader would use."
-    dtype = torch.float32 if cfg.policy_weights == "float32" else torch.bfloat16
-    if name in ("base", "sft"): return load_policy(policy_in(phase_folder(name, cfg)), dtype, **loading(cfg))
-    model, processor = load_policy(policy_in(phase_folder("sft", cfg)), dtype, **loading(cfg))
-    return with_adapter(model, phase_folder(name, cfg) / "adapter"), processor
+    return policy_with("base" if name == "base" else "sft", cfg, None if name in ("base", "sft") else phase_folder(name, cfg) / "adapter")
+
+def policy_with(weights, cfg, adapter=None):
+    "`(model, processor)` of phase `weights` (base or sft), with the adapter of folder `adapter` merged."
+    model, processor = load_policy(policy_in(phase_folder(weights, cfg)), torch.float32 if cfg.policy_weights == "float32" else torch.bfloat16, **loading(cfg))
+    return model if adapter is None else with_adapter(model, adapter), processor
+
+def snapshots_of(stage, cfg):
+    "{k: folder of the adapter} after update k of a finished stage, in order; stage 1 begins with {0: None}, the SFT policy."
+    folder = phase_folder(stage, cfg)
+    kept = {int(p.name[1:]): p for p in (folder / "snapshots").glob("k*")} | {int(pd.read_csv(folder / "log.csv")["k"].max()): folder / "adapter"}
+    return ({0: None} if stage == "stage1" else {}) | dict(sorted(kept.items()))
 
 def score_frame(completions, cfg, expert):
     data = load_data(phase_folder("data", cfg))
@@ -449,6 +459,29 @@ def make_controls(out, cfg, after, name):
 
 def read_frame(folder, condition): return pd.read_csv(folder / f"frame {condition}.csv", index_col=0)
 def read_reports(folder, condition): return pd.read_csv(folder / f"reports {condition}.csv", keep_default_na=False)["completion"].tolist()
+
+# %% ../nbs/07a_experiment.ipynb #03d8a29c
+@maker("progress_stage1", "progress_stage2")
+def make_progress(out, cfg, after, name):
+    "Greedy reports and frames on validation studies for every snapshot of a stage, and `progress.csv`: all measures by k. What is there already is kept."
+    stage, data = name.removeprefix("progress_"), load_data(phase_folder("data", cfg))
+    if "val" not in data: raise RunError(f"{cfg.data_root}: no study is in the split 'val' (there are {', '.join(data)}); progress is measured on it")
+    val, rows = data["val"].select(range(min(cfg.eval_studies, len(data["val"])))), []
+    for k, adapter in tqdm(snapshots_of(stage, cfg).items(), desc=name, leave=False):
+        frame = out / f"frame k{k:04d}.csv"
+        if not frame.exists():
+            model, processor = policy_with("sft", cfg, adapter)
+            model.to("cuda" if torch.cuda.is_available() else "cpu")
+            written = generate(model, processor, image_lists(val), cfg.max_new_tokens, batch_size=100, desc=f"k={k}")
+            pd.DataFrame(dict(study_id=val["study_id"], completion=written)).to_csv(out / f"reports k{k:04d}.csv", index=False)
+            ev.score_reports(written, val, cfg.benchmark, labeler=labeler(cfg)).to_csv(out / "frame.tmp")
+            os.replace(out / "frame.tmp", frame)
+        rows.append(dict(k=k, stage=int(stage[-1]), studies=len(val)) | ev.measure(read_frame(out, f"k{k:04d}")))
+    pd.DataFrame(rows).dropna(axis=1, how="all").to_csv(out / "progress.csv", index=False, float_format="%.6g")
+
+def progress_of(cfg):
+    "Held-out measures of a run over both stages, one row per snapshot, with columns `k` (0 is SFT), `stage` and the measures; missing phases are run."
+    return pd.concat([pd.read_csv(ensure(f"progress_{s}", cfg) / "progress.csv") for s in ("stage1", "stage2")], ignore_index=True)
 
 # %% ../nbs/07a_experiment.ipynb #7d013393
 SYSTEMS = {   # name in the paper's Table 1: (evaluation phase, changes to the configuration)

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 import matplotlib as mpl, pandas as pd, seaborn as sns
-from .config import key_of, repo_root, runs_dir, versions
+from .config import figures_dir, key_of, runs_dir, versions
 
 # %% ../nbs/00a_figures.ipynb #6b2d826a
 COLUMN, PAGE = 3.4, 7.0   # inches
@@ -50,11 +50,11 @@ def sidecar(stem, cfgs=(), runs=(), note=""):
                 runs=sorted({Path(r).name for r in runs}), versions=now, other_versions=dict(sorted(other.items())), note=note)
 
 def save(stem, data, figure=None, cfgs=(), runs=(), note="", out=None):
-    """Write `{stem}.csv` (the DataFrame `data`; its index only where it is no plain count), `{stem}.png` and `.svg` (where there is a `figure`) and `{stem}.json` (the sidecar) into folder `out` (default: `figures/` of the repository).
+    """Write `{stem}.csv` (the DataFrame `data`; its index only where it is no plain count), `{stem}.png` and `.svg` (where there is a `figure`) and `{stem}.json` (the sidecar) into folder `out` (default: `figures_dir()`).
 
     `cfgs`: the configurations, `runs`: the phase folders, or their names, that it was made from. Returns the paths. Equal input gives equal bytes. ValueError for a stem that is no plain file name."""
     if not re.fullmatch(r"[\w-][\w.-]*", stem): raise ValueError(f"stem={stem!r}: expected a file name of letters, digits, '_', '-' and '.'")
-    out = Path(out or repo_root() / "figures")
+    out = Path(out or figures_dir())
     out.mkdir(parents=True, exist_ok=True)
     files = [_whole(out / f"{stem}.csv", lambda p: data.to_csv(p, index=not isinstance(data.index, pd.RangeIndex), float_format="%.6g", lineterminator="\n"))]
     for end, no_date in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})) if figure is not None else ():

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['grpo_loss', 'advantages', 'group_correlation', 'Rewards', 'distinct', 'ValorTrainer', 'check_references', 'vllm_args',
-           'make_trainer', 'align']
+           'make_trainer', 'Snapshots', 'align']
 
 # %% ../nbs/07_grpo.ipynb #e93ea962
 import os, time
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from peft import load_peft_weights, set_peft_model_state_dict
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import GRPOConfig
 
 from .guard import alarms, checked_scores, distinct_share, probe
@@ -210,16 +210,23 @@ def make_trainer(sft_folder, data, out, rewards, cfg, modules, lambda_vis, steps
     if adapter is not None: set_peft_model_state_dict(trainer.model, load_peft_weights(adapter, device="cpu"))
     return trainer
 
+class Snapshots(TrainerCallback):
+    "Keeps the adapter after every `every`-th update but the last as `folder/k0010`, …; nothing is drawn or trained for it, so the run is the same without."
+    def __init__(self, trainer, folder, every): self.trainer, self.folder, self.every = trainer, Path(folder), every
+    def on_step_end(self, args, state, control, **kw):
+        if state.global_step % self.every == 0 and state.global_step < state.max_steps: self.trainer.save_model(str(self.folder / f"k{self.trainer.k:04d}"))
+
 def align(sft_folder, data, out, rewards, cfg, stage, lambda_vis, k_start=0, adapter=None):
     """Run stage 1 or 2 of Algorithm 1 and write the adapter to `out/adapter`; returns the log, one dict per update.
 
-    Checkpoints go to `out/checkpoints`; a killed run that is started again ends with the same adapter, bit for bit on CPU at a
+    Every `cfg.eval_steps` updates the adapter is kept in `out/snapshots`. Checkpoints go to `out/checkpoints`; a killed run that is started again ends with the same adapter, bit for bit on CPU at a
     fixed thread count."""
     steps, modules = ((cfg.stage1_steps, cfg.stage1_modules), (cfg.stage2_steps, cfg.stage2_modules))[stage - 1]
     steps = steps or cfg.rl_epochs * -(-len(data) // cfg.batch_size)
     trainer = make_trainer(sft_folder, data, out, rewards, cfg, modules, lambda_vis, steps, 10 * cfg.seed + stage, k_start, adapter,
                            per_device=cfg.batch_size * cfg.group_size // int(os.environ.get("WORLD_SIZE", 1)))
     trainer.add_callback(Progress(f"stage {stage}"))
+    if cfg.eval_steps: trainer.add_callback(Snapshots(trainer, Path(out) / "snapshots", cfg.eval_steps))
     with memory_line(f"stage {stage}", batch_size=cfg.batch_size, group_size=cfg.group_size, max_new_tokens=cfg.max_new_tokens):
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(trainer.args.output_dir))
     trainer.save_model(str(Path(out) / "adapter"))
