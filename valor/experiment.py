@@ -633,7 +633,8 @@ def main(argv=None):
     for command in (run, train):
         command.add_argument("--preset", default="laptop")
         command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a parameter; may be repeated")
-    for add in (add_report_command, add_convert_command, add_report_commands, add_serve_command): add(commands)
+    from valor.gallery import add_gallery_command                      # which itself reads runs by this module
+    for add in (add_report_command, add_convert_command, add_report_commands, add_serve_command, add_gallery_command): add(commands)
     args = parser.parse_args(argv)
     try: settings = parse_settings(getattr(args, "set", []))
     except ValueError as e: sys.exit(f"valor: {e}")
