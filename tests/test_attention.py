@@ -125,7 +125,7 @@ def test_reports_without_mentions():
     frame, maps = at.attention_maps(None, None, [None] * 2, ["", "no effusion."])
     assert len(frame) == 0 and maps.shape == (0, 96, 96)
     scored = at.score(frame, maps, DATA)
-    assert len(scored) == 0 and np.isnan(at.estimate({0: scored}, "energy", DATA["study_id"], 20)[0])
+    assert len(scored) == 0 == len(scored[scored.present]) and "what" in scored[scored.present] and np.isnan(at.estimate({0: scored}, "energy", DATA["study_id"], 20)[0])
 
 
 @pytest.mark.parametrize("change, says", [

@@ -163,7 +163,7 @@ def _gradient(model, inputs, rows, layers, take, pick):
     finally: model.disable_input_require_grads()
     return [torch.stack(each) for each in out]
 
-# %% ../nbs/13a_grounding.ipynb #05750b4c
+# %% ../nbs/13a_grounding.ipynb #ce1a27b3
 def attention_maps(model, processor, images, reports, find=stated, variant="raw", layers="all", heads="all", size=96, batch_size=16, desc="attention"):
     """Where every mention in `reports` looks: `(frame, maps)`.
 
@@ -249,7 +249,7 @@ def control_maps(frame, masks, places, seed=0):
             "centred": np.ones_like(masks) * centred(size), "usual place": stack([places[w] for w in frame["what"]]),
             "best cells": stack([best_cell(m, s) for m, s in zip(masks, shapes)])}
 
-# %% ../nbs/13a_grounding.ipynb #b647c0fd
+# %% ../nbs/13a_grounding.ipynb #be2afa8d
 SCORES = ("pointing", "energy", "pointing, other's box", "energy, other's box", "half")
 
 def score(frame, maps, dataset, tolerance=TOLERANCE, seed=0):
@@ -261,7 +261,7 @@ def score(frame, maps, dataset, tolerance=TOLERANCE, seed=0):
     others = [rng.choice(rest) if (rest := [i for i in have[w] if i != r]) else None for r, w in zip(frame["row"], frame["what"])]
     own = [boxes_of(w, truths[r]) for r, w in zip(frame["row"], frame["what"])]
     else_ = [boxes_of(w, truths[o]) if o is not None else [] for o, w in zip(others, frame["what"])]
-    out = frame.assign(study_id=[dataset["study_id"][r] for r in frame["row"]] if len(frame) else [], present=[bool(b) for b in own])
+    out = frame.assign(study_id=[dataset["study_id"][r] for r in frame["row"]] if len(frame) else [], present=np.array([bool(b) for b in own], bool))
     for suffix, boxes in (("", own), (", other's box", else_)):
         out["pointing" + suffix] = pointing(maps, _masks(boxes, size, tolerance))
         out["energy" + suffix] = energy(maps, _masks(boxes, size))
