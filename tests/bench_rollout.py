@@ -1,12 +1,13 @@
 """Seconds of a GRPO step of the embedded policy: an untouched TRL `GRPOTrainer` against rollout="merged", in turn, one run, the same length of completions.
 
-    OMP_NUM_THREADS=1 python tests/bench_rollout.py [--threads 1] [--tokens 64] [--steps 12] [--rewards]
+    OMP_NUM_THREADS=1 python tests/bench_rollout.py [--threads 1] [--tokens 64] [--prompts 4] [--group 8] [--steps 12] [--rewards]
 
 Times are processor seconds of this process (other work on the machine does not count), wall seconds beside them. Without --rewards a
 step is timed with rewards that cost nothing; with it, with those of preset `laptop` (BERTScore's encoder, the rules), the same for both."""
-import argparse, copy, tempfile, time
+import argparse, copy, tempfile, threading, time
 
 import pandas as pd, torch
+from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from valor.config import preset
@@ -38,34 +39,49 @@ def timed(cls):
                 (("_generate", "rollout"), ("_calculate_rewards", "rewards"), ("_generate_and_score_completions", "before the update"))}))
 
 
+class Turns(TrainerCallback):
+    "Two trainers, each in its thread, step by step in turn: what else the machine does meets both alike."
+    def __init__(self, mine, other): self.mine, self.other = mine, other
+    def on_step_begin(self, args, state, control, **kw): self.mine.acquire()
+    def on_step_end(self, args, state, control, **kw): self.other.release()
+
+
 def main():
     p = argparse.ArgumentParser()
-    for name, value in dict(threads=1, tokens=64, steps=12).items(): p.add_argument(f"--{name}", type=int, default=value)
+    for name, value in dict(threads=1, tokens=64, steps=12, group=8, prompts=4).items(): p.add_argument(f"--{name}", type=int, default=value)
     p.add_argument("--rewards", action="store_true")
     args = p.parse_args()
     torch.set_num_threads(args.threads)
-    cfg = preset("laptop", max_new_tokens=args.tokens, threads=args.threads)
+    # nothing is learned, so that both go on writing reports of one kind
+    size = dict(lr=1e-9, max_new_tokens=args.tokens, group_size=args.group, batch_size=args.prompts)
+    cfg = preset("laptop", threads=args.threads, **size)
     data = load_benchmark("phantom", 200, 8, 16, seed=0, size=96, sections="both")["train"]
     work = tempfile.mkdtemp()
     save_policy(*build_policy([target(r) for r in data["report"]], 96), f"{work}/sft")
     scorers = text_scorers(cfg) if args.rewards else {n: Free() for n in text_scorers(cfg)}
     rewards = Rewards(scorers, None, similarity=lambda texts, rows: [float(len(t)) for t in texts])
-    make = lambda name, rollout: make_trainer(f"{work}/sft", data, f"{work}/{name}", rewards, preset("laptop", max_new_tokens=args.tokens, rollout=rollout, k_clin=None), "language", 0.5, args.steps, 0)
+    make = lambda name, rollout: make_trainer(f"{work}/sft", data, f"{work}/{name}", rewards, preset("laptop", rollout=rollout, k_clin=None, **size), "language", 0.5, args.steps, 0)
     ours = make("ours", "merged")
     model, processor = load_policy(f"{work}/sft")
     theirs = timed(GRPOTrainer)(model, reward_funcs=rewards.functions(), args=copy.deepcopy(ours.args), train_dataset=conversations(data), processing_class=processor, peft_config=lora_config(model, "language", cfg.lora_r, cfg.lora_alpha))
     ours.__class__ = timed(type(ours))
-    table = {}
-    for name, trainer in {"TRL": theirs, "merged": ours}.items():
-        trainer.generation_config.min_new_tokens = args.tokens
-        trainer.train()
-        table[name] = pd.DataFrame(trainer.spent).iloc[2:].median()
-    t = pd.DataFrame(table)
-    for end in ("", ", wall"): t.loc["update" + end] = t.loc["step" + end] - t.loc["before the update" + end]
-    for end in ("", ", wall"): t.loc["reference, scoring" + end] = t.loc["before the update" + end] - t.loc["rollout" + end] - t.loc["rewards" + end]
-    t = t.drop(["before the update", "before the update, wall"])
-    t["ratio"] = t["TRL"] / t["merged"]
-    print(f"{cfg.batch_size} prompts x {cfg.group_size}, {args.tokens} new tokens, {args.threads} threads, medians of {args.steps - 2} steps, rewards {'of laptop' if args.rewards else 'free'}\n{t.round(3).to_markdown()}")
+    turn = threading.Semaphore(1), threading.Semaphore(0)
+    both = {"TRL": theirs, "merged": ours}
+    for trainer, mine, other in ((theirs, *turn), (ours, *turn[::-1])):
+        trainer.generation_config.eos_token_id = trainer.model.get_base_model().generation_config.eos_token_id = None      # every report as long as it may be
+        trainer.eos_token_ids = []
+        trainer.add_callback(Turns(mine, other))
+    threads = [threading.Thread(target=t.train) for t in both.values()]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    spent = {name: pd.DataFrame(t.spent).iloc[2:] for name, t in both.items()}
+    for f in spent.values():
+        for end in ("", ", wall"):
+            f["update" + end] = f["step" + end] - f["before the update" + end]
+            f["reference, scoring" + end] = f["before the update" + end] - f["rollout" + end] - f["rewards" + end]
+    rows = [r + end for end in ("", ", wall") for r in ("rollout", "rewards", "reference, scoring", "update", "step") if args.rewards or r != "rewards"]
+    t = pd.DataFrame({name: f.median() for name, f in spent.items()} | {"ratio": (spent["TRL"] / spent["merged"]).median()}).loc[rows]
+    print(f"{cfg.batch_size} prompts x {cfg.group_size}, {args.tokens} new tokens, {args.threads} threads, medians of {args.steps - 2} pairs of steps, rewards {'of laptop' if args.rewards else 'free'}\n{t.round(3).to_markdown()}")
 
 
 if __name__ == "__main__": main()

@@ -47,6 +47,8 @@ def test_merged_equals_trl(kind, two, tmp_path):
     folder = miniature(kind, tmp_path / "policy")
     theirs, ours = (step(trainer(folder, tmp_path / str(share), share, two)) for share in (False, True))
     assert torch.equal(theirs[0]["completion_ids"], ours[0]["completion_ids"]) and theirs[0]["completion_ids"].unique().numel() > 5
+    forbidden = trainer(folder, tmp_path / "t", True).model.generation_config.suppress_tokens
+    assert forbidden and not set(forbidden) & set(ours[0]["completion_ids"].flatten().tolist())
     assert torch.allclose(theirs[0]["ref_per_token_logps"], ours[0]["ref_per_token_logps"], atol=1e-5)
     assert torch.allclose(theirs[1], ours[1], atol=1e-5)
     pairs = [(a, b) for a, b in zip(theirs[2], ours[2]) if a is not None]
