@@ -22,7 +22,7 @@ from . import evaluation as ev
 from .config import key_of
 from .evaluate import DEFAULTS, MEASURES, gauged, holm, made
 from .experiment import locked
-from .policy import PROMPT
+from .models import load_policy
 from .reports import ENDINGS
 from .rewards import report_body
 from .server import complete, fingerprint
@@ -296,7 +296,7 @@ ROWS = {
     "Gemini 2.5 Pro": Row("general", "endpoint", "gemini-2.5-pro", _GEMINI, how="it reasons before it writes: the tokens of that are paid as output"),
     "Med-Flamingo": Row("medical", "reports", "med-flamingo/med-flamingo", how="an OpenFlamingo model on LLaMA-7B, not in transformers: run its own repository, write a JSON line {\"id\", \"candidate\"} for each study"),
     "MAIRA-2": Row("medical", "transformers", "microsoft/maira-2", reader="maira-2", remote_code=True, how="gated; its code was written for transformers 4"),
-    "HuatuoGPT-Vision": Row("medical", "transformers", "FreedomIntelligence/HuatuoGPT-Vision-7B-Qwen2.5VL", how="the paper's \"8B\" is none of the released sizes; this is the release that transformers loads"),
+    "HuatuoGPT-Vision": Row("medical", "transformers", "FreedomIntelligence/HuatuoGPT-Vision-7B-Qwen2.5VL", how="the paper says 8B, the releases that we know are 7B and 34B; this is the one that transformers loads"),
     "MedGemma": Row("medical", "transformers", "google/medgemma-4b-it", how="not in the paper; gated"),
     "Qwen2.5-VL": Row("general", "transformers", "Qwen/Qwen2.5-VL-7B-Instruct", how="not in the paper's table"),
 }
@@ -304,13 +304,13 @@ ROWS = {
 # %% ../nbs/10a_zeroshot.ipynb #99c19a70
 def load_row(row, name, folder, trust_remote_code=()):
     "`(model, processor)` of the open model `row` from a folder or hub name. Raises `ValueError` where it needs code of its own and is not named in `trust_remote_code`."
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForCausalLM, AutoProcessor
     if row.remote_code and name not in trust_remote_code: raise ValueError(f"{name}: {row.model} runs code that comes with its weights; read it, then name the row: trust_remote_code=[{name!r}]")
     if str(folder).startswith(("/", ".", "~")) and not Path(folder).expanduser().is_dir(): raise ValueError(f"weights={{{name!r}: {str(folder)!r}}}: no such folder; expected a transformers folder or a hub name")
-    kind, dtype = AutoModelForCausalLM if row.reader == "maira-2" else AutoModelForImageTextToText, torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    folder = Path(folder).expanduser() if Path(folder).expanduser().is_dir() else folder
-    model = kind.from_pretrained(folder, dtype=dtype, trust_remote_code=row.remote_code).eval()
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), AutoProcessor.from_pretrained(folder, trust_remote_code=row.remote_code)
+    dtype, folder = torch.bfloat16 if torch.cuda.is_available() else torch.float32, Path(folder).expanduser() if Path(folder).expanduser().is_dir() else folder
+    if row.reader == "chat": model, processor = load_policy(folder, dtype, trust_remote_code=row.remote_code)
+    else: model, processor = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=row.remote_code).eval(), AutoProcessor.from_pretrained(folder, trust_remote_code=row.remote_code)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
 
 def chat_report(model, processor, images, prompt, max_new_tokens):
     turn = [{"role": "user", "content": [{"type": "image"}] * len(images) + [{"type": "text", "text": prompt}]}]
