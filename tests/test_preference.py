@@ -20,7 +20,7 @@ def start(runs):
     return subprocess.Popen([sys.executable, "-c", RUN], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def kill_at(runs, pattern, timeout=300):
+def kill_at(runs, pattern, timeout=900):
     process, end = start(runs), time.time() + timeout
     while not any(os.path.getsize(f) for f in glob.glob(str(runs / pattern))):
         if process.poll() is not None: pytest.fail(f"the run ended before {pattern}: {process.stderr.read()[-2000:]}")
@@ -38,12 +38,12 @@ def made(runs):
 def test_killed_runs_end_as_if_they_had_not_been(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     reference = start(whole)
-    assert reference.wait(600) == 0, reference.stderr.read()[-2000:]
+    assert reference.wait(1800) == 0, reference.stderr.read()[-2000:]
     for pattern in POINTS:
         kill_at(killed, pattern)
         assert not list(killed.glob(pattern.split("/")[0] + "/done.json")), f"{pattern}: the kill came too late to test anything"
     last = start(killed)
-    assert last.wait(600) == 0, last.stderr.read()[-2000:]
+    assert last.wait(1800) == 0, last.stderr.read()[-2000:]
     assert made(killed) == made(whole) and len(made(whole)) == 5, made(whole)
     assert not list(killed.rglob("checkpoints"))
     updates = {p.parent.name.split("-")[0]: len(p.read_text().splitlines()) - 1 for p in killed.glob("*dpo-*/log.csv")}
