@@ -315,11 +315,11 @@ def made_up_runs(folder, n=12, size=96, seed=0, rates={"base": .2, "SFT": .55, "
     def write(truth, rate):
         for edit in [e for e in EDITS.values() if rng.random() > rate]: truth = edit(truth, rng) or truth
         return ev.as_completion(compose_report(*write_report(truth, rng)))
-    out = {}
+    out, given = {}, reports or {}
     for system, cfg in cfgs.items():
         DatasetDict(test=test).save_to_disk(phase("data", cfg)/"dataset")
         phase("expert", cfg)
-        written = [(reports or {}).get((system, i)) or write(from_truth(t), rates[system]) for i, t in enumerate(test["truth"])]
+        written = [given[system, i] if (system, i) in given else write(from_truth(t), rates[system]) for i, t in enumerate(test["truth"])]
         out[system] = phase(SYSTEMS[system][0], cfg)
         pd.DataFrame(dict(study_id=test["study_id"], completion=written)).to_csv(out[system]/"reports test.csv", index=False)
     return out
