@@ -3,13 +3,18 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BENCHMARK ?= phantom
 SEED ?= 0
+# of `make figures`: cores to spread the runs over (a run takes two), and what is run
+CORES ?= 2
+PRESET ?= laptop
+SEEDS ?= 0,1,2,3
+BENCHMARKS ?= phantom,openi_rendered
 BIN := .venv/bin
 # two torch processes that spin for each other's cores are many times slower than two that wait
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo smoke test lab setup scorers
+.PHONY: demo smoke test lab setup scorers figures
 demo: setup
 	valor run --preset laptop --set benchmark=$(BENCHMARK) --set seed=$(SEED)
 
@@ -21,6 +26,9 @@ test: setup
 	cd nbs && VALOR_RUNS=$$(mktemp -d) nbdev_test --n_workers 2 --timing
 	pytest -q -n 2 --dist loadfile
 
+figures: setup   # every table and figure; resumes, and runs again only what changed
+	snakemake -j $(CORES) --keep-going --rerun-incomplete --config preset=$(PRESET) seeds=$(SEEDS) benchmarks=$(BENCHMARKS)
+
 lab: setup
 	jupyter lab --notebook-dir nbs
 
@@ -28,7 +36,7 @@ setup: $(BIN)/.installed
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("valor needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,figures]'
 	touch $@
 
 # RaTEScore and GREEN need other versions of numpy and spaCy than we do: an environment of their own

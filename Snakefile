@@ -1,0 +1,101 @@
+"""Every table and figure as one graph: the runs, then the notebooks that show them.
+
+    snakemake -j 2                                                      # all of it at `laptop` size; what `make figures` calls
+    snakemake -j 8 --config preset=smoke seeds=0,1 benchmarks=phantom   # small, on eight cores
+    snakemake --profile profiles/slurm                                  # the same graph on a SLURM cluster
+
+Each seed of each setting is a job of its own, so `-j` (cores) spreads the runs over processes or machines; phases lock themselves, what two jobs share is made once. A notebook makes what is
+still missing. Done jobs are done again only when their notebook, the package or a parameter changed; runs inside them never are, unless their own code version or configuration is another.
+"""
+import json, os, re, sys
+from pathlib import Path
+from valor.config import preset as configure, runs_dir
+
+def listed(name, default): return [x for x in str(config.get(name, default)).split(",") if x]
+
+PRESET, BENCHMARKS = config.get("preset", "laptop"), listed("benchmarks", "phantom,openi_rendered")
+PYTHON = config.get("python", sys.executable)
+SEEDS = [int(s) for s in listed("seeds", "0,1,2,3") if s.isdigit()]
+if SEEDS == [] or len(SEEDS) < len(listed("seeds", "0,1,2,3")): raise WorkflowError(f"--config seeds={config['seeds']}: expected whole numbers separated by commas")
+try: DEFAULT = [configure(PRESET, benchmark=b, seed=s) for b in BENCHMARKS for s in SEEDS][0]
+except (ValueError, IndexError) as e: raise WorkflowError(f"--config: {e}")
+
+os.environ.update(OMP_WAIT_POLICY="PASSIVE", TOKENIZERS_PARALLELISM="false")
+if PRESET != "laptop": os.environ.setdefault("VALOR_FIGURES", str(runs_dir() / f"figures-{PRESET}"))     # figures/ holds the committed ones
+GRAPH = os.path.relpath(runs_dir() / "graph" / PRESET)
+CODE = sorted(map(str, Path("valor").glob("[a-z]*.py")))
+
+# ---- pages: the notebooks that take parameters, and the runs that each shows
+
+def parameters(page):
+    "Names of the parameters of a notebook; none where it has no cell for them."
+    cells = [c for c in json.loads(Path(f"nbs/{page}.ipynb").read_text())["cells"] if "parameters" in c["metadata"].get("tags", [])]
+    return re.findall(r"^(\w+) *=", "".join(cells[0]["source"]), re.M) if cells else []
+
+TAKES = {p.stem: names for p in sorted(Path("nbs").glob("[0-9]*.ipynb")) if (names := parameters(p.stem))}
+PAGES = listed("pages", ",".join(TAKES))
+if unknown := [p for p in PAGES if p not in TAKES]: raise WorkflowError(f"--config pages={','.join(unknown)}: no such page; expected some of {', '.join(TAKES)}")
+
+def given(page, benchmark):
+    "What a page is told: as much of preset, benchmark, seed(s) and folder of figures as it has parameters for."
+    values = dict(preset=PRESET, benchmark=benchmark, seeds=SEEDS, seed=SEEDS[0]) | ({} if PRESET == "laptop" else dict(out=os.environ["VALOR_FIGURES"]))
+    return {n: v for n, v in values.items() if n in TAKES[page] and not (n == "seed" and "seeds" in TAKES[page])}
+
+SWEEP = [f"lambda_vis={v}" for v in ((0., .5, 1.) if PRESET == "smoke" else (0., .25, .5, .75, 1.))] + [f"k_clin={json.dumps(v)}" for v in dict.fromkeys([1, DEFAULT.k_clin, *([] if PRESET == "smoke" else [16, None])])]
+PROGRESS = ["lambda_vis=0.0", f"lambda_vis={DEFAULT.lambda_vis}", "lambda_vis=1.0", "k_clin=1", "k_clin=null"]
+
+def runs_of(page, benchmark):
+    "The jobs that a page waits for."
+    seeds = SEEDS if "seeds" in TAKES[page] else SEEDS[:1]
+    settings = SWEEP if page.startswith("08") else [f"progress/{s}" for s in PROGRESS] if page.startswith("11") else ["systems"]
+    return [f"{GRAPH}/{benchmark}/seed{s}/{x}" for s in seeds for x in settings]
+
+# ---- jobs
+
+JOB = """import json, sys
+from valor.config import preset
+from valor.experiment import SYSTEMS, check_scorers, ensure, phase_of
+cfg, phases = preset(**json.loads(sys.argv[1])), sys.argv[2:]
+check_scorers([cfg])
+for phase in phases: ensure(phase, cfg)
+if not phases:
+    for system in SYSTEMS: ensure(*phase_of(system, cfg))
+    ensure("controls", cfg)
+"""
+
+def told(w, setting=""):
+    name, _, value = setting.partition("=")
+    return json.dumps(dict(name=PRESET, benchmark=w.benchmark, seed=int(w.seed)) | ({name: json.loads(value)} if name else {}))
+
+wildcard_constraints: benchmark=r"\w+", seed=r"\d+", setting=r"[a-z_]+=[^/]+"
+
+rule all:   # the main table on every benchmark, the others on the first
+    input: [f"{GRAPH}/{b}/{p}.ipynb" for p in PAGES for b in (BENCHMARKS if p.startswith("09") else BENCHMARKS[:1])]
+
+rule systems:   # every row of Table 1, for one seed of one benchmark
+    input: CODE
+    output: touch(f"{GRAPH}/{{benchmark}}/seed{{seed}}/systems")
+    params: cfg=told
+    threads: DEFAULT.threads
+    shell: "{PYTHON} -c {JOB:q} {params.cfg:q}"
+
+rule setting:   # one setting of Tables 3 and 4; what it shares with the systems is there already
+    input: CODE, f"{GRAPH}/{{benchmark}}/seed{{seed}}/systems"
+    output: touch(f"{GRAPH}/{{benchmark}}/seed{{seed}}/{{setting}}")
+    params: cfg=lambda w: told(w, w.setting)
+    threads: DEFAULT.threads
+    shell: "{PYTHON} -c {JOB:q} {params.cfg:q} eval_stage2"
+
+rule progress:   # the same, evaluated while it trained
+    input: CODE, f"{GRAPH}/{{benchmark}}/seed{{seed}}/systems"
+    output: touch(f"{GRAPH}/{{benchmark}}/seed{{seed}}/progress/{{setting}}")
+    params: cfg=lambda w: told(w, w.setting)
+    threads: DEFAULT.threads
+    shell: "{PYTHON} -c {JOB:q} {params.cfg:q} progress_stage1 progress_stage2"
+
+rule page:
+    input: CODE, lambda w: runs_of(w.page, w.benchmark), notebook="nbs/{page}.ipynb"
+    output: f"{GRAPH}/{{benchmark}}/{{page,[0-9][^/]*}}.ipynb"
+    params: given=lambda w: json.dumps(given(w.page, w.benchmark))
+    threads: DEFAULT.threads
+    shell: "{PYTHON} -m papermill {input.notebook} {output} -y {params.given:q} --no-progress-bar"
