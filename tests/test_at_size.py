@@ -10,7 +10,7 @@ from trl import GRPOConfig
 
 from test_two_processes import CONFIGS
 from two_processes import IMAGES, WORDS
-from valor import grpo, policy
+from valor import grpo, models, policy
 from valor.config import preset
 from valor.experiment import RunError, phase_key, share
 from valor.policy import build_policy, conversations, load_policy, save_policy, sft
@@ -34,6 +34,7 @@ def test_configurations_are_accelerates(monkeypatch):
 
 
 def test_layers_to_shard_are_in_the_model(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.delenv("FSDP_TRANSFORMER_CLS_TO_WRAP", raising=False)
     model, _ = build_policy([WORDS], image_size=32, width=32)
     policy.shard_by_layer(model)
@@ -42,7 +43,6 @@ def test_layers_to_shard_are_in_the_model(monkeypatch):
     monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "Mine")
     policy.shard_by_layer(model)
     assert os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] == "Mine"
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="gradient_accumulation_steps=2: .* not the same update under FSDP; expected 1"): policy.shard_by_layer(model, 2)
 
 
@@ -72,12 +72,12 @@ def test_vllm_arguments(monkeypatch):
 
 
 def test_four_bits(monkeypatch):
-    monkeypatch.setattr(policy, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="policy_weights='nf4'.*bitsandbytes.*pip install"): policy.frozen_weights("nf4")
-    monkeypatch.setattr(policy, "find_spec", lambda name: name)
-    q = policy.frozen_weights("nf4")["quantization_config"]
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="policy_weights='nf4'.*bitsandbytes.*pip install"): models.frozen_weights("nf4")
+    monkeypatch.setattr(models, "find_spec", lambda name: name)
+    q = models.frozen_weights("nf4")["quantization_config"]
     assert q.load_in_4bit and q.bnb_4bit_quant_type == "nf4" and q.bnb_4bit_compute_dtype == torch.bfloat16
-    assert policy.frozen_weights("bfloat16") == dict(dtype=torch.bfloat16)
+    assert models.frozen_weights("bfloat16") == dict(dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("change, says", [
