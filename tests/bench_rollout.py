@@ -1,9 +1,10 @@
 """Seconds of a GRPO step of the embedded policy: an untouched TRL `GRPOTrainer` against rollout="merged", in turn, one run, the same length of completions.
 
-    OMP_NUM_THREADS=1 python tests/bench_rollout.py [--threads 1] [--tokens 64] [--prompts 4] [--group 8] [--steps 12] [--rewards]
+    OMP_NUM_THREADS=1 python tests/bench_rollout.py [--threads 1] [--tokens 64] [--prompts 4] [--group 8] [--steps 12] [--rewards [--packages]]
 
 Times are processor seconds of this process (other work on the machine does not count), wall seconds beside them. Without --rewards a
-step is timed with rewards that cost nothing; with it, with those of preset `laptop` (BERTScore's encoder, the rules), the same for both."""
+step is timed with rewards that cost nothing; with it, with those of preset `laptop` (BERTScore's encoder, the rules), the same for both;
+with --packages as well, TRL's BERTScore is the package bert-score's, as one would plug it in."""
 import argparse, copy, tempfile, threading, time
 
 import pandas as pd, torch
@@ -15,7 +16,7 @@ from valor.data import load_benchmark
 from valor.experiment import target, text_scorers
 from valor.grpo import Rewards, make_trainer
 from valor.policy import build_policy, conversations, load_policy, lora_config, save_policy
-from valor.rewards import scorer
+from valor.rewards import minilm_folder, report_body
 
 
 class Free:
@@ -39,6 +40,14 @@ def timed(cls):
                 (("_generate", "rollout"), ("_calculate_rewards", "rewards"), ("_generate_and_score_completions", "before the update"))}))
 
 
+class Package:
+    "BERTScore by the package, with the encoder and layer of preset `laptop`."
+    def __init__(self):
+        import bert_score
+        self.scorer = bert_score.BERTScorer(model_type=minilm_folder(), num_layers=6)
+    def score(self, candidates, references): return self.scorer.score([report_body(c) or "." for c in candidates], [report_body(r) for r in references])[2].tolist()
+
+
 class Turns(TrainerCallback):
     "Two trainers, each in its thread, step by step in turn: what else the machine does meets both alike."
     def __init__(self, mine, other): self.mine, self.other = mine, other
@@ -49,7 +58,7 @@ class Turns(TrainerCallback):
 def main():
     p = argparse.ArgumentParser()
     for name, value in dict(threads=1, tokens=64, steps=12, group=8, prompts=4).items(): p.add_argument(f"--{name}", type=int, default=value)
-    p.add_argument("--rewards", action="store_true")
+    for name in ("rewards", "packages"): p.add_argument(f"--{name}", action="store_true")
     args = p.parse_args()
     torch.set_num_threads(args.threads)
     # nothing is learned, so that both go on writing reports of one kind
@@ -60,10 +69,11 @@ def main():
     save_policy(*build_policy([target(r) for r in data["report"]], 96), f"{work}/sft")
     scorers = text_scorers(cfg) if args.rewards else {n: Free() for n in text_scorers(cfg)}
     rewards = Rewards(scorers, None, similarity=lambda texts, rows: [float(len(t)) for t in texts])
+    naive = Rewards(scorers | dict(bertscore=Package()), None, similarity=rewards.extra["similarity"]) if args.packages else rewards
     make = lambda name, rollout: make_trainer(f"{work}/sft", data, f"{work}/{name}", rewards, preset("laptop", rollout=rollout, k_clin=None, **size), "language", 0.5, args.steps, 0)
     ours = make("ours", "merged")
     model, processor = load_policy(f"{work}/sft")
-    theirs = timed(GRPOTrainer)(model, reward_funcs=rewards.functions(), args=copy.deepcopy(ours.args), train_dataset=conversations(data), processing_class=processor, peft_config=lora_config(model, "language", cfg.lora_r, cfg.lora_alpha))
+    theirs = timed(GRPOTrainer)(model, reward_funcs=naive.functions(), args=copy.deepcopy(ours.args), train_dataset=conversations(data), processing_class=processor, peft_config=lora_config(model, "language", cfg.lora_r, cfg.lora_alpha))
     ours.__class__ = timed(type(ours))
     turn = threading.Semaphore(1), threading.Semaphore(0)
     both = {"TRL": theirs, "merged": ours}
@@ -81,7 +91,7 @@ def main():
             f["reference, scoring" + end] = f["before the update" + end] - f["rollout" + end] - f["rewards" + end]
     rows = [r + end for end in ("", ", wall") for r in ("rollout", "rewards", "reference, scoring", "update", "step") if args.rewards or r != "rewards"]
     t = pd.DataFrame({name: f.median() for name, f in spent.items()} | {"ratio": (spent["TRL"] / spent["merged"]).median()}).loc[rows]
-    print(f"{cfg.batch_size} prompts x {cfg.group_size}, {args.tokens} new tokens, {args.threads} threads, medians of {args.steps - 2} pairs of steps, rewards {'of laptop' if args.rewards else 'free'}\n{t.round(3).to_markdown()}")
+    print(f"{cfg.batch_size} prompts x {cfg.group_size}, {args.tokens} new tokens, {args.threads} threads, medians of {args.steps - 2} pairs of steps, rewards {'of laptop' if args.rewards else 'free'}{', by the package for TRL' if args.packages else ''}\n{t.round(3).to_markdown()}")
 
 
 if __name__ == "__main__": main()
