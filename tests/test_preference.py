@@ -1,8 +1,9 @@
 """DPO and MMedPO as phases: loss as TRL's, bad preference files named, a killed run ends as if it had not been."""
-import glob, hashlib, json, math, os, signal, subprocess, sys, time
+import json, math, os
 
 import pytest, torch
 
+from kills import digests, kill_everywhere
 from valor.config import preset
 from valor.preference import read_preferences, weighted_dpo_loss
 
@@ -15,36 +16,12 @@ for phase in ("dpo", "mmedpo"): ensure(phase, preset("smoke", **{SMALL}))
 POINTS = ["samples-*/samples.jsonl", "mmedpo-*/checkpoints/checkpoint-2/trainer_state.json"]
 
 
-def start(runs):
-    env = os.environ | dict(VALOR_RUNS=str(runs), OMP_NUM_THREADS="1", IN_TEST="1")
-    return subprocess.Popen([sys.executable, "-c", RUN], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def kill_at(runs, pattern, timeout=900):
-    process, end = start(runs), time.time() + timeout
-    while not any(os.path.getsize(f) for f in glob.glob(str(runs / pattern))):
-        if process.poll() is not None: pytest.fail(f"the run ended before {pattern}: {process.stderr.read()[-2000:]}")
-        if time.time() > end: process.kill(); pytest.fail(f"no {pattern} within {timeout} s")
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-
-
-def made(runs):
-    found = sorted(p for pattern in ("samples-*/samples.jsonl", "*dpo-*/adapter/adapter_model.safetensors", "*dpo-*/pairs.json", "mmedpo-*/adapter/adapter_model.safetensors") for p in runs.glob(pattern))
-    return {str(p.relative_to(runs)): hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
+MADE = ("samples-*/samples.jsonl", "*dpo-*/adapter/adapter_model.safetensors", "*dpo-*/pairs.json", "mmedpo-*/adapter/adapter_model.safetensors")
 
 
 def test_killed_runs_end_as_if_they_had_not_been(tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    reference = start(whole)
-    assert reference.wait(1800) == 0, reference.stderr.read()[-2000:]
-    for pattern in POINTS:
-        kill_at(killed, pattern)
-        assert not list(killed.glob(pattern.split("/")[0] + "/done.json")), f"{pattern}: the kill came too late to test anything"
-    last = start(killed)
-    assert last.wait(1800) == 0, last.stderr.read()[-2000:]
-    assert made(killed) == made(whole) and len(made(whole)) == 5, made(whole)
+    whole, killed = kill_everywhere(RUN, tmp_path, POINTS, patience=1800, timeout=900, ready=os.path.getsize)        # samples.jsonl begins empty
+    assert digests(killed, MADE) == digests(whole, MADE) and len(digests(whole, MADE)) == 5, digests(whole, MADE)
     assert not list(killed.rglob("checkpoints"))
     updates = {p.parent.name.split("-")[0]: len(p.read_text().splitlines()) - 1 for p in killed.glob("*dpo-*/log.csv")}
     updates |= {p.parent.name.split("-")[0]: len(p.read_text().splitlines()) - 1 for p in killed.glob("mmedpo-*/log.csv")}
