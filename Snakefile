@@ -4,8 +4,8 @@
     snakemake -j 8 --config preset=smoke seeds=0,1 benchmarks=phantom   # small, on eight cores
     snakemake --profile profiles/slurm                                  # the same graph on a SLURM cluster
 
-Each seed of each setting is a job of its own, so `-j` (cores) spreads the runs over processes or machines; phases lock themselves, what two jobs share is made once. A notebook makes what is
-still missing. Done jobs are done again only when their notebook, the package or a parameter changed; runs inside them never are, unless their own code version or configuration is another.
+Each seed of each setting is a job of its own, so `-j` (cores) spreads the runs over processes or machines; phases lock themselves, what two jobs share is made once. The embedded policy's runs take one
+thread each: on two cores, two runs at a time are done sooner than one after the other on two threads (`--config threads=2` is for more cores than runs). A notebook makes what is still missing. Done jobs are done again only when their notebook, the package or a parameter changed; runs inside them never are, unless their own code version or configuration is another.
 """
 import json, os, re, sys
 from pathlib import Path
@@ -20,6 +20,7 @@ if SEEDS == [] or len(SEEDS) < len(listed("seeds", "0,1,2,3")): raise WorkflowEr
 try: DEFAULT = [configure(PRESET, benchmark=b, seed=s) for b in BENCHMARKS for s in SEEDS][0]
 except (ValueError, IndexError) as e: raise WorkflowError(f"--config: {e}")
 
+THREADS = int(config.get("threads", 1 if DEFAULT.base == "embedded" else DEFAULT.threads))
 os.environ.update(OMP_WAIT_POLICY="PASSIVE", TOKENIZERS_PARALLELISM="false")
 if PRESET != "laptop": os.environ.setdefault("VALOR_FIGURES", str(runs_dir() / f"figures-{PRESET}"))     # figures/ holds the committed ones
 GRAPH = os.path.relpath(runs_dir() / "graph" / PRESET)
@@ -36,18 +37,25 @@ TAKES = {p.stem: names for p in sorted(Path("nbs").glob("[0-9]*.ipynb")) if (nam
 PAGES = listed("pages", ",".join(TAKES))
 if unknown := [p for p in PAGES if p not in TAKES]: raise WorkflowError(f"--config pages={','.join(unknown)}: no such page; expected some of {', '.join(TAKES)}")
 
+MORE = {"08_ablation+more": ("08_ablation", dict(sweep=["rank_norm", "text_in_mix", "group_size", "expert"]))}      # pages shown a second time: what the paper does not ablate
+
+def notebook_of(page): return MORE[page][0] if page in MORE else page
+
 def given(page, benchmark):
     "What a page is told: as much of preset, benchmark, seed(s) and folder of figures as it has parameters for."
+    page, special = MORE.get(page, (page, {}))
     values = dict(preset=PRESET, benchmark=benchmark, seeds=SEEDS, seed=SEEDS[0]) | ({} if PRESET == "laptop" else dict(out=os.environ["VALOR_FIGURES"]))
-    return {n: v for n, v in values.items() if n in TAKES[page] and not (n == "seed" and "seeds" in TAKES[page])}
+    return {n: v for n, v in values.items() if n in TAKES[page] and not (n == "seed" and "seeds" in TAKES[page])} | special
 
 SWEEP = [f"lambda_vis={v}" for v in ((0., .5, 1.) if PRESET == "smoke" else (0., .25, .5, .75, 1.))] + [f"k_clin={json.dumps(v)}" for v in dict.fromkeys([1, DEFAULT.k_clin, *([] if PRESET == "smoke" else [16, None])])]
+OTHERS = ["rank_norm=unit", "rank_norm=standardized", "text_in_mix=ranked", *(f"group_size={n},batch_size={DEFAULT.batch_size * DEFAULT.group_size // n}" for n in (DEFAULT.group_size // 2, 2 * DEFAULT.group_size)),
+          f"expert_steps={max(1, DEFAULT.expert_steps // 10)}", "expert=embedded-labels"]
 PROGRESS = ["lambda_vis=0.0", f"lambda_vis={DEFAULT.lambda_vis}", "lambda_vis=1.0", "k_clin=1", "k_clin=null"]
 
 def runs_of(page, benchmark):
     "The jobs that a page waits for."
-    seeds = SEEDS if "seeds" in TAKES[page] else SEEDS[:1]
-    settings = SWEEP if page.startswith("08") else [f"progress/{s}" for s in PROGRESS] if page.startswith("11") else ["systems"]
+    seeds = SEEDS if "seeds" in TAKES[notebook_of(page)] else SEEDS[:1]
+    settings = OTHERS if page in MORE else SWEEP if page.startswith("08") else [f"progress/{s}" for s in PROGRESS] if page.startswith("11") else ["systems"]
     return [f"{GRAPH}/{benchmark}/seed{s}/{x}" for s in seeds for x in settings]
 
 # ---- jobs
@@ -63,38 +71,42 @@ if not phases:
     ensure("controls", cfg)
 """
 
+def read(value):
+    try: return json.loads(value)
+    except ValueError: return value
+
 def told(w, setting=""):
-    name, _, value = setting.partition("=")
-    return json.dumps(dict(name=PRESET, benchmark=w.benchmark, seed=int(w.seed)) | ({name: json.loads(value)} if name else {}))
+    changes = [part.split("=", 1) for part in setting.split(",") if part]
+    return json.dumps(dict(name=PRESET, benchmark=w.benchmark, seed=int(w.seed), threads=THREADS) | {name: read(value) for name, value in changes})
 
 wildcard_constraints: benchmark=r"\w+", seed=r"\d+", setting=r"[a-z_]+=[^/]+"
 
-rule all:   # the main table on every benchmark, the others on the first
-    input: [f"{GRAPH}/{b}/{p}.ipynb" for p in PAGES for b in (BENCHMARKS if p.startswith("09") else BENCHMARKS[:1])]
+rule all:   # the paper's tables on every benchmark, the rest on the first
+    input: [f"{GRAPH}/{b}/{p}.ipynb" for p in [*PAGES, *(m for m, (p, _) in MORE.items() if p in PAGES)] for b in (BENCHMARKS if p.startswith(("08_ablation", "09")) and p not in MORE else BENCHMARKS[:1])]
 
 rule systems:   # every row of Table 1, for one seed of one benchmark
     input: CODE
     output: touch(f"{GRAPH}/{{benchmark}}/seed{{seed}}/systems")
     params: cfg=told
-    threads: DEFAULT.threads
+    threads: THREADS
     shell: "{PYTHON} -c {JOB:q} {params.cfg:q}"
 
 rule setting:   # one setting of Tables 3 and 4; what it shares with the systems is there already
     input: CODE, f"{GRAPH}/{{benchmark}}/seed{{seed}}/systems"
     output: touch(f"{GRAPH}/{{benchmark}}/seed{{seed}}/{{setting}}")
     params: cfg=lambda w: told(w, w.setting)
-    threads: DEFAULT.threads
+    threads: THREADS
     shell: "{PYTHON} -c {JOB:q} {params.cfg:q} eval_stage2"
 
 rule progress:   # the same, evaluated while it trained
     input: CODE, f"{GRAPH}/{{benchmark}}/seed{{seed}}/systems"
     output: touch(f"{GRAPH}/{{benchmark}}/seed{{seed}}/progress/{{setting}}")
     params: cfg=lambda w: told(w, w.setting)
-    threads: DEFAULT.threads
+    threads: THREADS
     shell: "{PYTHON} -c {JOB:q} {params.cfg:q} progress_stage1 progress_stage2"
 
 rule page:
-    input: CODE, lambda w: runs_of(w.page, w.benchmark), notebook="nbs/{page}.ipynb"
+    input: CODE, lambda w: runs_of(w.page, w.benchmark), notebook=lambda w: f"nbs/{notebook_of(w.page)}.ipynb"
     output: f"{GRAPH}/{{benchmark}}/{{page,[0-9][^/]*}}.ipynb"
     params: given=lambda w: json.dumps(given(w.page, w.benchmark))
     threads: DEFAULT.threads

@@ -37,13 +37,14 @@ def test_every_page_is_planned_for_slurm_too(place):
     done, jobs = graph(place, "-n", "--profile", "profiles/slurm", config=("preset=laptop",))
     assert done.returncode == 0, done.stderr[-3000:]
     pages = sum('"parameters"' in p.read_text() for p in (ROOT / "nbs").glob("[0-9]*.ipynb"))
-    assert planned(done) == dict(all=1, page=pages + 1, systems=2 * 4, setting=4 * 9, progress=4 * 5) and jobs == []     # the main table twice; benchmarks × seeds, seeds × settings
+    assert planned(done) == dict(all=1, page=pages + 3, systems=2 * 4, setting=2 * 4 * 9 + 4 * 7, progress=4 * 5) and jobs == []     # Tables 1, 3 and 4 twice, and the page with more sweeps
 
 
 def test_only_what_changed_runs_again(place):
     done, jobs = graph(place)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert sum("papermill" in j for j in jobs) == 3 and len(jobs) == 3 + 2 + 2 * 5 + 2 * 5       # pages, systems, settings, progress
+    assert sum("papermill" in j for j in jobs) == 4 and len(jobs) == 4 + 2 + 2 * (5 + 7) + 2 * 5       # pages, systems, settings, progress
+    assert any('"group_size": 8, "batch_size": 1' in j for j in jobs)
     assert any('"lambda_vis": 1.0' in j and j.endswith("progress_stage1 progress_stage2 ") for j in jobs)
     assert graph(place)[1] == []
     page = place / "nbs" / "12_qualitative.ipynb"
@@ -52,7 +53,7 @@ def test_only_what_changed_runs_again(place):
     _, jobs = graph(place, config=("preset=smoke", "seeds=0,1,2", "benchmarks=phantom", "pages=12_qualitative"))
     assert jobs == []                                                                            # the page shows the first seed only
     _, jobs = graph(place, config=("preset=smoke", "seeds=0,1,2", "benchmarks=phantom", "pages=08_ablation"))
-    assert sum('"seed": 2' in j for j in jobs) == 1 + 5 and sum("papermill" in j for j in jobs) == 1 and len(jobs) == 7
+    assert sum('"seed": 2' in j for j in jobs) == 1 + 5 + 7 and sum("papermill" in j for j in jobs) == 2 and len(jobs) == 15
 
 
 @pytest.mark.parametrize("config, message", [(("preset=smok",), "preset='smok' is unknown"), (("seeds=a",), "seeds=a: expected whole numbers separated by commas"), (("benchmarks=mimic",), "benchmark='mimic'"),

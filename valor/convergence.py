@@ -5,6 +5,7 @@ __all__ = ['FORMAT', 'LENGTH', 'RECALL', 'KL', 'LIMITS', 'NAMES', 'ends', 'not_c
 
 # %% ../nbs/08a_convergence.ipynb #40cf87e0
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
+from .figures import PAGE
 
 # %% ../nbs/08a_convergence.ipynb #9c42a724
 FORMAT, LENGTH, RECALL, KL = "rewards/format/mean", "completions/mean_length", "rewards/finding_recall/mean", "kl"
@@ -33,7 +34,7 @@ def not_converged(log, window=10):
 # %% ../nbs/08a_convergence.ipynb #5ea22d40
 def plot_health(logs, axes=None):
     "The watched columns of training logs over k. `logs`: {label: log}; limits as dotted lines, those that are shares drawn for the first log."
-    fig, axes = (None, axes) if axes is not None else plt.subplots(1, 4, figsize=(9, 2.3), dpi=80, layout="constrained")
+    fig, axes = (None, axes) if axes is not None else plt.subplots(1, 4, figsize=(PAGE, 1.8), layout="constrained")
     base = ends(next(iter(logs.values())))
     for ax, name in zip(axes, LIMITS):
         for label, log in logs.items():
