@@ -103,7 +103,7 @@ class Config:
     dpo_pairs: str = "samples"          # the SFT policy's own samples, or a preference file in MMedPO's schema (JSON or JSONL)
     dpo_margin: float = 0.1             # a study's best and worst sample make a pair where their text rewards are this far apart
     dpo_beta: float = 0.1
-    dpo_lr: float = 2e-4
+    dpo_lr: float = 5e-5             # chosen on validation studies: tests/tune_preference.py
     mmedpo_noise: str = "lesions"       # the rejected image of an image pair: noise over what was drawn, "diffusion" all over, or "none": text pairs alone
     mmedpo_scorer: str = "chexbert"     # clinical relevance of a pair = 1 − this scorer's F1 of rejected and chosen report ("chexbert" labels, "radgraph" entities)
     # held-out evaluation during training
