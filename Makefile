@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BENCHMARK ?= phantom
 SEED ?= 0
-# of `make figures`: cores to spread the runs over (a run takes two), and what is run
+# of `make figures`: cores to spread the runs over (a run takes one), and what is run
 CORES ?= 2
 PRESET ?= laptop
 SEEDS ?= 0,1,2,3

@@ -9,7 +9,7 @@ thread each: on two cores, two runs at a time are done sooner than one after the
 """
 import json, os, re, sys
 from pathlib import Path
-from valor.config import preset as configure, runs_dir
+from valor.config import parse_settings, preset as configure, runs_dir, sweeps
 
 def listed(name, default): return [x for x in str(config.get(name, default)).split(",") if x]
 
@@ -37,26 +37,29 @@ TAKES = {p.stem: names for p in sorted(Path("nbs").glob("[0-9]*.ipynb")) if (nam
 PAGES = listed("pages", ",".join(TAKES))
 if unknown := [p for p in PAGES if p not in TAKES]: raise WorkflowError(f"--config pages={','.join(unknown)}: no such page; expected some of {', '.join(TAKES)}")
 
-MORE = {"08_ablation+more": ("08_ablation", dict(sweep=["rank_norm", "text_in_mix", "group_size", "expert"]))}      # pages shown a second time: what the paper does not ablate
+SWEEPS, PAPERS = sweeps(DEFAULT), ["lambda_vis", "k_clin"]      # of 08_ablation, and those of Tables 3 and 4
+OTHERS = [n for n in SWEEPS if n not in PAPERS]
+MORE = {"08_ablation+more": dict(sweep=OTHERS)}                 # pages shown a second time: {page+name: what they are told}
 
-def notebook_of(page): return MORE[page][0] if page in MORE else page
+def notebook_of(page): return page.partition("+")[0]
 
 def given(page, benchmark):
     "What a page is told: as much of preset, benchmark, seed(s) and folder of figures as it has parameters for."
-    page, special = MORE.get(page, (page, {}))
+    takes = TAKES[notebook_of(page)]
     values = dict(preset=PRESET, benchmark=benchmark, seeds=SEEDS, seed=SEEDS[0]) | ({} if PRESET == "laptop" else dict(out=os.environ["VALOR_FIGURES"]))
-    return {n: v for n, v in values.items() if n in TAKES[page] and not (n == "seed" and "seeds" in TAKES[page])} | special
+    return {n: v for n, v in values.items() if n in takes and not (n == "seed" and "seeds" in takes)} | MORE.get(page, {})
 
-SWEEP = [f"lambda_vis={v}" for v in ((0., .5, 1.) if PRESET == "smoke" else (0., .25, .5, .75, 1.))] + [f"k_clin={json.dumps(v)}" for v in dict.fromkeys([1, DEFAULT.k_clin, *([] if PRESET == "smoke" else [16, None])])]
-OTHERS = ["rank_norm=unit", "rank_norm=standardized", "text_in_mix=ranked", *(f"group_size={n},batch_size={DEFAULT.batch_size * DEFAULT.group_size // n}" for n in (DEFAULT.group_size // 2, 2 * DEFAULT.group_size)),
-          f"expert_steps={max(1, DEFAULT.expert_steps // 10)}", "expert=embedded-labels"]
+def settings(names):
+    "Jobs of the sweeps `names`, as changes of the configuration: `group_size=4,batch_size=8`."
+    return [",".join(f"{n}={v if isinstance(v, str) else json.dumps(v)}" for n, v in change.items()) for name in names for change in SWEEPS[name].values() if change]
+
 PROGRESS = ["lambda_vis=0.0", f"lambda_vis={DEFAULT.lambda_vis}", "lambda_vis=1.0", "k_clin=1", "k_clin=null"]
 
 def runs_of(page, benchmark):
     "The jobs that a page waits for."
     seeds = SEEDS if "seeds" in TAKES[notebook_of(page)] else SEEDS[:1]
-    settings = OTHERS if page in MORE else SWEEP if page.startswith("08") else [f"progress/{s}" for s in PROGRESS] if page.startswith("11") else ["systems"]
-    return [f"{GRAPH}/{benchmark}/seed{s}/{x}" for s in seeds for x in settings]
+    jobs = settings(OTHERS if page in MORE else PAPERS) if page.startswith("08") else [f"progress/{s}" for s in PROGRESS] if page.startswith("11") else ["systems"]
+    return [f"{GRAPH}/{benchmark}/seed{s}/{x}" for s in seeds for x in jobs]
 
 # ---- jobs
 
@@ -71,18 +74,13 @@ if not phases:
     ensure("controls", cfg)
 """
 
-def read(value):
-    try: return json.loads(value)
-    except ValueError: return value
-
 def told(w, setting=""):
-    changes = [part.split("=", 1) for part in setting.split(",") if part]
-    return json.dumps(dict(name=PRESET, benchmark=w.benchmark, seed=int(w.seed), threads=THREADS) | {name: read(value) for name, value in changes})
+    return json.dumps(dict(name=PRESET, benchmark=w.benchmark, seed=int(w.seed), threads=THREADS) | parse_settings(filter(None, setting.split(","))))
 
 wildcard_constraints: benchmark=r"\w+", seed=r"\d+", setting=r"[a-z_]+=[^/]+"
 
 rule all:   # the paper's tables on every benchmark, the rest on the first
-    input: [f"{GRAPH}/{b}/{p}.ipynb" for p in [*PAGES, *(m for m, (p, _) in MORE.items() if p in PAGES)] for b in (BENCHMARKS if p.startswith(("08_ablation", "09")) and p not in MORE else BENCHMARKS[:1])]
+    input: [f"{GRAPH}/{b}/{p}.ipynb" for p in [*PAGES, *(m for m in MORE if notebook_of(m) in PAGES)] for b in (BENCHMARKS if p.startswith(("08_ablation", "09")) and p not in MORE else BENCHMARKS[:1])]
 
 rule systems:   # every row of Table 1, for one seed of one benchmark
     input: CODE

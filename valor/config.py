@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['OBSERVATIONS', 'BENCHMARKS', 'REAL_SOURCES', 'RULES', 'PRESETS', 'ON_BENCHMARK', 'Config', 'validate', 'preset',
-           'key_of', 'repo_root', 'runs_dir', 'figures_dir', 'versions']
+           'parse_settings', 'sweeps', 'key_of', 'repo_root', 'runs_dir', 'figures_dir', 'versions']
 
 # %% ../nbs/00_config.ipynb #0322eea5
 import dataclasses, hashlib, importlib.metadata, json, math, os, platform, re, types, typing
@@ -103,7 +103,7 @@ class Config:
     dpo_pairs: str = "samples"          # the SFT policy's own samples, or a preference file in MMedPO's schema (JSON or JSONL)
     dpo_margin: float = 0.1             # a study's best and worst sample make a pair where their text rewards are this far apart
     dpo_beta: float = 0.1
-    dpo_lr: float = 5e-5             # chosen on validation studies: tests/tune_preference.py
+    dpo_lr: float = 5e-5                # chosen on validation studies: tests/tune_preference.py
     mmedpo_noise: str = "lesions"       # the rejected image of an image pair: noise over what was drawn, "diffusion" all over, or "none": text pairs alone
     mmedpo_scorer: str = "chexbert"     # clinical relevance of a pair = 1 − this scorer's F1 of rejected and chosen report ("chexbert" labels, "radgraph" entities)
     # held-out evaluation during training
@@ -222,6 +222,31 @@ def preset(name, **overrides):
     here = dict(mmedpo_noise="diffusion") if benchmark in REAL_SOURCES else {}
     if here and name != "smoke": here |= dict(n_train=None, n_val=None, n_test=None, sections="report" if benchmark.startswith("r2gen") else "both")
     return validate(Config(**{"preset": name, **PRESETS[name], **here, **ON_BENCHMARK.get((name, benchmark), {}), **overrides}))
+
+# %% ../nbs/00_config.ipynb #7f2d90aa
+def parse_settings(pairs):
+    "{name: value} from `name=value` strings; values are read as JSON (`0.4`, `null`), else taken as text."
+    out = {}
+    for pair in pairs:
+        name, found, value = pair.partition("=")
+        if not found: raise ValueError(f"--set {pair}: expected name=value")
+        try: out[name] = json.loads(value)
+        except ValueError: out[name] = value
+    return out
+
+# %% ../nbs/00_config.ipynb #c57b3e88
+def sweeps(cfg):
+    "What is swept around `cfg`: {parameter: {label: change of the configuration}}, an empty change where the label is `cfg` itself. The first two are the paper's (Tables 3 and 4)."
+    G, smoke = cfg.group_size, cfg.preset == "smoke"
+    same_count = lambda n: dict(group_size=n, batch_size=cfg.batch_size * G // n)     # … of candidates
+    return {
+        "lambda_vis": {v: dict(lambda_vis=v) for v in ((0., .5, 1.) if smoke else (0., .25, .5, .75, 1.))},
+        "k_clin": {"1 (dense)": dict(k_clin=1), f"{cfg.k_clin}": dict(k_clin=cfg.k_clin)} | ({} if smoke else {"16 (rare)": dict(k_clin=16), "never": dict(k_clin=None)}),
+        "rank_norm": {"centered": {}, "unit": dict(rank_norm="unit"), "standardized": dict(rank_norm="standardized")},
+        "text_in_mix": {"raw": {}, "ranked": dict(text_in_mix="ranked")},
+        "group_size": {G // 2: same_count(G // 2), G: {}, 2 * G: same_count(2 * G)},
+        "expert": {"embedded": {}, "a tenth trained": dict(expert_steps=max(1, cfg.expert_steps // 10)), "labels": dict(expert="embedded-labels")},
+    }
 
 # %% ../nbs/00_config.ipynb #3ee57893
 def key_of(obj):

@@ -10,7 +10,7 @@ __all__ = ['LABELER', 'SCORING', 'PHASES', 'MAKERS', 'JOINT', 'BY_OBSERVATION', 
            'truth_watch', 'make_stage', 'make_samples', 'pairs_for', 'make_preference', 'policy_of', 'policy_with',
            'snapshots_of', 'score_frame', 'make_evaluation', 'make_controls', 'read_frame', 'read_reports',
            'make_progress', 'progress_of', 'phase_of', 'frames_of', 'control_frames', 'log_of', 'step_profile',
-           'made_by', 'main_job', 'parse_settings', 'check_packages', 'run_main', 'run_train', 'main']
+           'made_by', 'main_job', 'check_packages', 'run_main', 'run_train', 'main']
 
 # %% ../nbs/07a_experiment.ipynb #017610f0
 import argparse, contextlib, dataclasses, fcntl, hashlib, json, logging, os, shutil, subprocess, sys, warnings
@@ -24,7 +24,7 @@ from datasets import concatenate_datasets, load_from_disk
 from tqdm.auto import tqdm
 
 from . import evaluation as ev
-from .config import BENCHMARKS, OBSERVATIONS, key_of, preset, repo_root, runs_dir, versions
+from .config import BENCHMARKS, OBSERVATIONS, key_of, parse_settings, preset, repo_root, runs_dir, versions
 from .data import benchmark_note, load_benchmark, rerender
 from .convert import add_command as add_convert_command
 from .data_report import add_report_command, data_report, to_markdown, unleaked
@@ -575,16 +575,6 @@ def main_job(cfgs, out):
     return table, tidy, files
 
 # %% ../nbs/07a_experiment.ipynb #66dc464b
-def parse_settings(pairs):
-    "{name: value} from `name=value` strings; values are read as JSON (`0.4`, `null`), else taken as text."
-    out = {}
-    for pair in pairs:
-        name, found, value = pair.partition("=")
-        if not found: raise ValueError(f"--set {pair}: expected name=value")
-        try: out[name] = json.loads(value)
-        except ValueError: out[name] = value
-    return out
-
 def check_packages(cfg):
     "Raise ValueError where `cfg` needs a package that is not installed (vLLM, bitsandbytes), before anything is trained."
     frozen_weights(cfg.policy_weights)
