@@ -36,7 +36,7 @@ setup: $(BIN)/.installed
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("valor needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,figures]'
+	$(BIN)/pip install -q --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev,figures]'
 	touch $@
 
 # RaTEScore and GREEN need other versions of numpy and spaCy than we do: an environment of their own

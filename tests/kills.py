@@ -1,36 +1,60 @@
-"""Runs in processes of their own that are killed (SIGKILL) at a chosen moment, for test_resume.py and test_preference.py."""
-import glob, hashlib, os, signal, subprocess, sys, time
+"""Runs in processes of their own that are killed (SIGKILL) at a chosen moment, for test_resume.py, test_preference.py and test_evaluate.py.
+
+A fork server imports the package once, so that a process starts in no time."""
+import glob, hashlib, multiprocessing, os, shutil, sys, time
 
 import pytest
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["valor.experiment"])
+
+
+def work(code, runs):
+    os.environ.update(VALOR_RUNS=str(runs), OMP_NUM_THREADS="1", IN_TEST="1")
+    for stream, end in ((sys.stdout, "out"), (sys.stderr, "err")): os.dup2(os.open(f"{runs}.{end}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY), stream.fileno())
+    exec(code, {})
 
 
 def start(code, runs):
     "The Python `code` in a new process that keeps its runs in the folder `runs`."
-    env = os.environ | dict(VALOR_RUNS=str(runs), OMP_NUM_THREADS="1", IN_TEST="1")
-    return subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = SERVER.Process(target=work, args=(code, runs))
+    process.start()
+    return process
+
+
+def says(runs): return open(f"{runs}.err").read()[-2000:]
+
+
+def finish(code, runs, patience):
+    "What `code` prints when it is run to its end, in `patience` seconds at most."
+    process = start(code, runs)
+    process.join(patience)
+    assert process.exitcode == 0, says(runs)
+    return open(f"{runs}.out").read()
 
 
 def kill_at(code, runs, pattern, timeout, ready=lambda file: True):
     "Start `code` and kill it as soon as a file below `runs` that matches `pattern` is there and `ready`."
     process, end = start(code, runs), time.time() + timeout
     while not any(map(ready, glob.glob(str(runs / pattern)))):
-        if process.poll() is not None: pytest.fail(f"the run ended before {pattern}: {process.stderr.read()[-2000:]}")
+        if not process.is_alive(): pytest.fail(f"the run ended before {pattern}: {says(runs)}")
         if time.time() > end: process.kill(); pytest.fail(f"no {pattern} within {timeout} s")
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
 
 
-def kill_everywhere(code, tmp_path, points, patience, timeout, ready=lambda file: True):
-    "Two run folders: of `code` left alone, and of it killed at each of `points` and then started once more. `patience`: seconds for a whole run, `timeout`: for a point to be reached."
+def kill_everywhere(code, tmp_path, phases, points, patience, timeout, ready=lambda file: True):
+    """Two run folders: of `code` left alone, and of it killed at each of `points` and then started once more. `patience`: seconds for a whole run, `timeout`: for a point to be reached.
+
+    The second has from the first, to save time, every phase that is not one of `phases`: what comes before the first kill."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    reference = start(code, whole)
-    assert reference.wait(patience) == 0, reference.stderr.read()[-2000:]
+    finish(code, whole, patience)
+    shutil.copytree(whole, killed, ignore=shutil.ignore_patterns(*(f"{phase}-*" for phase in phases)))
     for pattern in points:
         kill_at(code, killed, pattern, timeout, ready)
         assert not list(killed.glob(pattern.split("/")[0] + "/done.json")), f"{pattern}: the kill came too late to test anything"
-    last = start(code, killed)
-    assert last.wait(patience) == 0, last.stderr.read()[-2000:]
+    finish(code, killed, patience)
     return whole, killed
 
 

@@ -20,7 +20,7 @@ MADE = ("samples-*/samples.jsonl", "*dpo-*/adapter/adapter_model.safetensors", "
 
 
 def test_killed_runs_end_as_if_they_had_not_been(tmp_path):
-    whole, killed = kill_everywhere(RUN, tmp_path, POINTS, patience=1800, timeout=900, ready=os.path.getsize)        # samples.jsonl begins empty
+    whole, killed = kill_everywhere(RUN, tmp_path, ("samples", "dpo", "mmedpo"), POINTS, patience=1800, timeout=900, ready=os.path.getsize)        # samples.jsonl begins empty
     assert digests(killed, MADE) == digests(whole, MADE) and len(digests(whole, MADE)) == 5, digests(whole, MADE)
     assert not list(killed.rglob("checkpoints"))
     updates = {p.parent.name.split("-")[0]: len(p.read_text().splitlines()) - 1 for p in killed.glob("*dpo-*/log.csv")}

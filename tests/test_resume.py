@@ -16,7 +16,7 @@ WEIGHTS = ("sft-*/policy/model.safetensors", "stage*-*/adapter/adapter_model.saf
 
 
 def test_killed_runs_end_as_if_they_had_not_been(tmp_path):
-    whole, killed = kill_everywhere(RUN, tmp_path, POINTS, patience=600, timeout=300)
+    whole, killed = kill_everywhere(RUN, tmp_path, ("sft", "stage1", "stage2"), POINTS, patience=600, timeout=300)
     assert len(digests(whole, WEIGHTS)) == 5                                    # SFT, two stages, and a snapshot in each
     assert digests(killed, WEIGHTS) == digests(whole, WEIGHTS)
     assert not list(killed.rglob("checkpoints"))

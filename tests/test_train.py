@@ -1,8 +1,6 @@
 """`valor train` on two CPU processes: it trains, and a pair of which one was killed, started again, ends as if it had not been."""
-import json, os, signal, subprocess, sys, time
+import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
-
-import pytest
 
 COMMAND = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "valor", "train", "--preset", "smoke", "--set", "threads=1", "--set", "n_train=24", "--set", "expert_steps=2", "--set", "save_steps=1", "--until", "stage1"]
 
@@ -28,6 +26,7 @@ def test_killed_pair_resumes(tmp_path):
     (folder,) = [p for p in (tmp_path / "whole").glob("stage1-*") if p.is_dir()]
     assert json.loads((folder / "config.json").read_text())["processes"] == 2
     assert out.count("stage1-") == 2                                          # said once (folder, and how to merge it), by the first process
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed", ignore=shutil.ignore_patterns("stage1-*"))      # to save time: what comes before is the same
     killed = launch(tmp_path / "killed", 29532)
     deadline = time.time() + 300
     while not list((tmp_path / "killed").glob("stage1-*/checkpoints/checkpoint-2/trainer_state.json")):
@@ -40,8 +39,7 @@ def test_killed_pair_resumes(tmp_path):
     assert a == b and len(log) == len(again)
 
 
-@pytest.mark.parametrize("setting, says", [("sft_batch_size=3", "sft_batch_size = 3 cannot be shared by 2 processes"), ("lambda_lex=2", "lambda_lex=2 is not allowed")])
-def test_bad_settings_end_both(setting, says, tmp_path):
-    process = launch(tmp_path, 29534, "--set", setting)
+def test_bad_settings_end_both(tmp_path):
+    process = launch(tmp_path, 29534, "--set", "sft_batch_size=3")
     _, err = process.communicate(timeout=300)
-    assert process.returncode != 0 and says in err
+    assert process.returncode != 0 and "sft_batch_size = 3 cannot be shared by 2 processes" in err
