@@ -22,7 +22,7 @@ except (ValueError, IndexError) as e: raise WorkflowError(f"--config: {e}")
 
 THREADS = int(config.get("threads", 1 if DEFAULT.base == "embedded" else DEFAULT.threads))
 os.environ.update(OMP_WAIT_POLICY="PASSIVE", TOKENIZERS_PARALLELISM="false")
-if PRESET != "laptop": os.environ.setdefault("VALOR_FIGURES", str(runs_dir() / f"figures-{PRESET}"))     # figures/ holds the committed ones
+if PRESET != "laptop": os.environ.setdefault("VALOR_FIGURES", str(runs_dir() / "results" / PRESET))     # as `figures.place_of` has it
 GRAPH = os.path.relpath(runs_dir() / "graph" / PRESET)
 CODE = sorted(map(str, Path("valor").glob("[a-z]*.py")))
 

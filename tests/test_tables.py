@@ -64,12 +64,12 @@ def test_the_rest_of_the_table_still_comes(cfg, tmp_path, monkeypatch):
         rows[system] = {0: (folder, "test")}
     monkeypatch.setattr(tables, "rows_of", lambda *a: (rows, {"DPO": "seed 0 has no run eval_dpo-1"}))
     monkeypatch.setattr(tables, "load_data", lambda folder: dict(test=dict(report=test["report"])))
-    tidy, fresh, why, runs = main_table([cfg], ["SFT", "DPO", "VALOR"], ["BLEU-4", "located F1", "GREEN", "BLEU-9", "CIDEr"], n=1000)
-    assert set(tidy.metric) == {"BLEU-4", "located F1", "CIDEr"} and fresh is None and len(runs) == 2
+    tidy, parts, why, runs = main_table([cfg], ["SFT", "DPO", "VALOR"], ["BLEU-4", "located F1", "GREEN", "BLEU-9", "CIDEr"], n=1000)
+    assert set(tidy.metric) == {"BLEU-4", "located F1", "CIDEr"} and len(runs) == 2
     assert tidy.set_index(["system", "metric"]).p_holm["SFT", "located F1"] < .05
     table = wide(tidy, ["SFT", "DPO", "VALOR"], why)
     assert list(table) == ["SFT", "DPO", "VALOR"] and set(table["DPO"]) == {"not run"} and set(table.loc["GREEN ↑"]) == {"not run"} and table.loc["located F1 ↑", "SFT"].endswith("*")
-    side, notes = beside(TABLE1.loc["IU X-Ray"], tidy, "phantom", command={s: tables.command_for(s, cfg) for s in tables.ROWS}, missing=why)
+    side, notes = beside(TABLE1.loc["IU X-Ray"], tidy, "phantom", command=dict.fromkeys(tables.ROWS, tables.command_for([cfg])), missing=why)
     text = with_footnotes(side, notes)
-    assert "DPO: not run: seed 0 has no run eval_dpo-1; `papermill nbs/09_main_results.ipynb out.ipynb -p preset smoke -p benchmark phantom -y 'systems: [DPO]'` runs it" in text
+    assert "DPO: not run: seed 0 has no run eval_dpo-1; `papermill nbs/09_main_results.ipynb out.ipynb -y '{\"preset\": \"smoke\", \"benchmark\": \"phantom\", \"seeds\": [0]}'` runs it" in text
     assert "GREEN: not run; wants" in text and "27.03" in text

@@ -10,7 +10,7 @@ from .figures import PAGE
 # %% ../nbs/08a_convergence.ipynb #9c42a724
 FORMAT, LENGTH, RECALL, KL = "rewards/format/mean", "completions/mean_length", "rewards/finding_recall/mean", "kl"
 LIMITS = {FORMAT: (.5, None), LENGTH: (.5, 2.), RECALL: (.5, None), KL: (None, 1.)}   # length and recall: as a share of the first updates'
-NAMES = {FORMAT: "format rate", LENGTH: "length", RECALL: "abnormal recall", KL: "KL to SFT"}
+NAMES = {FORMAT: "format rate", LENGTH: "length", RECALL: "finding recall", KL: "KL to SFT"}
 
 def ends(log, window=10):
     "Means of the watched columns of a training log (a row per update) over its first and its last `window` updates: a DataFrame."
@@ -32,13 +32,13 @@ def not_converged(log, window=10):
     return out
 
 # %% ../nbs/08a_convergence.ipynb #5ea22d40
-def plot_health(logs, axes=None):
-    "The watched columns of training logs over k. `logs`: {label: log}; limits as dotted lines, those that are shares drawn for the first log."
+def plot_health(logs, axes=None, colours={}):
+    "The watched columns of training logs over k. `logs`: {label: log}; limits as dotted lines, those that are shares drawn for the first log. `colours`: {label: colour}."
     fig, axes = (None, axes) if axes is not None else plt.subplots(1, 4, figsize=(PAGE, 1.8), layout="constrained")
     base = ends(next(iter(logs.values())))
     for ax, name in zip(axes, LIMITS):
         for label, log in logs.items():
-            if name in log: ax.plot(log.sort_values("k").k, log.sort_values("k")[name].rolling(5, min_periods=1).mean(), label=label, lw=1.2)
+            if name in log: ax.plot(log.sort_values("k").k, log.sort_values("k")[name].rolling(5, min_periods=1).mean(), label=label, lw=1.2, color=colours.get(label))
         scale = base["first"].get(name, np.nan) if name in (LENGTH, RECALL) else 1.
         for limit in LIMITS[name]:
             if limit is not None and np.isfinite(scale): ax.axhline(limit * scale, ls=":", color="black", lw=.8)

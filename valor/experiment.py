@@ -4,13 +4,13 @@
 __all__ = ['LABELER', 'SCORING', 'PHASES', 'MAKERS', 'JOINT', 'BY_OBSERVATION', 'SYSTEMS', 'MAIN_SYSTEMS', 'MAIN_METRICS',
            'PROGRESS', 'RunError', 'phase_config', 'phase_key', 'phase_folder', 'inspect_phase', 'check_machine',
            'locked', 'finish', 'drop_checkpoints', 'maker', 'ensure', 'begin', 'setup', 'processes', 'is_first',
-           'together', 'alone', 'share', 'make_data', 'load_data', 'target', 'real_data', 'check_place', 'note_of',
-           'make_expert', 'open_expert', 'expert_note', 'renderings', 'make_base', 'lay_findings', 'warm_up_targets',
-           'policy_in', 'make_sft', 'text_scorers', 'check_scorers', 'labeler', 'expert_similarity', 'context_watch',
-           'truth_watch', 'make_stage', 'make_samples', 'pairs_for', 'make_preference', 'policy_of', 'policy_with',
-           'snapshots_of', 'score_frame', 'make_evaluation', 'make_controls', 'read_frame', 'read_reports',
-           'make_progress', 'progress_of', 'phase_of', 'frames_of', 'control_frames', 'log_of', 'step_profile',
-           'made_by', 'main_job', 'check_packages', 'run_main', 'run_train', 'main']
+           'together', 'alone', 'share', 'make_data', 'load_data', 'target', 'real_data', 'check_place', 'scorers_note',
+           'note_of', 'make_expert', 'open_expert', 'expert_note', 'renderings', 'make_base', 'lay_findings',
+           'warm_up_targets', 'policy_in', 'make_sft', 'text_scorers', 'check_scorers', 'labeler', 'expert_similarity',
+           'context_watch', 'truth_watch', 'make_stage', 'make_samples', 'pairs_for', 'make_preference', 'policy_of',
+           'policy_with', 'snapshots_of', 'score_frame', 'make_evaluation', 'make_controls', 'read_frame',
+           'read_reports', 'make_progress', 'progress_of', 'phase_of', 'frames_of', 'control_frames', 'log_of',
+           'step_profile', 'main_job', 'check_packages', 'run_main', 'run_train', 'main']
 
 # %% ../nbs/07a_experiment.ipynb #017610f0
 import argparse, contextlib, dataclasses, fcntl, hashlib, json, logging, os, shutil, subprocess, sys, warnings
@@ -31,7 +31,7 @@ from .data_report import add_report_command, data_report, to_markdown, unleaked
 from .evaluate import add_command
 from .expert import edits_for, save_expert, train_expert
 from .experts import load_expert, train_classifier, try_expert
-from .figures import use_style
+from .figures import save, use_style
 from .grpo import Rewards, align, vllm_args
 from .guard import RewardError, probe
 from .models import LOADING, check_policy, loading
@@ -253,14 +253,18 @@ def check_place(cfg):
     if terms_of(cfg.benchmark).restricted and any((p / f).exists() for p in (runs_dir().resolve(), *runs_dir().resolve().parents) for f in (".git", "settings.ini")):
         raise RunError(f"{runs_dir()}: lies in a repository, and {cfg.benchmark} may be under terms that forbid copies there ({terms_of(cfg.benchmark).licence}); set VALOR_RUNS to a folder outside")
 
+def scorers_note(cfg):
+    "What gives the clinical scores and BERTScore of the run `cfg`."
+    return f"scored by chexbert={cfg.chexbert}, radgraph={cfg.radgraph}, bertscore={cfg.bertscore_model}"
+
 def note_of(cfg):
-    "One line that results print: what the studies of the run `cfg` are, where labels come from, what was set aside, licence."
+    "One line that results print: what the studies of the run `cfg` are, where labels come from, what was set aside, licence, and what scores them."
     folder = phase_folder("data", cfg)
-    if cfg.benchmark in BENCHMARKS: return benchmark_note(cfg.benchmark, load_data(folder))
+    if cfg.benchmark in BENCHMARKS: return f"{benchmark_note(cfg.benchmark, load_data(folder))}; {scorers_note(cfg)}"
     data, aside = load_data(folder), pd.read_csv(folder / "set_aside.csv")
     leaks = (~unleaked(data["test"], data["train"])).sum()
     return (f"{cfg.benchmark}: {', '.join(f'{len(d):,} {s}' for s, d in data.items())} real studies, {(aside.level == 'study').sum():,} set aside (set_aside.csv says why), {leaks:,} of {len(data['test']):,} test studies leaked "
-            f"(report word for word in train, or patient there); {terms_of(cfg.benchmark).licence}")
+            f"(report word for word in train, or patient there); {terms_of(cfg.benchmark).licence}; {scorers_note(cfg)}")
 
 # %% ../nbs/07a_experiment.ipynb #716c139e
 @maker("expert")
@@ -526,52 +530,45 @@ def log_of(cfgs):
     return pd.concat(logs, ignore_index=True)
 
 PROGRESS = {"rewards/bleu4/mean": "BLEU-4", "rewards/rouge_l/mean": "ROUGE-L", "rewards/bertscore/mean": "BERTScore", "rewards/chexbert/mean": "label F1 (clinical steps)",
-            "rewards/similarity/mean": "image-text similarity", "rewards/format/mean": "format", "kl": "KL to SFT", "rewards/finding_recall/mean": "abnormal recall (true findings named)",
+            "rewards/similarity/mean": "image-text similarity", "rewards/format/mean": "format", "kl": "KL to SFT", "rewards/finding_recall/mean": "finding recall",
             "rewards/truth_f1/mean": "F1 against planted truth"}
 
 def step_profile(log):
     "Mean seconds of a GRPO step by part, and their shares."
+    log = log.drop_duplicates(["seed", "stage", "k", "step_time"])          # stage 1 is in the log of both systems
     parts = log[[c for c in log if c.startswith("time/")]].mean().rename(lambda c: c.removeprefix("time/"))
     return pd.DataFrame(dict(seconds=parts, share=parts / parts.sum())).round(3)
-
-def made_by(cfgs, systems=MAIN_SYSTEMS):
-    "{run folder: versions and threads it was made with} of every policy evaluated for `cfgs`."
-    folders = {phase_folder(*phase_of(s, c)) for c in cfgs for s in systems}
-    return {f.name: {k: _read(f / "config.json")[k] for k in ("versions", "threads")} for f in sorted(folders)}
-
-def _save(figure, path):
-    figure.savefig(path)
-    plt.close(figure)
 
 # %% ../nbs/07a_experiment.ipynb #f690af1a
 def main_job(cfgs, out):
     """The main job for the runs `cfgs` (one benchmark, one per seed): table, progression and cases, written to folder `out`.
 
     Returns `(table, tidy, files)`: the formatted table, the tidy numbers behind it, and the paths written."""
-    out, cfg = Path(out), cfgs[0]
+    out, cfg, stem = Path(out), cfgs[0], f"main_{cfgs[0].benchmark}"
     use_style()
-    out.mkdir(parents=True, exist_ok=True)
     frames = frames_of(cfgs)
     tidy = ev.aggregate(frames, n_boot=cfg.n_boot)
     shown_metrics = MAIN_METRICS.get(cfg.benchmark, MAIN_METRICS["real"])
     table, log = ev.result_table(tidy, shown_metrics), log_of(cfgs)
-    stem = f"main_{cfg.benchmark}"
-    files = [out / f"{stem}{end}" for end in (".csv", ".md", "_progression.png", "_steps.csv", ".json")]
-    tidy.to_csv(files[0], index=False, float_format="%.6g")
-    note = f"{note_of(cfg)}; {expert_note(cfg, frames)}"
+    note, runs = f"{note_of(cfg)}; {expert_note(cfg, frames)}", sorted({phase_folder(*phase_of(s, c)) for c in cfgs for s in MAIN_SYSTEMS})
+    def kept(name, data, figure=None):
+        paths = save(name, data, figure, cfgs, runs, note, out)
+        plt.close(figure)
+        return paths
+    files = kept(stem, tidy)
     fresh = {system: {seed: f[f.fresh == 1] for seed, f in by_seed.items()} for system, by_seed in frames.items()}
     some = next(iter(fresh["VALOR"].values()))
     again = "" if not 1 < len(some) < len(frames["VALOR"][cfg.seed]) else (f"Without the {len(frames['VALOR'][cfg.seed]) - len(some)} test reports that stand word for word in train ({len(some)} studies):\n\n"
         f"{ev.result_table(ev.aggregate(fresh, n_boot=cfg.n_boot), shown_metrics).to_markdown()}\n\n")
-    files[1].write_text(f"{table.to_markdown()}\n\n{again}All measures:\n\n{ev.result_table(tidy).T.to_markdown()}\n\n{note}\n")
+    files.insert(0, out / f"{stem}.md")
+    files[0].write_text(f"{table.to_markdown()}\n\n{again}All measures:\n\n{ev.result_table(tidy).T.to_markdown()}\n\n{note}\n")
     shown = log.rename(columns=PROGRESS)[["k", "stage", "system", "seed", *(c for c in PROGRESS.values() if c in log.rename(columns=PROGRESS))]]
-    _save(ev.plot_progression(shown, k_clin=cfg.k_clin), files[2])
-    step_profile(log.drop_duplicates(["seed", "stage", "k", "step_time"])).to_csv(files[3])   # stage 1 is in the log of both systems
-    _write(files[4], dict(note=note, configs=[dataclasses.asdict(c) for c in cfgs], runs=made_by(cfgs)))
+    files += kept(f"{stem}_progression", shown, ev.plot_progression(shown, k_clin=cfg.k_clin)) + kept(f"{stem}_steps", step_profile(log))
     if cfg.benchmark == "phantom":   # text of real reports is not shown: CC BY-NC-ND
         reports = {s: read_reports(ensure(*phase_of(s, cfg)), "test") for s in ("SFT", "VALOR w/o visual", "VALOR")}
-        files.append(out / f"{stem}_cases.png")
-        _save(ev.plot_cases(load_data(phase_folder("data", cfg))["test"], reports), files[-1])
+        test = load_data(phase_folder("data", cfg))["test"]
+        said = pd.DataFrame([dict(study_id=test[i]["study_id"], system=s, report=report_body(r[i])) for i in range(min(4, len(test))) for s, r in reports.items()])
+        files += kept(f"{stem}_cases", said, ev.plot_cases(test, reports))
     return table, tidy, files
 
 # %% ../nbs/07a_experiment.ipynb #66dc464b
@@ -592,7 +589,7 @@ def run_main(args, settings):
     except (RunError, RewardError, DataError, MemoryError) as e: sys.exit(f"valor: {e}")
     for start in range(0, table.shape[1], 4): print(f"\n{table.iloc[:, start:start + 4].to_string()}")
     print()
-    print(files[1].read_text().rsplit("\n\n", 1)[-1])
+    print(files[0].read_text().rsplit("\n\n", 1)[-1])
     models = dict(base=cfg.base, expert=cfg.expert, chexbert=cfg.chexbert, radgraph=cfg.radgraph, bertscore=cfg.bertscore_model)
     print("embedded stand-ins: " + (", ".join(f"{n}={m}" for n, m in models.items() if m in ("embedded", "embedded-labels", "rules", "minilm")) or "none") + "\n")
     print("\n".join(map(str, files)))

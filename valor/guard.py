@@ -65,7 +65,7 @@ def probe(scorers):
         if odd: raise RewardError(f"reward {name!r}: {odd} of {len(PROBES)} trial scores are not finite; expected a number for any text, also an empty one")
 
 # %% ../nbs/04a_guard.ipynb #2a19fa10
-WATCHED = {"rewards/finding_recall/mean": "abnormal recall", "completions/mean_length": "length", "rewards/distinct/mean": "distinct reports"}
+WATCHED = {"rewards/finding_recall/mean": "finding recall", "completions/mean_length": "length", "rewards/distinct/mean": "distinct reports"}
 
 def alarms(history, window=10, drop=.5):
     """Which of `WATCHED` have fallen below `drop` times where they began: {name: (mean of the first `window` entries, mean of the last)}.

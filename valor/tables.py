@@ -6,12 +6,14 @@ __all__ = ['GAUGED', 'METRICS', 'SHOWN', 'TRUTH', 'ROWS', 'FAULTS', 'false_label
            'command_for', 'wide', 'plot_systems']
 
 # %% ../nbs/07h_tables.ipynb #6ed219fc
+import json, shlex
+from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 
 from . import evaluate as judging, evaluation as ev
-from .config import BENCHMARKS
+from .config import BENCHMARKS, preset as configure
 from .experiment import RunError, SYSTEMS, ensure, load_data, locked, phase_folder, phase_of, read_frame, read_reports
 from .figures import COLOURS, PAGE
 from .guard import RewardError
@@ -118,20 +120,22 @@ def compare(frames, metrics, against="VALOR", n=20_000, seed=0):
 
 # %% ../nbs/07h_tables.ipynb #d305a7cf
 def main_table(cfgs, systems=ROWS, metrics=None, missing="run", models={}, n=20_000, against="VALOR", controls=True):
-    "`(tidy, fresh, why, runs)` of the runs `cfgs` (one per seed): `compare` on all studies, on those whose report is not word for word in train (None where all are, or none), {system or metric: why there is no number}, and the evaluations' folders."
+    "`(tidy, parts, why, runs)` of the runs `cfgs` (one per seed): `compare` on all studies; the same on those whose report does not stand word for word in train and on those whose does ({\"unleaked\": …, \"leaked\": …}; {} where a part has less than two); {system or metric: why there is no number}; the evaluations' folders."
     cfg, metrics = cfgs[0], list(metrics or shown_metrics(cfgs[0].benchmark))
     rows, why = rows_of(cfgs, systems, missing, controls)
-    if not rows: return pd.DataFrame(columns=["system", "metric", "value", "lo", "hi", "seeds", "studies"]), None, why, []
+    if not rows: return pd.DataFrame(columns=["system", "metric", "value", "lo", "hi", "seeds", "studies"]), {}, why, []
     frames, lacking = scored(rows, cfg, metrics, models)
     known = [m for m in metrics if m not in lacking]
-    fresh = {r: {s: f[f.fresh == 1] for s, f in by_seed.items()} for r, by_seed in frames.items()}
-    some, every = (len(next(iter(next(iter(x.values())).values()))) for x in (fresh, frames))
-    return compare(frames, known, against, n), compare(fresh, known, against, n) if 1 < some < every else None, why | lacking, sorted({f for by_seed in rows.values() for f, _ in by_seed.values()})
+    new = next(iter(next(iter(frames.values())).values())).fresh == 1
+    parts = {name: compare({r: {s: f[part.to_numpy()] for s, f in by_seed.items()} for r, by_seed in frames.items()}, known, against, n) for name, part in (("unleaked", new), ("leaked", ~new)) if min(new.sum(), (~new).sum()) > 1}
+    return compare(frames, known, against, n), parts, why | lacking, sorted({f for by_seed in rows.values() for f, _ in by_seed.values()})
 
-def command_for(system, cfg, notebook="09_main_results"):
-    "The command line that runs one row."
-    given = "" if cfg.base == "embedded" else f" -p base {cfg.base}"
-    return f"papermill nbs/{notebook}.ipynb out.ipynb -p preset {cfg.preset} -p benchmark {cfg.benchmark}{given} -y 'systems: [{system}]'"
+def command_for(cfgs, notebook="09_main_results"):
+    "The command line that makes the whole table of the runs `cfgs`; what is there is not run again."
+    here, usual = asdict(cfgs[0]), asdict(configure(cfgs[0].preset))
+    told = dict(preset=here["preset"], benchmark=here["benchmark"], seeds=[c.seed for c in cfgs]) | {n: here[n] for n in ("data_root", "data_options") if here[n]} | ({} if here["base"] == "embedded" else dict(base=here["base"]))
+    settings = {n: v for n, v in here.items() if v != usual[n] and n not in {*told, "seed"}}
+    return f"papermill nbs/{notebook}.ipynb out.ipynb -y {shlex.quote(json.dumps(told | ({'settings': settings} if settings else {}), default=str))}"
 
 def wide(tidy, systems=(), why={}):
     "Metrics as rows, systems as columns, cells `value [lo, hi]`; * marks a Holm-corrected p < 0.05 against VALOR, `not run` a system or metric that `why` tells of."

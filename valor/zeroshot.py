@@ -18,9 +18,8 @@ from pathlib import Path
 import numpy as np, openai, pandas as pd, re, torch
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 from tqdm.auto import tqdm
-from . import evaluation as ev
 from .config import key_of
-from .evaluate import DEFAULTS, MEASURES, gauged, holm, made
+from .evaluate import DEFAULTS, MEASURES, gauged, made
 from .experiment import locked
 from .models import load_policy
 from .reported import TABLE2
@@ -28,6 +27,7 @@ from .reports import ENDINGS
 from .rewards import report_body
 from .server import complete, fingerprint
 from .sources import check_endpoint, is_local
+from .tables import compare
 
 # %% ../nbs/10a_zeroshot.ipynb #7abdcbb5
 ZERO_SHOT = ("You are a radiologist. Write the report of this chest X-ray: the findings, then the impression, in full sentences of the kind that stands in a hospital's reports. "
@@ -181,9 +181,9 @@ def question(client, endpoint, images):
 
 # %% ../nbs/10a_zeroshot.ipynb #46d52855
 def kept_answers(path, settings):
-    "`{question key: line}` of the answers in the file `path` that `settings` lead to; errors are not among them, to be asked again. Raises `ValueError` naming the line that is none."
+    "`({question key: line}, note)` of the answers in the file `path` that `settings` lead to; errors are not among them, to be asked again. `note`: what else the file has (''). Raises `ValueError` naming the line that is none."
     path = Path(path)
-    if not path.exists(): return {}
+    if not path.exists(): return {}, ""
     data = path.read_bytes()
     whole = data[:data.rfind(b"\n") + 1]
     if len(whole) < len(data): path.write_bytes(whole)
@@ -196,25 +196,26 @@ def kept_answers(path, settings):
             elif line["status"] not in STATUSES or not isinstance(line["candidate"], str): raise ValueError("no such status")
             elif line["status"] != "error": kept[line["key"]] = line
         except (ValueError, KeyError, TypeError): raise ValueError(f"{path}:{n}: no answer that this program kept; move the file away and start again") from None
-    for settled, count in others.items():
-        differs = [k for k, v in settings.items() if asked.get(settled, {}).get(k) != v]
-        print(f"{path.name}: {count:,} answers are to another {' and '.join(differs)}; kept, not used")
-    return kept
+    def differs(settled): return " and ".join(k for k, v in settings.items() if asked.get(settled, {}).get(k) != v)
+    return kept, "; ".join(f"{path.name}: {count:,} answers are to another {differs(settled)}; kept, not used" for settled, count in others.items())
 
 def collect(dataset, path, settings, answer, workers=1, limit_of=lambda images: 0., paid=lambda line: 0., purse=None, desc="answers", give_up=5):
     """Have `answer(images) -> line` for each study of `dataset` (rows with study_id, image[, second_image]) whose answer is not in the file `path`; equal images are asked for once.
 
     `limit_of(images)` is taken from `purse` before a question, `paid(line)` after it. Stops, all that was answered kept, when the purse does not allow the next, and raises `EndpointError`
-    after `give_up` errors in a row. Returns a frame with a row per study (id, status, candidate, finish, …; status "not asked" where it stopped)."""
+    after `give_up` errors in a row. Returns a frame with a row per study (id, status, candidate, finish, …; status "not asked" where it stopped); `frame.attrs["note"]` says what answers of the file were not used."""
     path, purse = Path(path), purse or Purse(None)
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path):
-        kept = kept_answers(path, settings)
+        kept, note = kept_answers(path, settings)
+        if note: print(note)
         keys = [(row["study_id"], question_key(settings, images_of(row))) for row in dataset]
         todo = [i for i, first in pd.Series([k for _, k in keys]).drop_duplicates().items() if first not in kept]
         with path.open("a") as file: _ask_all(todo, dataset, keys, kept, file, key_of(settings), settings, answer, workers, limit_of, paid, purse, desc, give_up)
     blank = dict(status="not asked", candidate="")
-    return pd.DataFrame([dict(kept.get(key, blank), id=i, key=key) for i, key in keys])
+    frame = pd.DataFrame([dict(kept.get(key, blank), id=i, key=key) for i, key in keys])
+    frame.attrs["note"] = note
+    return frame
 
 def _ask_all(todo, dataset, keys, kept, file, tag, settings, answer, workers, limit_of, paid, purse, desc, give_up):
     lock, failed, end = threading.Lock(), [], []
@@ -373,6 +374,7 @@ def run_row(name, dataset, folder, benchmark, *, budget=0., endpoints=None, weig
     endpoints, weights, reports, ids = endpoints or {}, weights or {}, reports or {}, list(dataset["study_id"])
     row = ROWS.get(name, Row("own", "endpoint" if name in endpoints else "transformers" if name in weights else "reports", endpoints.get(name, {}).get("model", name)))
     path = Path(folder)/f"{slug(name)}.jsonl"
+    if name not in {*ROWS, *endpoints, *weights, *reports}: return Result(None, f"an unknown row; known are {', '.join(ROWS)}, and names in endpoints, weights or reports")
     try:
         if name in reports: return Result(*from_file(reports[name], ids))
         if name in weights: return answered(run_open(row, name, weights[name], dataset, path, trust_remote_code))
@@ -386,6 +388,7 @@ def answered(frame):
     counts = frame.status.value_counts()
     if left := counts.get("not asked", 0): return Result(None, f"not finished: {len(frame) - left:,} of {len(frame):,} studies answered within the budget")
     said = [f"{counts[s]:,} {what}" for s, what in dict(refusal="refused", empty="empty", error="in error (run again to ask again)").items() if s in counts]
+    if note := frame.attrs.get("note"): said.append(note)
     if "finish" in frame and (cut := (frame.finish == "length").sum()): said.append(f"{cut:,} cut off at the longest answer")
     return Result(frame, ", ".join(said))
 
@@ -401,32 +404,15 @@ def how_to_run(name, benchmark):
 SHOWN = ["BLEU-1", "BLEU-4", "ROUGE-L", "METEOR", "label micro F1", "abnormal recall", "words"]
 GAUGED = ("lexical", "meteor", "chexbert")
 
-def score_rows(reports, references, folder, n_boot=1000, seed=0, against="VALOR", **options):
-    """Tidy table of `reports` `{system: {seed: [report, …]}}` against `references`, in the same order: system, metric, value, lo, hi, seeds, studies and, but for `against`, difference to it and p.
+def score_rows(reports, references, folder, draws=20_000, against="VALOR", **options):
+    """`(tidy, {metric: what it wants})` of `reports` `{system: {seed: [report, …]}}` against `references`, in the same order: the table of `tables.compare`, and the metrics whose weights or runtime are missing.
 
-    A metric whose weights or runtime are missing is left out and printed. `options`: which models score, see `valor.evaluate.DEFAULTS`."""
+    `options`: which models score, see `valor.evaluate.DEFAULTS`."""
     (Path(folder)/"scores").mkdir(parents=True, exist_ok=True)
     gauges, not_run = made(GAUGED, DEFAULTS | options)
-    frames = {s: [pd.concat([gauged(f"{s}: {n}", *g, [(report_body(c), r) for c, r in zip(each, references)], Path(folder)/"scores"/f"{n}.jsonl") for n, g in gauges.items()], axis=1) for each in by_seed.values()] for s, by_seed in reports.items()}
-    for name, wants in not_run.items(): print(f"{name}: not run; wants {wants}")
-    metrics = {m: f for n in gauges for m, f in MEASURES[n].items() if m in SHOWN}
-    draws = ev.study_draws(len(references), n_boot, seed)
-    drawn, values = ({s: [ev.measure(f, d, metrics) for f in each] for s, each in frames.items()} for d in (draws, None))
-    taken = {s: ev.study_draws(len(each), n_boot, seed + 1) / len(each) for s, each in frames.items()}
-    over_seeds = {s: {m: (taken[s] * np.stack([d[m] for d in each], axis=1)).sum(1) for m in metrics} for s, each in drawn.items()}
-    rows = []
-    for m in metrics:
-        these, ps = [], []
-        for s in frames:
-            value, (lo, hi) = float(np.mean([v[m] for v in values[s]])), ev.interval(over_seeds[s][m])
-            these.append(dict(system=s, metric=m, value=value, lo=lo, hi=hi, seeds=len(frames[s]), studies=len(references)))
-            if against not in frames or s == against: continue
-            gap = over_seeds[s][m] - over_seeds[against][m]
-            p = np.nan if np.isnan(gap).any() else min(1., 2 * (1 + min((gap <= 0).sum(), (gap >= 0).sum())) / (1 + len(gap)))
-            these[-1] |= dict(difference=value - float(np.mean([v[m] for v in values[against]])), p=p)
-        for r, p in zip([r for r in these if "p" in r], holm([r["p"] for r in these if "p" in r])): r["p_holm"] = p
-        rows += these
-    return pd.DataFrame(rows)
+    def frame(name, texts): return pd.concat([gauged(f"{name}: {n}", *g, [(report_body(c), r) for c, r in zip(texts, references)], Path(folder)/"scores"/f"{n}.jsonl") for n, g in gauges.items()], axis=1)
+    frames = {s: {seed: frame(s, each) for seed, each in by_seed.items()} for s, by_seed in reports.items()}
+    return compare(frames, [m for n in gauges for m in MEASURES[n] if m in SHOWN], against, draws), {m: wants for n, wants in not_run.items() for m in MEASURES[n] if m in SHOWN}
 
 def usable(results, ids, unanswered="empty"):
     "`(ids scored, {row: {0: reports}})` of the rows that ran. `unanswered`: a report that is not there counts as \"empty\", or \"drop\" its study for all rows."
@@ -454,11 +440,11 @@ def table2(tidy, results, benchmark):
         rows[system] = {f"{m} reported, {data}": f"{paper[m]:.2f}" if paper else "" for m in TABLE2} | {m: cell(system, m) for m in metrics}
     return pd.DataFrame(rows).T.rename_axis(None)
 
-def footnotes(results, tidy, benchmark, unanswered):
-    "One line for each row that did not run or is odd, and one for what the numbers are."
+def footnotes(results, tidy, benchmark, unanswered, lacking={}):
+    "One line for each row that did not run or is odd, for each metric in `lacking` (of `score_rows`), and one for what the numbers are."
     n, scored = tidy.studies.iloc[0], dict(empty="a report that is not there is scored as an empty one", drop="studies without a report in every row are left out")[unanswered]
-    lines = [f"{n:,} studies of {benchmark}; {scored}; 95 % bootstrap intervals; * differs from VALOR, p < .05 after Holm's correction; *reported* are the paper's figures, in percent, on its data"]
+    lines = [f"{n:,} studies of {benchmark}; {scored}; 95 % bootstrap intervals; * differs from VALOR, p < .05 after Holm's correction for all comparisons of the table; *reported* are the paper's figures, in percent, on its data"]
     for name, r in results.items():
         if r.reports is None: lines.append(f"{name}: not run ({r.note})" + (f"; to run it: `{how_to_run(name, benchmark)}`" if name in ROWS else "") + (f"; {ROWS[name].how}" if name in ROWS and ROWS[name].how else ""))
         elif r.note: lines.append(f"{name}: {r.note}")
-    return lines
+    return lines + [f"{metric}: not run; wants {wants}" for metric, wants in lacking.items()]
