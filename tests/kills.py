@@ -3,14 +3,15 @@
 A fork server imports the package once, so that a process starts in no time."""
 import glob, hashlib, multiprocessing, os, shutil, sys, time
 
-import pytest
+import pytest, torch
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["valor.experiment"])
 
 
 def work(code, runs):
-    os.environ.update(VALOR_RUNS=str(runs), OMP_NUM_THREADS="1", IN_TEST="1")
+    os.environ.update(VALOR_RUNS=str(runs), IN_TEST="1")
+    torch.set_num_threads(1)
     for stream, end in ((sys.stdout, "out"), (sys.stderr, "err")): os.dup2(os.open(f"{runs}.{end}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY), stream.fileno())
     exec(code, {})
 
@@ -29,6 +30,7 @@ def finish(code, runs, patience):
     "What `code` prints when it is run to its end, in `patience` seconds at most."
     process = start(code, runs)
     process.join(patience)
+    if process.is_alive(): process.kill()
     assert process.exitcode == 0, says(runs)
     return open(f"{runs}.out").read()
 

@@ -55,21 +55,25 @@ def test_missing_runs_unknown_systems_and_metrics_are_named(cfg, tmp_path):
 
 def test_the_rest_of_the_table_still_comes(cfg, tmp_path, monkeypatch):
     train, test = phantom.make_phantom(20, 0, "train", size=64), phantom.make_phantom(12, 0, "test", size=64)
-    rows = {}
+    rows, known = {}, train["report"][:] + test["report"][:2]                                  # two test reports and more stand in train
     for system, written in {"SFT": ev.random_reports(train, 12), "VALOR": ev.perfect_findings(test)}.items():
         folder = tmp_path / f"eval_{system}"
         folder.mkdir()
         pd.DataFrame(dict(study_id=test["study_id"], completion=written)).to_csv(folder / "reports test.csv", index=False)
-        ev.score_reports(written, test, "phantom", train["report"]).to_csv(folder / "frame test.csv")
+        ev.score_reports(written, test, "phantom", known).to_csv(folder / "frame test.csv")
         rows[system] = {0: (folder, "test")}
     monkeypatch.setattr(tables, "rows_of", lambda *a: (rows, {"DPO": "seed 0 has no run eval_dpo-1"}))
     monkeypatch.setattr(tables, "load_data", lambda folder: dict(test=dict(report=test["report"])))
     tidy, parts, why, runs = main_table([cfg], ["SFT", "DPO", "VALOR"], ["BLEU-4", "located F1", "GREEN", "BLEU-9", "CIDEr"], n=1000)
     assert set(tidy.metric) == {"BLEU-4", "located F1", "CIDEr"} and len(runs) == 2
+    leaked = [i for i, r in enumerate(test["report"]) if r in known]
+    assert 2 <= len(leaked) < 11 and {n: set(p.studies) for n, p in parts.items()} == {"leaked": {len(leaked)}, "unleaked": {12 - len(leaked)}}
+    alone = ev.measure(pd.read_csv(rows["SFT"][0][0] / "frame test.csv", index_col=0).iloc[leaked], None, {"BLEU-4": ev.METRICS["BLEU-4"]})
+    assert parts["leaked"].set_index(["system", "metric"]).value["SFT", "BLEU-4"] == pytest.approx(alone["BLEU-4"])
     assert tidy.set_index(["system", "metric"]).p_holm["SFT", "located F1"] < .05
     table = wide(tidy, ["SFT", "DPO", "VALOR"], why)
     assert list(table) == ["SFT", "DPO", "VALOR"] and set(table["DPO"]) == {"not run"} and set(table.loc["GREEN ↑"]) == {"not run"} and table.loc["located F1 ↑", "SFT"].endswith("*")
     side, notes = beside(TABLE1.loc["IU X-Ray"], tidy, "phantom", command=dict.fromkeys(tables.ROWS, tables.command_for([cfg])), missing=why)
     text = with_footnotes(side, notes)
-    assert "DPO: not run: seed 0 has no run eval_dpo-1; `papermill nbs/09_main_results.ipynb out.ipynb -y '{\"preset\": \"smoke\", \"benchmark\": \"phantom\", \"seeds\": [0]}'` runs it" in text
+    assert "DPO: not run: seed 0 has no run eval_dpo-1; `papermill nbs/09_main_results.ipynb out.ipynb -y '{preset: smoke, seeds: [0], benchmark: phantom}'` runs it" in text
     assert "GREEN: not run; wants" in text and "27.03" in text

@@ -553,7 +553,7 @@ def main_job(cfgs, out):
     note, runs = f"{note_of(cfg)}; {expert_note(cfg, frames)}", sorted({phase_folder(*phase_of(s, c)) for c in cfgs for s in MAIN_SYSTEMS})
     def kept(name, data, figure=None):
         paths = save(name, data, figure, cfgs, runs, note, out)
-        plt.close(figure)
+        if figure is not None: plt.close(figure)
         return paths
     files = kept(stem, tidy)
     fresh = {system: {seed: f[f.fresh == 1] for seed, f in by_seed.items()} for system, by_seed in frames.items()}

@@ -52,7 +52,7 @@ def sidecar(stem, cfgs=(), runs=(), note=""):
                 runs=sorted({Path(r).name for r in runs}), versions=now, other_versions=dict(sorted(other.items())), note=note)
 
 def place_of(cfgs=()):
-    "Where the figures of runs `cfgs` go unless a folder is named: `figures_dir()` for preset `laptop`, whose are committed; for another a folder among the runs, so that neither a trial nor your own data replaces them."
+    "Where the figures of runs `cfgs` go unless a folder is named: `figures_dir()` for preset `laptop`, whose are committed; for another a folder among the runs, so that a trial does not replace them."
     other = sorted({c.preset for c in cfgs} - {"laptop"})
     return runs_dir() / "results" / "+".join(other) if other and not os.environ.get("VALOR_FIGURES") else figures_dir()
 

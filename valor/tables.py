@@ -6,7 +6,7 @@ __all__ = ['GAUGED', 'METRICS', 'SHOWN', 'TRUTH', 'ROWS', 'FAULTS', 'false_label
            'command_for', 'wide', 'plot_systems']
 
 # %% ../nbs/07h_tables.ipynb #6ed219fc
-import json, shlex
+import shlex, yaml
 from dataclasses import asdict
 from pathlib import Path
 
@@ -102,7 +102,7 @@ def p_value(gaps):
 def compare(frames, metrics, against="VALOR", n=20_000, seed=0):
     """Tidy table: system, metric, value, lo, hi, seeds, studies, and difference to `against` (theirs minus its), its interval, p and Holm-corrected p.
 
-    `frames`: {row: {seed: frame}} as from `scored`. Where a row lacks a seed that `against` has, the two are compared on the seeds that both have."""
+    `frames`: {row: {seed: frame}} as from `scored`. Where a row lacks a seed that `against` has, the two are compared on the seeds that both have; a row of one seed, as the controls are, with the mean over all."""
     rows, seen = [], {s: drawn(f, metrics, n, seed) for s, f in frames.items()}
     for system, by_seed in frames.items():
         both = [s for s in by_seed if s in frames.get(against, {})]
@@ -132,10 +132,11 @@ def main_table(cfgs, systems=ROWS, metrics=None, missing="run", models={}, n=20_
 
 def command_for(cfgs, notebook="09_main_results"):
     "The command line that makes the whole table of the runs `cfgs`; what is there is not run again."
-    here, usual = asdict(cfgs[0]), asdict(configure(cfgs[0].preset))
-    told = dict(preset=here["preset"], benchmark=here["benchmark"], seeds=[c.seed for c in cfgs]) | {n: here[n] for n in ("data_root", "data_options") if here[n]} | ({} if here["base"] == "embedded" else dict(base=here["base"]))
+    here, data = asdict(cfgs[0]), ("benchmark", "data_root", "data_options")
+    usual = asdict(configure(cfgs[0].preset, **{n: here[n] for n in data}))
+    told = dict(preset=here["preset"], seeds=[c.seed for c in cfgs]) | {n: here[n] for n in data if here[n]} | ({} if here["base"] == "embedded" else dict(base=here["base"]))
     settings = {n: v for n, v in here.items() if v != usual[n] and n not in {*told, "seed"}}
-    return f"papermill nbs/{notebook}.ipynb out.ipynb -y {shlex.quote(json.dumps(told | ({'settings': settings} if settings else {}), default=str))}"
+    return f"papermill nbs/{notebook}.ipynb out.ipynb -y {shlex.quote(yaml.safe_dump(told | ({'settings': settings} if settings else {}), default_flow_style=True, sort_keys=False, width=10_000).strip())}"
 
 def wide(tidy, systems=(), why={}):
     "Metrics as rows, systems as columns, cells `value [lo, hi]`; * marks a Holm-corrected p < 0.05 against VALOR, `not run` a system or metric that `why` tells of."

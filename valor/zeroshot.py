@@ -392,13 +392,13 @@ def answered(frame):
     if "finish" in frame and (cut := (frame.finish == "length").sum()): said.append(f"{cut:,} cut off at the longest answer")
     return Result(frame, ", ".join(said))
 
-def how_to_run(name, benchmark):
-    "The command that runs a row."
+def how_to_run(name, benchmark, told={}):
+    "The command that runs a row; `told`: further parameters of the page."
     row = ROWS[name]
     given = {"endpoint": f"budget: 5, endpoints: {{{name}: {{prices: {{input: …, output: …}}}}}}", "transformers": f"weights: {{{name}: {row.model}}}" + (f", trust_remote_code: [{name}]" if row.remote_code else ""),
              "reports": f"reports: {{{name}: FILE.jsonl}}"}[row.way]
     key = f"{row.endpoint.get('key_env', 'OPENAI_API_KEY')}=… " if row.way == "endpoint" else ""
-    return f"{key}papermill nbs/10_zero_shot.ipynb out.ipynb -y '{{benchmark: {benchmark}, rows: [{name}], {given}}}'"
+    return f"{key}papermill nbs/10_zero_shot.ipynb out.ipynb -y '{{{', '.join(f'{n}: {v}' for n, v in dict(benchmark=benchmark, **told).items())}, rows: [{name}], {given}}}'"
 
 # %% ../nbs/10a_zeroshot.ipynb #133b3f28
 SHOWN = ["BLEU-1", "BLEU-4", "ROUGE-L", "METEOR", "label micro F1", "abnormal recall", "words"]
@@ -440,11 +440,11 @@ def table2(tidy, results, benchmark):
         rows[system] = {f"{m} reported, {data}": f"{paper[m]:.2f}" if paper else "" for m in TABLE2} | {m: cell(system, m) for m in metrics}
     return pd.DataFrame(rows).T.rename_axis(None)
 
-def footnotes(results, tidy, benchmark, unanswered, lacking={}):
+def footnotes(results, tidy, benchmark, unanswered, lacking={}, told={}):
     "One line for each row that did not run or is odd, for each metric in `lacking` (of `score_rows`), and one for what the numbers are."
     n, scored = tidy.studies.iloc[0], dict(empty="a report that is not there is scored as an empty one", drop="studies without a report in every row are left out")[unanswered]
     lines = [f"{n:,} studies of {benchmark}; {scored}; 95 % bootstrap intervals; * differs from VALOR, p < .05 after Holm's correction for all comparisons of the table; *reported* are the paper's figures, in percent, on its data"]
     for name, r in results.items():
-        if r.reports is None: lines.append(f"{name}: not run ({r.note})" + (f"; to run it: `{how_to_run(name, benchmark)}`" if name in ROWS else "") + (f"; {ROWS[name].how}" if name in ROWS and ROWS[name].how else ""))
+        if r.reports is None: lines.append(f"{name}: not run ({r.note})" + (f"; to run it: `{how_to_run(name, benchmark, told)}`" if name in ROWS else "") + (f"; {ROWS[name].how}" if name in ROWS and ROWS[name].how else ""))
         elif r.note: lines.append(f"{name}: {r.note}")
     return lines + [f"{metric}: not run; wants {wants}" for metric, wants in lacking.items()]
