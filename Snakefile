@@ -22,7 +22,6 @@ except (ValueError, IndexError) as e: raise WorkflowError(f"--config: {e}")
 
 THREADS = int(config.get("threads", 1 if DEFAULT.base == "embedded" else DEFAULT.threads))
 os.environ.update(OMP_WAIT_POLICY="PASSIVE", TOKENIZERS_PARALLELISM="false")
-if PRESET != "laptop": os.environ.setdefault("VALOR_FIGURES", str(runs_dir() / "results" / PRESET))     # as `figures.place_of` has it
 GRAPH = os.path.relpath(runs_dir() / "graph" / PRESET)
 CODE = sorted(map(str, Path("valor").glob("[a-z]*.py")))
 
@@ -44,9 +43,9 @@ MORE = {"08_ablation+more": dict(sweep=OTHERS)}                 # pages shown a 
 def notebook_of(page): return page.partition("+")[0]
 
 def given(page, benchmark):
-    "What a page is told: as much of preset, benchmark, seed(s) and folder of figures as it has parameters for."
+    "What a page is told: as much of preset, benchmark and seed(s) as it has parameters for."
     takes = TAKES[notebook_of(page)]
-    values = dict(preset=PRESET, benchmark=benchmark, seeds=SEEDS, seed=SEEDS[0]) | ({} if PRESET == "laptop" else dict(out=os.environ["VALOR_FIGURES"]))
+    values = dict(preset=PRESET, benchmark=benchmark, seeds=SEEDS, seed=SEEDS[0])
     return {n: v for n, v in values.items() if n in takes and not (n == "seed" and "seeds" in takes)} | MORE.get(page, {})
 
 def settings(names):

@@ -5,8 +5,8 @@ __all__ = ['ZERO_SHOT', 'STATUSES', 'REFUSAL', 'LONGEST', 'ROWS', 'READERS', 'SH
            'Endpoint', 'client_of', 'named', 'images_of', 'settings_of', 'question_key', 'messages_of', 'Malformed',
            'outcome', 'tile_tokens', 'most_used', 'cost', 'Purse', 'retry_after', 'is_fatal', 'is_transient', 'once',
            'fate_unknown', 'fatal_line', 'error_line', 'question', 'kept_answers', 'collect', 'ask', 'written',
-           'estimate', 'Row', 'load_row', 'chat_report', 'maira2_report', 'run_open', 'from_file', 'Result', 'slug',
-           'run_row', 'answered', 'how_to_run', 'score_rows', 'usable', 'table2', 'footnotes']
+           'estimate', 'Row', 'load_row', 'chat_report', 'maira2_report', 'run_open', 'from_file', 'Result', 'run_row',
+           'answered', 'how_to_run', 'score_rows', 'usable', 'table2', 'footnotes']
 
 # %% ../nbs/10a_zeroshot.ipynb #70c4569f
 import base64, hashlib, io, json, logging, math, os, threading, time
@@ -21,13 +21,14 @@ from tqdm.auto import tqdm
 from .config import key_of
 from .evaluate import DEFAULTS, MEASURES, gauged, made
 from .experiment import locked
+from .figures import slug
 from .models import load_policy
 from .reported import TABLE2
 from .reports import ENDINGS
 from .rewards import report_body
 from .server import complete, fingerprint
 from .sources import check_endpoint, is_local
-from .tables import compare
+from .tables import compare, reason
 
 # %% ../nbs/10a_zeroshot.ipynb #7abdcbb5
 ZERO_SHOT = ("You are a radiologist. Write the report of this chest X-ray: the findings, then the impression, in full sentences of the kind that stands in a hospital's reports. "
@@ -367,8 +368,6 @@ class Result:
     reports: pd.DataFrame | None
     note: str = ""
 
-def slug(name): return re.sub(r"\W+", "-", name).strip("-").lower()
-
 def run_row(name, dataset, folder, benchmark, *, budget=0., endpoints=None, weights=None, reports=None, trust_remote_code=(), permitted=()):
     "The `Result` of row `name` (of `ROWS`, or any that `endpoints`, `weights` or `reports` have something for): what cannot run is said in its note, never raised."
     endpoints, weights, reports, ids = endpoints or {}, weights or {}, reports or {}, list(dataset["study_id"])
@@ -381,7 +380,7 @@ def run_row(name, dataset, folder, benchmark, *, budget=0., endpoints=None, weig
         if row.way != "endpoint": return Result(None, f"its {'weights' if row.way == 'transformers' else 'reports'} are not given")
         changes = {"model": row.model, **row.endpoint, **endpoints.get(name, {})}
         return answered(ask(Endpoint(**changes), dataset, path, budget=budget, benchmark=benchmark, permitted=permitted))
-    except (ValueError, OSError, TypeError, ImportError, openai.OpenAIError) as e: return Result(None, str(e).splitlines()[0] if str(e) else type(e).__name__)
+    except (ValueError, OSError, TypeError, ImportError, openai.OpenAIError) as e: return Result(None, reason(e))
 
 def answered(frame):
     "The `Result` of a frame of answers; one that a budget has cut short has no numbers."
