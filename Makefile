@@ -13,6 +13,8 @@ BIN := .venv/bin
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# set-up leaves compiling to the first import; where nothing may be kept (containers often say so) every process would compile torch again
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo smoke test lab setup scorers figures
 demo: setup
