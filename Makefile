@@ -26,7 +26,7 @@ smoke: setup
 test: setup
 	python tests/check_notebooks.py
 	cd nbs && VALOR_RUNS=$$(mktemp -d) nbdev_test --n_workers 2 --timing
-	pytest -q -n 2 --dist loadfile
+	pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 figures: setup   # every table and figure; resumes, and runs again only what changed
 	snakemake -j $(CORES) --keep-going --rerun-incomplete --config preset=$(PRESET) seeds=$(SEEDS) benchmarks=$(BENCHMARKS)

@@ -56,7 +56,8 @@ def test_sft_in_parts(mode, tmp_path):
     assert (whole["model.language_model.layers.0.mlp.up_proj.weight"] - load_policy(tmp_path / "base")[0].state_dict()["model.language_model.layers.0.mlp.up_proj.weight"]).abs().max() > (1e-4 if mode == "full" else 1e-9)
     for parts in (2, 4):
         assert max(abs(a["loss"] - b["loss"]) for a, b in zip(logs[1], logs[parts]) if "loss" in a) < 1e-6
-        assert max((w - whole[n]).abs().max().item() for n, w in load_policy(tmp_path / f"{parts}")[0].state_dict().items()) < 1e-6
+        off = torch.cat([(w - whole[n]).abs().flatten() for n, w in load_policy(tmp_path / f"{parts}")[0].state_dict().items()])
+        assert off.mean() < 1e-9 and off.max() < 1e-5      # Adam moves a weight of almost no gradient by the sign of a rounding error; the step is 1e-4
 
 
 def test_vllm_arguments(monkeypatch):
