@@ -1,4 +1,4 @@
-"""Runs in processes of their own that are killed (SIGKILL) at a chosen moment, for test_resume.py, test_preference.py and test_evaluate.py.
+"""Runs in processes of their own, in pairs too, that are killed (SIGKILL) at a chosen moment.
 
 A fork server imports the package once, so that a process starts in no time."""
 import glob, hashlib, multiprocessing, os, shutil, sys, time
@@ -9,30 +9,44 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["valor.experiment"])
 
 
-def work(code, runs):
-    os.environ.update(VALOR_RUNS=str(runs), IN_TEST="1")
+def work(code, runs, log, env):
+    os.environ.update(env, VALOR_RUNS=str(runs), IN_TEST="1")
     torch.set_num_threads(1)
-    for stream, end in ((sys.stdout, "out"), (sys.stderr, "err")): os.dup2(os.open(f"{runs}.{end}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY), stream.fileno())
+    for stream, end in ((sys.stdout, "out"), (sys.stderr, "err")): os.dup2(os.open(f"{log}.{end}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY), stream.fileno())
     exec(code, {})
 
 
-def start(code, runs):
-    "The Python `code` in a new process that keeps its runs in the folder `runs`."
-    process = SERVER.Process(target=work, args=(code, runs))
+def start(code, runs, log=None, **env):
+    "The Python `code` in a new process that keeps its runs in the folder `runs`, and what it prints beside it (or beside `log`)."
+    process = SERVER.Process(target=work, args=(code, runs, log or runs, env))
     process.start()
     return process
 
 
-def says(runs): return open(f"{runs}.err").read()[-2000:]
+def says(runs): return open(f"{runs}.err").read()[-3000:]
+
+
+def ended(process, patience):
+    "Its exit code, after `patience` seconds at most."
+    process.join(patience)
+    if process.is_alive(): process.kill()
+    process.join()
+    return process.exitcode
 
 
 def finish(code, runs, patience):
     "What `code` prints when it is run to its end, in `patience` seconds at most."
-    process = start(code, runs)
-    process.join(patience)
-    if process.is_alive(): process.kill()
-    assert process.exitcode == 0, says(runs)
+    assert ended(start(code, runs), patience) == 0, says(runs)
     return open(f"{runs}.out").read()
+
+
+def finish_pair(code, runs, port, patience, codes=(0, 0), **env):
+    "What `code` prints, and what it complains of, on two CPU processes that torch joins, as a launcher would start them."
+    env |= dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="")
+    logs = [f"{runs}.{rank}" for rank in (0, 1)]
+    pair = [start(code, runs, log, RANK=str(rank), LOCAL_RANK=str(rank), **env) for rank, log in enumerate(logs)]
+    assert tuple(ended(process, patience) for process in pair) == codes, "\n".join(map(says, logs))
+    return ["".join(open(f"{log}.{stream}").read() for log in logs) for stream in ("out", "err")]
 
 
 def kill_at(code, runs, pattern, timeout, ready=lambda file: True):

@@ -2,18 +2,19 @@
 import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
-COMMAND = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "valor", "train", "--preset", "smoke", "--set", "threads=1", "--set", "n_train=24", "--set", "expert_steps=2", "--set", "save_steps=1", "--until", "stage1"]
+from kills import finish_pair
+
+TRAIN = ["train", "--preset", "smoke", "--set", "threads=1", "--set", "n_train=24", "--set", "expert_steps=2", "--set", "save_steps=1", "--until", "stage1"]
 
 
-def launch(runs, port, *more):
+def launch(runs, port):
+    "As a user does it."
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}", "-m", "valor", *TRAIN]
     env = os.environ | dict(VALOR_RUNS=str(runs), OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="")
-    return subprocess.Popen([*COMMAND[:3], f"--master-port={port}", *COMMAND[3:], *more], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def finished(process):
-    out, err = process.communicate(timeout=400)
-    assert process.returncode == 0, err[-3000:]
-    return out
+def code(*more): return f"from valor.experiment import main; main({[*TRAIN, *more]})"
 
 
 def adapter(runs):
@@ -22,7 +23,7 @@ def adapter(runs):
 
 
 def test_killed_pair_resumes(tmp_path):
-    out = finished(launch(tmp_path / "whole", 29531))
+    out, _ = finish_pair(code(), tmp_path / "whole", 29531, 400)
     (folder,) = [p for p in (tmp_path / "whole").glob("stage1-*") if p.is_dir()]
     assert json.loads((folder / "config.json").read_text())["processes"] == 2
     assert out.count("stage1-") == 2                                          # said once (folder, and how to merge it), by the first process
@@ -34,12 +35,11 @@ def test_killed_pair_resumes(tmp_path):
         time.sleep(.02)
     os.kill(int(Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()[-1]), signal.SIGKILL)      # one of the two
     assert killed.wait(timeout=120) != 0                                      # the other does not wait for it for ever
-    finished(launch(tmp_path / "killed", 29533))
+    finish_pair(code(), tmp_path / "killed", 29533, 400)
     (a, log), (b, again) = adapter(tmp_path / "whole"), adapter(tmp_path / "killed")
     assert a == b and len(log) == len(again)
 
 
 def test_bad_settings_end_both(tmp_path):
-    process = launch(tmp_path, 29534, "--set", "sft_batch_size=3")
-    _, err = process.communicate(timeout=300)
-    assert process.returncode != 0 and "sft_batch_size = 3 cannot be shared by 2 processes" in err
+    _, err = finish_pair(code("--set", "sft_batch_size=3"), tmp_path / "runs", 29534, 300, codes=(1, 1))
+    assert err.count("sft_batch_size = 3 cannot be shared by 2 processes") >= 2

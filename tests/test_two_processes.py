@@ -1,11 +1,12 @@
 """One update is one update, however it is shared out: over two processes (groups that span both are ranked as one, both count k alike) and in parts, one after the other."""
-import json, os, subprocess, sys
+import json
 from pathlib import Path
 
 import pytest, torch
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
+from kills import finish_pair
 from two_processes import START, WORDS, trained
 from valor.config import preset
 from valor.grpo import CLINICAL_SCORERS, TEXT_SCORERS, advantages
@@ -51,10 +52,8 @@ def test_other_parts_resume(folder, one):
 
 
 def two(folder, how, port, **env):
-    "What the two processes of a launch saw."
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}", str(Path(__file__).with_name("two_processes.py")), str(folder), str(folder / "sft"), how]
-    done = subprocess.run(command, env=os.environ | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", ACCELERATE_USE_CPU="true") | env, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
+    "What each of two processes saw."
+    finish_pair(f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import two_processes; two_processes.main({str(folder)!r}, {how!r})", folder / how, port, 500, **env)
     return [torch.load(folder / f"{how} rank{r}.pt", weights_only=True) for r in (0, 1)]
 
 

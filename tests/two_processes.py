@@ -1,7 +1,7 @@
 """Updates of a miniature stage 2 on completions that were sampled once, however they are shared out.
 
-Imported by test_two_processes.py, and run by it under torchrun: then what each process saw is written to its folder."""
-import json, sys
+Imported by test_two_processes.py, which also runs it on two processes: then what each process saw is written to its folder."""
+import json
 from pathlib import Path
 
 import numpy as np, torch
@@ -76,9 +76,8 @@ def shard_on_cpu():
     PartialState.__init__ = init
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    out, sft, how = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+def main(out, how):
+    out, sft = Path(out), str(Path(out) / "sft")
     taken = json.loads((out / "taken.json").read_text())
     if how == "fsdp": shard_on_cpu()
     saw = {parts: trained(out / f"{how}{parts}", sft, 2, parts, taken) for parts in ((1,) if how == "fsdp" else (1, 2))}
