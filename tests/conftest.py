@@ -1,4 +1,4 @@
-"""Files whose tests start processes of their own run first: a worker that ended with one would leave the other idle."""
+"""The longest files run first: a worker that ended with one would leave the other idle."""
 FIRST = ["test_train", "test_entities", "test_papermill", "test_two_processes", "test_preference", "test_at_size", "test_resume", "test_graph", "test_convert", "test_experts"]
 
 

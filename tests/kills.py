@@ -7,6 +7,7 @@ import pytest, torch
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["valor.experiment"])
+CPU = dict(ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="")      # what a process of several is told, to leave a GPU alone
 
 
 def work(code, runs, log, env):
@@ -42,7 +43,7 @@ def finish(code, runs, patience):
 
 def finish_pair(code, runs, port, patience, codes=(0, 0), **env):
     "What `code` prints, and what it complains of, on two CPU processes that torch joins, as a launcher would start them."
-    env |= dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="")
+    env |= CPU | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     logs = [f"{runs}.{rank}" for rank in (0, 1)]
     pair = [start(code, runs, log, RANK=str(rank), LOCAL_RANK=str(rank), **env) for rank, log in enumerate(logs)]
     assert tuple(ended(process, patience) for process in pair) == codes, "\n".join(map(says, logs))

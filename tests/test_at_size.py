@@ -46,8 +46,17 @@ def test_layers_to_shard_are_in_the_model(monkeypatch):
     with pytest.raises(ValueError, match="gradient_accumulation_steps=2: .* not the same update under FSDP; expected 1"): policy.shard_by_layer(model, 2)
 
 
+@pytest.fixture
+def one_thread():
+    "Threads add in another order, and Adam moves a weight of almost no gradient by the sign of that rounding error."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("mode", ("full", "lora"))
-def test_sft_in_parts(mode, tmp_path):
+def test_sft_in_parts(mode, tmp_path, one_thread):
     "Reports of different lengths: the mean is over the tokens of the whole batch, however it is cut."
     save_policy(*build_policy([WORDS], image_size=32, width=32), tmp_path / "base")
     data = conversations(Dataset.from_dict(dict(image=IMAGES[:4]), features=Features(image=ImageFeature())), [WORDS, "<report> no effusion. </report>", WORDS, "<report> edema </report>"])
@@ -57,7 +66,7 @@ def test_sft_in_parts(mode, tmp_path):
     for parts in (2, 4):
         assert max(abs(a["loss"] - b["loss"]) for a, b in zip(logs[1], logs[parts]) if "loss" in a) < 1e-6
         off = torch.cat([(w - whole[n]).abs().flatten() for n, w in load_policy(tmp_path / f"{parts}")[0].state_dict().items()])
-        assert off.mean() < 1e-9 and off.max() < 1e-5      # Adam moves a weight of almost no gradient by the sign of a rounding error; the step is 1e-4
+        assert off.max() < 1e-6 and off.mean() < 1e-9
 
 
 def test_vllm_arguments(monkeypatch):

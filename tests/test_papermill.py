@@ -22,7 +22,8 @@ def test_given_parameters_are_run_and_shown_against_the_default(tmp_path):
 
 
 def test_wrong_parameters_stop_before_anything_is_trained(tmp_path):
-    for name, value, message in (("lambda_vis", "high", "lambda_vis='high' is a str; expected float or int"), ("lambda_viz", "0.5", "unknown parameter lambda_viz")):   # a value and a name; other values: test_bad_input
+    for name, value, message in (("lambda_vis", "high", "lambda_vis='high' is a str; expected float or int"), ("lambda_vis", "1.5", "lambda_vis=1.5 is not allowed"),
+                                 ("benchmark", "mimic", "benchmark='mimic'"), ("lambda_viz", "0.5", "unknown parameter lambda_viz")):
         done = papermill(tmp_path, (name, value))
         assert done.returncode != 0 and message in done.stderr, (name, value, done.stderr[-1500:])
     assert not list(tmp_path.iterdir())

@@ -2,7 +2,7 @@
 import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
-from kills import finish_pair
+from kills import CPU, finish_pair
 
 TRAIN = ["train", "--preset", "smoke", "--set", "threads=1", "--set", "n_train=24", "--set", "expert_steps=2", "--set", "save_steps=1", "--until", "stage1"]
 
@@ -10,7 +10,7 @@ TRAIN = ["train", "--preset", "smoke", "--set", "threads=1", "--set", "n_train=2
 def launch(runs, port):
     "As a user does it."
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}", "-m", "valor", *TRAIN]
-    env = os.environ | dict(VALOR_RUNS=str(runs), OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="")
+    env = os.environ | CPU | dict(VALOR_RUNS=str(runs), OMP_NUM_THREADS="1")
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 

@@ -53,7 +53,7 @@ def test_other_parts_resume(folder, one):
 
 def two(folder, how, port, **env):
     "What each of two processes saw."
-    finish_pair(f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import two_processes; two_processes.main({str(folder)!r}, {how!r})", folder / how, port, 500, **env)
+    finish_pair(f"import two_processes; two_processes.main({str(folder)!r}, {how!r})", folder / how, port, 500, **env)
     return [torch.load(folder / f"{how} rank{r}.pt", weights_only=True) for r in (0, 1)]
 
 
