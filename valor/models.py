@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['CHATS', 'KINDS', 'MODULES', 'LOADING', 'trained_tokenizer', 'miniature', 'parts', 'groups', 'lora_config',
            'freeze_vision', 'image_tokens', 'check_completions', 'rendered', 'ending', 'load_policy', 'frozen_weights',
-           'loading', 'save_policy', 'check_kind', 'check_policy', 'check_files', 'load_processor', 'check_image_token',
-           'memory_line']
+           'loading', 'save_policy', 'reason', 'check_kind', 'check_policy', 'check_files', 'load_processor',
+           'check_image_token', 'memory_line']
 
 # %% ../nbs/06c_models.ipynb #f46b3b97
 import json, re
@@ -196,7 +196,7 @@ def load_policy(path, dtype=torch.float32, attention="auto", trust_remote_code=F
     processor = check_policy(path, trust_remote_code)
     if attention != "auto": kw["attn_implementation"] = attention
     try: model, info = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **kw)
-    except (ImportError, ValueError, RuntimeError, OSError, SafetensorError) as e: raise ValueError(f"model={str(path)!r}: transformers could not load it with attention={attention!r}: {_first_line(e)}") from e
+    except (ImportError, ValueError, RuntimeError, OSError, SafetensorError) as e: raise ValueError(f"model={str(path)!r}: transformers could not load it with attention={attention!r}: {reason(e)[:300]}") from e
     if info["missing_keys"]: raise ValueError(f"model={str(path)!r}: {len(info['missing_keys'])} weights are missing, such as {min(info['missing_keys'])}; expected every weight that config.json asks for; download or save it again")
     check_image_token(path, model, processor)
     model.generation_config.suppress_tokens = list(image_tokens(model, processor))
@@ -223,7 +223,9 @@ def save_policy(model, processor, path, **kw):
     processor.save_pretrained(path)
     if hasattr(t, "habit"): t.backend_tokenizer.post_processor = None
 
-def _first_line(e): return str(e).strip().splitlines()[0][:300] if str(e).strip() else type(e).__name__
+def reason(error):
+    "The first line of what an exception says, or its name."
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 # %% ../nbs/06c_models.ipynb #8494a71f
 def check_kind(path, trust_remote_code=False):
@@ -233,7 +235,7 @@ def check_kind(path, trust_remote_code=False):
     kind = json.loads((Path(path)/"config.json").read_text()).get("model_type") if Path(path).is_dir() else None
     if kind in ("llava_mistral", "llava_llama"): raise ValueError(f"{said}: model_type={kind!r} is LLaVA's original format; " + ("run valor convert-llava-med on it and give the folder that makes" if kind == "llava_mistral" else "take the converted checkpoint, such as llava-hf/llava-1.5-7b-hf"))
     try: config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError) as e: raise ValueError(f"{said}: {_first_line(e)}" + ("; trust_remote_code=true runs the checkpoint's own code" if "trust_remote_code" in str(e) else "")) from e
+    except (ValueError, OSError, KeyError) as e: raise ValueError(f"{said}: {reason(e)[:300]}" + ("; trust_remote_code=true runs the checkpoint's own code" if "trust_remote_code" in str(e) else "")) from e
     if config.model_type not in IMAGE_TEXT_MODELS and not (trust_remote_code and "AutoModelForImageTextToText" in getattr(config, "auto_map", {})):
         raise ValueError(f"{said}: model_type={config.model_type!r} reads no images and writes text; expected an image-text-to-text model such as {', '.join(k for k in ('llava', 'qwen2_5_vl', 'qwen3_vl', 'gemma3') if k in IMAGE_TEXT_MODELS)}")
 
@@ -255,14 +257,14 @@ def check_files(path):
     for p in files:
         if not p.is_file(): raise ValueError(f"{p}: no such file; {index.name} lists {len(files)} files; {again}")
         try: there = set(safe_open(p, "pt").keys()) if p.suffix == ".safetensors" else set(torch.load(p, map_location="cpu", weights_only=True, mmap=True))
-        except Exception as e: raise ValueError(f"{p}: truncated or damaged ({_first_line(e)}); {again}") from e
+        except Exception as e: raise ValueError(f"{p}: truncated or damaged ({reason(e)[:300]}); {again}") from e
         if lost := next((k for k, n in listed.items() if n == p.name and k not in there), None): raise ValueError(f"{p}: no tensor {lost}, which {index.name} places there; {again}")
 
 def load_processor(path, trust_remote_code=False):
     "The processor at `path`, padding on the left. Raises `ValueError` where it has no images, no tokenizer or no chat template."
     said = f"model={str(path)!r}"
     try: processor = AutoProcessor.from_pretrained(path, padding_side="left", trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError) as e: raise ValueError(f"{said}: its processor could not be loaded ({_first_line(e)}); expected processor_config.json or preprocessor_config.json and a tokenizer beside the weights") from e
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError) as e: raise ValueError(f"{said}: its processor could not be loaded ({reason(e)[:300]}); expected processor_config.json or preprocessor_config.json and a tokenizer beside the weights") from e
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None: raise ValueError(f"{said}: holds a {type(processor).__name__}, no processor of images and text; expected processor_config.json or preprocessor_config.json and a tokenizer beside the weights")
     if not processor.chat_template: raise ValueError(f"{said}: its processor has no chat template; put the model's chat_template.jinja into the folder")
     _begun(processor)
@@ -283,4 +285,4 @@ def memory_line(what, **parameters):
     try: yield
     except torch.OutOfMemoryError as e:
         lower = ", ".join(f"{k}={v}" for k, v in parameters.items() if v is not None)
-        raise MemoryError(f"{what}: out of memory ({_first_line(e).split('. ')[0]}); lower one of {lower}, raise gradient_accumulation_steps, or hold frozen weights in policy_weights=bfloat16 or nf4; what is finished stays and is resumed") from e
+        raise MemoryError(f"{what}: out of memory ({reason(e)[:300].split('. ')[0]}); lower one of {lower}, raise gradient_accumulation_steps, or hold frozen weights in policy_weights=bfloat16 or nf4; what is finished stays and is resumed") from e

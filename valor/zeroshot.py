@@ -22,13 +22,13 @@ from .config import key_of
 from .evaluate import DEFAULTS, MEASURES, gauged, made
 from .experiment import locked
 from .figures import slug
-from .models import load_policy
+from .models import load_policy, reason
 from .reported import TABLE2
 from .reports import ENDINGS
 from .rewards import report_body
 from .server import complete, fingerprint
 from .sources import check_endpoint, is_local
-from .tables import compare, reason
+from .tables import compare
 
 # %% ../nbs/10a_zeroshot.ipynb #7abdcbb5
 ZERO_SHOT = ("You are a radiologist. Write the report of this chest X-ray: the findings, then the impression, in full sentences of the kind that stands in a hospital's reports. "
