@@ -7,11 +7,11 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPConfig, CLIPModel
 
 from valor import convert
-from valor.convert import (HUB_TOWER, ORIGINAL, PROMPTS, RENAME, TOWER, Piece, Shards, add_command, check_logits, check_plan, convert_llava_med, load_sentencepiece, make_plan, miniature_llava_med, new_config,
+from valor.cli import main
+from valor.convert import (HUB_TOWER, ORIGINAL, PROMPTS, RENAME, TOWER, Piece, Shards, check_logits, check_plan, convert_llava_med, load_sentencepiece, make_plan, miniature_llava_med, new_config,
                            original_ids, original_shapes, read_config, rename, tower_config)
 
-CODE = "import argparse; from valor.convert import add_command; p = argparse.ArgumentParser('valor'); add_command(p.add_subparsers()); a = p.parse_args(); a.run(a, {})"
-COMMAND = [sys.executable, "-c", CODE, "convert-llava-med"]
+COMMAND = [sys.executable, "-m", "valor", "convert-llava-med"]
 ENV = os.environ | dict(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
 BIG = dict(shards=4, width=1024, inner=3584, layers=16, heads=16, kv_heads=4)   # 440 MB
 
@@ -229,10 +229,7 @@ def test_bad_input_is_one_line(source, tmp_path, case, capsys):
 
 def refused(capsys, *arguments):
     "What the command ends with, in this process."
-    parser = argparse.ArgumentParser("valor")
-    add_command(parser.add_subparsers())
-    args = parser.parse_args(["convert-llava-med", *map(str, arguments)])
-    with pytest.raises(SystemExit) as e: args.run(args, {})
+    with pytest.raises(SystemExit) as e: main(["convert-llava-med", *map(str, arguments)])
     message = str(e.value)
     assert message.startswith("valor: ") and "\n" not in message, message
     return message

@@ -8,7 +8,7 @@ __all__ = ['ORIGINAL', 'SENTENCES', 'FETCH', 'DTYPES', 'TOWER', 'RENAME', 'MODUL
            'new_tokenizer', 'processor_files', 'find_tower', 'other_tower', 'make_plan', 'check_plan', 'read_piece',
            'write_shard', 'write_weights', 'clip_by_hand', 'rotate', 'mistral_by_hand', 'logits_by_hand',
            'check_tensors', 'check_tokens', 'probe_image', 'quiet', 'check_logits', 'building', 'check_room',
-           'convert_llava_med', 'add_command', 'run_command']
+           'convert_llava_med', 'run_command']
 
 # %% ../nbs/06a_convert.ipynb #07d46b0c
 import contextlib, fcntl, io, json, math, os, random, re, shutil, sys
@@ -481,15 +481,6 @@ def convert_llava_med(src, dst, vision_tower="own", dtype="auto"):
     return dict(tensors=sum(map(len, files)), bytes=size, prompts=len(PROMPTS), logit_gap=gap, dtype=str(dtype).removeprefix("torch."), folder=str(dst))
 
 # %% ../nbs/06a_convert.ipynb #2e1c89e2
-def add_command(commands):
-    "Add `convert-llava-med` to the subcommands of `valor`."
-    p = commands.add_parser("convert-llava-med", help="turn the original LLaVA-Med v1.5 checkpoint into a transformers folder")
-    p.add_argument("src", help="folder of microsoft/llava-med-v1.5-mistral-7b, as downloaded")
-    p.add_argument("dst", help="folder to make")
-    p.add_argument("--vision-tower", default="own", metavar="own|openai|PATH", help="the checkpoint's own (default), OpenAI's CLIP ViT-L/14-336 as the official loader takes, or the folder of a CLIP")
-    p.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
-    p.set_defaults(run=run_command, set=[])
-
 def run_command(args, options):
     "Run `valor convert-llava-med` with parsed arguments."
     try: done = convert_llava_med(args.src, args.dst, args.vision_tower, args.dtype)

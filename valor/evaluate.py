@@ -4,10 +4,10 @@
 __all__ = ['DEFAULTS', 'GAUGES', 'MEASURES', 'read_reports', 'systems_in', 'NotRun', 'lexical', 'meteor', 'mean_of', 'bertscore',
            'chexbert', 'radgraph', 'ratescore', 'green', 'five', 'micro5', 'macro5', 'pair_key', 'kept_scores',
            'gauged', 'cider_column', 'image_columns', 'holm', 'tidy_table', 'made', 'evaluate', 'formatted',
-           'footnotes', 'add_command', 'run_command']
+           'footnotes', 'run_command']
 
 # %% ../nbs/07c_evaluate.ipynb #612646ff
-import argparse, hashlib, importlib.metadata, json, os, sys
+import hashlib, importlib.metadata, json, os, sys
 from collections import Counter
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -274,18 +274,6 @@ def footnotes(info):
     return "\n".join(lines)
 
 # %% ../nbs/07c_evaluate.ipynb #ba3bb6df
-def add_command(commands):
-    "Add `evaluate` to the subcommands of `valor`."
-    p = commands.add_parser("evaluate", help="every metric on the reports of a JSONL file: lines with id, candidate, reference[, image]")
-    p.add_argument("files", nargs="+", metavar="reports.jsonl")
-    p.add_argument("--out", default="evaluation", help="folder for table.csv, table.md, table.json and the scores that a killed run goes on from")
-    p.add_argument("--metrics", help=f"comma-separated, some of {', '.join(MEASURES)}")
-    p.add_argument("--image-root", help="put before the paths in the field image")
-    p.add_argument("--n-boot", type=int, default=5000)
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=f"which models: {', '.join(DEFAULTS)}")
-    p.set_defaults(run=run_command)
-
 def run_command(args, options):
     "Run `valor evaluate` with parsed arguments and `--set` options."
     import transformers

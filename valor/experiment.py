@@ -10,10 +10,10 @@ __all__ = ['LABELER', 'SCORING', 'PHASES', 'MAKERS', 'JOINT', 'BY_OBSERVATION', 
            'context_watch', 'truth_watch', 'make_stage', 'make_samples', 'pairs_for', 'make_preference', 'policy_of',
            'policy_with', 'snapshots_of', 'score_frame', 'make_evaluation', 'make_controls', 'read_frame',
            'read_reports', 'make_progress', 'progress_of', 'phase_of', 'frames_of', 'control_frames', 'log_of',
-           'step_profile', 'main_job', 'check_packages', 'run_main', 'run_train', 'main']
+           'step_profile', 'main_job', 'check_packages', 'run_main', 'run_train']
 
 # %% ../nbs/07a_experiment.ipynb #017610f0
-import argparse, contextlib, dataclasses, fcntl, hashlib, json, logging, os, shutil, subprocess, sys, warnings
+import contextlib, dataclasses, fcntl, hashlib, json, logging, os, shutil, subprocess, sys, warnings
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -24,11 +24,10 @@ from datasets import concatenate_datasets, load_from_disk
 from tqdm.auto import tqdm
 
 from . import evaluation as ev
-from .config import BENCHMARKS, OBSERVATIONS, key_of, parse_settings, preset, repo_root, runs_dir, versions
+from .cli import main                # installed scripts of older versions start here
+from .config import BENCHMARKS, OBSERVATIONS, key_of, preset, repo_root, runs_dir, versions
 from .data import benchmark_note, load_benchmark, rerender
-from .convert import add_command as add_convert_command
-from .data_report import add_report_command, data_report, to_markdown, unleaked
-from .evaluate import add_command
+from .data_report import data_report, to_markdown, unleaked
 from .expert import edits_for, save_expert, train_expert
 from .experts import load_expert, train_classifier, try_expert
 from .figures import save, use_style
@@ -39,9 +38,8 @@ from .injection import extras_of
 from .phantom import FINDINGS, Finding, from_truth, generic_description
 from .policy import build_policy, conversations, finding_targets, frozen_weights, generate, image_lists, load_policy, save_policy, sft, warm_up_vision
 from .preference import clinical_pairs, prefer, read_preferences, read_samples, sample_reports, sampled_pairs, updates_of
-from .reports import add_report_commands, with_adapter
+from .reports import with_adapter
 from .rewards import report_body, scorer
-from .server import add_serve_command
 from .sources import DataError, terms_of
 from .studies import load_studies, store_images
 
@@ -606,23 +604,3 @@ def run_train(args, settings):
     if not is_first(): return
     print(f"{folder}")
     if args.until != "sft": print(f"one folder of it: valor merge --base {policy_in(phase_folder('sft', cfg))} --adapter {folder / 'adapter'} --out FOLDER")
-
-def main(argv=None):
-    "Entry point of the command `valor`."
-    parser = argparse.ArgumentParser("valor", description="VALOR: align a vision-language model for chest X-ray reports")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    run = commands.add_parser("run", help="base, SFT, stage 1, stage 2, evaluation; resumes what was interrupted")
-    run.set_defaults(run=run_main)
-    add_command(commands)
-    train = commands.add_parser("train", help="the training phases alone; also under accelerate launch, on several processes")
-    train.add_argument("--until", choices=JOINT, default="stage2")
-    train.set_defaults(run=run_train)
-    for command in (run, train):
-        command.add_argument("--preset", default="laptop")
-        command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a parameter; may be repeated")
-    from valor.gallery import add_gallery_command                      # which itself reads runs by this module
-    for add in (add_report_command, add_convert_command, add_report_commands, add_serve_command, add_gallery_command): add(commands)
-    args = parser.parse_args(argv)
-    try: settings = parse_settings(getattr(args, "set", []))
-    except ValueError as e: sys.exit(f"valor: {e}")
-    args.run(args, settings)

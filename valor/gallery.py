@@ -5,7 +5,7 @@ __all__ = ['KINDS', 'HEADING', 'VERDICTS', 'ABNORMAL', 'OTHERS', 'JUDGED', 'BY_L
            'planted', 'labelled', 'System', 'run_record', 'config_of', 'data_of', 'row_name', 'read_lines',
            'read_system', 'read_systems', 'data_url', 'attention_map', 'attention_of', 'measures_of', 'per_study',
            'judge', 'payload', 'embed', 'policy', 'to_html', 'check_page_place', 'gallery', 'made_up_runs',
-           'add_gallery_command', 'run_gallery']
+           'run_gallery']
 
 # %% ../nbs/14_gallery.ipynb #40f51349
 import base64, hashlib, html, io, json, re, sys
@@ -329,18 +329,6 @@ def _pair(text):
     name, equals, folder = text.partition("=")
     if not equals: raise ValueError(f"--attention {text}: expected NAME=FOLDER")
     return name, folder
-
-def add_gallery_command(commands):
-    "Add `valor gallery` to argparse's `commands`."
-    p = commands.add_parser("gallery", help="the reading room: one page with every study and every system's report side by side")
-    p.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help="an evaluation (runs/eval_…), one of its 'reports ….csv', or a .jsonl of reports")
-    p.add_argument("--out", required=True, help="the page to write")
-    p.add_argument("--data", help="folder of a run's data phase (runs/data-…), for .jsonl files")
-    p.add_argument("--attention", action="append", default=[], metavar="NAME=FOLDER", help="a folder of {study_id}.npy maps for a system; may be repeated")
-    p.add_argument("--title")
-    p.add_argument("--first", type=int, metavar="N", help="the first N studies only")
-    p.add_argument("--image-side", type=int, default=384, metavar="PIXELS", help="images are shrunk to this (384)")
-    p.set_defaults(run=run_gallery)
 
 def run_gallery(args, settings):
     "Run `valor gallery` with parsed arguments."

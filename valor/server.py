@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['KNOWN', 'complete', 'RequestError', 'data_image', 'conversation', 'settings_of', 'fingerprint', 'PolicyServer',
-           'Handler', 'add_serve_command', 'run_serve']
+           'Handler', 'run_serve']
 
 # %% ../nbs/06d_server.ipynb #3569f5d9
 import base64, hashlib, hmac, json, os, threading, time, uuid
@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from transformers import set_seed
 from .images import read_image, square
 from .models import image_tokens, load_policy
-from .reports import _said, _side, with_adapter
+from .reports import _side, with_adapter
 
 # %% ../nbs/06d_server.ipynb #16034909
 @torch.inference_mode()
@@ -141,18 +141,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
 # %% ../nbs/06d_server.ipynb #97b45adb
-def add_serve_command(commands):
-    "Add `valor serve` to argparse's `commands`."
-    s = commands.add_parser("serve", help="answer for a policy over HTTP, as OpenAI's chat endpoint does")
-    s.add_argument("--model", required=True, help="a transformers folder or name")
-    s.add_argument("--adapter", help="an adapter to merge first")
-    s.add_argument("--host", default="127.0.0.1", help="another than this machine needs --key-env")
-    s.add_argument("--port", type=int, default=8000, help="0 takes a free one")
-    s.add_argument("--max-new-tokens", type=int, default=512, help="the most that a request gets")
-    s.add_argument("--key-env", help="environment variable with the key that clients must send")
-    s.set_defaults(run=lambda args, settings: _said(lambda: run_serve(args)))
-
-def run_serve(args):
+def run_serve(args, settings):
     "Run `valor serve` with parsed arguments, until it is interrupted."
     key = os.environ.get(args.key_env) if args.key_env else None
     if args.key_env and not key: raise ValueError(f"key_env={args.key_env!r}: no such environment variable, or an empty one; expected the key in it")
