@@ -19,7 +19,7 @@ print(sum(map(len, studies.values())), time.perf_counter() - start, memory("VmHW
 
 def linked(films):
     "A stand-in for `trees.film` that links to one of the prepared `films` instead of drawing."
-    def film(path, i, mode="L", size=None):
+    def film(path, i, mode="L", size=None, view="frontal"):
         path.parent.mkdir(parents=True, exist_ok=True)
         os.link(films[path.suffix][i % len(films[path.suffix])], path)
     return film

@@ -5,16 +5,17 @@ import numpy as np
 from PIL import Image
 from valor.images import write_dicom
 from valor.sources import OBSERVATIONS
+from valor.views import drawn_film
 
 FINDINGS = ["Heart size is normal. Small left effusion number {i}.", "Lungs are clear. No effusion seen in film {i}.", "There is XXXX opacity in the right base, level {i}."]
 IMPRESSION = ["Small effusion.", "No acute disease.", "Right basilar opacity."]
 MESH = [["Pleural Effusion/left/small"], ["normal"], ["Opacity/lung/base/right"]]
 
-def film(path, i, mode="L", size=(60, 50)):
-    "A radiograph-like image, different for every `i`, as PNG (8 or 16 bits), JPEG or DICOM by the ending of `path`."
+def film(path, i, mode="L", size=(60, 50), view="frontal"):
+    "A film that looks `frontal` or `lateral`, different for every `i`, as PNG (8 or 16 bits), JPEG or DICOM by the ending of `path`."
     path.parent.mkdir(parents=True, exist_ok=True)
-    values = np.random.default_rng(i).integers(0, 4096, size[::-1]).astype(np.uint16)
-    if path.suffix == ".dcm": write_dicom(path, values, "MONOCHROME1" if i % 2 else "MONOCHROME2")
+    values = drawn_film(view, size, seed=i).astype(np.uint16) * 16 + 8
+    if path.suffix == ".dcm": write_dicom(path, 4095 - values if i % 2 else values, "MONOCHROME1" if i % 2 else "MONOCHROME2")
     elif mode == "16": Image.fromarray(values).save(path)
     else: Image.fromarray((values // 16).astype(np.uint8)).convert(mode).save(path)
 
@@ -45,7 +46,7 @@ def kaggle(root, n=12):
         for j, projection in enumerate(("Frontal", "Lateral")):
             name = f"{i}_IM-{i:04d}-{j + 1}001.dcm.png"
             projections.append(dict(uid=i, filename=name, projection=projection))
-            film(root/"images"/"images_normalized"/name, 10 * i + j)
+            film(root/"images"/"images_normalized"/name, 10 * i + j, view=projection.lower())
     write_csv(root/"indiana_reports.csv", reports)
     write_csv(root/"indiana_projections.csv", projections)
     return root
@@ -59,7 +60,7 @@ def r2gen(root, n=12, flat=False, mimic=False):
         entry["image_path"] = [f"CXR{i}_IM-{i:04d}-{j}001.png" if flat else f"CXR{i}_IM-{i:04d}/{j}.png" for j in (0, 1)]
         if mimic: entry |= dict(id=f"{i:08x}", study_id=50000000 + i, subject_id=10000000 + i, image_path=[f"p10/p{10000000 + i}/s{50000000 + i}/{i:08x}.jpg"])
         if not flat: entry["split"] = split
-        for j, p in enumerate(entry["image_path"]): film(root/"images"/p, 10 * i + j)
+        for j, p in enumerate(entry["image_path"]): film(root/"images"/p, 10 * i + j, view=("frontal", "lateral")[j])
         data[split].append(entry)
     (root/"annotation.json").write_text(json.dumps(data))
     return root
@@ -72,7 +73,7 @@ def mimic(root, n=12):
         folder = root/"files"/f"p{subject[:2]}"/f"p{subject}"
         for j, view in enumerate(("PA", "LATERAL") if i % 3 else ("AP",)):
             dicom = f"{i:08x}-{j:08x}-aaaa-bbbb-cccc"
-            film(folder/f"s{study}"/f"{dicom}.jpg", 10 * i + j)
+            film(folder/f"s{study}"/f"{dicom}.jpg", 10 * i + j, view=("frontal", "lateral")[j])
             metadata.append(dict(dicom_id=dicom, subject_id=subject, study_id=study, PerformedProcedureStepDescription="CHEST", ViewPosition=view, Rows=50, Columns=60))
             split.append(dict(dicom_id=dicom, study_id=study, subject_id=subject, split=("train", "validate", "test")[(i // 2) % 3]))
         chexpert.append(dict(subject_id=subject, study_id=study) | {o: "" for o in OBSERVATIONS} | {"Pleural Effusion": ("1.0", "0.0", "-1.0")[i % 3]})
@@ -88,7 +89,7 @@ def table(root, n=12, kind="csv"):
     for i in range(1, n + 1):
         findings, impression = texts(i)
         names = (f"img/{i}.png", f"img/{i}.jpg")
-        film(root/names[0], 10 * i, mode="16" if i % 2 else "L"); film(root/names[1], 10 * i + 1)
+        film(root/names[0], 10 * i, mode="16" if i % 2 else "L"); film(root/names[1], 10 * i + 1, view="lateral")
         rows.append(dict(study_id=f"study{i}", patient_id=f"patient{i // 2}", split=("train", "val", "test")[(i // 2) % 3], image=";".join(names), view="PA;LATERAL", findings=findings, impression=impression, report=""))
     if kind == "csv": write_csv(root/"mine.csv", rows)
     else: (root/"mine.jsonl").write_text("\n".join(json.dumps(r | dict(image=r["image"].split(";"))) for r in rows) + "\n")

@@ -358,13 +358,15 @@ _MADE = Terms("made-up phantoms", "none needed", False)
 
 @dataclass(frozen=True)
 class Source:
-    "A kind of source: its reader, its terms, and where labels come from unless the user says otherwise."
+    """A kind of source: its reader, its terms, where labels come from unless the user says otherwise, and whether the views that it states are right
+    (`trusted_views`; where they are not, and where none is stated, the picture decides: chapter 01g)."""
     read: object
     terms: Terms
     labels: str = "rules"
+    trusted_views: bool = True
 
 SOURCES = {
-    "openi": Source(read_openi_tree, _IU, "codes"),
+    "openi": Source(read_openi_tree, _IU, "codes", trusted_views=False),   # DICOM's "frontal" is a lateral film for 1,381 of 4,013
     "kaggle_indiana": Source(read_kaggle, _IU, "codes"),
     "r2gen_iu": Source(lambda root, **kw: read_r2gen(root, False, **kw), _IU),
     "r2gen_mimic": Source(lambda root, **kw: read_r2gen(root, True, **kw), _MIMIC),
