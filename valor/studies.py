@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['TEXT_PRESETS', 'VIEWS', 'UNKNOWN', 'ONE_TEXT', 'VERSION', 'reading', 'in_doubt', 'guessed', 'choose_images',
-           'seen_view', 'read_pictures', 'sound_images', 'study_features', 'row_of', 'add_labels', 'cache_dir',
-           'fingerprint', 'Index', 'write_index', 'Studies', 'load_studies', 'store_images']
+           'seen_view', 'read_pictures', 'sound_images', 'study_features', 'row_of', 'add_labels', 'Index',
+           'write_index', 'Studies', 'load_studies', 'store_images']
 
 # %% ../nbs/01e_studies.ipynb #cbc816a5
 import csv, fcntl, json, os, shutil
@@ -23,6 +23,7 @@ from .images import ImageError, XRay, check_image, read_image, to_png
 from .phantom import FEATURES, to_truth
 from .sections import DEIDENTIFIED, SECTIONS, STYLES, clean_text, report_of
 from .sources import SOURCES, DataError, Fault, Study, _split_name, read_table
+from .contents import cache_dir, fingerprint
 from .views import KnownViews, picture_view
 
 # %% ../nbs/01e_studies.ipynb #b88d7854
@@ -150,16 +151,7 @@ def add_labels(rows, studies, how):
             for i, s in enumerate(studies) if judged[i] is None}
 
 # %% ../nbs/01e_studies.ipynb #23ac4771
-VERSION = 2   # of what an index holds
-
-def cache_dir(): return Path(os.environ.get("VALOR_CACHE") or "~/.cache/valor").expanduser()
-
-def fingerprint(root):
-    "What of `root` decides whether an index is still good: names, sizes and times of the files and folders directly in it (and of its one file, or its reports' folder)."
-    if root is None: return []
-    root = Path(root).expanduser()
-    paths = [root, *(sorted(root.iterdir()) if root.is_dir() else [])]
-    return [(p.name, s.st_size if p.is_file() else 0, s.st_mtime_ns) for p in paths if p.exists() for s in [p.stat()]]
+VERSION = 3   # of what an index holds
 
 def _splits_table(path):
     "{study_id: split} of a user's split file (CSV with study_id, split)."
@@ -295,7 +287,7 @@ def load_studies(source, root, preset="valor", *, size=None, splits=None, check=
     how, options = reading(preset, source, **changes), dict(options or {})
     if root is None and how["view"] != "none": raise ValueError("root=None: there are no images without a folder; expected a root, or view='none' for text alone")
     wanted = dict(version=VERSION, source=source, root=str(Path(root).expanduser().resolve()) if root is not None else None, how=how, size=size, check=check, options=options,
-                  root_state=fingerprint(root), splits=Path(splits).expanduser().read_text() if splits and Path(splits).expanduser().is_file() else splits and str(splits))
+                  holds=[fingerprint(p) for p in (root, *options.values()) if isinstance(p, (str, Path))], splits=Path(splits).expanduser().read_text() if splits and Path(splits).expanduser().is_file() else splits and str(splits))
     folder = Path(cache or cache_dir()).expanduser()/f"{source}-{key_of(wanted)}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.lock", "w") as lock:
