@@ -11,7 +11,7 @@ import trees
 from valor.data_report import data_report, to_markdown
 from valor.images import ImageError, check_image, read_image
 from valor.sections import parse_sections
-from valor.sources import DataError
+from valor.sources import DataError, terms_of
 from valor.studies import load_studies, store_images
 from valor.views import drawn_film, picture_view, views_of
 
@@ -228,7 +228,12 @@ STOPS = {   # what makes everything unreadable: (layout, what is done, what the 
     "a binary CSV": ("kaggle", lambda r: (r/"indiana_reports.csv").write_bytes(b"\xff\xfe\x00" * 50), "not readable as CSV"),
     "annotation is not JSON": ("r2gen iu", lambda r: (r/"annotation.json").write_text("{"), "not readable as JSON"),
     "annotation without splits": ("r2gen iu", lambda r: (r/"annotation.json").write_text("[]"), "holds no splits"),
-    "MIMIC's file as IU's": ("r2gen iu", lambda r: entries(r, lambda d: d["train"][0].__setitem__("image_path", ["p10/p10000032/s50414267/x.jpg"])), "use source='r2gen_mimic'"),
+    "MIMIC's file as IU's": ("r2gen iu", lambda r: entries(r, lambda d: d["train"][0].__setitem__("image_path", ["p10/p10000032/s50414267/x.jpg"])), "not a name of IU X-Ray"),
+    "MIMIC's file as IU's, names alone": ("r2gen iu", lambda r: entries(r, lambda d: d["train"][0].update(id="02aa804e", image_path=["02aa804e-bde0afdd-112c0b34-7bc16630-4e384014.jpg"])), "not a name of IU X-Ray"),
+    "MIMIC's images under IU's ids": ("r2gen iu", lambda r: entries(r, lambda d: d["train"][0].__setitem__("image_path", ["02aa804e-bde0afdd.jpg"])), "not a name of IU X-Ray"),
+    "CheXpert Plus as IU's": ("r2gen iu", lambda r: entries(r, lambda d: d["train"][0].update(id="patient42142/study5", image_path=["train/patient42142/study5/view1_frontal.jpg"])), "not a name of IU X-Ray"),
+    "another hospital's in Kaggle's layout": ("kaggle", lambda r: edit(r/"indiana_projections.csv", "1_IM-0001-1001.dcm.png", "02aa804e-bde0afdd.jpg"), "not a name of IU X-Ray"),
+    "another hospital's in Open-i's layout": ("openi png", lambda r: edit(r/"ecgen-radiology/3.xml", 'id="CXR3"', 'id="s50414267"'), "not a name of IU X-Ray"),
     "no split table": ("mimic", lambda r: (r/spl).unlink(), "no mimic-cxr-2"),
     "two split tables": ("mimic", lambda r: shutil.copy(r/spl, r/"mimic-cxr-2.0.0-split.csv.gz"), "more than one"),
     "a cut table": ("mimic", lambda r: cut(r/meta), "not readable as CSV"),
@@ -238,6 +243,16 @@ STOPS = {   # what makes everything unreadable: (layout, what is done, what the 
     "a table of another kind": ("csv", lambda r: r.unlink() or r.mkdir(), "expected a .csv or .jsonl file"),
     "no study left": ("csv", lambda r: rows(r, lambda t: [x | dict(findings="") for x in t]), "no study of table can be used"),
 }
+
+def test_what_has_flat_names_is_restricted_under_the_only_source_that_reads_it(masters, tmp_path):
+    root = Path(shutil.copytree(masters["r2gen mimic"], tmp_path/"tree"))
+    def flat(annotation):
+        for entry in (e for split in annotation.values() for e in split):
+            shutil.copy(root/"images"/entry["image_path"][0], root/"images"/f"{entry['id']}.jpg")
+            entry["image_path"] = [f"{entry['id']}.jpg"]
+    entries(root, flat)
+    assert len(loaded("r2gen mimic", root, tmp_path)["train"]) and terms_of("r2gen_mimic").restricted
+
 
 @pytest.mark.parametrize("name", STOPS)
 def test_nothing_can_be_read(name, masters, tmp_path):

@@ -1,5 +1,5 @@
 """Asking models over real HTTP on this machine: the server answers for the embedded policy, faults are injected at its door."""
-import json, logging, multiprocessing, os, socket, threading, time
+import json, logging, math, multiprocessing, os, re, socket, threading, time
 from dataclasses import replace
 
 import openai, pytest
@@ -7,7 +7,8 @@ from transformers.utils import logging as hf_logging
 from valor.phantom import make_phantom
 from valor.policy import PROMPT, build_policy, generate, load_policy, save_policy
 from valor.server import Handler, PolicyServer
-from valor.zeroshot import Endpoint, EndpointError, ask, run_row
+from valor.rewards import report_body
+from valor.zeroshot import Endpoint, EndpointError, ask, collect, proxy_of, run_row
 
 SIZE, TOKENS = 64, 8
 hf_logging.disable_progress_bar()
@@ -205,3 +206,118 @@ def test_valor_serve_answers(policy, capsys, monkeypatch):
     assert 0 < answer.usage.completion_tokens <= 4 and answer.choices[0].finish_reason in ("stop", "length")
     with pytest.raises(openai.BadRequestError, match="fetches nothing"):
         client.chat.completions.create(model=name, messages=[dict(role="user", content=[dict(type="image_url", image_url=dict(url="https://example.org/x.png"))])])
+
+
+def body_of(message, **changes): return dict(id="1", object="chat.completion", created=0, model="other", choices=[dict(index=0, finish_reason="stop", message=message)]) | changes
+
+
+def answers(body): return lambda handler: raw(handler, body if isinstance(body, bytes) else json.dumps(body).encode())
+
+
+def test_a_local_endpoint_is_asked_past_the_environments_proxies(policy, server, tmp_path, monkeypatch, capsys):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "HTTPS_PROXY"): monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"): monkeypatch.delenv(name, raising=False)
+    assert set(asks(at(server), policy[0].select(range(2)), tmp_path / "a.jsonl", benchmark="mimic_cxr_jpg").status) == {"ok"}
+    assert "proxy" not in capsys.readouterr().out
+    assert proxy_of("http://example.org/v1") == "127.0.0.1" and proxy_of(server.url) is None
+    monkeypatch.setenv("no_proxy", "example.org")
+    assert proxy_of("http://example.org/v1") is None
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_no_redirect_is_followed(policy, server, tmp_path, status):
+    with PolicyServer(policy[1], policy[2]) as other:
+        server.faults = [(status, {"Location": other.url + "/chat/completions"})]
+        with pytest.raises(EndpointError, match=f"{status}, it sends questions on to another address, which is not followed") as e: asks(at(server), policy[0], tmp_path / "a.jsonl")
+        assert other.asked == 0 and "\n" not in str(e.value) and len(server.asked_at) == 1
+
+
+def test_what_a_server_says_back_is_never_kept(policy, server, tmp_path, capsys):
+    echoing = says("The key is the-key.")
+    server.faults = [(400, {}, "Bearer the-key"), echoing, answers(body_of(dict(content="clear"), model="the-key")), answers(body_of(dict(content="clear"), model=[1]))]
+    result = run_row("x", policy[0].select(range(4)), tmp_path, "phantom", budget=None, endpoints=dict(x=dict(vars(at(server)))))
+    assert list(result.reports.status) == ["error", "ok", "ok", "ok"] and result.reports.candidate[1] == "The key is [key]."
+    assert "the-key" not in (tmp_path / "x.jsonl").read_text() + capsys.readouterr().out + result.note
+
+
+@pytest.mark.parametrize("usage", [None, {}, dict(prompt_tokens=-5, completion_tokens=-2), dict(prompt_tokens=math.nan, completion_tokens=math.nan), dict(prompt_tokens="5", completion_tokens=[2]), 7])
+def test_an_answer_of_unknown_cost_counts_as_the_most_it_can_have_cost(policy, server, tmp_path, usage):
+    server.faults = [answers(body_of(dict(content="clear lungs"), usage=usage)) for _ in range(6)]
+    out = asks(at(server, prices=dict(input=0., output=1e6 / TOKENS)), policy[0], tmp_path / "a.jsonl", budget=2.5)                # one dollar each
+    assert list(out.status) == ["ok"] * 2 + ["not asked"] * 4 and (tmp_path / "a.jsonl").read_text().count('"ok"') == 2
+    more = asks(at(server, prices=dict(input=0., output=1e6 / TOKENS)), policy[0], tmp_path / "a.jsonl", budget=3.5)
+    assert list(more.status) == ["ok"] * 3 + ["not asked"] * 3                                                                    # what was spent before is known of the file
+
+
+def test_an_answer_is_written_before_it_is_paid(policy, tmp_path):
+    def bill(line): raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        collect(policy[0].select(range(1)), tmp_path / "a.jsonl", dict(model="m", prompt="p", parameters={}), lambda images: dict(status="ok", candidate="clear"), paid=bill)
+    assert '"clear"' in (tmp_path / "a.jsonl").read_text()
+
+
+def test_money_is_told_in_numbers(policy, server, tmp_path):
+    with pytest.raises(EndpointError, match="budget=nan; expected US dollars"): asks(at(server), policy[0], tmp_path / "a.jsonl", budget=math.nan)
+    for price in (math.nan, -1, "2"):
+        with pytest.raises(EndpointError, match="numbers from 0"): asks(at(server, prices=dict(input=0, output=price)), policy[0], tmp_path / "a.jsonl", budget=1)
+
+
+ODD = {"choices null": dict(choices=None), "choices {}": dict(choices={}), "no choice": dict(choices=[]), "a choice that is a text": dict(choices=["x"]), "no message": dict(choices=[dict(index=0)]),
+       "a number": body_of(dict(content=3)), "an object": body_of(dict(content={"text": "x"})), "a part that is a number": body_of(dict(content=[3])), "a part without its text": body_of(dict(content=[dict(type="text")])),
+       "a list": [], "nested": b"[" * 100_000, "no UTF-8": b"\xff\xfe", "a number of 10,000 digits": b"1" * 10_000}
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_odd_answer_is_an_error_of_its_row(policy, server, tmp_path, name):
+    server.faults = [answers(ODD[name])] * 2
+    out = asks(at(server, attempts=2), policy[0].select(range(2)), tmp_path / "a.jsonl")
+    assert list(out.status) == ["error", "ok"] and out.error[0] == "Malformed"
+
+
+def test_parts_of_text_are_joined(policy, server, tmp_path):
+    server.faults = [answers(body_of(dict(content=[dict(type="text", text="The lungs "), dict(type="thinking", thinking=[]), "are ", dict(type="text", text="clear.")]))), says("half \ud800 a pair")]
+    out = asks(at(server), policy[0].select(range(2)), tmp_path / "a.jsonl")
+    assert list(out.candidate) == ["The lungs are clear.", "half ? a pair"]
+
+
+@pytest.mark.parametrize("said, report", [("<think>Is it a mass?</think> Clear lungs.", "Clear lungs."), ("<think>Is it a mass?", ""), ("a mass?</think>\nClear lungs.", "Clear lungs."), ("<THINKING>x\ny</THINKING>Clear lungs.", "Clear lungs."),
+                                         ("<think>a</think>b<think>c</think><report> Clear lungs. </report>", "Clear lungs."), ("<think>a</think> Clear lungs. <think>b", "Clear lungs."), ("Clear lungs, I think.", "Clear lungs, I think.")])
+def test_what_is_thought_aloud_is_no_part_of_the_report(policy, server, tmp_path, said, report):
+    server.faults = [says(said)]
+    out = asks(at(server), policy[0].select(range(1)), tmp_path / "a.jsonl")
+    assert report_body(said) == report and report_body(out.candidate[0]) == report and out.status[0] == ("ok" if report else "empty")
+
+
+def test_a_refusal_that_was_thought_over_is_a_refusal(policy, server, tmp_path):
+    server.faults = [says("<think>May I?</think>I'm sorry, but I can't interpret medical images.")]
+    assert list(asks(at(server), policy[0].select(range(1)), tmp_path / "a.jsonl").status) == ["refusal"]
+
+
+@pytest.mark.parametrize("status, param, message, names", [(400, "temperature", "Unsupported value", "'temperature': 0"), (400, None, "Unsupported parameter: 'max_tokens'; use 'max_completion_tokens'", f"'max_tokens': {TOKENS}"), (422, None, "temperature: not permitted", "'temperature': 0")])
+def test_a_parameter_that_is_refused_is_named(policy, server, tmp_path, status, param, message, names):
+    server.faults = [lambda handler: handler.send(status, dict(error=dict(message=message, param=param)))]
+    with pytest.raises(EndpointError, match=re.escape(f"{status}, {server.id} refuses parameters={{{names}}}; change or leave out")):
+        asks(at(server, parameters=dict(max_tokens=TOKENS, temperature=0)), policy[0], tmp_path / "a.jsonl")
+    assert len(server.asked_at) == 1
+
+
+def dripping(part, headers):
+    "Sends one byte of an answer every 50 ms: of its headers, or of its body."
+    def answer(handler):
+        if not headers: handler.send_response(200); handler.send_header("Content-Length", "100000"); handler.end_headers()
+        try:
+            for _ in range(200): handler.wfile.write(part); handler.wfile.flush(); time.sleep(.05)
+        except OSError: pass
+        handler.close_connection = True
+    return answer
+
+
+@pytest.mark.parametrize("headers", [True, False])
+def test_a_slow_answer_ends_at_the_timeout(policy, server, tmp_path, headers):
+    server.faults = [dripping(b"H" if headers else b" ", headers)]
+    out = asks(at(server, timeout=.5, attempts=1), policy[0].select(range(1)), tmp_path / "a.jsonl")
+    assert list(out.error) == ["Late"] and out.unknown[0] == 1                                 # it drips for ten seconds, half of one is waited
+
+
+def test_a_list_of_models_that_is_none_is_one_line(policy, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(FaultyHandler, "do_GET", lambda handler: handler.send(400, dict(error=dict(message="the-key"))))
+    with pytest.raises(EndpointError, match=r"does not list its models \(BadRequestError 400\); name one"): asks(at(server, model=None), policy[0], tmp_path / "a.jsonl")

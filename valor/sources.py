@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['FRONTAL', 'LATERAL', 'CHEXPERT', 'COLUMNS', 'SOURCES', 'DataError', 'Study', 'Fault', 'read_table', 'view_of',
-           'openi_views', 'dicom_name', 'read_openi_tree', 'read_kaggle', 'read_r2gen', 'read_mimic', 'read_own_table',
-           'read_header', 'read_hf', 'Terms', 'Source', 'terms_of', 'is_local', 'check_endpoint']
+           'openi_views', 'dicom_name', 'read_openi_tree', 'read_kaggle', 'check_is_iu', 'read_r2gen', 'read_mimic',
+           'read_own_table', 'read_header', 'read_hf', 'Terms', 'Source', 'terms_of', 'is_local', 'check_endpoint']
 
 # %% ../nbs/01d_sources.ipynb #57ebc54f
 import csv, gzip, importlib.util, io, json, re, sqlite3, tarfile, tempfile
@@ -142,6 +142,7 @@ def read_openi_tree(root, reports=None):
         except (ParseError, AttributeError, TypeError, ValueError) as e:
             yield Fault(Path(where).stem, "broken XML", where, f"not a report of Open-i ({first_line(e)}); expected eCitation XML with a uId")
             continue
+        for name in (s["uid"], *s["images"]): check_is_iu(name, where)
         images = [(str(_openi_file(root, i)), seen.get(dicom_name(i), "unknown")) for i in s["images"]]
         yield Study(s["uid"], s["uid"], where, s["findings"], s["impression"], images=images, codes=s["codes"])
 
@@ -154,7 +155,9 @@ def read_kaggle(root):
         if r is None: yield Fault(f"row {row}", "wrong number of cells", f"{projections}:{row}", "a row with more or fewer cells than the header", "image")
         elif (view := view_of(r["projection"])) == "unknown" and r["projection"].strip():
             yield Fault(f"CXR{r['uid']}", "unknown projection", f"{projections}:{row}", f"projection {r['projection']!r}; expected Frontal or Lateral", "image")
-        else: images.setdefault(r["uid"], []).append((str(root/"images"/"images_normalized"/r["filename"]), view))
+        else:
+            check_is_iu(r["filename"], f"{projections}:{row}")
+            images.setdefault(r["uid"], []).append((str(root/"images"/"images_normalized"/r["filename"]), view))
     reports = root/"indiana_reports.csv"
     for row, r in read_table(reports, ["uid", "MeSH", "findings", "impression"]):
         where = f"{reports}:{row}"
@@ -165,7 +168,12 @@ def read_kaggle(root):
     for uid, left in images.items(): yield Fault(f"CXR{uid}", "images without a report", str(projections), f"uid {uid} has {len(left)} images and no row in indiana_reports.csv", "image")
 
 # %% ../nbs/01d_sources.ipynb #e78ec238
-_MIMIC_PATH = re.compile(r"p1\d/p1\d{7}/s\d{8}")
+_IU_NAME = re.compile(r"CXR\d+(_\d+)?|(CXR)?\d+(_\d+)?_IM-[\w.-]+")
+
+def check_is_iu(name, where):
+    "Raise `DataError` unless `name` (an id, or a path with an image's name in it) is recognisably from Open-i / IU X-Ray: only then do its terms, which restrict nothing, apply."
+    if not any(_IU_NAME.fullmatch(part) for part in name.split("/")):
+        raise DataError(f"{where}: {name[:60]!r} is not a name of IU X-Ray; expected one such as CXR1_IM-0001-3001 or 1_IM-0001-3001.dcm.png. What comes from anywhere else is restricted")
 
 def _annotation(path):
     "`(split, index, entry)` of R2Gen's annotation file, streamed."
@@ -185,9 +193,9 @@ def _annotation(path):
     except (ijson.JSONError, UnicodeDecodeError) as e: raise DataError(f"{path}: not readable as JSON ({first_line(e)})") from e
 
 def read_r2gen(root, credentialed, annotation="annotation.json"):
-    """R2Gen's layout: the file `annotation` and `images/` under `root`. `credentialed`: the file is MIMIC-CXR's.
+    """R2Gen's layout: the file `annotation` and `images/` under `root`. `credentialed`: the file may be MIMIC-CXR's, and its studies are restricted whatever they are.
 
-    Raises `DataError` where the file's paths say that it is the other one: permissions depend on it."""
+    Else it must be IU X-Ray's: raises `DataError` at the first study whose id or image is not recognisably from there."""
     root = _folder(root, annotation)
     path = root/annotation
     for split, index, entry in _annotation(path):
@@ -199,8 +207,8 @@ def read_r2gen(root, credentialed, annotation="annotation.json"):
         paths = [entry["image_path"]] if isinstance(entry["image_path"], str) else entry["image_path"]
         if not isinstance(entry["report"], str): yield fault("not a text", f"report is {type(entry['report']).__name__}; expected text"); continue
         if not isinstance(paths, list) or not all(isinstance(p, str) for p in paths): yield fault("not a path", f"image_path {str(paths)[:60]}; expected a list of file names"); continue
-        if any(_MIMIC_PATH.search(p) for p in paths) != credentialed:
-            raise DataError(f"{where}: image_path {paths[:1]} is {'not ' if credentialed else ''}MIMIC-CXR's; use source={'r2gen_iu' if credentialed else 'r2gen_mimic'!r}, whose terms apply")
+        if not credentialed:
+            for name in (str(entry["id"]), *paths): check_is_iu(name, where)
         try: name = _split_name(split, where)
         except ValueError as e: yield fault("unknown split", str(e)); continue
         if entry.get("split") not in (None, split): yield fault("contradictory split", f"stands in {split!r} and says split {entry['split']!r}"); continue
