@@ -5,7 +5,7 @@ __all__ = ['OBSERVATIONS', 'BENCHMARKS', 'REAL_SOURCES', 'RULES', 'PRESETS', 'ON
            'parse_settings', 'sweeps', 'key_of', 'repo_root', 'runs_dir', 'figures_dir', 'versions']
 
 # %% ../nbs/00_config.ipynb #0322eea5
-import dataclasses, hashlib, importlib.metadata, json, math, os, platform, re, types, typing
+import configparser, dataclasses, hashlib, importlib.metadata, json, math, os, platform, re, types, typing
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -109,6 +109,8 @@ class Config:
     # held-out evaluation during training
     eval_steps: int | None = 10         # the adapter is kept every so many updates, to be evaluated then (Fig. 7); None is never
     eval_studies: int = 48              # validation studies that it is evaluated on
+    # evaluation
+    eval_batch_size: int = 100          # reports written at once on held-out studies; lower it where a GPU's memory does not hold so many
     # bookkeeping
     save_steps: int = 10                # checkpoints, in updates
     n_boot: int = 1000                  # bootstrap draws of every interval
@@ -120,7 +122,10 @@ def _one_of(*options): return (lambda v: v in options), "one of " + ", ".join(ma
 _MODEL = (lambda v: v == "rules" or Path(v).expanduser().exists() or re.fullmatch(r"[\w.-]+/[\w.-]+", v)), "'rules' (the embedded stand-in), a file or folder that exists, or a hub repository's name"
 _GROUPS = ("language", "language+projector", "language+projector+vision")
 _POSITIVE, _UNIT = ((lambda v: 0 < v < math.inf), "a number > 0"), ((lambda v: 0 <= v <= 1), "a number in [0, 1]")
+_SEED = (lambda v: 0 <= v < 2 ** 32), "a whole number from 0 to 2**32 - 1, as torch and numpy take"
+_RUN_SEED = (lambda v: 0 <= v <= 4 * 10 ** 8), "a whole number from 0 to 400000000 (stages are seeded by 10 * seed + stage, which must stay below 2**32)"
 RULES = {
+    "seed": _RUN_SEED, "data_seed": _SEED, "base_seed": _SEED, "expert_seed": _SEED,
     "benchmark": _one_of(*BENCHMARKS, *REAL_SOURCES), "sections": _one_of("both", "findings", "impression", "report"), "sft_mode": _one_of("full", "lora"),
     "rank_norm": _one_of("centered", "unit", "standardized", "grpo"), "text_in_mix": _one_of("raw", "ranked"), "image_size": _at_least(64),
     "chexbert": _MODEL, "radgraph": _MODEL, "chexbert_uncertain": _one_of("positive", "negative", "class"),
@@ -132,11 +137,11 @@ RULES = {
     "lambda_lex": _UNIT, "lambda_sem": _UNIT, "lambda_vis": _UNIT,
     "group_size": _at_least(2), "k_clin": _at_least(1), "lr": _POSITIVE, "sft_lr": _POSITIVE, "temperature": _POSITIVE,
     "epsilon": _POSITIVE, "n_boot": _at_least(10),
-    **{f: _at_least(0) for f in ("seed", "data_seed", "base_seed", "expert_seed", "lambda_clin", "lambda_cx", "lambda_rg",
+    **{f: _at_least(0) for f in ("lambda_clin", "lambda_cx", "lambda_rg",
                                  "lambda_format", "lambda_length", "lambda_repetition", "beta", "warmup_epochs")},
     **{f: _at_least(1) for f in ("threads", "n_train", "n_val", "n_test", "render_copies", "expert_steps", "base_studies",
                                  "base_epochs", "sft_epochs", "sft_batch_size", "batch_size", "rl_epochs", "stage1_steps", "stage2_steps",
-                                 "max_new_tokens", "lora_r", "lora_alpha", "save_steps", "bertscore_layer", "gradient_accumulation_steps", "eval_steps", "eval_studies")},
+                                 "max_new_tokens", "lora_r", "lora_alpha", "save_steps", "bertscore_layer", "gradient_accumulation_steps", "eval_steps", "eval_studies", "eval_batch_size")},
 }
 
 # %% ../nbs/00_config.ipynb #87e8b25f
@@ -207,7 +212,7 @@ PRESETS = {
                   eval_steps=2, eval_studies=8, save_steps=2, n_boot=100),
     "paper": dict(benchmark="openi_rendered", expert="hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224", chexbert="StanfordAIMI/RRG_scorers",
                   radgraph="StanfordAIMI/RRG_scorers", n_train=None, n_val=None,
-                  n_test=None, image_size=336, sft_mode="lora", sft_lr=2e-4, sft_epochs=1, batch_size=8, stage1_steps=None, stage2_steps=None, lr=1e-6, dpo_lr=1e-6, beta=0.04, max_new_tokens=256, lora_r=64, lora_alpha=128, policy_weights="bfloat16", eval_steps=250, eval_studies=200, save_steps=100),
+                  n_test=None, image_size=336, sft_mode="lora", sft_lr=2e-4, sft_epochs=1, batch_size=8, stage1_steps=None, stage2_steps=None, lr=1e-6, dpo_lr=1e-6, beta=0.04, max_new_tokens=256, lora_r=64, lora_alpha=128, policy_weights="bfloat16", eval_steps=250, eval_studies=200, eval_batch_size=16, save_steps=100),
 }
 ON_BENCHMARK = {("laptop", "openi_rendered"): dict(sections="findings", n_train=None, n_val=None, n_test=None, render_copies=4,
                                                    warmup_epochs=5, sft_epochs=2)}
@@ -215,6 +220,7 @@ ON_BENCHMARK = {("laptop", "openi_rendered"): dict(sections="findings", n_train=
 def preset(name, **overrides):
     "Validated `Config` of a preset, with `overrides` by field name. Raises `ValueError` for an unknown preset or parameter."
     if name not in PRESETS: raise ValueError(f"preset={name!r} is unknown; expected one of {', '.join(PRESETS)}")
+    if overrides.get("preset", name) != name: raise ValueError(f"preset={overrides['preset']!r} among the parameters of preset {name!r}: it would only rename the results; expected --preset {overrides['preset']}")
     fields = {f.name for f in dataclasses.fields(Config)}
     for key in overrides:
         if key not in fields: raise ValueError(f"unknown parameter {key}={overrides[key]!r}; expected one of {', '.join(sorted(fields))}")
@@ -254,10 +260,17 @@ def key_of(obj):
     return hashlib.sha256(json.dumps(obj, sort_keys=True).encode()).hexdigest()[:12]
 
 # %% ../nbs/00_config.ipynb #f81091e8
+def _is_ours(folder):
+    "Whether the `settings.ini` in `folder` is that of this project, and not a stranger's."
+    settings = configparser.ConfigParser(interpolation=None, strict=False)
+    try: settings.read(folder / "settings.ini", encoding="utf-8")
+    except (configparser.Error, OSError, ValueError): return False
+    return settings.defaults().get("lib_name") == "valor"
+
 def repo_root():
-    "Folder that holds `settings.ini`: of the working directory or a parent, else of the installed package."
+    "Folder that holds this project's `settings.ini`: the working directory or a parent, else that of the installed package; else the working directory."
     for p in (Path.cwd(), *Path.cwd().parents, Path(find_spec("valor").origin).resolve().parents[1]):
-        if (p / "settings.ini").exists(): return p
+        if _is_ours(p): return p
     return Path.cwd()
 
 def runs_dir(): return Path(os.environ.get("VALOR_RUNS") or repo_root() / "runs")

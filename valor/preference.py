@@ -54,7 +54,7 @@ def sample_reports(policy, data, path, rewards, cfg, n, chunk=8):
     with path.open("a") as file:
         for at in tqdm(range(done, n, chunk), initial=done // chunk, total=-(-n // chunk), desc="samples", leave=False):
             studies = data.select(order[at:at + chunk])
-            said = generate(*policy, [shown for shown in image_lists(studies) for _ in range(G)], cfg.max_new_tokens, cfg.temperature, chunk * G, seed=1_000_003 * cfg.seed + at)
+            said = generate(*policy, [shown for shown in image_lists(studies) for _ in range(G)], cfg.max_new_tokens, cfg.temperature, chunk * G, seed=(1_000_003 * cfg.seed + at) % 2 ** 32)
             rows = {c: [v for v in studies[c] for _ in range(G)] for c in studies.column_names}
             scores = text_rewards(said, rows, rewards, cfg).tolist()
             for i, (row, study) in enumerate(zip(order[at:at + chunk], studies["study_id"])):
