@@ -66,8 +66,8 @@ PHASES = {   # name: (predecessors, configuration fields that reach it, version 
     "dpo": (("samples",), ("dpo_margin", "dpo_beta", "dpo_lr", "stage2_modules"), 1),
     "mmedpo": (("samples",), ("dpo_beta", "dpo_lr", "stage2_modules", "mmedpo_noise", "mmedpo_scorer", *LABELER, "radgraph", "radgraph_type", "radgraph_encoder", "radgraph_level"), 1),
     "controls": (("data", "expert"), LABELER, 4),
-    **{f"eval_{p}": ((p, "expert"), ("max_new_tokens", *LABELER), 3) for p in ("base", "sft", "stage1", "stage2", "dpo", "mmedpo")},
-    **{f"progress_{p}": ((p,), ("max_new_tokens", "eval_studies", *LABELER), 1) for p in ("stage1", "stage2")},
+    **{f"eval_{p}": ((p, "expert"), ("max_new_tokens", "eval_batch_size", *LABELER), 3) for p in ("base", "sft", "stage1", "stage2", "dpo", "mmedpo")},
+    **{f"progress_{p}": ((p,), ("max_new_tokens", "eval_studies", "eval_batch_size", *LABELER), 1) for p in ("stage1", "stage2")},
 }
 
 AT_PATHS = ("data_root", "data_options", "base", "expert", "dpo_pairs", "chexbert", "radgraph", "radgraph_encoder", "bertscore_model")   # may name files and folders
@@ -465,7 +465,7 @@ def make_evaluation(out, cfg, after, name):
     images = dict(test=image_lists(test))
     if name == "eval_stage2": images |= {"shuffled images": [images["test"][i] for i in ev.shuffled(len(test))], "blank image": [[blank] * len(row) for blank, row in zip(ev.blank_images(test), images["test"])]}
     for condition, shown in images.items():
-        written = generate(model, processor, shown, cfg.max_new_tokens, batch_size=100, desc=name)
+        written = generate(model, processor, shown, cfg.max_new_tokens, batch_size=cfg.eval_batch_size, desc=name)
         pd.DataFrame(dict(study_id=test["study_id"], completion=written)).to_csv(out / f"reports {condition}.csv", index=False)
         score_frame(written, cfg, expert).to_csv(out / f"frame {condition}.csv")
 
@@ -493,7 +493,7 @@ def make_progress(out, cfg, after, name):
         if not frame.exists():
             model, processor = policy_with("sft", cfg, adapter)
             model.to("cuda" if torch.cuda.is_available() else "cpu")
-            written = generate(model, processor, image_lists(val), cfg.max_new_tokens, batch_size=100, desc=f"k={k}")
+            written = generate(model, processor, image_lists(val), cfg.max_new_tokens, batch_size=cfg.eval_batch_size, desc=f"k={k}")
             pd.DataFrame(dict(study_id=val["study_id"], completion=written)).to_csv(out / f"reports k{k:04d}.csv", index=False)
             ev.score_reports(written, val, cfg.benchmark, labeler=labeler(cfg)).to_csv(out / "frame.tmp")
             os.replace(out / "frame.tmp", frame)

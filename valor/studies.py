@@ -247,7 +247,7 @@ def write_index(folder, source, root, how, size, splits, check, strict, options,
         faults = add_labels([r for r, _ in batch], [s for _, s in batch], how)
         for i, (row, _) in enumerate(batch): index.fault(faults[i]) if i in faults else index.row(row)
         batch.clear()
-    items = tqdm(SOURCES[source].read(root, **options), desc=f"indexing {source}", unit=" studies", mininterval=.5, leave=False)
+    items = tqdm(SOURCES[source].read(root, **options), desc=f"indexing {source}", unit=" studies", leave=False)
     try:
         for pair in _sound_rows(index, items, source, how, splits, check == "full", known):
             batch.append(pair)
