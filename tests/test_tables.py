@@ -4,8 +4,9 @@ import numpy as np, pandas as pd, pytest
 from valor import evaluation as ev, phantom, tables
 from valor.config import preset
 from valor.evaluate import holm
+from valor.evaluation import p_value
 from valor.reported import TABLE1, beside, with_footnotes
-from valor.tables import compare, gauges_for, main_table, options_of, p_value, rows_of, wide
+from valor.tables import compare, gauges_for, main_table, options_of, rows_of, wide
 
 
 def frame(values): return pd.DataFrame(dict(rouge_l=values), index=[f"s{i}" for i in range(len(values))])

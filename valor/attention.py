@@ -272,16 +272,12 @@ def _masks(boxes, size, tolerance=0.): return np.stack([inside(b, size, toleranc
 
 # %% ../nbs/13a_grounding.ipynb #c62d3745
 def _sums(frame, column, studies):
-    "Sum of `column` over the mentions of each of `studies`, and their number: `(2, N)`."
-    known = frame[frame[column].notna()].groupby("study_id")[column].agg(["sum", "count"]).reindex(studies, fill_value=0)
-    return known.to_numpy(float).T
+    "A row per study of `studies`: the `sum` of `column` over its mentions, and their number `count`."
+    return frame[frame[column].notna()].groupby("study_id")[column].agg(["sum", "count"]).reindex(studies, fill_value=0)
 
 def _means(frames, column, studies, n_boot, seed):
     "(value, draws): the mean over mentions, averaged over the seeds of `frames` {seed: frame}, and the same in each bootstrap draw `(n_boot,)`."
-    sums = [_sums(f, column, studies) for f in frames.values()]
-    draws, taken = ev.study_draws(len(studies), n_boot, seed), ev.study_draws(len(sums), n_boot, seed + 1) / len(sums)
-    drawn = np.stack([ev.ratio(draws @ s, draws @ n) for s, n in sums], axis=1)
-    return float(np.mean([ev.ratio(s.sum(), n.sum()) for s, n in sums])), (taken * drawn).sum(1)
+    return ev.drawn({s: _sums(f, column, studies) for s, f in frames.items()}, {column: (ev.share("sum", "count"), "")}, n_boot, seed)[column]
 
 def estimate(frames, column, studies, n_boot=1000, seed=0):
     "(value, lo, hi) of the mean of `column` over mentions; `frames`: {seed: frame of `score`}, `studies`: all that could have one. NaN where there is no mention."

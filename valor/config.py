@@ -79,13 +79,14 @@ class Config:
     text_in_mix: str = "raw"            # R_text as it enters Eq. 8: "raw" (the paper's), or "ranked" in its group by Eq. 7, so that text and image count alike at lambda_vis .5
     # GRPO (Eq. 10)
     group_size: int = 8                 # G candidates per image
-    batch_size: int = 4                 # prompts per rollout batch; one rollout batch is one update
-    stage1_steps: int | None = 50       # updates; None is rl_epochs over the training studies
+    batch_size: int = 4                 # prompts per rollout batch; one rollout batch is one generation
+    stage1_steps: int | None = 50       # updates (num_iterations of them to a generation); None is rl_epochs over the training studies
     stage2_steps: int | None = 50
     rl_epochs: int = 3                  # per stage, as the paper's "three epochs" is read
     lr: float = 7e-4
     beta: float = 0.02
-    epsilon: float = 0.2
+    epsilon: float = 0.2                # bound on the probability ratio; idle at num_iterations 1, where the ratio is 1
+    num_iterations: int = 1             # μ: updates on each generation
     temperature: float = 1.0
     max_new_tokens: int = 96
     lora_r: int = 16
@@ -113,6 +114,7 @@ class Config:
     eval_batch_size: int = 100          # reports written at once on held-out studies; lower it where a GPU's memory does not hold so many
     # bookkeeping
     save_steps: int = 10                # checkpoints, in updates
+    keep_completions: bool = True       # a table of all candidates with their scores, rewards and advantages, compressed, beside each stage
     n_boot: int = 1000                  # bootstrap draws of every interval
 
 # %% ../nbs/00_config.ipynb #dedfa19c
@@ -141,7 +143,7 @@ RULES = {
                                  "lambda_format", "lambda_length", "lambda_repetition", "beta", "warmup_epochs")},
     **{f: _at_least(1) for f in ("threads", "n_train", "n_val", "n_test", "render_copies", "expert_steps", "base_studies",
                                  "base_epochs", "sft_epochs", "sft_batch_size", "batch_size", "rl_epochs", "stage1_steps", "stage2_steps",
-                                 "max_new_tokens", "lora_r", "lora_alpha", "save_steps", "bertscore_layer", "gradient_accumulation_steps", "eval_steps", "eval_studies", "eval_batch_size")},
+                                 "max_new_tokens", "lora_r", "lora_alpha", "save_steps", "bertscore_layer", "gradient_accumulation_steps", "eval_steps", "eval_studies", "eval_batch_size", "num_iterations")},
 }
 
 # %% ../nbs/00_config.ipynb #87e8b25f

@@ -83,14 +83,8 @@ def bertscore(options): return mean_of("bertscore", "bertscore", model=options["
 
 def chexbert(options):
     judge = scorer("chexbert", model=options["chexbert"], uncertain=options["chexbert_uncertain"])
-    counted = [1, -1] if options["chexbert_uncertain"] == "positive" else [1]
-    def gauge(pairs):
-        said, true = (judge.labels([p[k] for p in pairs])[OBSERVATIONS].isin(counted).to_numpy() for k in (0, 1))
-        columns = {f"{kind} {o}": v[:, i] for kind, v in dict(tp=said & true, fp=said & ~true, fn=~said & true).items() for i, o in enumerate(OBSERVATIONS)}
-        abnormal = true[:, :len(ev.PATHOLOGIES)].any(1)
-        columns |= dict(abnormal=abnormal, abnormal_found=abnormal & said[:, :len(ev.PATHOLOGIES)].any(1))
-        return pd.DataFrame(columns).astype(int).to_dict("records")
-    return gauge, f"{judge.key} {options['chexbert_uncertain']}"
+    def gauge(pairs): return ev.label_columns(*map(list, zip(*pairs)), judge).astype(int).to_dict("records")
+    return gauge, f"{judge.key} {options['chexbert_uncertain']}{' 2' if options['chexbert_uncertain'] == 'class' else ''}"      # 2: uncertain counts as an answer
 
 def radgraph(options):
     judge = scorer("radgraph", model=options["radgraph"], model_type=options["radgraph_type"], encoder=options["radgraph_encoder"])
@@ -209,17 +203,15 @@ def holm(ps):
 
 def tidy_table(frames, metrics, n_boot, seed):
     "Rows of system, metric, value, lo, hi and, from the second system on, difference to the first, its interval, p and Holm-corrected p."
-    drawn = {s: ev.measure(f, ev.study_draws(len(f), n_boot, seed), metrics) for s, f in frames.items()}
-    values, rows, first = {s: ev.measure(f, None, metrics) for s, f in frames.items()}, [], next(iter(frames))
+    seen, rows, first = {s: ev.drawn({0: f}, metrics, n_boot, seed) for s, f in frames.items()}, [], next(iter(frames))
     for system in frames:
         for name in metrics:
-            lo, hi = ev.interval(drawn[system][name])
-            row = dict(system=system, metric=name, value=float(values[system][name]), lo=lo, hi=hi)
+            (value, draws), (other, theirs) = seen[system][name], seen[first][name]
+            lo, hi = ev.interval(draws)
+            row = dict(system=system, metric=name, value=value, lo=lo, hi=hi)
             if system != first:
-                gaps = drawn[system][name] - drawn[first][name]
-                low, high = ev.interval(gaps)
-                p = min(1., 2 * (1 + min((gaps <= 0).sum(), (gaps >= 0).sum())) / (1 + len(gaps))) if not np.isnan(gaps).any() else np.nan
-                row |= dict(difference=float(values[system][name] - values[first][name]), difference_lo=low, difference_hi=high, p=p)
+                low, high = ev.interval(draws - theirs)
+                row |= dict(difference=value - other, difference_lo=low, difference_hi=high, p=ev.p_value(draws - theirs))
             rows.append(row)
     table = pd.DataFrame(rows)
     if "p" in table: table["p_holm"] = holm(table.p)

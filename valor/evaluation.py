@@ -2,12 +2,12 @@
 
 # %% auto #0
 __all__ = ['BLEU_COLUMNS', 'PATHOLOGIES', 'FINDING_COLUMNS', 'DRAWN', 'STATISTICS', 'METRICS', 'MENTIONS', 'bleu_statistics',
-           'corpus_bleu', 'label_columns', 'planted_columns', 'drawn_columns', 'true_columns', 'distractors',
-           'retrieved', 'truth_keys', 'score_reports', 'ratio', 'f1', 'macro_f1', 'micro_f1', 'share', 'fresh_bleu',
-           'study_draws', 'measure', 'interval', 'summarize', 'aggregate', 'paired_difference', 'result_table',
-           'as_completion', 'shuffled', 'blank_images', 'normal_template', 'random_reports', 'perfect_findings',
-           'retrieval_by_true_codes', 'retrieval_by_expert', 'controls', 'plot_results', 'plot_progression', 'describe',
-           'plot_cases']
+           'corpus_bleu', 'positives', 'label_columns', 'planted_columns', 'drawn_columns', 'true_columns',
+           'distractors', 'retrieved', 'truth_keys', 'score_reports', 'ratio', 'f1', 'macro_f1', 'micro_f1', 'share',
+           'fresh_bleu', 'study_draws', 'measure', 'interval', 'p_value', 'drawn', 'summarize', 'aggregate',
+           'paired_difference', 'result_table', 'as_completion', 'shuffled', 'blank_images', 'normal_template',
+           'random_reports', 'perfect_findings', 'retrieval_by_true_codes', 'retrieval_by_expert', 'controls',
+           'plot_results', 'plot_progression', 'describe', 'plot_cases']
 
 # %% ../nbs/07b_evaluation.ipynb #9c760899
 import textwrap
@@ -40,13 +40,21 @@ def corpus_bleu(sums, order):
 # %% ../nbs/07b_evaluation.ipynb #67fb2855
 PATHOLOGIES = OBSERVATIONS[:12]                                  # without Support Devices and No Finding
 
+def positives(texts, labeler):
+    """What `labeler` finds in each of `texts`, as `labeler.uncertain` counts it: integers `(N, 14)`, 0 not there, 1 there, 2 uncertain
+    (only where "class" makes that an answer of its own). A labeler without `uncertain` counts uncertain observations as there."""
+    labels, uncertain = labeler.labels(list(texts))[OBSERVATIONS].to_numpy(), getattr(labeler, "uncertain", "positive")
+    return np.where(labels == 1, 1, np.where(labels == -1, {"positive": 1, "negative": 0, "class": 2}[uncertain], 0))
+
 def label_columns(candidates, references, labeler):
-    "True/false positives and false negatives of the 14 labels per pair, as 42 columns `tp Edema`, `fp Edema`, …, and the two abnormality flags."
-    said, true = [labeler.labels(list(texts))[OBSERVATIONS].isin([1, -1]).to_numpy() for texts in (candidates, references)]
-    columns = {f"{kind} {name}": values[:, i] for kind, values in dict(tp=said & true, fp=said & ~true, fn=~said & true).items()
-               for i, name in enumerate(OBSERVATIONS)}
-    abnormal, mentioned = true[:, :len(PATHOLOGIES)].any(1), said[:, :len(PATHOLOGIES)].any(1)
-    return pd.DataFrame({**columns, "abnormal": abnormal, "abnormal_found": abnormal & mentioned}).astype(float)
+    """True/false positives and false negatives of the 14 labels per pair, as 42 columns `tp Edema`, `fp Edema`, …, and the two abnormality
+    flags: an observation is right where it is the same in both (see `positives`). The only such count: runs and `valor evaluate` use it."""
+    said, true = (positives(texts, labeler) for texts in (candidates, references))
+    right = (said == true) & (true > 0)
+    counts = dict(tp=right, fp=(said > 0) & ~right, fn=(true > 0) & ~right)
+    columns = {f"{kind} {name}": values[:, i] for kind, values in counts.items() for i, name in enumerate(OBSERVATIONS)}
+    abnormal, found = ((x[:, :len(PATHOLOGIES)] > 0).any(1) for x in (true, said))
+    return pd.DataFrame({**columns, "abnormal": abnormal, "abnormal_found": abnormal & found}).astype(float)
 
 # %% ../nbs/07b_evaluation.ipynb #328e22aa
 FINDING_COLUMNS = ["finding_tp", "hallucinated", "missed", "located_tp", "located_fp", "located_fn", "mislocated", "duplicates"]
@@ -69,7 +77,7 @@ def true_columns(reports, dataset, benchmark, labeler):
     if benchmark == "phantom":
         rows = [planted_columns(r, from_truth(t)) for r, t in zip(reports, dataset["truth"])]
     elif benchmark == "openi_rendered":
-        said = labeler.labels(list(reports))[OBSERVATIONS].isin([1, -1]).to_numpy()
+        said = positives(reports, labeler) > 0
         true = np.array(dataset["labels"]) == 1
         names = lambda row: {o for o, x in zip(OBSERVATIONS, row) if x and o in DRAWN}
         rows = [drawn_columns(names(s), names(t)) for s, t in zip(said, true)]
@@ -184,10 +192,26 @@ def interval(values):
     values = values[~np.isnan(values)]
     return tuple(np.percentile(values, [2.5, 97.5])) if len(values) else (np.nan, np.nan)
 
+def p_value(gaps):
+    "Two-sided bootstrap p of drawn differences; draws in which the measure is undefined are left out, NaN where it always is."
+    gaps = gaps[~np.isnan(gaps)]
+    return min(1., 2 * (1 + min((gaps <= 0).sum(), (gaps >= 0).sum())) / (1 + len(gaps))) if len(gaps) else np.nan
+
+def drawn(by_seed, metrics, n_boot=1000, seed=0):
+    """{metric: (value, draws `(n_boot,)`)} of one system from `by_seed` {seed: frame}: the one bootstrap of this package.
+
+    `value` is the mean over seeds; each draw takes seeds and studies with replacement. Systems with as many seeds and the same number of
+    studies are drawn alike, so that their draws may be subtracted. Seeds with other studies than the first draw studies of their own."""
+    each = list(by_seed.values())
+    crossed = all(f.index.equals(each[0].index) for f in each)
+    draws = [study_draws(len(f), n_boot, seed + (0 if crossed else 1000 * i)) for i, f in enumerate(each)]
+    taken = study_draws(len(each), n_boot, seed + 1) / len(each)             # (n_boot, seeds): each seed's share of a draw
+    values, sums = [measure(f, None, metrics) for f in each], [measure(f, d, metrics) for f, d in zip(each, draws)]
+    return {m: (float(np.mean([v[m] for v in values])), (taken * np.stack([s[m] for s in sums], 1)).sum(1)) for m in metrics}
+
 def summarize(frame, n_boot=1000, seed=0):
     "metric -> (value, lo, hi): each measure of one system with its 95 % percentile bootstrap interval over studies; NaN where it does not apply."
-    draws = measure(frame, study_draws(len(frame), n_boot, seed))
-    return {name: (float(value), *map(float, interval(draws[name]))) for name, value in measure(frame).items()}
+    return {name: (value, *map(float, interval(draws))) for name, (value, draws) in drawn({0: frame}, METRICS, n_boot, seed).items()}
 
 # %% ../nbs/07b_evaluation.ipynb #8d73aada
 def aggregate(frames, n_boot=1000, seed=0):
@@ -196,26 +220,17 @@ def aggregate(frames, n_boot=1000, seed=0):
     `frames`: {system: {seed: frame}}. `value` is the mean over seeds; the interval is a percentile bootstrap over seeds and studies."""
     rows = []
     for system, by_seed in frames.items():
-        each = list(by_seed.values())
-        crossed = all(f.index.equals(each[0].index) for f in each)
-        draws = [study_draws(len(f), n_boot, seed + (0 if crossed else 1000 * i)) for i, f in enumerate(each)]
-        drawn, values = [measure(f, d) for f, d in zip(each, draws)], [measure(f) for f in each]
-        taken = study_draws(len(each), n_boot, seed + 1) / len(each)             # (n_boot, seeds): each seed's share of a draw
-        for name in METRICS:
-            lo, hi = interval((taken * np.stack([d[name] for d in drawn], axis=1)).sum(1))
-            rows.append(dict(system=system, metric=name, value=float(np.mean([v[name] for v in values])), lo=lo, hi=hi,
-                             seeds=len(each), studies=len(each[0])))
+        for name, (value, draws) in drawn(by_seed, METRICS, n_boot, seed).items():
+            lo, hi = interval(draws)
+            rows.append(dict(system=system, metric=name, value=value, lo=lo, hi=hi, seeds=len(by_seed), studies=len(next(iter(by_seed.values())))))
     return pd.DataFrame(rows)
 
 # %% ../nbs/07b_evaluation.ipynb #39343e4d
 def paired_difference(frames, a, b, metric, n_boot=1000, seed=0):
     "(a − b, lo, hi) of one metric for two systems of `frames` (see `aggregate`), bootstrapped over the same seeds and studies; a control has one seed for all."
-    one = {metric: METRICS[metric]}
-    pairs = [(f, frames[b].get(s, next(iter(frames[b].values())))) for s, f in frames[a].items()]
-    draws = study_draws(len(pairs[0][0]), n_boot, seed)
-    gaps = np.stack([measure(x, draws, one)[metric] - measure(y, draws, one)[metric] for x, y in pairs], axis=1)
-    taken = study_draws(len(pairs), n_boot, seed + 1) / len(pairs)
-    return (float(np.mean([measure(x, None, one)[metric] - measure(y, None, one)[metric] for x, y in pairs])), *map(float, interval((taken * gaps).sum(1))))
+    theirs = {s: frames[b].get(s, next(iter(frames[b].values()))) for s in frames[a]}
+    (x, drawn_x), (y, drawn_y) = (drawn(f, {metric: METRICS[metric]}, n_boot, seed)[metric] for f in (frames[a], theirs))
+    return (x - y, *map(float, interval(drawn_x - drawn_y)))
 
 # %% ../nbs/07b_evaluation.ipynb #233fb400
 def result_table(tidy, metrics=None):

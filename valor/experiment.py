@@ -59,15 +59,15 @@ PHASES = {   # name: (predecessors, configuration fields that reach it, version 
     "sft": (("base",), ("seed", "sft_mode", "sft_epochs", "lora_r", "lora_alpha", "policy_weights"), 1),
     "stage1": (("sft",), ("lambda_lex", "lambda_sem", "lambda_clin", "lambda_cx", "lambda_rg", "k_clin", "lambda_format",
                           *SCORING, "lambda_length", "lambda_repetition", "rank_norm", "group_size", "batch_size", "lr",
-                          "beta", "epsilon", "temperature", "rollout", "max_new_tokens", "rl_epochs", "stage1_steps", "stage1_modules", "eval_steps"), 2),
+                          "beta", "epsilon", "num_iterations", "temperature", "rollout", "max_new_tokens", "rl_epochs", "stage1_steps", "stage1_modules", "eval_steps"), 2),
     "stage2": (("stage1", "expert"), ("lambda_vis", "text_in_mix", "stage2_steps", "stage2_modules"), 2),
     "samples": (("sft",), ("dpo_pairs", "lambda_lex", "lambda_sem", "lambda_format", "bertscore_model", "bertscore_layer", "extra_rewards", "lambda_length", "lambda_repetition",
-                           "group_size", "batch_size", "temperature", "max_new_tokens", "rl_epochs", "stage1_steps", "stage2_steps"), 1),
+                           "group_size", "batch_size", "num_iterations", "temperature", "max_new_tokens", "rl_epochs", "stage1_steps", "stage2_steps"), 1),
     "dpo": (("samples",), ("dpo_margin", "dpo_beta", "dpo_lr", "stage2_modules"), 1),
     "mmedpo": (("samples",), ("dpo_beta", "dpo_lr", "stage2_modules", "mmedpo_noise", "mmedpo_scorer", *LABELER, "radgraph", "radgraph_type", "radgraph_encoder", "radgraph_level"), 1),
-    "controls": (("data", "expert"), LABELER, 4),
-    **{f"eval_{p}": ((p, "expert"), ("max_new_tokens", "eval_batch_size", *LABELER), 3) for p in ("base", "sft", "stage1", "stage2", "dpo", "mmedpo")},
-    **{f"progress_{p}": ((p,), ("max_new_tokens", "eval_studies", "eval_batch_size", *LABELER), 1) for p in ("stage1", "stage2")},
+    "controls": (("data", "expert"), LABELER, 5),
+    **{f"eval_{p}": ((p, "expert"), ("max_new_tokens", "eval_batch_size", *LABELER), 4) for p in ("base", "sft", "stage1", "stage2", "dpo", "mmedpo")},
+    **{f"progress_{p}": ((p,), ("max_new_tokens", "eval_studies", "eval_batch_size", *LABELER), 2) for p in ("stage1", "stage2")},
 }
 
 AT_PATHS = ("data_root", "data_options", "base", "expert", "dpo_pairs", "chexbert", "radgraph", "radgraph_encoder", "bertscore_model")   # may name files and folders
@@ -420,7 +420,7 @@ def make_samples(out, cfg, after, name):
     if cfg.dpo_pairs != "samples": return _write(out / "pairs.json", read_preferences(cfg.dpo_pairs, train["study_id"]))
     policy = policy_of("sft", cfg)
     policy[0].to("cuda" if torch.cuda.is_available() else "cpu")
-    sample_reports(policy, train, out / "samples.jsonl", Rewards(text_scorers(cfg), None, extras=extras_of(cfg)), cfg, min(len(train), updates_of(cfg, len(train)) * cfg.batch_size))
+    sample_reports(policy, train, out / "samples.jsonl", Rewards(text_scorers(cfg), None, extras=extras_of(cfg)), cfg, min(len(train), updates_of(cfg, len(train)) // cfg.num_iterations * cfg.batch_size))
 
 def pairs_for(name, cfg, folder, train):
     "The pairs that phase `name` ('dpo' or 'mmedpo') trains on, from the samples or the preference file in `folder`."

@@ -137,7 +137,7 @@ class LabelF1(ModelScorer):
     name = "chexbert"
 
     def __init__(self, model="rules", uncertain="positive", observations=14, dtype="float32", batch_size=32, device="auto", cache=None):
-        self.counted, self.observations = UNCERTAIN.get(uncertain), frozenset(check_options(uncertain, observations))
+        self.uncertain, self.counted, self.observations = uncertain, UNCERTAIN.get(uncertain), frozenset(check_options(uncertain, observations))
         self.labeler = RuleLabeler() if model == "rules" else CheXbert(model, dtype, batch_size, device)
         super().__init__(self.labeler.key, None if model == "rules" else cache)   # rules are faster than a file
 

@@ -19,7 +19,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from .evaluation import as_completion
-from .grpo import Rewards, advantages
+from .grpo import Rewards, advantages, steps_of
 from .injection import extras_of
 from .models import check_completions, ending, frozen_weights, load_policy, loading, lora_config, memory_line
 from .policy import PROMPT, Progress, generate, image_lists, last_complete_checkpoint, trainer_args
@@ -212,7 +212,7 @@ def preference_trainer(sft_folder, pairs, data, out, cfg, weighted, steps, seed,
     return trainer
 
 # %% ../nbs/07g_preference.ipynb #0abcc071
-def updates_of(cfg, n): return sum(steps or cfg.rl_epochs * -(-n // cfg.batch_size) for steps in (cfg.stage1_steps, cfg.stage2_steps))
+def updates_of(cfg, n): return sum(steps_of(steps, cfg, n) for steps in (cfg.stage1_steps, cfg.stage2_steps))
 
 def prefer(sft_folder, pairs, data, out, cfg, weighted, per_device=None):
     """Train on `pairs` for as many updates as both stages of VALOR have and write the adapter to `out/adapter`; returns the log, one dict per update.

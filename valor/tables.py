@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['GAUGED', 'METRICS', 'SHOWN', 'TRUTH', 'ROWS', 'FAULTS', 'false_labels', 'shown_metrics', 'finished', 'rows_of',
-           'options_of', 'gauges_for', 'with_gauges', 'scored', 'drawn', 'p_value', 'compare', 'main_table',
-           'command_for', 'wide', 'plot_systems']
+           'options_of', 'gauges_for', 'with_gauges', 'scored', 'compare', 'main_table', 'command_for', 'wide',
+           'plot_systems']
 
 # %% ../nbs/07h_tables.ipynb #6ed219fc
 import shlex, yaml
@@ -88,32 +88,21 @@ def scored(rows, cfg, metrics, models={}):
     return {row: {seed: with_gauges(read_frame(folder, c), read_reports(folder, c), references, gauges, cider, folder / "scores") for seed, (folder, c) in by_seed.items()} for row, by_seed in rows.items()}, why
 
 # %% ../nbs/07h_tables.ipynb #5d38a59e
-def drawn(by_seed, metrics, n, seed):
-    "{metric: (value, (n,) draws)} of one row, over its seeds and studies; rows with as many seeds and studies are drawn alike."
-    each, chosen = list(by_seed.values()), {m: METRICS[m] for m in metrics}
-    draws, taken = ev.study_draws(len(each[0]), n, seed), ev.study_draws(len(each), n, seed + 1) / len(each)
-    values, sums = [ev.measure(f, None, chosen) for f in each], [ev.measure(f, draws, chosen) for f in each]
-    return {m: (float(np.mean([v[m] for v in values])), (taken * np.stack([s[m] for s in sums], 1)).sum(1)) for m in metrics}
-
-def p_value(gaps):
-    "Two-sided bootstrap p of drawn differences; NaN where the measure is not defined."
-    gaps = gaps[~np.isnan(gaps)]
-    return min(1., 2 * (1 + min((gaps <= 0).sum(), (gaps >= 0).sum())) / (1 + len(gaps))) if len(gaps) else np.nan
-
 def compare(frames, metrics, against="VALOR", n=20_000, seed=0):
     """Tidy table: system, metric, value, lo, hi, seeds, studies, and difference to `against` (theirs minus its), its interval, p and Holm-corrected p.
 
     `frames`: {row: {seed: frame}} as from `scored`. Where a row lacks a seed that `against` has, the two are compared on the seeds that both have; a row of one seed, as the controls are, with the mean over all."""
-    rows, seen = [], {s: drawn(f, metrics, n, seed) for s, f in frames.items()}
+    chosen = {m: METRICS[m] for m in metrics}
+    rows, seen = [], {s: ev.drawn(f, chosen, n, seed) for s, f in frames.items()}
     for system, by_seed in frames.items():
         both = [s for s in by_seed if s in frames.get(against, {})]
         partial = against in frames and len(by_seed) > 1 and set(by_seed) != set(frames[against])
-        ours, theirs = [drawn({s: frames[x][s] for s in both}, metrics, n, seed) if partial and both else seen.get(x) for x in (system, against)]
+        ours, theirs = [ev.drawn({s: frames[x][s] for s in both}, chosen, n, seed) if partial and both else seen.get(x) for x in (system, against)]
         for m in metrics:
             (value, draws), row = seen[system][m], {}
             if theirs and system != against:
                 gaps = ours[m][1] - theirs[m][1]
-                row = dict(zip(("difference", "difference_lo", "difference_hi", "p"), (ours[m][0] - theirs[m][0], *ev.interval(gaps), p_value(gaps))))
+                row = dict(zip(("difference", "difference_lo", "difference_hi", "p"), (ours[m][0] - theirs[m][0], *ev.interval(gaps), ev.p_value(gaps))))
             rows.append(dict(zip(("system", "metric", "value", "lo", "hi", "seeds", "studies"), (system, m, value, *ev.interval(draws), len(by_seed), len(next(iter(by_seed.values())))))) | row)
     table = pd.DataFrame(rows)
     if "p" in table: table["p_holm"] = judging.holm(table.p)
