@@ -7,7 +7,7 @@ __all__ = ['MESH_SIDES', 'MESH_ZONES', 'MESH_SEVERITIES', 'MESH_FINDINGS', 'BENC
            'rerender', 'leaked', 'benchmark_note']
 
 # %% ../nbs/01_data.ipynb #e459c624
-import hashlib, importlib.util, re, tarfile
+import hashlib, importlib.util, re
 import xml.etree.ElementTree as ET
 from collections import Counter
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ import numpy as np, pandas as pd
 from datasets import Dataset, DatasetDict
 from tqdm.auto import tqdm
 from .config import OBSERVATIONS
+from .files import archive_files
 from .sections import clean_text
 from .phantom import FEATURES, FINDINGS, KINDS, Finding, compose_report, from_truth, labels, make_phantom, png_bytes, render, to_truth
 
@@ -40,8 +41,7 @@ def parse_openi(xml):
 
 def read_openi(path=None):
     "All studies of the Open-i archive at `path` (default: `openi_archive()`), as a list of dicts (see `parse_openi`) in the order of their numbers."
-    with tarfile.open(path or openi_archive()) as tar:
-        studies = [parse_openi(tar.extractfile(m).read()) for m in tar if m.name.endswith(".xml")]
+    studies = [parse_openi(xml) for _, xml in archive_files(path or openi_archive(), ".xml") if xml is not None]
     return sorted(studies, key=lambda s: int(s["uid"].removeprefix("CXR")))
 
 # %% ../nbs/01_data.ipynb #77526993

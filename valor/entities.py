@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest.mock import patch
 import torch
 from .clinical import RuleGraph, set_f1
+from .files import DataError, check_archive, check_weights
 from .rewards import ModelScorer, minilm_folder, resolve_device, resolve_dtype, weights_path
 
 # %% ../nbs/02c_entities.ipynb #4d481ed8
@@ -45,12 +46,13 @@ def unpacked(archive):
     folder = archive.with_name(archive.name.removesuffix(".tar.gz"))
     try:
         if not (folder/"config.json").is_file():
+            check_archive(archive)
             with tempfile.TemporaryDirectory(dir=archive.parent) as temporary, tarfile.open(archive, "r:gz") as tar:
                 tar.extractall(Path(temporary)/"all", filter="data")
                 held = next((p.parent for p in sorted(Path(temporary).rglob("config.json"))), None)
                 if held is None: raise tarfile.TarError("no config.json in it")
                 if not (folder/"config.json").is_file(): held.rename(folder)
-    except (tarfile.TarError, zlib.error, OSError, EOFError) as e:
+    except (tarfile.TarError, zlib.error, OSError, EOFError, DataError) as e:
         if (folder/"config.json").is_file(): return folder                           # another process was quicker
         raise ValueError(f"{archive}: cannot be unpacked ({type(e).__name__}: {e}); expected a .tar.gz of {REPO}, or give {EMBEDDED}") from None
     return folder
@@ -58,6 +60,7 @@ def unpacked(archive):
 # %% ../nbs/02c_entities.ipynb #00a99a6e
 def radgraph_state(path):
     "The tensors in a `weights.th`, on the CPU. ValueError if it is no such file."
+    check_weights(path)
     try: return {n: t for n, t in torch.load(path, map_location="cpu", weights_only=True).items() if not n.endswith("position_ids")}
     except Exception as e: raise ValueError(f"{path}: not a RadGraph's weights ({type(e).__name__}: {' '.join(str(e).split())[:120]}); expected weights.th of {REPO}, or give {EMBEDDED}") from None
 
