@@ -179,7 +179,7 @@ def test_the_package_s_own_archive_is_whole():
 
 def test_an_image_name_of_5000_letters_costs_its_image(tmp_path):
     (tmp_path / "ecgen-radiology").mkdir()
-    (tmp_path / "ecgen-radiology" / "1.xml").write_text(f'<r><uId id="CXR1"/><AbstractText Label="FINDINGS">Clear.</AbstractText><parentImage id="{"x" * 5000}"/></r>')
+    (tmp_path / "ecgen-radiology" / "1.xml").write_text(f'<r><uId id="CXR1"/><AbstractText Label="FINDINGS">Clear.</AbstractText><parentImage id="CXR1_1_IM-0001-{"1" * 5000}"/></r>')
     study, = read_openi_tree(tmp_path)
     good, faults = sound_images(study)
     assert not good and [f.kind for f in faults] == ["missing image"]

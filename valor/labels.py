@@ -11,6 +11,7 @@ from unittest.mock import patch
 import pandas as pd, torch
 from .clinical import PATTERNS, RuleLabeler, sentences, set_f1, status
 from .config import OBSERVATIONS
+from .files import check_weights
 from .rewards import ModelScorer, check_texts, length_sorted, minilm_folder, report_body, resolve_device, resolve_dtype, weights_path
 
 # %% ../nbs/02b_labels.ipynb #54e57946
@@ -20,6 +21,7 @@ SIZES = ("bert.embeddings.word_embeddings.weight", "bert.embeddings.position_emb
 
 def chexbert_state(path):
     "The weights in a `chexbert.pth`, names without `module.` and without `position_ids`. ValueError if the file is not one."
+    check_weights(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"]
         state = {name.replace("module.", ""): tensor.float() for name, tensor in state.items() if not name.endswith("position_ids")}

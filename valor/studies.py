@@ -22,7 +22,7 @@ from .data import code_labels, codes_to_findings, split_of
 from .images import ImageError, XRay, check_image, read_image, to_png
 from .phantom import FEATURES, to_truth
 from .sections import DEIDENTIFIED, SECTIONS, STYLES, clean_text, report_of
-from .sources import SOURCES, DataError, Fault, Study, _split_name, read_table
+from .sources import BROKEN_ROW, SOURCES, DataError, Fault, Study, _split_name, read_table
 from .contents import cache_dir, fingerprint
 from .views import KnownViews, picture_view
 
@@ -103,8 +103,9 @@ def sound_images(study, full=False, pictures=None, trusted=True):
             if shown is None: check_image(image, full, name)
             elif view == "unknown" or not trusted: view = shown
         except ImageError as e:
-            kind = "missing image" if "No such file" in str(e) else "damaged image"
-            faults.append(Fault(study.study_id, "flat image" if "same value" in str(e) else kind, name, str(e).removeprefix(f"{name}: ").removeprefix("image in memory: "), "image"))
+            kinds = {"No such file": "missing image", "too long": "missing image", "same value": "flat image", "takes another package": "compression of another package"}
+            kind = next((k for said, k in kinds.items() if said in str(e)), "damaged image")
+            faults.append(Fault(study.study_id, kind, name, str(e).removeprefix(f"{name}: ").removeprefix("image in memory: "), "image"))
         else: good.append((image, view))
     return good, faults
 
@@ -157,7 +158,7 @@ def _splits_table(path):
     "{study_id: split} of a user's split file (CSV with study_id, split)."
     out = {}
     for row, r in read_table(Path(path).expanduser(), ["study_id", "split"]):
-        if r is None: raise DataError(f"{path}:{row}: a row with more or fewer cells than the header")
+        if r is None: raise DataError(f"{path}:{row}: {BROKEN_ROW}")
         try: name = _split_name(r["split"], path)
         except ValueError as e: raise DataError(f"{path}:{row}: {e}") from None
         if out.setdefault(r["study_id"], name) != name: raise DataError(f"{path}:{row}: study {r['study_id']} is in two splits, {out[r['study_id']]} and {name}")
