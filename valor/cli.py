@@ -75,13 +75,14 @@ def _add_convert(commands):
 def _add_merge(commands):
     p = commands.add_parser("merge", help="one transformers folder from a policy and its adapter")
     _required(p, base="the policy that the adapter was trained on", adapter="folder of the adapter", out="folder to be made")
+    p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights that are written; refused where it would not keep the adapter")
     p.set_defaults(run=_late("reports", "run_merge", *USERS))
 
 # %% ../nbs/07i_cli.ipynb #bfbf29d5
 def _add_generate(commands):
     p = commands.add_parser("generate", help="a report for every image, as JSON lines; resumes")
     _required(p, model="a transformers folder or name", images="a folder, an image, or a .jsonl of id and image", out="the .jsonl to write or to go on with")
-    p.add_argument("--adapter", help="an adapter to merge first")
+    p.add_argument("--adapter", help="the adapter that was trained on it")
     p.add_argument("--max-new-tokens", type=int, default=256)
     p.add_argument("--batch-size", type=int, default=8)
     p.set_defaults(run=_late("reports", "run_generate", *USERS))
@@ -89,7 +90,7 @@ def _add_generate(commands):
 def _add_serve(commands):
     p = commands.add_parser("serve", help="answer for a policy over HTTP, as OpenAI's chat endpoint does")
     _required(p, model="a transformers folder or name")
-    p.add_argument("--adapter", help="an adapter to merge first")
+    p.add_argument("--adapter", help="the adapter that was trained on it")
     p.add_argument("--host", default="127.0.0.1", help="another than this machine needs --key-env")
     p.add_argument("--port", type=int, default=8000, help="0 takes a free one")
     p.add_argument("--max-new-tokens", type=int, default=512, help="the most that a request gets")

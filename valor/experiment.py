@@ -439,11 +439,11 @@ def make_preference(out, cfg, after, name):
 
 # %% ../nbs/07a_experiment.ipynb #d61e5f72
 def policy_of(name, cfg):
-    "`(model, processor)` at the end of phase `name`, its adapter merged; never in four bits: this is what `valor merge` writes and a reader would use."
+    "`(model, processor)` at the end of phase `name`, as it was trained (`with_adapter`); never in four bits."
     return policy_with("base" if name == "base" else "sft", cfg, None if name in ("base", "sft") else phase_folder(name, cfg) / "adapter")
 
 def policy_with(weights, cfg, adapter=None):
-    "`(model, processor)` of phase `weights` (base or sft), with the adapter of folder `adapter` merged."
+    "`(model, processor)` of phase `weights` (base or sft), with the adapter of folder `adapter` in or beside its weights (`with_adapter`)."
     model, processor = load_policy(policy_in(phase_folder(weights, cfg)), torch.float32 if cfg.policy_weights == "float32" else torch.bfloat16, **loading(cfg))
     return model if adapter is None else with_adapter(model, adapter), processor
 

@@ -19,6 +19,7 @@ from transformers import (CLIPImageProcessor, CLIPVisionConfig, LlavaConfig, Lla
                           PrinterCallback, TrainerCallback, set_seed)
 from trl import SFTConfig, SFTTrainer
 
+from .adapter import KEPT, beside, merged_share
 from .models import MODULES, check_completions, ending, freeze_vision, frozen_weights, image_tokens, load_policy, lora_config, memory_line, save_policy
 
 # %% ../nbs/06_policy.ipynb #f95956b2
@@ -150,11 +151,17 @@ def shard_by_layer(model, parts=1):
 def keep_sft(trainer, processor, base, out, mode, dtype=torch.float32, **loading):
     """Write what `trainer` made of the policy in folder `base` as the one folder `out`; every process takes part.
 
-    Weights may be spread over processes or held in 4 bits: they are gathered first, and an adapter is merged, in float32, into `base` as it is on disk."""
+    Weights may be spread over processes or held in 4 bits: they are gathered first, and an adapter is merged, in float32, into `base` as it is on disk. `dtype`: of what is written; float32 where
+    `dtype` would keep less than `KEPT` of the adapter, which is said."""
     state = None if mode == "lora" else trainer.accelerator.get_state_dict(trainer.model)
     if mode == "lora": trainer.save_model(adapter := str(Path(trainer.args.output_dir) / "adapter"))
     if not trainer.is_world_process_zero(): return
-    if mode == "lora": save_policy(PeftModel.from_pretrained(load_policy(base, **loading)[0], adapter).merge_and_unload().to(dtype), processor, out)
+    if mode == "lora":
+        adapted = PeftModel.from_pretrained(load_policy(base, **loading)[0], adapter)
+        if (share := merged_share(adapted, dtype)) < KEPT:
+            tqdm.write(f"SFT: {dtype} weights would keep {share:.2f} of its adapter: {out} is written in float32; policy_weights='float32' would train on all of it")
+            dtype = torch.float32
+        save_policy(adapted.merge_and_unload().to(dtype), processor, out)
     else:
         save_policy(trainer.model, processor, out, state_dict=state)
 
@@ -177,10 +184,17 @@ def sft(base, data, out, mode="full", epochs=1, lr=1e-3, batch_size=32, lora_r=1
                          processing_class=processor, callbacks=[Progress(desc)],
                          peft_config=lora_config(model, "language+projector", lora_r, lora_alpha) if mode == "lora" else None)
     trainer.remove_callback(PrinterCallback)
-    trainer.loading = loading
+    trainer.loading, processor.film_side = loading, _side_of(data)
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled): beside(trainer.model)
     with memory_line(desc, sft_batch_size=batch_size): trainer.train(resume_from_checkpoint=last_complete_checkpoint(args["output_dir"]))
     keep_sft(trainer, processor, base, out, mode, torch.float32 if weights == "float32" else torch.bfloat16, **loading)
     return trainer.state.log_history
+
+def _side_of(data):
+    "The side of the square films in `data` (see `conversations`), or None where they are not square."
+    row = data[0]
+    width, height = (row["images"][0] if "images" in row else row["image"]).size
+    return width if width == height else None
 
 def _ended(data, said):
     "`data` with the texts `said` as completions."

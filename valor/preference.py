@@ -18,6 +18,7 @@ from transformers import PrinterCallback, set_seed
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
+from .adapter import beside
 from .evaluation import as_completion
 from .grpo import Rewards, advantages, steps_of
 from .injection import extras_of
@@ -209,6 +210,7 @@ def preference_trainer(sft_folder, pairs, data, out, cfg, weighted, steps, seed,
         model, args=args, train_dataset=pair_dataset(pairs, data, cfg.mmedpo_noise), processing_class=processor, data_collator=PairCollator(processor) if weighted else None,
         peft_config=lora_config(model, cfg.stage2_modules, cfg.lora_r, cfg.lora_alpha))
     trainer.remove_callback(PrinterCallback)
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled): beside(trainer.model)
     return trainer
 
 # %% ../nbs/07g_preference.ipynb #0abcc071

@@ -12,8 +12,8 @@ import torch
 from jinja2 import TemplateError
 from transformers import set_seed
 from .images import read_image, square
-from .models import image_tokens, load_policy
-from .reports import _side, with_adapter
+from .models import film_side, image_tokens, load_policy
+from .reports import with_adapter
 
 # %% ../nbs/06d_server.ipynb #16034909
 @torch.inference_mode()
@@ -84,7 +84,7 @@ class PolicyServer(ThreadingHTTPServer):
     daemon_threads = True
     def __init__(self, model, processor, name="policy", host="127.0.0.1", port=0, limit=512, key=None):
         self.model, self.processor, self.limit, self.key, self.lock, self.asked = model, processor, limit, key, threading.Lock(), 0
-        self.id, self.size = f"{name}@{fingerprint(model)}", _side(processor)
+        self.id, self.size = f"{name}@{fingerprint(model)}", film_side(processor)
         super().__init__((host, port), Handler)
         self.url = f"http://{host}:{self.server_address[1]}/v1"
 

@@ -25,7 +25,7 @@ from .config import key_of
 from .evaluate import DEFAULTS, MEASURES, gauged, made
 from .experiment import locked
 from .figures import slug
-from .models import load_policy, reason
+from .models import load_policy, own_generation, reason
 from .reported import TABLE2
 from .reports import ENDINGS
 from .rewards import report_body
@@ -418,7 +418,9 @@ def load_row(row, name, folder, trust_remote_code=()):
     if str(folder).startswith(("/", ".", "~")) and not Path(folder).expanduser().is_dir(): raise ValueError(f"weights={{{name!r}: {str(folder)!r}}}: no such folder; expected a transformers folder or a hub name")
     dtype, folder = torch.bfloat16 if torch.cuda.is_available() else torch.float32, Path(folder).expanduser() if Path(folder).expanduser().is_dir() else folder
     if row.reader == "chat": model, processor = load_policy(folder, dtype, trust_remote_code=row.remote_code)
-    else: model, processor = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=row.remote_code).eval(), AutoProcessor.from_pretrained(folder, trust_remote_code=row.remote_code)
+    else:
+        model, processor = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=row.remote_code).eval(), AutoProcessor.from_pretrained(folder, trust_remote_code=row.remote_code)
+        model.generation_config = own_generation(model)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
 
 def chat_report(model, processor, images, prompt, max_new_tokens):
@@ -431,7 +433,7 @@ def maira2_report(model, processor, images, prompt, max_new_tokens):
     "As MAIRA-2's card has it: findings from a frontal (and a lateral) view, no grounding; `prompt` is not used."
     views = dict(current_frontal=images[0], current_lateral=images[1] if len(images) > 1 else None, prior_frontal=None)
     inputs = processor.format_and_preprocess_reporting_input(**views, indication=None, technique=None, comparison=None, prior_report=None, return_tensors="pt", get_grounding=False).to(model.device)
-    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, use_cache=True)[0, inputs["input_ids"].shape[-1]:]
+    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True)[0, inputs["input_ids"].shape[-1]:]
     text = processor.convert_output_to_plaintext_or_grounded_sequence(processor.decode(ids, skip_special_tokens=True).lstrip())
     return text.strip(), "length" if len(ids) == max_new_tokens else "stop"
 
