@@ -9,7 +9,7 @@ import hashlib, json
 from pathlib import Path
 from unittest.mock import patch
 import pandas as pd, torch
-from .clinical import PATTERNS, RuleLabeler, sentences, set_f1, status
+from .clinical import RuleLabeler, mentioned, sentences, set_f1
 from .config import OBSERVATIONS
 from .files import check_weights
 from .rewards import ModelScorer, check_texts, length_sorted, minilm_folder, report_body, resolve_device, resolve_dtype, weights_path
@@ -124,14 +124,8 @@ def check_options(uncertain, observations):
 
 def mentions(report):
     'Where the rules see the observations in `report`: a list of (observation, status, start, end), `No Finding` apart.'
-    found = []
-    for text, places in sentences(report):
-        for observation, pattern in PATTERNS.items():
-            for mention in pattern.finditer(text):
-                start, end = mention.span()
-                said = status(text, text.rfind(" ", start, end) + 1 or start, end)              # as `sentence_labels` reads it: at the last word
-                found.append((observation, said, places[text.count(" ", 0, start)][0], places[text.count(" ", 0, end)][1]))
-    return found
+    return [(observation, said, places[text.count(" ", 0, start)][0], places[text.count(" ", 0, end)][1])
+            for text, places in sentences(report) for observation, said, start, end in mentioned(text)]
 
 class LabelF1(ModelScorer):
     """s_cx of Eq. 4. `model`: "rules", or what `CheXbert` takes; `uncertain`: "positive", "negative" or "class"; `observations`: 14 or 5. Further options: see
