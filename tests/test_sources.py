@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent))
 import trees
+from valor.config import preset
 from valor.data_report import data_report, to_markdown
 from valor.images import ImageError, check_image, read_image
 from valor.sections import parse_sections
@@ -448,3 +449,41 @@ def test_views_of_real_films():
     films = sorted(real("iu_xray", "images", "images_normalized").glob("*.jpg"))
     at_192 = Counter(picture_view(read_image(f)) for f in films[::10])
     assert at_192["lateral"] + at_192["unsure lateral"] <= 4 and at_192["frontal"] >= .98 * len(films[::10])
+
+# ---- sections follow what is there --------------------------------------------------------------------------------------------------------
+
+def small_table(tmp_path, columns, kind="csv"):
+    "A table of six studies with an image and the given text columns."
+    rows = [dict(image=f"{i}.png", split="train" if i < 4 else "test", **{c: f"The {c} of this study is number {i}." for c in columns}) for i in range(6)]
+    for i in range(6): trees.film(tmp_path/f"{i}.png", i)
+    path = tmp_path/f"mine.{kind}"
+    trees.write_csv(path, rows) if kind == "csv" else path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+@pytest.mark.parametrize("columns, preset, sections", [(["report"], "valor", "report"), (["findings"], "valor", "findings"), (["impression"], "valor", "impression"), (["findings", "impression"], "valor", "both"),
+                         (["report", "findings"], "valor", "report"), (["report", "findings"], "r2gen", "findings"), (["report"], "r2gen", "report")])
+def test_sections_follow_the_columns_of_a_table(kind, columns, preset, sections, tmp_path):
+    studies = load_studies("table", small_table(tmp_path, columns, kind), preset, cache=tmp_path/"cache", size=32)
+    assert studies.info["how"]["sections"] == sections and len(ids(studies)) == 6
+
+def test_the_message_names_sections(tmp_path):
+    with pytest.raises(DataError, match="2 read|6 read") as error: load_studies("table", small_table(tmp_path, ["report"]), sections="both", cache=tmp_path/"cache")
+    assert "sections='both' needs findings" in str(error.value) and "give sections='report'" in str(error.value)
+
+REAL = {"openi": "openi png", "kaggle_indiana": "kaggle", "r2gen_iu": "r2gen iu", "r2gen_mimic": "r2gen mimic", "mimic_cxr_jpg": "mimic", "table": "csv", "hf": "csv"}
+
+@pytest.mark.parametrize("source", REAL)
+@pytest.mark.parametrize("name", ["smoke", "laptop", "paper"])
+def test_every_preset_reads_every_source(name, source, masters, tmp_path):
+    "The sections that a preset takes of a source are there: smoke's too."
+    root = masters[REAL[source]]
+    if source == "hf":
+        part = datasets.Dataset.from_dict(dict(image=[str(root.parent/f"img/{i}.png") for i in range(1, N + 1)], report=[f"The heart is normal in size {i}." for i in range(N)]))
+        part.save_to_disk(tmp_path/"hf")
+        root = tmp_path/"hf"
+    known = ("openi", "kaggle_indiana", "mimic_cxr_jpg")
+    weights = dict(expert="embedded", chexbert="rules", radgraph="rules") if name == "paper" else {}
+    cfg = preset(name, benchmark=source, data_root=str(root), image_size=64, **weights)
+    assert cfg.sections == ("both" if source in known else "auto" if source in ("table", "hf") else "report")
+    assert len(ids(load_studies(source, root, sections=cfg.sections, cache=tmp_path/"cache"))) == N

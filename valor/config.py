@@ -33,7 +33,7 @@ class Config:
     n_val: int | None = 100
     n_test: int | None = 300
     image_size: int = 96                # pixels, square
-    sections: str = "both"              # report = findings and impression ("both", the paper's) or "findings" alone; of real sources also "impression" or their one "report"
+    sections: str = "both"              # report = findings and impression ("both", the paper's) or "findings" alone; of real sources also "impression", their one "report", or "auto": by the columns of a table
     render_copies: int = 1              # renderings of each training study that SFT sees
     # frozen image-text expert (Eq. 6)
     expert: str = "embedded"            # trained here; "embedded-labels" (a classifier, trained here too); a folder of open_clip or hf-hub:owner/name, xrv:NAME (torchxrayvision), or package.module:attribute
@@ -128,7 +128,7 @@ _SEED = (lambda v: 0 <= v < 2 ** 32), "a whole number from 0 to 2**32 - 1, as to
 _RUN_SEED = (lambda v: 0 <= v <= 4 * 10 ** 8), "a whole number from 0 to 400000000 (stages are seeded by 10 * seed + stage, which must stay below 2**32)"
 RULES = {
     "seed": _RUN_SEED, "data_seed": _SEED, "base_seed": _SEED, "expert_seed": _SEED,
-    "benchmark": _one_of(*BENCHMARKS, *REAL_SOURCES), "sections": _one_of("both", "findings", "impression", "report"), "sft_mode": _one_of("full", "lora"),
+    "benchmark": _one_of(*BENCHMARKS, *REAL_SOURCES), "sections": _one_of("both", "findings", "impression", "report", "auto"), "sft_mode": _one_of("full", "lora"),
     "rank_norm": _one_of("centered", "unit", "standardized", "grpo"), "text_in_mix": _one_of("raw", "ranked"), "image_size": _at_least(64),
     "chexbert": _MODEL, "radgraph": _MODEL, "chexbert_uncertain": _one_of("positive", "negative", "class"),
     "radgraph_type": _one_of("radgraph", "radgraph-xl", "modern-radgraph-xl"), "radgraph_level": _one_of("simple", "partial", "complete"),
@@ -228,7 +228,8 @@ def preset(name, **overrides):
         if key not in fields: raise ValueError(f"unknown parameter {key}={overrides[key]!r}; expected one of {', '.join(sorted(fields))}")
     benchmark = {**PRESETS[name], **overrides}.get("benchmark", "phantom")
     here = dict(mmedpo_noise="diffusion") if benchmark in REAL_SOURCES else {}
-    if here and name != "smoke": here |= dict(n_train=None, n_val=None, n_test=None, sections="report" if benchmark.startswith("r2gen") else "both")
+    if here: here |= dict(sections="report" if benchmark.startswith("r2gen") else "auto" if benchmark in ("table", "hf") else "both")
+    if here and name != "smoke": here |= dict(n_train=None, n_val=None, n_test=None)
     return validate(Config(**{"preset": name, **PRESETS[name], **here, **ON_BENCHMARK.get((name, benchmark), {}), **overrides}))
 
 # %% ../nbs/00_config.ipynb #7f2d90aa

@@ -17,16 +17,15 @@ def cache_dir(): return Path(os.environ.get("VALOR_CACHE") or "~/.cache/valor").
 
 def _files(root):
     "`(path below root, DirEntry)` of every file under the folder `root`, but for hidden ones and those of runs and caches."
-    own, been, left = {os.path.realpath(p) for p in (runs_dir(), cache_dir())}, set(), [(str(root), "")]
+    been, left = {os.path.realpath(p) for p in (runs_dir(), cache_dir())}, [(str(root), "")]
     while left:
         folder, below = left.pop()
-        real = os.path.realpath(folder)
-        if real in own or real in been: continue
-        been.add(real)
+        if folder in been: continue
+        been.add(folder)
         with os.scandir(folder) as entries:
             for e in entries:
                 if e.name.startswith(".") or e.name == "__pycache__": continue
-                if e.is_dir(): left.append((e.path, f"{below}{e.name}/"))
+                if e.is_dir(): left.append((os.path.realpath(e.path) if e.is_symlink() else e.path, f"{below}{e.name}/"))
                 elif e.is_file(): yield below + e.name, e
 
 # %% ../nbs/01h_contents.ipynb #c0a1c006

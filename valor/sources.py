@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['BROKEN_ROW', 'FRONTAL', 'LATERAL', 'CHEXPERT', 'COLUMNS', 'SOURCES', 'Study', 'Fault', 'read_table', 'view_of',
            'openi_views', 'dicom_name', 'read_openi_tree', 'read_kaggle', 'check_is_iu', 'read_r2gen', 'read_mimic',
-           'read_own_table', 'read_header', 'read_hf', 'Terms', 'Source', 'terms_of', 'is_local', 'check_endpoint']
+           'read_own_table', 'read_header', 'text_columns', 'read_hf', 'Terms', 'Source', 'terms_of', 'is_local',
+           'check_endpoint']
 
 # %% ../nbs/01d_sources.ipynb #57ebc54f
 import csv, importlib.util, io, mmap, os, re, sqlite3, tempfile
@@ -341,13 +342,28 @@ def read_header(path):
     "Yields the header of a CSV."
     yield [h.strip() for h in next(_rows(path), (1, []))[1]]
 
-def read_hf(root):
-    "A Hugging Face dataset: a folder of `save_to_disk`, or whatever `datasets.load_dataset` takes."
+def _hf_parts(root):
+    "`(split or None, Dataset)` of a Hugging Face dataset."
     import datasets
     name, path = str(root), Path(root).expanduser()
     try: found = datasets.load_from_disk(path) if (path/"dataset_dict.json").exists() or (path/"dataset_info.json").exists() else datasets.load_dataset(name)
     except (FileNotFoundError, ValueError, ConnectionError, OSError) as e: raise DataError(f"root={name!r}: no Hugging Face dataset ({first_line(e)}); expected a folder of save_to_disk or a dataset's name") from e
-    for split, part in (found.items() if isinstance(found, dict) else [(None, found)]):
+    return list(found.items() if isinstance(found, dict) else [(None, found)])
+
+def text_columns(source, root):
+    "Which of report, findings and impression are columns of a user's own table or dataset; None for the other sources, whose texts are known."
+    if source == "hf": columns = {c for _, part in _hf_parts(root) for c in part.column_names}
+    elif source == "table" and Path(root).expanduser().is_file():
+        path = Path(root).expanduser()
+        columns = next(read_header(path)) if ".csv" in path.suffixes[-2:] else next((r for _, r in _jsonl(path) if isinstance(r, dict)), {})
+    else: return None
+    return {"report", "findings", "impression"} & set(columns)
+
+def read_hf(root):
+    "A Hugging Face dataset: a folder of `save_to_disk`, or whatever `datasets.load_dataset` takes."
+    import datasets
+    name, path = str(root), Path(root).expanduser()
+    for split, part in _hf_parts(root):
         _check_columns(part.column_names, f"{name}[{split}]")
         for column, feature in part.features.items():
             if isinstance(feature, datasets.Image): part = part.cast_column(column, datasets.Image(decode=False))
