@@ -5,9 +5,9 @@
     snakemake --profile profiles/slurm                                  # the same graph on a SLURM cluster
 
 Each seed of each setting is a job of its own, so `-j` (cores) spreads the runs over processes or machines; phases lock themselves, what two jobs share is made once. The embedded policy's runs take one
-thread each: on two cores, two runs at a time are done sooner than one after the other on two threads (`--config threads=2` is for more cores than runs). A notebook makes what is still missing. Done jobs are done again only when their notebook, the package or a parameter changed; runs inside them never are, unless their own code version or configuration is another.
+thread each: on two cores, two runs at a time are done sooner than one after the other on two threads (`--config threads=2` is for more cores than runs). A notebook makes what is still missing, on as many threads. A graph that is killed takes its jobs with it, and goes on when it is started again. Done jobs are done again only when their notebook, the package or a parameter changed; runs inside them never are, unless their own code version or configuration is another.
 """
-import json, os, re, sys
+import fcntl, json, os, re, sys
 from pathlib import Path
 from valor.config import parse_settings, preset as configure, runs_dir, sweeps
 
@@ -21,9 +21,17 @@ try: DEFAULT = [configure(PRESET, benchmark=b, seed=s) for b in BENCHMARKS for s
 except (ValueError, IndexError) as e: raise WorkflowError(f"--config: {e}")
 
 THREADS = int(config.get("threads", 1 if DEFAULT.base == "embedded" else DEFAULT.threads))
-os.environ.update(OMP_WAIT_POLICY="PASSIVE", TOKENIZERS_PARALLELISM="false")
+os.environ.update(OMP_WAIT_POLICY="PASSIVE", TOKENIZERS_PARALLELISM="false", VALOR_ENDS_WITH=str(os.getpid()))
 GRAPH = os.path.relpath(runs_dir() / "graph" / PRESET)
 CODE = sorted(map(str, Path("valor").glob("[a-z]*.py")))
+
+if workflow.is_main_process:    # the system takes this lock back when we die; who gets it knows that snakemake's own are left over from one that was killed
+    os.makedirs(".snakemake", exist_ok=True)
+    ALIVE = open(".snakemake/valor.alive", "w")
+    try:
+        fcntl.flock(ALIVE, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for left in Path(".snakemake/locks").glob("*"): left.unlink()
+    except BlockingIOError: pass                                                 # another one lives, and snakemake will say so
 
 # ---- pages: the notebooks that take parameters, and the runs that each shows
 
@@ -45,7 +53,7 @@ def notebook_of(page): return page.partition("+")[0]
 def given(page, benchmark):
     "What a page is told: as much of preset, benchmark and seed(s) as it has parameters for."
     takes = TAKES[notebook_of(page)]
-    values = dict(preset=PRESET, benchmark=benchmark, seeds=SEEDS, seed=SEEDS[0])
+    values = dict(preset=PRESET, benchmark=benchmark, seeds=SEEDS, seed=SEEDS[0], threads=THREADS)
     return {n: v for n, v in values.items() if n in takes and not (n == "seed" and "seeds" in takes)} | MORE.get(page, {})
 
 def settings(names):
@@ -64,8 +72,9 @@ def runs_of(page, benchmark):
 
 JOB = """import json, sys
 from valor.config import preset
-from valor.experiment import SYSTEMS, check_scorers, ensure, phase_of
+from valor.experiment import SYSTEMS, check_scorers, check_updates, ensure, phase_of
 cfg, phases = preset(**json.loads(sys.argv[1])), sys.argv[2:]
+check_updates("stage1", cfg)
 check_scorers([cfg])
 for phase in phases: ensure(phase, cfg)
 if not phases:

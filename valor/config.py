@@ -2,11 +2,13 @@
 
 # %% auto #0
 __all__ = ['OBSERVATIONS', 'BENCHMARKS', 'REAL_SOURCES', 'RULES', 'PRESETS', 'ON_BENCHMARK', 'Config', 'validate', 'preset',
-           'parse_settings', 'sweeps', 'key_of', 'repo_root', 'runs_dir', 'figures_dir', 'versions']
+           'parse_settings', 'sweeps', 'key_of', 'repo_root', 'runs_dir', 'write_whole', 'figures_dir', 'cpu_model',
+           'versions']
 
 # %% ../nbs/00_config.ipynb #0322eea5
-import configparser, dataclasses, hashlib, importlib.metadata, json, math, os, platform, re, types, typing
+import configparser, dataclasses, hashlib, importlib.metadata, json, math, os, platform, re, secrets, types, typing
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,7 +28,7 @@ class Config:
     data_root: str | None = None        # folder or file of a real source
     data_options: dict = dataclasses.field(default_factory=dict)        # further parameters of load_studies: {"preset": "r2gen", "view": "both", …}
     seed: int = 0                       # SFT order and rollouts
-    threads: int = 2                    # CPU threads; bit-for-bit promises hold at a fixed number
+    threads: int = 2                    # CPU threads; equal to the last bit is promised of runs on one thread
     # data
     data_seed: int = 0
     n_train: int | None = 3000          # studies; None is all there are
@@ -220,7 +222,8 @@ ON_BENCHMARK = {("laptop", "openi_rendered"): dict(sections="findings", n_train=
                                                    warmup_epochs=5, sft_epochs=2)}
 
 def preset(name, **overrides):
-    "Validated `Config` of a preset, with `overrides` by field name. Raises `ValueError` for an unknown preset or parameter."
+    "Validated `Config` of a preset, with `overrides` by field name (`threads=None` is the preset's own). Raises `ValueError` for an unknown preset or parameter."
+    overrides = {n: v for n, v in overrides.items() if not (n == "threads" and v is None)}
     if name not in PRESETS: raise ValueError(f"preset={name!r} is unknown; expected one of {', '.join(PRESETS)}")
     if overrides.get("preset", name) != name: raise ValueError(f"preset={overrides['preset']!r} among the parameters of preset {name!r}: it would only rename the results; expected --preset {overrides['preset']}")
     fields = {f.name for f in dataclasses.fields(Config)}
@@ -278,7 +281,26 @@ def repo_root():
 
 def runs_dir(): return Path(os.environ.get("VALOR_RUNS") or repo_root() / "runs")
 
+def write_whole(path, write):
+    """Have `write(temporary)` write a file that takes the name `path` once it is complete; returns `path`.
+
+    The temporary file lies beside it under a name of its own (ending in .tmp), so that two processes never meet in one; it goes if `write` fails."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally: temporary.unlink(missing_ok=True)
+    return path
+
 def figures_dir(): return Path(os.environ.get("VALOR_FIGURES") or repo_root() / "figures")
+
+@lru_cache
+def cpu_model() -> str:
+    "The name of this machine's processor, as Linux gives it (elsewhere what Python knows of it)."
+    try: named = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError: named = None
+    return named[1].strip() if named else platform.processor() or platform.machine()
 
 def versions():
     "Versions that a result depends on."

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 import matplotlib as mpl, pandas as pd, seaborn as sns
-from .config import figures_dir, key_of, runs_dir, versions
+from .config import figures_dir, key_of, runs_dir, versions, write_whole
 
 # %% ../nbs/00a_figures.ipynb #6b2d826a
 COLUMN, PAGE = 3.4, 7.0   # inches
@@ -31,25 +31,27 @@ NEUTRAL = ["#222222", "#aa3377", "#8a8a00", "#777777"]   # lines of settings tha
 RIGHT, WRONG, MISPLACED = COLOURS["VALOR"], "#c00000", "#d98200"   # mentions in a report; WRONG is also set in bold, MISPLACED in italics
 
 # %% ../nbs/00a_figures.ipynb #096c3fd7
-def _whole(path, write):
-    "Have `write(temporary)` write a file that gets its name when it is complete."
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
-    return path
+def _record(run):
+    "The config.json of `run` (a phase folder, or its name); {} where it is not at hand."
+    record = runs_dir() / Path(run).name / "config.json"
+    return json.loads(record.read_text()) if record.exists() else {}
 
 def _differing(run, now):
-    "What differs between the versions that `run` (a phase folder, or its name) was made with and `now`; {} where it is not at hand."
-    record = runs_dir() / Path(run).name / "config.json"
-    then = json.loads(record.read_text())["versions"] if record.exists() else {}
-    return {name: v for name, v in then.items() if now.get(name) != v}
+    "What differs between the versions that `run` (a phase folder, or its name) was made with and `now`."
+    return {name: v for name, v in _record(run).get("versions", {}).items() if now.get(name) != v}
+
+def _computed_on(runs):
+    "On how many threads of which CPUs the phases `runs` were computed: a list of {threads, cpu}. Results on other ones may differ."
+    records = [_record(r) for r in runs]
+    return [dict(threads=t, cpu=c) for t, c in sorted({(r["threads"], r.get("cpu", "unknown")) for r in records if "threads" in r})]
 
 def sidecar(stem, cfgs=(), runs=(), note=""):
     "What the figure `stem` was made from, as a dict."
     now = versions() | {n: version(n) for n in ("matplotlib", "seaborn", "pandas")}
     other = {Path(r).name: d for r in runs if (d := _differing(r, now))}
     return dict(figure=stem, configuration=key_of([asdict(c) for c in cfgs]) if cfgs else None, seeds=sorted({c.seed for c in cfgs}), presets=sorted({c.preset for c in cfgs}), benchmarks=sorted({c.benchmark for c in cfgs}),
-                runs=sorted({Path(r).name for r in runs}), versions=now, other_versions=dict(sorted(other.items())), note=note)
+                runs=sorted({Path(r).name for r in runs}), versions=now, other_versions=dict(sorted(other.items())),
+                computed_on=_computed_on(runs), note=note)
 
 def slug(name):
     "`name` as a part of a file name."
@@ -67,8 +69,8 @@ def save(stem, data, figure=None, cfgs=(), runs=(), note="", out=None):
     if not re.fullmatch(r"[\w-][\w.-]*", stem): raise ValueError(f"stem={stem!r}: expected a file name of letters, digits, '_', '-' and '.'")
     out = Path(out or place_of(cfgs))
     out.mkdir(parents=True, exist_ok=True)
-    files = [_whole(out / f"{stem}.csv", lambda p: data.to_csv(p, index=not isinstance(data.index, pd.RangeIndex), float_format="%.6g", lineterminator="\n"))]
+    files = [write_whole(out / f"{stem}.csv", lambda p: data.to_csv(p, index=not isinstance(data.index, pd.RangeIndex), float_format="%.6g", lineterminator="\n"))]
     for end, no_date in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})) if figure is not None else ():
-        with mpl.rc_context({"svg.hashsalt": stem}): files.append(_whole(out / f"{stem}.{end}", lambda p: figure.savefig(p, format=end, metadata=no_date)))
+        with mpl.rc_context({"svg.hashsalt": stem}): files.append(write_whole(out / f"{stem}.{end}", lambda p: figure.savefig(p, format=end, metadata=no_date)))
     text = json.dumps(sidecar(stem, cfgs, runs, note), indent=1, ensure_ascii=False) + "\n"
-    return [*files, _whole(out / f"{stem}.json", lambda p: p.write_text(text))]
+    return [*files, write_whole(out / f"{stem}.json", lambda p: p.write_text(text))]

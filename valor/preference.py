@@ -23,7 +23,7 @@ from .evaluation import as_completion
 from .grpo import Rewards, advantages, steps_of
 from .injection import extras_of
 from .models import check_completions, ending, frozen_weights, load_policy, loading, lora_config, memory_line
-from .policy import PROMPT, Progress, generate, image_lists, last_complete_checkpoint, trainer_args
+from .policy import PROMPT, Progress, generate, image_lists, train_to_end, trainer_args
 from .rewards import TAG
 
 # %% ../nbs/07g_preference.ipynb #0237bf34
@@ -224,6 +224,6 @@ def prefer(sft_folder, pairs, data, out, cfg, weighted, per_device=None):
     if not pairs: raise ValueError(f"{name}: no pairs (dpo_pairs={cfg.dpo_pairs!r}, dpo_margin={cfg.dpo_margin}); expected at least one: lower dpo_margin or raise the temperature")
     trainer = preference_trainer(sft_folder, pairs, data, out, cfg, weighted, updates_of(cfg, len(data)), 10 * cfg.seed + 3 + weighted, per_device)
     trainer.add_callback(Progress(name))
-    with memory_line(name, batch_size=cfg.batch_size, group_size=cfg.group_size): trainer.train(resume_from_checkpoint=last_complete_checkpoint(trainer.args.output_dir))
+    with memory_line(name, batch_size=cfg.batch_size, group_size=cfg.group_size): train_to_end(trainer, name)
     trainer.save_model(str(Path(out) / "adapter"))
     return [l for l in trainer.state.log_history if "loss" in l]

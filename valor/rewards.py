@@ -3,13 +3,14 @@
 # %% auto #0
 __all__ = ['TAG', 'REASONING', 'WELL_FORMED', 'WORD', 'SCORERS', 'report_body', 'is_well_formed', 'tokenize', 'word_spans',
            'check_texts', 'bodies', 'Scorer', 'Format', 'ngrams', 'ngram_numbers', 'clipped_matches', 'bleu4', 'Bleu4',
-           'positions', 'lcs_length', 'common_subsequence', 'RougeL', 'real_iu', 'Store', 'ModelScorer',
+           'positions', 'lcs_length', 'common_subsequence', 'RougeL', 'real_iu', 'StoreError', 'Store', 'ModelScorer',
            'length_sorted', 'resolve_device', 'resolve_dtype', 'weights_path', 'minilm_folder', 'greedy_f1',
            'positions_of', 'rescale_baseline', 'BertScore', 'FunctionScorer', 'load_attribute', 'scorer']
 
 # %% ../nbs/02_rewards.ipynb #d9d3e097
 import csv, hashlib, inspect, json, math, os, re, sqlite3, sys
 from collections import Counter
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -218,25 +219,46 @@ def real_iu(variable="VALOR_REAL_IU"):
     return json.loads(Path(os.environ[variable]).read_text())
 
 # %% ../nbs/02_rewards.ipynb #cadf3a35
+class StoreError(RuntimeError):
+    "The file of a `Store` cannot be used; the message says why and what to do."
+
 class Store:
-    "What a model said of texts: bytes by (key, text), in an SQLite file in folder `path`. Several processes may share it."
+    """What a model said of texts: bytes by (key, text), in an SQLite file in folder `path`. Several processes may share it; where nothing can be written, what is there is read.
+
+    Raises `StoreError` where the file is damaged or the disk is full."""
     def __init__(self, path, key):
-        Path(path).mkdir(parents=True, exist_ok=True)
-        self.key, self.db = key, sqlite3.connect(Path(path)/"scores.sqlite", timeout=60, isolation_level=None, check_same_thread=False)
-        self.db.execute("CREATE TABLE IF NOT EXISTS said (key TEXT, text TEXT, value BLOB, PRIMARY KEY (key, text)) WITHOUT ROWID")
+        self.key, self.file = key, Path(path)/"scores.sqlite"
+        self.frozen = not os.access(path if Path(path).exists() else Path(path).parent, os.W_OK)
+        with self._usable():
+            if not self.frozen: Path(path).mkdir(parents=True, exist_ok=True)
+            place = f"{self.file.resolve().as_uri()}?mode=ro&immutable=1" if self.frozen and self.file.exists() else ":memory:" if self.frozen else self.file
+            self.db = sqlite3.connect(place, timeout=60, isolation_level=None, check_same_thread=False, uri=self.frozen)
+            if not (self.frozen and self.file.exists()):
+                self.db.execute("CREATE TABLE IF NOT EXISTS said (key TEXT, text TEXT, value BLOB, PRIMARY KEY (key, text)) WITHOUT ROWID")
+
+    @contextmanager
+    def _usable(self):
+        try: yield
+        except sqlite3.OperationalError as e:
+            if "disk is full" not in str(e): raise StoreError(f"{self.file}: cannot be used ({e}); make its folder writable, or delete the file: what it holds is made again") from None
+            raise StoreError(f"{self.file}: the disk is full; free some of it, then the same command goes on") from None
+        except sqlite3.DatabaseError as e: raise StoreError(f"{self.file}: is damaged ({e}); delete it: it only keeps what models said, which is made again") from None
 
     def _digest(self, text): return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
     def get(self, texts):
         "{text: bytes} of those that are known."
-        found = ((t, self.db.execute("SELECT value FROM said WHERE key = ? AND text = ?", (self.key, self._digest(t))).fetchone()) for t in texts)
+        with self._usable():
+            found = [(t, self.db.execute("SELECT value FROM said WHERE key = ? AND text = ?", (self.key, self._digest(t))).fetchone()) for t in texts]
         return {text: row[0] for text, row in found if row}
 
     def put(self, values):
         "Keep {text: bytes}, all or nothing."
-        self.db.execute("BEGIN IMMEDIATE")
-        self.db.executemany("INSERT OR REPLACE INTO said VALUES (?, ?, ?)", [(self.key, self._digest(t), v) for t, v in values.items()])
-        self.db.execute("COMMIT")
+        if self.frozen: return
+        with self._usable():
+            self.db.execute("BEGIN IMMEDIATE")
+            self.db.executemany("INSERT OR REPLACE INTO said VALUES (?, ?, ?)", [(self.key, self._digest(t), v) for t, v in values.items()])
+            self.db.execute("COMMIT")
 
 # %% ../nbs/02_rewards.ipynb #6be940e0
 class ModelScorer(Scorer):
