@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['BROKEN_ROW', 'FRONTAL', 'LATERAL', 'CHEXPERT', 'COLUMNS', 'SOURCES', 'Study', 'Fault', 'read_table', 'view_of',
-           'openi_views', 'dicom_name', 'read_openi_tree', 'read_kaggle', 'check_is_iu', 'read_r2gen', 'read_mimic',
+           'openi_views', 'dicom_name', 'check_is_iu', 'read_openi_tree', 'read_kaggle', 'read_r2gen', 'read_mimic',
            'read_own_table', 'read_header', 'text_columns', 'read_hf', 'Terms', 'Source', 'terms_of', 'is_local',
            'check_endpoint']
 
@@ -110,6 +110,14 @@ def dicom_name(image):
     "The name that the DICOM files and their table give an `image` of the XML: `CXR1_1_IM-0001-3001` is `CXR1_IM-0001-3001`."
     return re.sub(r"^(CXR\d+)_\d+_IM", r"\1_IM", image)
 
+# %% ../nbs/01d_sources.ipynb #31103d2e
+_IU_NAME = re.compile(r"CXR\d+(_\d+)?|(CXR)?\d+(_\d+)?_IM-[\w.-]+")
+
+def check_is_iu(name, where):
+    "Raise `DataError` unless `name` (an id, or a path with an image's name in it) is recognisably from Open-i / IU X-Ray: only then do its terms, which restrict nothing, apply."
+    if not any(_IU_NAME.fullmatch(part) for part in name.split("/")):
+        raise DataError(f"{where}: {name[:60]!r} is not a name of IU X-Ray; expected one such as CXR1_IM-0001-3001 or 1_IM-0001-3001.dcm.png. What comes from anywhere else is restricted")
+
 # %% ../nbs/01d_sources.ipynb #9a47095b
 def _openi_file(root, image):
     "Where the archive's layouts keep an `image` of the XML: a flat PNG, or a DICOM in its study's folder."
@@ -171,13 +179,6 @@ def read_kaggle(root):
     for uid, left in images.items(): yield Fault(f"CXR{uid}", "images without a report", str(projections), f"uid {uid} has {len(left)} images and no row in indiana_reports.csv", "image")
 
 # %% ../nbs/01d_sources.ipynb #e78ec238
-_IU_NAME = re.compile(r"CXR\d+(_\d+)?|(CXR)?\d+(_\d+)?_IM-[\w.-]+")
-
-def check_is_iu(name, where):
-    "Raise `DataError` unless `name` (an id, or a path with an image's name in it) is recognisably from Open-i / IU X-Ray: only then do its terms, which restrict nothing, apply."
-    if not any(_IU_NAME.fullmatch(part) for part in name.split("/")):
-        raise DataError(f"{where}: {name[:60]!r} is not a name of IU X-Ray; expected one such as CXR1_IM-0001-3001 or 1_IM-0001-3001.dcm.png. What comes from anywhere else is restricted")
-
 _DEEP = 100   # levels of brackets that an annotation file may have; R2Gen's have 4
 
 def _check_characters(path):
