@@ -61,7 +61,7 @@ def test_the_rest_of_the_table_still_comes(cfg, tmp_path, monkeypatch):
         folder = tmp_path / f"eval_{system}"
         folder.mkdir()
         pd.DataFrame(dict(study_id=test["study_id"], completion=written)).to_csv(folder / "reports test.csv", index=False)
-        ev.score_reports(written, test, "phantom", known).to_csv(folder / "frame test.csv")
+        ev.score_reports(written, test, "phantom", [r in known for r in test["report"]]).to_csv(folder / "frame test.csv")
         rows[system] = {0: (folder, "test")}
     monkeypatch.setattr(tables, "rows_of", lambda *a: (rows, {"DPO": "seed 0 has no run eval_dpo-1"}))
     monkeypatch.setattr(tables, "load_data", lambda folder: dict(test=dict(report=test["report"])))

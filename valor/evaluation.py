@@ -108,11 +108,11 @@ def truth_keys(dataset):
     "What makes two studies different for retrieval: the set of drawn findings, or the report's text where no truth is known at all."
     return [sorted(map(str, from_truth(t))) for t in dataset["truth"]] if any(dataset["truth"]) else list(dataset["report"])
 
-def score_reports(completions, dataset, benchmark, train_reports=(), expert=None, image_features=None, labeler=None, tokenizer="field", seed=0):
+def score_reports(completions, dataset, benchmark, leaked=None, expert=None, image_features=None, labeler=None, tokenizer="field", seed=0):
     """One row of additive statistics per study, for `summarize` and `aggregate`.
 
     `completions`: raw text, one for each row of `dataset` (a `valor.data` schema), tags included; what counts as the report is decided by
-    `rewards.report_body`. `train_reports`: where given, test reports found there word for word are marked as leaked. `expert`: where given, R@1 among
+    `rewards.report_body`. `leaked`: where given, a boolean array that says which studies are (`data.leaked`). `expert`: where given, R@1 among
     8 test images (`image_features` (N, D), if they are at hand, save the images' pass), n/a where fewer than 7 studies have another truth. Raises ValueError if the lengths differ."""
     if len(completions) != len(dataset): raise ValueError(f"completions: {len(completions)} for {len(dataset)} studies; give one for each")
     labeler = labeler or RuleLabeler()
@@ -122,8 +122,7 @@ def score_reports(completions, dataset, benchmark, train_reports=(), expert=None
     frame["rouge_l"] = scorer("rouge_l", tokenizer=tokenizer).score(reports, references)
     frame["words"] = [float(len(r.split())) for r in reports]
     frame["well_formed"] = [float(is_well_formed(c)) for c in completions]
-    train = set(train_reports)
-    frame["fresh"] = [float(r not in train) for r in references] if train else np.nan
+    frame["fresh"] = np.nan if leaked is None else 1. - np.asarray(leaked, dtype=float)
     for name in [*BLEU_COLUMNS, "rouge_l"]: frame[f"fresh {name}"] = frame[name] * frame["fresh"]
     frame["retrieved"] = frame["cut"] = np.nan
     if hasattr(expert, "cut"): frame["cut"] = np.array(expert.cut(reports), dtype=float)             # reports of which the expert reads the beginning alone

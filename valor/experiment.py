@@ -27,9 +27,9 @@ from tqdm.auto import tqdm
 from . import evaluation as ev
 from .cli import main                # installed scripts of older versions start here
 from .config import BENCHMARKS, OBSERVATIONS, Config, cpu_model, key_of, preset, repo_root, runs_dir, versions, write_whole
-from .data import benchmark_note, load_benchmark, rerender
+from .data import benchmark_note, leaked, load_benchmark, rerender
 from .contents import fingerprint_once
-from .data_report import data_report, to_markdown, unleaked
+from .data_report import data_report, to_markdown
 from .expert import edits_for, save_expert, train_expert
 from .experts import load_expert, train_classifier, try_expert
 from .figures import save, use_style
@@ -317,7 +317,7 @@ def note_of(cfg):
     folder = phase_folder("data", cfg)
     if cfg.benchmark in BENCHMARKS: return f"{benchmark_note(cfg.benchmark, load_data(folder))}; {scorers_note(cfg)}"
     data, aside = load_data(folder), pd.read_csv(folder / "set_aside.csv")
-    leaks = (~unleaked(data["test"], data["train"])).sum()
+    leaks = leaked(data["test"], data["train"]).sum()
     return (f"{cfg.benchmark}: {', '.join(f'{len(d):,} {s}' for s, d in data.items())} real studies, {(aside.level == 'study').sum():,} set aside (set_aside.csv says why), {leaks:,} of {len(data['test']):,} test studies leaked "
             f"(report word for word in train, or patient there); {terms_of(cfg.benchmark).licence}; {scorers_note(cfg)}")
 
@@ -499,7 +499,7 @@ def snapshots_of(stage, cfg):
 
 def score_frame(completions, cfg, expert):
     data = load_data(phase_folder("data", cfg))
-    return ev.score_reports(completions, data["test"], cfg.benchmark, train_reports=data["train"]["report"], expert=expert, labeler=labeler(cfg))
+    return ev.score_reports(completions, data["test"], cfg.benchmark, leaked=leaked(data["test"], data["train"]), expert=expert, labeler=labeler(cfg))
 
 @maker("eval_base", "eval_sft", "eval_stage1", "eval_stage2", "eval_dpo", "eval_mmedpo")
 def make_evaluation(out, cfg, after, name):
@@ -621,7 +621,7 @@ def main_job(cfgs, out):
     files = kept(stem, tidy)
     fresh = {system: {seed: f[f.fresh == 1] for seed, f in by_seed.items()} for system, by_seed in frames.items()}
     some = next(iter(fresh["VALOR"].values()))
-    again = "" if not 1 < len(some) < len(frames["VALOR"][cfg.seed]) else (f"Without the {len(frames['VALOR'][cfg.seed]) - len(some)} test reports that stand word for word in train ({len(some)} studies):\n\n"
+    again = "" if not 1 < len(some) < len(frames["VALOR"][cfg.seed]) else (f"Without the {len(frames['VALOR'][cfg.seed]) - len(some)} test studies that are leaked (report word for word in train, or patient there; {len(some)} are left):\n\n"
         f"{ev.result_table(ev.aggregate(fresh, n_boot=cfg.n_boot), shown_metrics).to_markdown()}\n\n")
     files.insert(0, out / f"{stem}.md")
     files[0].write_text(f"{table.to_markdown()}\n\n{again}All measures:\n\n{ev.result_table(tidy).T.to_markdown()}\n\n{note}\n")

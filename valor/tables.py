@@ -110,7 +110,7 @@ def compare(frames, metrics, against="VALOR", n=20_000, seed=0):
 
 # %% ../nbs/07h_tables.ipynb #d305a7cf
 def main_table(cfgs, systems=ROWS, metrics=None, missing="run", models={}, n=20_000, against="VALOR", controls=True):
-    "`(tidy, parts, why, runs)` of the runs `cfgs` (one per seed): `compare` on all studies; the same on those whose report does not stand word for word in train and on those whose does ({\"unleaked\": …, \"leaked\": …}; {} where a part has less than two); {system or metric: why there is no number}; the evaluations' folders."
+    "`(tidy, parts, why, runs)` of the runs `cfgs` (one per seed): `compare` on all studies; the same on those that are not leaked and on those that are (`data.leaked`: report word for word in train, or patient there; {\"unleaked\": …, \"leaked\": …}; {} where a part has less than two); {system or metric: why there is no number}; the evaluations' folders."
     cfg, metrics = cfgs[0], list(metrics or shown_metrics(cfgs[0].benchmark))
     rows, why = rows_of(cfgs, systems, missing, controls)
     if not rows: return pd.DataFrame(columns=["system", "metric", "value", "lo", "hi", "seeds", "studies"]), {}, why, []
