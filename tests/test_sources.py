@@ -8,11 +8,12 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent))
 import trees
-from valor.config import preset
+from valor.config import OBSERVATIONS, preset
+from valor.data import code_labels
 from valor.data_report import data_report, to_markdown
 from valor.images import ImageError, check_image, read_image
 from valor.sections import parse_sections
-from valor.sources import DataError, terms_of
+from valor.sources import SOURCES, DataError, Study, terms_of
 from valor.studies import load_studies, store_images
 from valor.views import drawn_film, picture_view, views_of
 
@@ -487,3 +488,22 @@ def test_every_preset_reads_every_source(name, source, masters, tmp_path):
     cfg = preset(name, benchmark=source, data_root=str(root), image_size=64, **weights)
     assert cfg.sections == ("both" if source in known else "auto" if source in ("table", "hf") else "report")
     assert len(ids(load_studies(source, root, sections=cfg.sections, cache=tmp_path/"cache"))) == N
+
+# ---- labels from codes --------------------------------------------------------------------------------------------------------------------
+
+def test_no_finding_only_where_the_codes_say_normal():
+    named = lambda *codes: dict(zip(OBSERVATIONS, code_labels(codes)))
+    assert named("normal")["No Finding"] == 1 and sum(map(bool, named("normal").values())) == 1
+    for code in ("Calcified Granuloma/lung/upper lobe/right", "Hernia, Hiatal", "Spine/degenerative", "Technical Quality of Image Unsatisfactory", "Scoliosis"):
+        assert named(code)["No Finding"] is None and not any(named(code).values()), code
+    assert named("Pneumonia/left")["No Finding"] == 0 and named("Hernia, Hiatal", "Cardiomegaly/mild")["No Finding"] == 0
+
+def test_a_coded_finding_is_not_no_finding_in_the_data(tmp_path):
+    root = trees.openi(tmp_path/"t", N)
+    edit(root/xml, trees.MESH[0][0], "Hernia, Hiatal")
+    labels = {r["study_id"]: r["labels"] for d in loaded("openi png", root, tmp_path, view="none").values() for r in d.remove_columns(["image", "second_image"])}
+    assert labels["CXR3"] == [0] * 14 and sum(l[OBSERVATIONS.index("No Finding")] for l in labels.values()) == 4      # those that are coded normal
+
+def test_no_finding_of_the_real_codes():
+    found = [code_labels(s.codes)[OBSERVATIONS.index("No Finding")] for s in SOURCES["kaggle_indiana"].read(real("iu_xray")) if isinstance(s, Study)]
+    assert (len(found), found.count(1)) == (3851, sum("normal" in s.codes for s in SOURCES["kaggle_indiana"].read(real("iu_xray")) if isinstance(s, Study)))

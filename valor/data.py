@@ -176,10 +176,14 @@ def clean_openi(studies, deidentified="drop", min_words=5):
 
 # %% ../nbs/01_data.ipynb #ed99ab3c
 def code_labels(codes):
-    "The 14 CheXpert observations (1 present, 0 absent) that the drawn MeSH `codes` of a study state."
+    """The 14 CheXpert observations (1 present, 0 absent, None where the codes do not tell) that the MeSH `codes` of a study state. No Finding is 1 where the codes say `normal` and
+    nowhere else; it is None where they name only what none of the other 13 stands for (`Hernia, Hiatal`): that is a finding, and no observation."""
     pneumonia = [c for c in codes if parse_code(c).head == "Pneumonia"]
     row = list(labels(codes_to_findings([c for c in codes if c not in pneumonia])[0]))
-    if pneumonia: row[OBSERVATIONS.index("Pneumonia")], row[OBSERVATIONS.index("No Finding")] = 1, 0
+    if pneumonia: row[OBSERVATIONS.index("Pneumonia")] = 1
+    nothing = OBSERVATIONS.index("No Finding")
+    present = any(v for i, v in enumerate(row) if i != nothing)
+    row[nothing] = 0 if present else 1 if "normal" in codes else None
     return row
 
 # %% ../nbs/01_data.ipynb #982df602
@@ -201,7 +205,7 @@ def openi_dataset(studies, split, n=None, size=96, sections="both", render_seed=
     for s in tqdm(chosen[:n], desc=f"openi_rendered {split}", disable=len(chosen[:n]) < 500, leave=False):
         image, truth = render_study(s["uid"], codes_to_findings(s["codes"])[0], render_seed, size)
         rows.append(dict(study_id=s["uid"], split=split, image=image, findings=s["findings"], impression=s["impression"],
-                         report=compose_report(s["findings"], s["impression"], sections), labels=code_labels(s["codes"]), truth=truth))
+                         report=compose_report(s["findings"], s["impression"], sections), labels=[int(v == 1) for v in code_labels(s["codes"])], truth=truth))
     return Dataset.from_list(rows, features=FEATURES)
 
 # %% ../nbs/01_data.ipynb #5b3d77d2

@@ -53,7 +53,7 @@ class RunError(RuntimeError):
 LABELER = ("chexbert", "chexbert_uncertain")
 SCORING = ("bertscore_model", "bertscore_layer", *LABELER, "radgraph", "radgraph_type", "radgraph_encoder", "radgraph_level", "extra_rewards")
 PHASES = {   # name: (predecessors, configuration fields that reach it, version of its code)
-    "data": ((), ("benchmark", "data_root", "data_options", "data_seed", "n_train", "n_val", "n_test", "image_size", "sections"), 1),
+    "data": ((), ("benchmark", "data_root", "data_options", "data_seed", "n_train", "n_val", "n_test", "image_size", "sections"), 2),
     "expert": (("data",), ("threads", "expert", "expert_seed", "expert_steps"), 1),
     "base": (("data",), ("threads", "base", "base_seed", "base_studies", "warmup_epochs", "base_epochs", "render_copies", "sft_lr", "sft_batch_size", *LOADING), 1),
     "sft": (("base",), ("threads", "seed", "sft_mode", "sft_epochs", "lora_r", "lora_alpha", "policy_weights"), 1),

@@ -153,14 +153,14 @@ def add_labels(rows, studies, how):
     "Fill the `labels` of `rows` in place; returns a `Fault` for each row that has none, by index."
     if how["labels"] == "rules":
         judged = RuleLabeler().labels([r["report"] for r in rows])[OBSERVATIONS].isin([1, -1]).astype(int).to_numpy().tolist()
-    elif how["labels"] == "codes": judged = [code_labels(s.codes) if s.codes and "No Indexing" not in s.codes else None for s in studies]
+    elif how["labels"] == "codes": judged = [[int(v == 1) for v in code_labels(s.codes)] if s.codes and "No Indexing" not in s.codes else None for s in studies]
     else: judged = [None if s.labels is None else [int(v in (1, -1)) for v in s.labels] for s in studies]
     for row, labels in zip(rows, judged): row["labels"] = labels
     return {i: Fault(s.study_id, "no labels", s.where, f"no {'MeSH codes' if how['labels'] == 'codes' else 'row in the CheXpert table'}; labels={how['labels']!r} needs them (labels='rules' reads the report instead)")
             for i, s in enumerate(studies) if judged[i] is None}
 
 # %% ../nbs/01e_studies.ipynb #23ac4771
-VERSION = 3   # of what an index holds
+VERSION = 4   # of what an index holds
 
 def _splits_table(path):
     "{study_id: split} of a user's split file (CSV with study_id, split)."
