@@ -239,3 +239,81 @@ def test_tables_with_a_mark_are_read_and_broken_ones_are_named(tmp_path):
     with pytest.raises(DataError, match="a.csv: not readable as CSV in UTF-8"): list(read_own_table(path))
     path.write_text(head + row.format("s0") + 'a.png,"never closed,normal.,s1\n' + row.format("s2").replace('"', "") * 3)
     with pytest.raises(DataError, match="a.csv:4: a quotation mark opens in this row and never closes"): list(read_own_table(path))
+
+
+# ---- files of reports, and files that we go on with ------------------------------------------------------------------------------------------
+
+LINES = [dict(id="a", candidate="clear.\u2028 No effusion.", reference="clear."), dict(id="b", candidate="", reference="edema.")]
+
+
+def readers():
+    "Everything that reads a file of reports, as functions of its path that return {id: candidate}."
+    from valor import evaluate, gallery, zeroshot
+    yield "evaluate", lambda p: dict(evaluate.read_reports(p)[["id", "candidate"]].itertuples(index=False))
+    yield "gallery", lambda p: gallery.read_lines(p)[0]
+    yield "zeroshot", lambda p: dict(zeroshot.from_file(p, ["a", "b"])[0][["id", "candidate"]].itertuples(index=False))
+
+
+def test_every_reader_of_reports_reads_and_refuses_the_same(tmp_path):
+    lines = [json.dumps(x, ensure_ascii=False).encode() for x in LINES]
+    for name, read in readers():
+        for file, data in {"a.jsonl": b"\xef\xbb\xbf" + b"\r\n".join(lines), "a.jsonl.gz": gzip.compress(b"\n\n".join(lines))}.items():
+            (tmp_path / file).write_bytes(data)
+            assert read(tmp_path / file) == {x["id"]: x["candidate"] for x in LINES}, name
+        for line, says in BROKEN.items():
+            (tmp_path / "b.jsonl").write_bytes(lines[0] + b"\n" + line.encode("latin-1") + b"\n" + lines[1])
+            with pytest.raises(DataError, match=f"b.jsonl:2: .*{says}") as e: read(tmp_path / "b.jsonl")
+            assert "\n" not in str(e.value) and len(str(e.value)) < 500, name
+        (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b"\n".join(lines))[:-9])
+        with pytest.raises(DataError, match="b.jsonl.gz"): read(tmp_path / "b.jsonl.gz")
+
+
+def goers_on():
+    "Everything that goes on with a file of lines that it wrote: functions of its path."
+    from valor import evaluate, preference, zeroshot
+    yield "scores", lambda p: evaluate.kept_scores(p, "key")
+    yield "samples", lambda p: preference.whole_lines(p, 2)
+    yield "answers", lambda p: zeroshot.kept_answers(p, dict(model="m"))
+    yield "answers, to be counted", lambda p: zeroshot.written(p, dict(model="m"))
+
+
+@pytest.mark.parametrize("text", ["my notes without a line's end", "my notes\nof two lines", '{"mine": 1}\n', "{", "[" * 100_000 + "\n"])
+def test_a_file_that_is_not_ours_is_refused_and_stays(text, tmp_path):
+    from valor.reports import begin_or_go_on
+    path = tmp_path / "notes.jsonl"
+    settings = dict(model="m", weights="w", max_new_tokens=8, size=None)
+    for name, go_on in [*goers_on(), ("reports", lambda p: begin_or_go_on(p, settings))]:
+        path.write_text(text)
+        if text == "{" and name != "reports": continue                              # what a killed process may have left of a first line
+        with pytest.raises(ValueError, match="notes.jsonl.*nothing was changed"): go_on(path)
+        assert path.read_text() == text and list(tmp_path.iterdir()) == [path], name
+
+
+def test_reports_go_on_with_the_same_model_and_settings_alone(tmp_path):
+    from valor.reports import begin_or_go_on
+    path, settings = tmp_path / "out.jsonl", dict(model="m", weights="w", max_new_tokens=8, size=None)
+    assert begin_or_go_on(path, settings) == set()
+    path.write_text('{"id": "a", "report": "x"}\n{"id": "b", "rep')
+    assert begin_or_go_on(path, settings | dict(model="another name of it")) == {"a"}
+    kept = path.read_text()
+    assert kept == '{"id": "a", "report": "x"}\n'
+    for change, says in ((dict(weights="v", model="n"), "weights 'w', now 'v' .model 'm', now 'n'"), (dict(max_new_tokens=9), "max_new_tokens 8, now 9"), (dict(size=336), "size None, now 336")):
+        with pytest.raises(ValueError, match=f"out.jsonl: was made with {says}"): begin_or_go_on(path, settings | change)
+    assert path.read_text() == kept
+    path.write_text("")                                                             # an empty file is a new one
+    assert begin_or_go_on(path, settings | dict(size=336)) == set()
+
+
+def test_a_torn_last_line_is_cut_off_and_whole_ones_are_kept(tmp_path):
+    from valor import evaluate, preference, zeroshot
+    from valor.config import key_of
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"key": "k"}\n{"pair": "p", "x": 1}\n{"pair": "q", "x"')
+    assert evaluate.kept_scores(path, "k") == {"p": dict(x=1)} and path.read_text().endswith('"x": 1}\n')
+    assert evaluate.kept_scores(path, "other") == {} and path.with_suffix(".old").exists()
+    path.write_text('{"row": 1}\n{"row": 2}\n{"row": 3}\n{"ro')
+    assert preference.whole_lines(path, 2) == 2 and path.read_text() == '{"row": 1}\n{"row": 2}\n'
+    tag, line = key_of(dict(model="m")), dict(id="a", key="k", status="ok", candidate="x\u2028")
+    path.write_text(json.dumps(dict(settings=tag, **line)) + "\n" + '{"settings": "')
+    assert len(zeroshot.written(path, dict(model="m"))) == 1 and path.read_text().endswith('"')            # looks, and changes nothing
+    assert list(zeroshot.kept_answers(path, dict(model="m"))[0]) == ["k"] and path.read_text().endswith("}\n")

@@ -1,5 +1,6 @@
 """DPO and MMedPO as phases: loss as TRL's, bad preference files named, a killed run ends as if it had not been."""
-import json, math, os
+import gzip, json, math, os
+from pathlib import Path
 
 import pytest, torch
 
@@ -44,7 +45,6 @@ GOOD = dict(id="s1", image="x.jpg", conversations=says("Clear lungs."), rejected
 BAD = [(lambda g: g | dict(weighted_score="high"), "row 2: weighted_score is 'high', not a number in [0, 1]"), (lambda g: g | dict(weighted_score=-.1), "row 2: weighted_score is -0.1"),
        (lambda g: {k: v for k, v in g.items() if k != "rejected_conversations"}, "row 2: rejected_conversations is not one question"), (lambda g: ["a"], "row 2: is a list, not an object"),
        (lambda g: g | dict(id=7, image="missing.png"), "row 2: id 7 is no training study and image 'missing.png' no file"), (lambda g: g | dict(conversations=says(" ")), "row 2: conversations is not"),
-       (lambda g: g | dict(rejected_conversations=g["conversations"]), "row 2: chosen and rejected report are the same"),
        (lambda g: g | dict(conversations=says("a")[::-1]), "row 2: conversations is not one question from 'human'")]
 
 
@@ -58,7 +58,27 @@ def test_bad_rows_are_named(change, message, lines, tmp_path):
     assert message in str(e.value) and "1 of 3 rows are bad" in str(e.value) and str(path) in str(e.value)
 
 
-@pytest.mark.parametrize("text,message", [("[{", "not JSON"), ('{"id": 1', "not JSON"), ("", "holds no pairs"), ("[]", "holds no pairs")])
+@pytest.mark.parametrize("lines", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_pairs_of_equal_reports_are_set_aside_and_counted(lines, packed, tmp_path, capsys):
+    rows = [GOOD] * 4914 + [GOOD | dict(rejected_conversations=GOOD["conversations"])] * 5                          # as in MMedPO's slake file
+    path = tmp_path / "pairs.json"
+    data = b"\xef\xbb\xbf" + ("\n".join(map(json.dumps, rows)) if lines else json.dumps(rows)).encode()
+    path.write_bytes(gzip.compress(data) if packed else data)
+    assert len(read_preferences(path, ["s0", "s1"])) == 4914
+    assert "pairs.json: 5 of 4,919 pairs set aside: chosen and rejected report are the same" in capsys.readouterr().out
+    path.write_text(json.dumps(rows[-2:]))
+    with pytest.raises(ValueError, match="holds no pairs but of equal reports"): read_preferences(path, [])
+
+
+@pytest.mark.skipif("VALOR_REAL" not in os.environ, reason="VALOR_REAL, a folder with iu_xray/, is not set")
+def test_the_released_pairs_of_mmedpo_are_read():
+    path = Path(os.environ["VALOR_REAL"]) / "iu_xray" / "mmedpo_pairs.json"
+    ids = [row["id"] for row in json.loads(path.read_bytes())]
+    assert len(read_preferences(path, ids)) > .99 * len(ids)
+
+
+@pytest.mark.parametrize("text,message", [("[{", "not JSON"), ("[" * 200_000, "nested too deep"), ('[{"id": "\\ud83d"}]', "half a surrogate pair"), ('{"id": 1', "not JSON"), ("", "holds no pairs"), ("[]", "holds no pairs")])
 def test_files_that_are_no_preference_files(text, message, tmp_path):
     (tmp_path / "pairs.json").write_text(text)
     with pytest.raises(ValueError, match=message): read_preferences(tmp_path / "pairs.json", [])

@@ -17,6 +17,7 @@ from . import evaluation as ev
 from .clinical import set_f1
 from .config import OBSERVATIONS
 from .entities import LEVELS, graph_set
+from .files import own_lines, report_lines
 from .labels import FIVE
 from .rewards import report_body, scorer, tokenize
 
@@ -25,22 +26,13 @@ def read_reports(path):
     """DataFrame of a JSONL file: columns `id`, `candidate`, `reference` and, where given, `image` and `system`; tags are taken off.
 
     Raises ValueError naming file, line and what was expected."""
-    path, rows, seen = Path(path), [], {}
-    if not path.is_file(): raise ValueError(f"{path}: no such file; expected JSON lines with id, candidate and reference")
-    for number, line in enumerate(path.open(encoding="utf-8", errors="replace"), 1):
-        if not line.strip(): continue
-        try: row = json.loads(line)
-        except ValueError as e: raise ValueError(f"{path}:{number}: not JSON ({e}); expected one object a line") from None
-        if not isinstance(row, dict): raise ValueError(f"{path}:{number}: {type(row).__name__}; expected an object with id, candidate and reference")
-        for field in ("id", "candidate", "reference"):
-            if field not in row: raise ValueError(f"{path}:{number}: no field {field!r} but {', '.join(map(repr, row))}; expected id, candidate and reference")
-        for field in ("candidate", "reference"):
-            if not isinstance(row[field], str): raise ValueError(f"{path}:{number}: {field} is {type(row[field]).__name__}; expected a string, \"\" for an empty report")
-        row["id"], row["system"] = str(row["id"]), str(row.get("system", path.stem))
+    path, rows, seen, expected = Path(path), [], {}, "JSON lines with id, candidate and reference (\"\" for an empty report)"
+    stem = Path(path.name.removesuffix(".gz")).stem
+    for number, row in report_lines(path, ("candidate", "reference"), expected):
+        row["system"] = str(row.get("system", stem))
         if (row["system"], row["id"]) in seen: raise ValueError(f"{path}:{number}: id {row['id']!r} was in line {seen[row['system'], row['id']]}; expected each id once for a system")
         seen[row["system"], row["id"]] = number
         rows.append(row | {field: report_body(row[field]) for field in ("candidate", "reference")})
-    if not rows: raise ValueError(f"{path}: no reports; expected JSON lines with id, candidate and reference")
     return pd.DataFrame(rows, columns=[c for c in ("id", "candidate", "reference", "image", "system") if any(c in r for r in rows)])
 
 def systems_in(paths):
@@ -150,12 +142,11 @@ def pair_key(pair): return hashlib.sha256(json.dumps(pair).encode("utf-8", "surr
 
 def kept_scores(path, key):
     "{pair key: numbers} from a score file; a torn last line is cut off. The file of another model is put aside as `.old`."
-    if not path.exists(): path.write_text(json.dumps(dict(key=key)) + "\n"); return {}
-    whole = path.read_bytes()
-    lines = whole[:whole.rfind(b"\n") + 1].decode().splitlines()
-    if not lines or json.loads(lines[0])["key"] != key: os.replace(path, path.with_suffix(".old")); return kept_scores(path, key)
-    if len(whole) != whole.rfind(b"\n") + 1: path.write_text("".join(line + "\n" for line in lines))
-    return dict((row.pop("pair"), row) for row in map(json.loads, lines[1:]))
+    lines = [row for _, row in own_lines(path, '{"key": ')]
+    if lines and lines[0]["key"] == key: return dict((row.pop("pair"), row) for row in lines[1:])
+    if lines: os.replace(path, path.with_suffix(".old"))
+    path.write_text(json.dumps(dict(key=key)) + "\n")
+    return {}
 
 def gauged(name, gauge, key, pairs, path, chunk=64):
     "DataFrame of a gauge's numbers for (candidate, reference) `pairs`; what `path` has is not computed again."

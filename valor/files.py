@@ -96,24 +96,30 @@ def json_lines(path, expected="one JSON object a line", stop=True):
 # %% ../nbs/00d_files.ipynb #8d4c50b7
 REPORTS = "JSON lines with id and candidate, or what valor generate writes"
 
-def report_lines(path):
-    "`(line number, row)` of a JSONL file of reports: dicts with `id` and `candidate` as text, and whatever else a line has. Raises `DataError` naming the line."
+def report_lines(path, needed=(), expected=REPORTS):
+    """`(line number, row)` of a JSONL file of reports: dicts with `id` and `candidate` as text, and whatever else a line has. Raises `DataError` naming the line.
+
+    `needed`: fields that every line must have as text; where `candidate` is one of them, nothing stands for it."""
     found = False
-    for number, row in json_lines(path, REPORTS):
-        fault = lambda what: DataError(f"{path}:{number}: {what}; expected {REPORTS}")
+    for number, row in json_lines(path, expected):
+        fault = lambda what: DataError(f"{path}:{number}: {what}; expected {expected}")
         if not isinstance(row, dict): raise fault(f"{type(row).__name__} {str(row)[:40]!r}")
         field = next((k for k in ("candidate", "completion", "report") if k in row), None)
-        if "id" not in row or field is None and "error" not in row: raise fault(f"no field {'candidate' if 'id' in row else 'id'!r} but {', '.join(map(repr, row))[:200]}")
+        if "id" not in row or field is None and "error" not in row and not needed: raise fault(f"no field {'candidate' if 'id' in row else 'id'!r} but {', '.join(map(repr, row))[:200]}")
+        absent = next((k for k in needed if k not in row), None)
+        if absent: raise fault(f"no field {absent!r} but {', '.join(map(repr, row))[:200]}")
+        for k in needed:
+            if not isinstance(row[k], str): raise fault(f"{k} is {type(row[k]).__name__}")
         text = row[field] if field else ""
         if not isinstance(text, str): raise fault(f"{field} is {type(text).__name__}")
         if isinstance(row["id"], (dict, list)) or row["id"] is None: raise fault(f"id is {type(row['id']).__name__}")
         found = True
         yield number, row | dict(id=str(row["id"]), candidate=text)
-    if not found: raise DataError(f"{path}: no reports; expected {REPORTS}")
+    if not found: raise DataError(f"{path}: no reports; expected {expected}")
 
 # %% ../nbs/00d_files.ipynb #b4680230
-def own_lines(path, begins):
-    """`(line number, object)` of the whole lines of a JSONL file that this program writes ([] where there is none); a last line without its end is cut off.
+def own_lines(path, begins, mend=True):
+    """`(line number, object)` of the whole lines of a JSONL file that this program writes ([] where there is none); a last line without its end is left out, and cut off where `mend`.
 
     `begins`: how our lines begin, such as `{"id": `. Raises `DataError`, and changes nothing, where the file begins otherwise or holds a broken line."""
     path = Path(path)
@@ -127,6 +133,6 @@ def own_lines(path, begins):
         except (ValueError, RecursionError) as e: raise other(number, first_line(e)) from None
         if not isinstance(value, dict): raise other(number, type(value).__name__)
         out.append((number, value))
-    if end < len(data):
+    if mend and end < len(data):
         with open(path, "r+b") as f: f.truncate(end)
     return out

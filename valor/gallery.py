@@ -20,6 +20,7 @@ from .clinical import sentences
 from .config import OBSERVATIONS, Config
 from .experiment import SYSTEMS, labeler, load_data
 from .figures import COLOURS
+from .files import report_lines
 from .phantom import from_truth, parse_report, spans
 from .policy import image_lists
 from .rewards import report_body
@@ -132,14 +133,11 @@ def row_name(folder):
 def read_lines(path):
     "({id: report}, {id: reference}) of a JSONL file as `valor generate` writes it and `valor evaluate` reads it."
     texts, references = {}, {}
-    for n, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        if not line.strip(): continue
-        try: row = json.loads(line); key, text = str(row["id"]), next(str(row[k]) for k in ("candidate", "completion", "report") if k in row)
-        except (ValueError, KeyError, TypeError, StopIteration): raise ValueError(f"{path}:{n}: {line[:80]!r}; expected an object with id and candidate (or completion)") from None
+    for n, row in report_lines(path):
+        key = row["id"]
         if key in texts: raise ValueError(f"{path}:{n}: id {key!r} occurs twice; expected each study once")
-        texts[key] = text
+        texts[key] = row["candidate"]
         if "reference" in row: references[key] = str(row["reference"])
-    if not texts: raise ValueError(f"{path}: no reports; expected JSON lines with id and candidate")
     return texts, references
 
 def read_system(spec, data=None):
@@ -148,9 +146,9 @@ def read_system(spec, data=None):
     if not equals or Path(spec).exists(): name, path = None, spec
     path = Path(path).expanduser()
     if not path.exists(): raise ValueError(f"{path}: no such run; expected a folder such as runs/eval_stage2-…, a 'reports ….csv' in one, or a .jsonl of reports")
-    if path.suffix == ".jsonl":
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
         if data is None: raise ValueError(f"{path}: which studies are these? Give --data, the folder of a run's data phase (runs/data-…)")
-        return System(name or path.stem, *read_lines(path), Path(data))
+        return System(name or Path(path.name.removesuffix(".gz")).stem, *read_lines(path), Path(data))
     folder, condition = (path.parent, path.stem.removeprefix("reports ")) if path.suffix == ".csv" else (path, "test")
     reports = folder/f"reports {condition}.csv"
     run_record(folder)

@@ -6,7 +6,7 @@ __all__ = ['ALPHA_BAR', 'NOTHING', 'weighted_dpo_loss', 'text_rewards', 'whole_l
            'pair_dataset', 'PairCollator', 'MMedPOTrainer', 'preference_trainer', 'updates_of', 'prefer']
 
 # %% ../nbs/07g_preference.ipynb #76a304c2
-import dataclasses, json, zlib
+import dataclasses, json, os, zlib
 from pathlib import Path
 
 import numpy as np, torch
@@ -20,6 +20,7 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from .adapter import beside
 from .evaluation import as_completion
+from .files import UNREADABLE, DataError, first_line, json_lines, json_value, opened, own_lines
 from .grpo import Rewards, advantages, steps_of
 from .injection import extras_of
 from .models import check_completions, ending, frozen_weights, load_policy, loading, lora_config, memory_line
@@ -41,9 +42,9 @@ def text_rewards(candidates, rows, rewards, cfg):
 
 def whole_lines(path, chunk):
     "Cut the file `path` to a whole number of chunks of `chunk` lines (or make it empty) and return how many lines those are."
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    whole = sum(line.endswith(b"\n") for line in lines) // chunk * chunk
-    path.write_bytes(b"".join(lines[:whole]))
+    whole = len(own_lines(path, '{"row": ')) // chunk * chunk
+    kept = path.read_bytes().split(b"\n")[:whole] if whole else []
+    path.write_bytes(b"".join(line + b"\n" for line in kept))
     return whole
 
 def sample_reports(policy, data, path, rewards, cfg, n, chunk=8):
@@ -62,7 +63,7 @@ def sample_reports(policy, data, path, rewards, cfg, n, chunk=8):
                 file.write(json.dumps(dict(row=row, study_id=study, samples=said[i * G:(i + 1) * G], rewards=[round(s, 6) for s in scores[i * G:(i + 1) * G]])) + "\n")
             file.flush()
 
-def read_samples(path): return [json.loads(line) for line in Path(path).read_text().splitlines()]
+def read_samples(path): return [line for _, line in own_lines(path, '{"row": ')]
 
 # %% ../nbs/07g_preference.ipynb #e0138ac1
 def pair(row, chosen, rejected, weight=1., noised=False, image="", prompt=PROMPT):
@@ -86,32 +87,38 @@ def _turns(row, field):
     return turns[0]["value"].replace("<image>", "").strip(), turns[1]["value"].strip()
 
 def _preference(row, rows_of, folder):
-    "The pair of one row of a preference file; ValueError saying what is wrong with it."
+    "The pair of one row of a preference file, None where both reports are the same; ValueError saying what is wrong with it."
     if not isinstance(row, dict): raise ValueError(f"is a {type(row).__name__}, not an object")
     (prompt, chosen), (_, rejected) = _turns(row, "conversations"), _turns(row, "rejected_conversations")
     score = row.get("weighted_score")
     if isinstance(score, bool) or not isinstance(score, (int, float)) or not 0 <= score <= 1: raise ValueError(f"weighted_score is {score!r}, not a number in [0, 1]")
-    if chosen == rejected: raise ValueError("chosen and rejected report are the same")
+    if chosen == rejected: return None
     at, image = rows_of.get(str(row.get("id")), -1), row.get("image")
-    if at < 0 and not (isinstance(image, str) and (folder / image).is_file()): raise ValueError(f"id {row.get('id')!r} is no training study and image {image!r} no file below {folder}")
+    if at < 0 and not (isinstance(image, str) and os.path.isfile(folder / image)): raise ValueError(f"id {row.get('id')!r} is no training study and image {image!r} no file below {folder}")
     tagged = lambda text: text if TAG.search(text) else as_completion(text)
     return pair(at, tagged(chosen), tagged(rejected), score, image="" if at >= 0 else str(folder / image), prompt=prompt or PROMPT)
 
 def read_preferences(path, study_ids):
-    "Pairs of a preference file in MMedPO's schema; `study_ids`: of the training data, in order. ValueError naming the file and its bad rows."
+    """Pairs of a preference file in MMedPO's schema (JSON or JSONL); `study_ids`: of the training data, in order. Pairs of equal reports are set aside, and their number is printed.
+
+    ValueError naming the file and its bad rows."""
     path = Path(path).expanduser()
-    try: text = path.read_text()
-    except (OSError, UnicodeDecodeError) as e: raise ValueError(f"{path}: cannot be read as text ({e}); expected a preference file, JSON or JSONL") from None
-    numbered = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-    try: rows = json.loads(text) if text.lstrip()[:1] == "[" else [json.loads(line) for _, line in numbered]
-    except ValueError as e: raise ValueError(f"{path}: not JSON ({e}); expected a list of objects, or one object a line") from None
+    expected = "a preference file: a list of objects, or one object a line"
+    try:
+        with opened(path) as file: data = file.read()
+        rows = json_value(data) if data.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[" else [row for _, row in json_lines(path, expected)]
+    except UNREADABLE as e: raise ValueError(f"{path}: cannot be read ({first_line(e)}); expected {expected}") from None
+    except DataError: raise
+    except ValueError as e: raise ValueError(f"{path}: {e}; expected {expected}") from None
     rows_of, pairs, bad = {s: i for i, s in enumerate(study_ids)}, [], []
     for i, row in enumerate(rows, 1):
         try: pairs.append(_preference(row, rows_of, path.parent))
         except ValueError as e: bad.append(f"row {i}: {e}")
     if bad: raise ValueError(f"{path}: {len(bad)} of {len(rows)} rows are bad ({'; '.join(bad[:3])}{'; …' if len(bad) > 3 else ''}); expected id, image, conversations, rejected_conversations, weighted_score in every row")
-    if not pairs: raise ValueError(f"{path}: holds no pairs; expected at least one")
-    return pairs
+    different = [p for p in pairs if p is not None]
+    if not different: raise ValueError(f"{path}: holds no pairs{' but of equal reports' if pairs else ''}; expected at least one")
+    if len(different) < len(pairs): print(f"{path}: {len(pairs) - len(different):,} of {len(pairs):,} pairs set aside: chosen and rejected report are the same")
+    return different
 
 # %% ../nbs/07g_preference.ipynb #61000cc7
 ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, .02, 1000))         # the linear schedule of DDPM (Ho et al., 2020)

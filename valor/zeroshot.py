@@ -25,6 +25,7 @@ from .config import key_of
 from .evaluate import DEFAULTS, MEASURES, gauged, made
 from .experiment import locked
 from .figures import slug
+from .files import own_lines, report_lines
 from .models import load_policy, own_generation, reason
 from .reported import TABLE2
 from .reports import ENDINGS
@@ -287,14 +288,9 @@ def without_key(line, key):
 def kept_answers(path, settings):
     "`({question key: line}, note)` of the answers in the file `path` that `settings` lead to; errors are not among them, to be asked again. `note`: what else the file has (''). Raises `ValueError` naming the line that is none."
     path = Path(path)
-    if not path.exists(): return {}, ""
-    data = path.read_bytes()
-    whole = data[:data.rfind(b"\n") + 1]
-    if len(whole) < len(data): path.write_bytes(whole)
     kept, others, asked = {}, {}, {}
-    for n, text in enumerate(whole.decode(errors="replace").splitlines(), 1):
+    for n, line in own_lines(path, '{"settings": '):
         try:
-            line = json.loads(text)
             if "asked" in line: asked[line["settings"]] = line["asked"]
             elif line["settings"] != key_of(settings): others[line["settings"]] = others.get(line["settings"], 0) + 1
             elif line["status"] not in STATUSES or not isinstance(line["candidate"], str): raise ValueError("no such status")
@@ -374,9 +370,7 @@ def ask(endpoint, dataset, path, *, budget, benchmark, permitted=(), give_up=5):
 
 def written(path, settings):
     "All lines of the file `path` under `settings`, errors included."
-    if not Path(path).exists(): return []
-    kept_lines = (line for line in Path(path).read_text(errors="replace").splitlines() if line.endswith("}"))
-    return [l for l in map(json.loads, kept_lines) if l.get("settings") == key_of(settings) and "asked" not in l]
+    return [line for _, line in own_lines(path, '{"settings": ', mend=False) if line.get("settings") == key_of(settings) and "asked" not in line]
 
 def estimate(endpoint, dataset, have, settings, budget, spent):
     "What asking will use at most, in one line, before anything is asked; `have`: keys of questions that are answered."
@@ -453,17 +447,11 @@ def run_open(row, name, folder, dataset, path, trust_remote_code=(), max_new_tok
 def from_file(path, ids):
     "Frame of the reports that the JSONL file `path` has for the studies `ids`, and a line naming ids that are missing or too many ('' where none is). Raises `ValueError` naming file and line."
     path, found = Path(path), {}
-    if not path.is_file(): raise ValueError(f"{path}: no such file; expected JSON lines with id and candidate")
-    for n, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        if not text.strip(): continue
-        try:
-            line = json.loads(text)
-            i, said = str(line["id"]), line["candidate"] if "candidate" in line else "" if "error" in line else line["report"]
-            if not isinstance(said, str): raise TypeError
-        except (ValueError, KeyError, TypeError): raise ValueError(f"{path}:{n}: expected a JSON object with id and candidate (a string), or what valor generate writes") from None
+    for n, row in report_lines(path):
+        i = row["id"]
         if i not in ids and i.lower().endswith(ENDINGS): i = i.rsplit(".", 1)[0]
         if i in found: raise ValueError(f"{path}:{n}: id {i!r} occurs twice")
-        found[i] = said.strip()
+        found[i] = row["candidate"].strip()
     missing, extra = [i for i in ids if i not in found], [i for i in found if i not in set(ids)]
     if len(missing) == len(ids): raise ValueError(f"{path}: none of its {len(found):,} ids is a study, such as {', '.join(map(repr, extra[:3]))}; expected ids such as {ids[0]!r}")
     listed = lambda some: f"{len(some):,} ({', '.join(some[:5])}{', …' if len(some) > 5 else ''})"
