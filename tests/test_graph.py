@@ -1,8 +1,8 @@
 """The graph of all tables and figures: what it plans, that only what changed runs again, the same on SLURM, and one line for a wrong parameter. The jobs themselves are replaced by a stub."""
-import os, re, shutil, subprocess, sys
+import fcntl, os, re, shutil, subprocess, sys
 from pathlib import Path
 
-import pytest
+import pytest, yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 STUB = """#!/bin/sh
@@ -54,6 +54,25 @@ def test_only_what_changed_runs_again(place):
     assert jobs == []                                                                            # the page shows the first seed only
     _, jobs = graph(place, config=("preset=smoke", "seeds=0,1,2", "benchmarks=phantom", "pages=08_ablation"))
     assert sum('"seed": 2' in j for j in jobs) == 1 + 5 + 7 and sum("papermill" in j for j in jobs) == 2 and len(jobs) == 15
+
+
+def test_what_a_killed_graph_left_locked_is_gone_on_with(place):
+    "Its locks are in the way while it lives (the system knows: it holds a lock of the file valor.alive), and no longer."
+    few = ("preset=smoke", "seeds=7", "benchmarks=phantom", "pages=12_qualitative")
+    locks = place / ".snakemake" / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    (locks / "0.output.lock").write_text("runs/graph/smoke/phantom/seed7/systems\n")
+    with open(place / ".snakemake" / "valor.alive", "w") as alive:
+        fcntl.flock(alive, fcntl.LOCK_EX)
+        done, jobs = graph(place, config=few)
+        assert done.returncode != 0 and "cannot be locked" in done.stdout + done.stderr and jobs == []
+    done, jobs = graph(place, config=few)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(jobs) == 2 and all('"threads": 1' in j for j in jobs)                             # the page is shown on the threads that its runs had: else it would find none
+
+
+def test_slurm_jobs_ask_for_a_gpu():
+    assert yaml.safe_load((ROOT / "profiles" / "slurm" / "config.yaml").read_text())["default-resources"]["gpu"] == 1
 
 
 @pytest.mark.parametrize("config, message", [(("preset=smok",), "preset='smok' is unknown"), (("seeds=a",), "seeds=a: expected whole numbers separated by commas"), (("benchmarks=mimic",), "benchmark='mimic'"),
