@@ -507,3 +507,52 @@ def test_a_coded_finding_is_not_no_finding_in_the_data(tmp_path):
 def test_no_finding_of_the_real_codes():
     found = [code_labels(s.codes)[OBSERVATIONS.index("No Finding")] for s in SOURCES["kaggle_indiana"].read(real("iu_xray")) if isinstance(s, Study)]
     assert (len(found), found.count(1)) == (3851, sum("normal" in s.codes for s in SOURCES["kaggle_indiana"].read(real("iu_xray")) if isinstance(s, Study)))
+
+# ---- tables as people save them -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("cell", ["nan", "NaN", "None", " nan "])
+def test_a_saved_empty_cell_is_no_text(cell, tmp_path):
+    table = trees.table(tmp_path/"t", N)
+    rows(table, lambda t: set_(t, 2, impression=cell) or set_(t, 4, findings=cell))
+    studies = load_studies("table", table, cache=tmp_path/"cache")
+    assert studies.set_aside[["study_id", "kind"]].values.tolist() == [["study3", "no impression"], ["study5", "no findings"]]
+    root = trees.kaggle(tmp_path/"k", N)
+    rows(root/"indiana_reports.csv", lambda t: set_(t, 2, impression=cell))
+    assert load_studies("kaggle_indiana", root, cache=tmp_path/"cache").set_aside.kind.tolist() == ["no impression"]
+    root = trees.r2gen(tmp_path/"r", N)
+    entries(root, lambda d: set_(d["train"], 1, report=cell))
+    assert load_studies("r2gen_iu", root, cache=tmp_path/"cache").set_aside.kind.tolist() == ["no report"]
+
+def test_blanks_around_an_identifier_make_no_second_patient(tmp_path):
+    table = trees.table(tmp_path/"t", N)
+    rows(table, lambda t: set_(t, 0, patient_id="x", split="train") or set_(t, 1, patient_id="x ", split="test") or set_(t, 2, study_id="study4 "))
+    studies = load_studies("table", table, cache=tmp_path/"cache")
+    assert data_report(studies)["Leakage"]["patients"].sum() >= 1 and studies.set_aside.kind.tolist() == ["duplicate id"]
+
+def test_kaggle_numbers_that_pandas_made_floats(tmp_path):
+    root = trees.kaggle(tmp_path/"k", N)
+    rows(root/"indiana_reports.csv", lambda t: [r | dict(uid=f"{r['uid']}.0") for r in t])
+    studies = load_studies("kaggle_indiana", root, cache=tmp_path/"cache")
+    assert ids(studies) == {f"CXR{i}" for i in range(1, N + 1)} and not len(studies.set_aside)
+
+SAVED = {   # how a table was saved: (layout, what is done to it, what the message says)
+    "a column twice": ("csv", lambda r: edit(r, "split", "findings"), "names the column findings twice"),
+    "semicolons": ("csv", lambda r: r.write_text(r.read_text().replace(";", " ").replace(",", ";")), "separated by semicolons"),
+    "tabs": ("csv", lambda r: r.write_text(r.read_text().replace(",", "\t")), "separated by tabs"),
+    "lists as text": ("csv", lambda r: rows(r, lambda t: [x | dict(image="['a.png', 'b.png']", view="") for x in t]), "is a list written as text"),
+    "backslashes": ("csv", lambda r: rows(r, lambda t: [x | dict(image="img\\1.png", view="") for x in t]), "has backslashes"),
+    "URLs": ("csv", lambda r: rows(r, lambda t: [x | dict(image="https://host/1.png", view="") for x in t]), "is a URL"),
+    "a column of Kaggle's twice": ("kaggle", lambda r: edit(r/"indiana_reports.csv", "Problems", "findings"), "names the column findings twice"),
+    "packed beside unpacked": ("mimic", lambda r: (r/spl.removesuffix(".gz")).write_text("x"), "more than one"),
+    "MIMIC without its reports": ("mimic", lambda r: [p.unlink() for p in r.rglob("s*.txt")], "holds no reports, give the folder"),
+    "a split without a name": ("r2gen iu", lambda r: entries(r, lambda d: d.__setitem__("    ", d.pop("test"))), "a key of blanks alone"),
+}
+
+@pytest.mark.parametrize("name", SAVED)
+def test_the_message_names_the_cause(name, masters, tmp_path):
+    layout, save, says = SAVED[name]
+    root = Path(shutil.copytree(masters[layout].parent if masters[layout].is_file() else masters[layout], tmp_path/"tree"))
+    if masters[layout].is_file(): root = root/masters[layout].name
+    save(root)
+    with pytest.raises(DataError, match=says) as error: loaded(layout, root, tmp_path)
+    assert "\n" not in str(error.value)

@@ -169,13 +169,13 @@ def _splits_table(path):
         if r is None: raise DataError(f"{path}:{row}: {BROKEN_ROW}")
         try: name = _split_name(r["split"], path)
         except ValueError as e: raise DataError(f"{path}:{row}: {e}") from None
-        if out.setdefault(r["study_id"], name) != name: raise DataError(f"{path}:{row}: study {r['study_id']} is in two splits, {out[r['study_id']]} and {name}")
+        if out.setdefault(r["study_id"].strip(), name) != name: raise DataError(f"{path}:{row}: study {r['study_id']} is in two splits, {out[r['study_id']]} and {name}")
     return out
 
 class Index:
     "Writes rows by split and counts what was seen; `strict` raises the first fault that sets a study aside as `DataError`."
     def __init__(self, folder, features, strict):
-        self.folder, self.features, self.strict, self.writers, self.seen = folder, features, strict, {}, Counter()
+        self.folder, self.features, self.strict, self.writers, self.seen, self.first = folder, features, strict, {}, Counter(), None
         self.faults = open(folder/"set_aside.csv", "w", newline="")
         self.table = csv.DictWriter(self.faults, ["level", "kind", "study_id", "where", "message"])
         self.table.writeheader()
@@ -198,6 +198,7 @@ class Index:
     def fault(self, f):
         if self.strict: raise DataError(f"{f} [{f.kind}; strict=True stops here]")
         self.seen[f"{f.level}: {f.kind}"] += 1
+        self.first = self.first or f
         self.table.writerow(asdict(f))
 
     def row(self, row):
@@ -309,17 +310,19 @@ def load_studies(source, root, preset="valor", *, size=None, splits=None, check=
         making.mkdir()
         try: index = write_index(making, source, root, how, size, _splits_table(splits) if splits else None, check, strict, options, KnownViews(folder.parent))
         except BaseException: shutil.rmtree(making, ignore_errors=True); raise
-        if not index.seen["kept"]: shutil.rmtree(making); raise DataError(_nothing_left(source, root, index.seen, how))
+        if not index.seen["kept"]: shutil.rmtree(making); raise DataError(_nothing_left(source, root, index, how))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(making, folder)
     return Studies.open(folder)
 
-def _nothing_left(source, root, seen, how):
+def _nothing_left(source, root, index, how):
+    seen = index.seen
     reasons = ", ".join(f"{n} {k.removeprefix('study: ')}" for k, n in seen.most_common() if k.startswith("study: "))
     texts = [t for t in ("findings", "impression", "report") if seen[f"with {t}"]]
     lacks = [t for t in ("findings", "impression", "report") if seen[f"study: no {t}"]]
     remedy = f"; sections={how['sections']!r} needs {' and '.join(lacks)}, and what the studies have is {', '.join(texts)}: give sections={texts[-1]!r}" if lacks and texts else ""
-    return f"{root}: no study of {source} can be used ({seen['read']:,} read; {reasons or 'nothing in it'}{remedy})"
+    first = f"; the first fault is {index.first}" if index.first and not remedy else ""
+    return f"{root}: no study of {source} can be used ({seen['read']:,} read; {reasons or 'nothing in it'}{remedy}{first})"
 
 # %% ../nbs/01e_studies.ipynb #8945fa9b
 def _decode(item):
