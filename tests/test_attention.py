@@ -302,6 +302,6 @@ def test_a_paired_difference_is_narrower_than_its_parts():
 def test_maps_are_written_for_the_gallery(tmp_path):
     frame = pd.DataFrame(dict(row=[0, 0, 2]))
     maps = np.stack([np.full((4, 4), 1 / 16), at._unit(at.inside([(0, 0, .5, .5)], 4)), np.zeros((4, 4))]).astype(np.float32)
-    paths = at.write_maps(tmp_path / "VALOR", frame, maps, ["a", "b", "c"])
+    paths = at.write_maps(tmp_path / "VALOR", frame, maps, ["a", "b", "c"], "phantom")
     assert [p.name for p in paths] == ["a.npy", "c.npy"] and np.load(paths[0]).dtype == np.float32
     assert np.isclose(np.load(paths[0])[0, 0], (1 / 16 + 1 / 4) / 2) and np.load(paths[1]).sum() == 0

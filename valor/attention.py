@@ -20,6 +20,7 @@ from .experiment import SYSTEMS, ensure, load_data, policy_of, read_reports, tar
 from .labels import mentions
 from .phantom import FINDINGS
 from .policy import image_lists, render_prompt
+from .restricted import kept, safe_name
 
 # %% ../nbs/13a_grounding.ipynb #61194b34
 @dataclass(frozen=True)
@@ -298,13 +299,14 @@ def overlay(ax, image, heat=None, boxes=(), title="", colour="#ffd400"):
     ax.set(xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[])
     ax.set_title(title)
 
-def write_maps(folder, frame, maps, studies):
-    "Write `{study_id}.npy` (float32, `(s, s)`, sum 1) for each of `studies` to `folder`: the mean over the mentions of its report; studies without a mention get no file. Returns the paths."
+def write_maps(folder, frame, maps, studies, benchmark):
+    "Write `{study_id}.npy` (of a strange id its `safe_name`; (float32, `(s, s)`, sum 1) for each of `studies` to `folder`: the mean over the mentions of its report; studies without a mention get no file. Returns the paths."
     folder, paths = Path(folder), []
-    folder.mkdir(parents=True, exist_ok=True)
-    for row, mentions_ in frame.groupby("row").indices.items():
-        paths.append(folder / f"{studies[row]}.npy")
-        np.save(paths[-1], _unit(maps[mentions_].mean(0)).astype(np.float32))
+    with kept(folder, benchmark):
+        folder.mkdir(parents=True, exist_ok=True)
+        for row, mentions_ in frame.groupby("row").indices.items():
+            paths.append(folder / f"{safe_name(studies[row])}.npy")
+            np.save(paths[-1], _unit(maps[mentions_].mean(0)).astype(np.float32))
     return paths
 
 # %% ../nbs/13a_grounding.ipynb #8562628d

@@ -34,6 +34,7 @@ class Digests:
     def __init__(self, root):
         cache_dir().mkdir(parents=True, exist_ok=True)
         self.db = sqlite3.connect(cache_dir()/"digests.sqlite", timeout=60)
+        (cache_dir()/"digests.sqlite").chmod(0o600)                                    # paths may name patients
         self.db.execute("CREATE TABLE IF NOT EXISTS digests (path TEXT PRIMARY KEY, size INTEGER, mtime INTEGER, digest TEXT) WITHOUT ROWID")
         found = self.db.execute("SELECT path, size, mtime, digest FROM digests WHERE path >= ? AND path < ?", (str(root), f"{root}\U0010ffff"))
         self.known, self.new = {path: (state, digest) for path, *state, digest in found}, []

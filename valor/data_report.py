@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from .config import OBSERVATIONS
 from .data import leaked
+from .restricted import check_place, kept
 from .sources import SOURCES, DataError, terms_of
 from .studies import load_studies
 from .views import FIVE_FOLD
@@ -93,14 +94,17 @@ def to_markdown(report):
 # %% ../nbs/01f_data_report.ipynb #5bf661a3
 def run_report(args, settings):
     "Run `valor data-report` with parsed arguments and `--set` settings."
-    try: studies = load_studies(args.source, None if args.root == "-" else args.root, args.preset, **settings)
+    try:
+        if args.out: check_place(args.out, args.source)
+        studies = load_studies(args.source, None if args.root == "-" else args.root, args.preset, **settings)
     except (ValueError, TypeError) as e: sys.exit(f"valor: {e}")
     report = data_report(studies)
     print(to_markdown(report))
     if not args.out: return
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out/"report.md").write_text(to_markdown(report))
-    studies.set_aside.to_csv(args.out/"set_aside.csv", index=False)
-    studies.views.to_csv(args.out/"views_read.csv", index=False)
-    for title, table in report.items(): table.to_csv(args.out/f"{title.lower().replace(' ', '_')}.csv")
+    with kept(args.out, args.source):
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out/"report.md").write_text(to_markdown(report))
+        studies.set_aside.to_csv(args.out/"set_aside.csv", index=False)
+        studies.views.to_csv(args.out/"views_read.csv", index=False)
+        for title, table in report.items(): table.to_csv(args.out/f"{title.lower().replace(' ', '_')}.csv")
     print(f"{args.out}")

@@ -2,15 +2,17 @@
 
 # %% auto #0
 __all__ = ['COLUMN', 'PAGE', 'STYLE', 'COLOURS', 'NEUTRAL', 'RIGHT', 'WRONG', 'MISPLACED', 'use_style', 'sidecar', 'slug',
-           'place_of', 'save']
+           'place_of', 'save', 'save_page']
 
 # %% ../nbs/00a_figures.ipynb #5b9333d9
-import json, os, re
+import contextlib, json, os, re
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 import matplotlib as mpl, pandas as pd, seaborn as sns
 from .config import figures_dir, key_of, runs_dir, versions, write_whole
+from .restricted import kept
+from .sources import terms_of
 
 # %% ../nbs/00a_figures.ipynb #6b2d826a
 COLUMN, PAGE = 3.4, 7.0   # inches
@@ -59,7 +61,7 @@ def slug(name):
 
 def place_of(cfgs=()):
     "Where the figures of runs `cfgs` go unless a folder is named: `figures_dir()` for preset `laptop`, whose are committed; for another a folder among the runs, so that a trial does not replace them."
-    other = sorted({c.preset for c in cfgs} - {"laptop"})
+    other = sorted({c.preset for c in cfgs} - {"laptop"}) or sorted({c.benchmark for c in cfgs if terms_of(c.benchmark).restricted})
     return runs_dir() / "results" / "+".join(other) if other and not os.environ.get("VALOR_FIGURES") else figures_dir()
 
 def save(stem, data, figure=None, cfgs=(), runs=(), note="", out=None):
@@ -68,6 +70,23 @@ def save(stem, data, figure=None, cfgs=(), runs=(), note="", out=None):
     `cfgs`: the configurations, `runs`: the phase folders, or their names, that it was made from. Returns the paths. Equal input gives equal bytes. ValueError for a stem that is no plain file name."""
     if not re.fullmatch(r"[\w-][\w.-]*", stem): raise ValueError(f"stem={stem!r}: expected a file name of letters, digits, '_', '-' and '.'")
     out = Path(out or place_of(cfgs))
+    with _guarded(out, cfgs): return _saved(out, stem, data, figure, cfgs, runs, note)
+
+def save_page(stem, text, cfgs=(), out=None):
+    "Write `{stem}.md` with `text` where `save` puts the figures of `cfgs`. Returns its path."
+    out = Path(out or place_of(cfgs))
+    with _guarded(out, cfgs):
+        out.mkdir(parents=True, exist_ok=True)
+        return write_whole(out / f"{stem}.md", lambda p: p.write_text(text))
+
+@contextlib.contextmanager
+def _guarded(out, cfgs):
+    "`kept` for each benchmark of `cfgs`."
+    with contextlib.ExitStack() as stack:
+        for benchmark in sorted({c.benchmark for c in cfgs}): stack.enter_context(kept(out, benchmark, "give out= a folder outside, or set VALOR_FIGURES to one"))
+        yield
+
+def _saved(out, stem, data, figure, cfgs, runs, note):
     out.mkdir(parents=True, exist_ok=True)
     files = [write_whole(out / f"{stem}.csv", lambda p: data.to_csv(p, index=not isinstance(data.index, pd.RangeIndex), float_format="%.6g", lineterminator="\n"))]
     for end, no_date in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})) if figure is not None else ():

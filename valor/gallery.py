@@ -24,6 +24,7 @@ from .files import report_lines
 from .phantom import from_truth, parse_report, spans
 from .policy import image_lists
 from .rewards import report_body
+from .restricted import check_place, kept, safe_name
 from .sources import terms_of
 
 # %% ../nbs/14_gallery.ipynb #fbeef08d
@@ -200,7 +201,7 @@ def attention_map(path, side=24):
 
 def attention_of(folder, ids):
     "[map or None] for the studies `ids` from `folder`. ValueError where it holds none of them."
-    paths = [Path(folder)/f"{i}.npy" for i in ids]
+    paths = [Path(folder)/f"{safe_name(i)}.npy" for i in ids]
     if not any(p.exists() for p in paths): raise ValueError(f"{folder}: no attention map of these studies; expected files such as {paths[0].name}")
     return [attention_map(p) if p.exists() else None for p in paths]
 
@@ -271,8 +272,7 @@ def check_page_place(benchmark, out):
     "Raise ValueError where a page with restricted data would lie in a repository, or where its folder is missing."
     here = Path(out).expanduser().resolve().parent
     if not here.is_dir(): raise ValueError(f"out={str(out)!r}: no folder {here}; make it first")
-    if terms_of(benchmark).restricted and any((p/f).exists() for p in (here, *here.parents) for f in (".git", "settings.ini")):
-        raise ValueError(f"out={str(out)!r}: lies in a repository, and {benchmark} may be under terms that forbid copies there ({terms_of(benchmark).licence}); choose a place outside")
+    check_place(out, benchmark)
 
 def gallery(runs, out, data=None, attention=(), title=None, n=None, side=384):
     """Write the page for `runs` (`[NAME=]PATH`, see `read_system`) to `out`; returns its path.
@@ -290,7 +290,7 @@ def gallery(runs, out, data=None, attention=(), title=None, n=None, side=384):
                    JUDGED.get(cfg.benchmark, BY_LABELS.format(labeler=cfg.chexbert)), restricted)
     out = Path(out).expanduser()
     making = out.with_name(out.name + ".making")
-    making.write_text(page, encoding="utf-8")
+    with kept(out, cfg.benchmark): making.write_text(page, encoding="utf-8")
     return making.replace(out)
 
 # %% ../nbs/14_gallery.ipynb #ddbeee17

@@ -23,6 +23,7 @@ from .injection import TEXT_SCORERS, CLINICAL_SCORERS, clinical, composite, extr
 from .models import frozen_weights, load_policy, loading, lora_config, memory_line
 from .policy import Progress, conversations, shard_by_layer, train_to_end, trainer_args
 from .ranknorm import rank_norm, rank_reward
+from .restricted import check_server
 from .rollout import SharedRollout
 
 # %% ../nbs/07_grpo.ipynb #2c0f3a51
@@ -248,6 +249,7 @@ def vllm_args(rollout, cfg, image_token):
     Raises `ValueError` where the server's address or the package is missing."""
     if not rollout.startswith("vllm_"): return {}
     if rollout == "vllm_server" and cfg.vllm_server_url is None: raise ValueError("vllm_server_url=None: rollout='vllm_server' samples from a server; expected its address, such as 'http://host:8000' (start one with: trl vllm-serve --model FOLDER)")
+    if rollout == "vllm_server": check_server(cfg.benchmark, cfg.vllm_server_url)
     if not find_spec("vllm"): raise ValueError(f"rollout={rollout!r}: the package vllm is not installed; expected it (pip install 'trl[vllm]', for GPUs), or rollout='transformers'")
     return dict(use_vllm=True, vllm_mode=rollout.removeprefix("vllm_"), vllm_server_base_url=cfg.vllm_server_url, vllm_gpu_memory_utilization=cfg.vllm_gpu_memory_utilization,
                 vllm_importance_sampling_correction=False, generation_kwargs=dict(bad_words=[image_token]))

@@ -22,6 +22,7 @@ from .data import code_labels, codes_to_findings, split_of
 from .images import ImageError, XRay, check_image, read_image, to_png
 from .phantom import FEATURES, to_truth
 from .sections import DEIDENTIFIED, SECTIONS, STYLES, clean_text, report_of
+from .restricted import kept
 from .sources import BROKEN_ROW, SOURCES, DataError, Fault, Study, _split_name, read_table, text_columns
 from .contents import cache_dir, fingerprint
 from .views import KnownViews, picture_view
@@ -300,6 +301,10 @@ def load_studies(source, root, preset="valor", *, size=None, splits=None, check=
     wanted = dict(version=VERSION, source=source, root=str(Path(root).expanduser().resolve()) if root is not None else None, how=how, size=size, check=check, options=options,
                   holds=[fingerprint(p) for p in (root, *options.values()) if isinstance(p, (str, Path))], splits=Path(splits).expanduser().read_text() if splits and Path(splits).expanduser().is_file() else splits and str(splits))
     folder = Path(cache or cache_dir()).expanduser()/f"{source}-{key_of(wanted)}"
+    with kept(folder, source, "set VALOR_CACHE (or cache=) to a folder outside"): return _opened(folder, source, root, how, size, splits, check, strict, refresh, options)
+
+def _opened(folder, source, root, how, size, splits, check, strict, refresh, options):
+    "The index in `folder`, made where it is not there."
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

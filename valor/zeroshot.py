@@ -29,6 +29,7 @@ from .files import own_lines, report_lines
 from .models import load_policy, own_generation, reason
 from .reported import TABLE2
 from .reports import ENDINGS
+from .restricted import check_place, kept
 from .rewards import report_body
 from .server import complete, fingerprint
 from .sources import check_endpoint, is_local
@@ -349,6 +350,7 @@ def ask(endpoint, dataset, path, *, budget, benchmark, permitted=(), give_up=5):
     `budget`: US dollars, or None. `benchmark`: where the studies come from, for their terms; `permitted`: hosts or URLs that may have restricted ones. Raises `PermissionError`, or `EndpointError` naming
     the endpoint and what to do."""
     check_endpoint(benchmark, endpoint.base_url, permitted)
+    check_place(path, benchmark)
     client = client_of(endpoint)
     if budget is not None and not 0 <= budget: raise EndpointError(f"budget={budget!r}; expected US dollars from 0, or None")
     if endpoint.prices is None and budget is not None: raise EndpointError(f"prices=None: what {endpoint.model} at {endpoint.base_url} costs is not known, so budget={budget} cannot be kept; give prices={{'input': …, 'output': …}} (US dollars per million tokens) or budget=None")
@@ -362,7 +364,7 @@ def ask(endpoint, dataset, path, *, budget, benchmark, permitted=(), give_up=5):
     spent = sum(map(paid, before))
     print(estimate(endpoint, dataset, {l["key"] for l in before if l["status"] != "error"}, settings, budget, spent))
     purse = Purse(budget, spent)
-    out = collect(dataset, path, settings, lambda images: question(client, endpoint, images), endpoint.concurrency, limit_of, paid, purse, endpoint.model, give_up)
+    with kept(path, benchmark): out = collect(dataset, path, settings, lambda images: question(client, endpoint, images), endpoint.concurrency, limit_of, paid, purse, endpoint.model, give_up)
     left = (out.status == "not asked").sum()
     counts = ", ".join(f"{n:,} {status}" for status, n in out.status.value_counts().items())
     print(f"{endpoint.model}: {counts}" + ("" if free else f"; {purse.spent:.4f} USD spent") + (f"; the budget of {budget} USD stops here, a larger one goes on" if left else ""))
@@ -473,7 +475,8 @@ def run_row(name, dataset, folder, benchmark, *, budget=0., endpoints=None, weig
     if name not in {*ROWS, *endpoints, *weights, *reports}: return Result(None, f"an unknown row; known are {', '.join(ROWS)}, and names in endpoints, weights or reports")
     try:
         if name in reports: return Result(*from_file(reports[name], ids))
-        if name in weights: return answered(run_open(row, name, weights[name], dataset, path, trust_remote_code))
+        if name in weights:
+            with kept(path, benchmark): return answered(run_open(row, name, weights[name], dataset, path, trust_remote_code))
         if row.way != "endpoint": return Result(None, f"its {'weights' if row.way == 'transformers' else 'reports'} are not given")
         changes = {"model": row.model, **row.endpoint, **endpoints.get(name, {})}
         return answered(ask(Endpoint(**changes), dataset, path, budget=budget, benchmark=benchmark, permitted=permitted))
