@@ -105,6 +105,20 @@ def test_gap_is_logged_and_small(kind, share, dtype, tmp_path, capsys):
     if share: assert all(l["policy/kept"] > KEPT for l in t.state.log_history if "policy/kept" in l)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_updates_of_the_optimizer_reach_what_is_sampled(mixed, checkpointing, tmp_path, capsys):
+    "Real updates, in bfloat16 weights and in float32 weights that compute in bfloat16: the matrices that the next rollout samples with hold the adapter as it is then."
+    t = trainer(miniature("llava", tmp_path / "policy"), tmp_path / "t", torch.float32 if mixed else torch.bfloat16, True, max_steps=3, bf16=mixed, gradient_checkpointing=checkpointing)
+    t.train()
+    with merged(t.model, {}, torch.bfloat16) as policy, torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        policy(input_ids=torch.tensor([[5, 6, 7]]))
+        layers = {n: l for n, l in adapted_layers(policy).items() if "language" in n}
+        got = [kept_share(0 * delta(l), l.wide[:, l.get_base_layer().in_features:].float() @ l.lora_A["default"].weight.bfloat16().float(), delta(l)) for l in layers.values()]
+    assert len(got) == 14 and min(got) > KEPT and max(got) < 2 - KEPT, got
+    assert max(l["policy/gap"] for l in t.state.log_history if "policy/gap" in l) < .05 and "stays beside" in capsys.readouterr().out
+
+
 def test_another_policy_than_the_scored_one_raises_the_alarm(tmp_path, capsys, monkeypatch):
     "The rollout is made to sample without its adapter, a large one: the gap shows it."
     t = trainer(miniature("llava", tmp_path / "policy"), tmp_path / "t", torch.float32, True, 20_000)

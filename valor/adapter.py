@@ -50,16 +50,15 @@ class _Wide(torch.autograd.Function):
         return for_x, for_A, for_B, None, None, None, None
 
 def _wide_of(layer, B, s):
-    "[W, s B] of a LoRA `layer`, its own weight the left part of it; the right part is written again whenever B has changed."
+    "[W, s B] of a LoRA `layer`, its own weight the left part of it; the right part is written anew each time, unless the layer is `steady`: an optimizer that is fused moves B without a trace."
     weight, n = layer.get_base_layer().weight, layer.get_base_layer().in_features
     wide = getattr(layer, "wide", None)
     with torch.inference_mode(False), torch.no_grad():
         if wide is None or wide.data_ptr() != weight.data_ptr():                   # the first time, and where the model has been moved
             wide = layer.wide = torch.cat([weight.data, weight.new_zeros(weight.shape[0], B.shape[1])], 1)
-            weight.data, layer.written = wide[:, :n], None
-        if torch.is_grad_enabled() or layer.written != (B.data_ptr(), B._version):
-            wide[:, n:] = (s * B.detach()).to(wide.dtype)
-            layer.written = (B.data_ptr(), B._version)
+            weight.data, layer.steady = wide[:, :n], False
+        if not layer.steady: wide[:, n:] = (s * B.detach()).to(wide.dtype)
+        layer.steady = layer.holds
     return wide
 
 # %% ../nbs/06e_adapter.ipynb #ad09
@@ -79,12 +78,12 @@ def _is_plain(layer):
     whole = type(base) is torch.nn.Linear and type(base.weight) is torch.nn.Parameter and base.weight.is_floating_point()
     return type(layer) is LoraLinear and whole and not layer.lora_variant and all(isinstance(d, torch.nn.Identity) for d in layer.lora_dropout.values())
 
-def beside(model):
+def beside(model, holds=False):
     """Let the LoRA layers of the PEFT `model` round W x + s B A x once where they compute in bfloat16 or float16; returns `model`.
 
-    Layers of other kinds (quantised, sharded, bare parameters) stay as they are. Not for weights that are spread over processes (FSDP, ZeRO)."""
+    `holds`: the adapter does not change until `beside` is called again, so that its part of each matrix is written once. Layers of other kinds (quantised, sharded, bare parameters) stay as they are. Not for weights that are spread over processes (FSDP, ZeRO)."""
     for layer in adapted_layers(model).values():
-        if _is_plain(layer): layer.forward = partial(_forward_beside, layer)
+        if _is_plain(layer): layer.forward, layer.steady, layer.holds = partial(_forward_beside, layer), False, holds
     return model
 
 # %% ../nbs/06e_adapter.ipynb #ad14
@@ -113,7 +112,7 @@ def with_policy(model, said=print):
     share = merged_share(model)
     if share >= KEPT: return model.merge_and_unload()
     said(f"the adapter stays beside the {_dtype_of(model)} weights: added to them, {share:.2f} of it would be left (expected {KEPT} or more)")
-    return beside(model).get_base_model().eval()
+    return beside(model, holds=True).get_base_model().eval()
 
 def _dtype_of(model): return str(adapted_weight(next(iter(adapted_layers(model).values()))).dtype).removeprefix("torch.")
 
