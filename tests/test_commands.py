@@ -97,12 +97,12 @@ def desk(tmp_path_factory):
     return desk
 
 
-def newest(pattern): return max(experiment.runs_dir().glob(pattern), key=lambda p: p.stat().st_mtime)
+def newest(pattern): return max((p for p in experiment.runs_dir().glob(pattern) if p.is_dir()), key=lambda p: p.stat().st_mtime)
 
 
 def here(word, desk):
     "`word` of a command with its paths in `desk`; the `…` of a run's folder stands for the newest one, that of an adapter's base for its own."
-    word = re.sub(r"(?<![\w.])/(models|data)/", rf"{desk}/\1/", word).replace("~/", f"{desk}/")
+    word = re.sub(r"(?<![\w.~-])/(models|data)/", rf"{desk}/\1/", word).replace("~/", f"{desk}/")
     for phase in re.findall(r"runs/(\w+)-…", word):
         if phase == "sft": found = json.loads((newest(json.loads((newest("stage2-*") / "config.json").read_text())["config"]["after"]["stage1"]) / "config.json").read_text())["config"]["after"]["sft"]
         else: found = newest(f"{phase}-*").name
@@ -136,8 +136,8 @@ def gallery(words, monkeypatch, said):
 def serve(words, monkeypatch, said):
     "The server is asked once, and then interrupted."
     def asked(self, timeout=None):
-        url = re.search(r"http://\S+", said().out).group()
-        body = json.dumps(dict(model="my-policy", max_tokens=4, messages=[dict(role="user", content="Describe.")])).encode()
+        name, url = re.search(r"(\S+) at (http://\S+)", said().out).groups()
+        body = json.dumps(dict(model=name, max_tokens=4, messages=[dict(role="user", content="Describe.")])).encode()
         request = urllib.request.Request(f"{url.rstrip('/').removesuffix('/v1')}/v1/chat/completions", body, {"Content-Type": "application/json"})
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer: assert json.load(answer)["choices"]
         raise KeyboardInterrupt
@@ -164,7 +164,7 @@ HOW = [   # (beginning of a command, how it is run at miniature size)
     ("valor convert-llava-med ", plain("all equal to the original's")),
     ("valor run --preset paper --set base=llava-med-hf ", run_to(None, **HUB)),
     ("accelerate launch --config_file configs/fsdp2.yaml ", options_only),
-    ("valor train --until mmedpo", lambda words, monkeypatch, said: (main(small(words)), experiment.RunError)),
+    ("valor train --until mmedpo", lambda words, monkeypatch, said: main(small(words))),
     ("valor merge ", plain("my-policy")),
     ("valor generate ", plain("2 reports written, 0 images could not be read")),
     ("valor serve ", serve),
@@ -175,7 +175,7 @@ HOW = [   # (beginning of a command, how it is run at miniature size)
     ("valor run --set benchmark=table ", run_to("sft")),
     ("valor run --preset paper --set chexbert=", run_to("data", expert=HUB["expert"])),
     ("valor run --set 'extra_rewards=", run_to("stage1")),
-    ("valor evaluate ", plain("BLEU-4")),
+    ("valor evaluate ", lambda words, monkeypatch, said: plain("BLEU-4")([*words, "--n-boot", "10"], monkeypatch, said)),
 ]
 
 
