@@ -92,7 +92,7 @@ def desk(tmp_path_factory):
     for i in range(1, 25): trees.film(desk / rows[i - 1]["image"], i)
     pd.DataFrame(rows).to_csv(desk / "mine.csv", index=False)
     for i in (1, 2): trees.film(desk / f"films/{i}.png", i)
-    (desk / "reports.jsonl").write_text("".join(json.dumps(dict(id=i, candidate=trees.texts(i)[1], reference=trees.texts(i + i % 2)[1])) + "\n" for i in range(12)))
+    (desk / "pairs.jsonl").write_text("".join(json.dumps(dict(id=i, candidate=trees.texts(i)[1], reference=trees.texts(i + i % 2)[1])) + "\n" for i in range(12)))
     (desk / "mylab.py").write_text("class Sides:\n    def score(self, candidates, references): return [float('left' in c) for c in candidates]\n")
     return desk
 
