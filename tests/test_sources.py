@@ -556,3 +556,10 @@ def test_the_message_names_the_cause(name, masters, tmp_path):
     save(root)
     with pytest.raises(DataError, match=says) as error: loaded(layout, root, tmp_path)
     assert "\n" not in str(error.value)
+
+def test_smoke_reads_the_real_r2gen_split(tmp_path):
+    "Here every study has its frontal film alone: 11 of 2,947 are called lateral by their pictures, listed and set aside; no study lacks its report."
+    root = real("iu_xray")
+    studies = load_studies("r2gen_iu", root, sections=preset("smoke", benchmark="r2gen_iu", data_root=str(root)).sections, cache=tmp_path/"cache")
+    assert {s: len(d) for s, d in studies.items()} == dict(train=2057, val=293, test=586)
+    assert studies.set_aside.kind.value_counts().to_dict() == {"no image of the view": 11} and len(studies.views) == 2947
