@@ -245,7 +245,7 @@ def report_labels(report):
     for part in parts:
         for observation, said in sentence_labels(part):
             found[observation] = max(found.get(observation, "absent"), said, key=STRENGTH.index)
-    abnormal = any(said != "absent" for said in found.values()) or any(abnormal_elsewhere(part) for part in parts)
+    abnormal = any(said != "absent" for o, said in found.items() if o != "Support Devices") or any(abnormal_elsewhere(part) for part in parts)
     if abnormal: found["No Finding"] = "absent"
     elif found or any(CHEST.search(part) for part in parts): found["No Finding"] = "present"
     return found

@@ -840,9 +840,9 @@ def duplicates(text):
 
 # %% ../nbs/01a_phantom.ipynb #b5b411d0
 def labels(findings):
-    "The 14 CheXpert observations of a set of findings: 1 present, 0 absent; No Finding is 1 when none of the other 13 is present."
+    "The 14 CheXpert observations of a set of findings: 1 present, 0 absent; No Finding is 1 when none of the other 13 is present but, as CheXpert counts, Support Devices."
     present = {FINDINGS[f.name].observation for f in findings} & set(OBSERVATIONS)
-    return [int(o in present) if o != "No Finding" else int(not present) for o in OBSERVATIONS]
+    return [int(o in present) if o != "No Finding" else int(not present - {"Support Devices"}) for o in OBSERVATIONS]
 
 def flip_side(findings, rng):
     "Move one one-sided finding to the other side; None when there is none."

@@ -88,7 +88,7 @@ def unread_parts(text):
 
 # %% ../nbs/01b_sections.ipynb #5d1e0a04
 STRAIGHT = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "`": "'", "´": "'", "“": '"', "”": '"', "‐": "-", "‑": "-", "–": "-", "—": "-", "\u00a0": " ", "\u2028": "\n", "•": ";", "·": ";", "▪": ";"})
-LINE_BREAK = re.compile(r"[ \t]*\r?\n[ \t]*(?=\S)")
+LINE_BREAK = re.compile(r"\r?\n[ \t]*(?=\S)")
 WANTS_MORE = re.compile(r"(?:,|[-(]|\b(?:of|no|not|or|and|the|an?|with|without|for|in|at|to|is|are|was|were|be|been|by|on|from|may|has|have|any|that|which|than|versus|vs\.?|left|right))$", re.I)
 NEW_ITEM = re.compile(r"[-*;][ \t]|\(?\d{1,2}[.)](?!\d)|[A-Za-z][A-Za-z ()/,-]{1,60}:")
 BULLETED = re.compile(r"(?m)^[ \t]*[-*][ \t].*")
@@ -98,10 +98,10 @@ def joined_lines(text):
     "`text` with a blank for each line break within a sentence; the length stays."
     one_case = text.isupper() or text.islower()
     def blank(m):
-        line, ahead = text[max(0, m.start() - 200):m.start()].rpartition("\n")[2], text[m.end():m.end() + 80]
+        line, ahead = text[max(0, m.start() - 200):m.start()].rpartition("\n")[2].strip(), text[m.end():m.end() + 80]
         word = re.match(r"[\w-]+", ahead)
-        goes_on = len(line.strip()) >= 40 if one_case else ahead[0].islower() or (word and len(word[0]) > 1 and word[0].isupper())
-        keeps = not line.strip() or line[-1] in ".:;!?" or NEW_ITEM.match(ahead)
+        goes_on = len(line) >= 40 if one_case else ahead[0].islower() or (word and len(word[0]) > 1 and word[0].isupper())
+        keeps = not line or line[-1] in ".:;!?" or NEW_ITEM.match(ahead)
         return " " * len(m[0]) if not keeps and (goes_on or ahead[0].isdigit() or WANTS_MORE.search(line)) else m[0]
     return LINE_BREAK.sub(blank, text)
 
