@@ -321,3 +321,62 @@ def test_a_slow_answer_ends_at_the_timeout(policy, server, tmp_path, headers):
 def test_a_list_of_models_that_is_none_is_one_line(policy, server, tmp_path, monkeypatch):
     monkeypatch.setattr(FaultyHandler, "do_GET", lambda handler: handler.send(400, dict(error=dict(message="the-key"))))
     with pytest.raises(EndpointError, match=r"does not list its models \(BadRequestError 400\); name one"): asks(at(server, model=None), policy[0], tmp_path / "a.jsonl")
+
+
+def sent(server, text, headers="", first="POST /v1/chat/completions HTTP/1.1", host="127.0.0.1"):
+    "`(status, message)` that the server answers to the bytes of a request."
+    with socket.create_connection(server.server_address) as s:
+        s.settimeout(20)
+        s.sendall(f"{first}\r\nHost: {host}\r\n{headers}\r\n".encode() + text)
+        data = s.makefile("rb").read()
+    return int(data.split()[1]), json.loads(data.split(b"\r\n\r\n", 1)[1])["error"]["message"]
+
+
+JSON = "Content-Type: application/json\r\nConnection: close\r\n"
+
+@pytest.mark.parametrize("headers, text, status", [
+    (JSON + "Content-Length: -1\r\n", b"", 400), (JSON + "Content-Length: 300000000\r\n", b"", 413), (JSON + "Transfer-Encoding: chunked\r\n", b"2\r\n{}\r\n0\r\n\r\n", 411), (JSON, b"", 411),
+    (JSON + "Content-Length: 9\r\n", b"{}", 408), ("Connection: close\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n", b"{}", 415), (JSON + "Origin: http://evil.example\r\nContent-Length: 2\r\n", b"{}", 403),
+    (JSON + f"Content-Length: {10 ** 5}\r\n", b"[" * 10 ** 5, 400)])
+def test_a_request_that_keeps_no_limit_is_told_so(policy, monkeypatch, headers, text, status):
+    monkeypatch.setattr(Handler, "timeout", .5)
+    with PolicyServer(policy[1], policy[2]) as server:
+        got, said = sent(server, text, headers)
+        assert got == status and "\n" not in said and server.asked == 0
+
+
+def test_a_foreign_host_is_not_answered(policy):
+    with PolicyServer(policy[1], policy[2]) as server: assert sent(server, b"{}", JSON + "Content-Length: 2\r\n", host="evil.example:80")[0] == 403
+
+
+@pytest.mark.parametrize("change, status", [(dict(temperature=1e-300), 400), (dict(temperature=math.nan), 400), (dict(seed=-1), 400), (dict(seed=2 ** 32), 400), (dict(max_tokens=True), 400), (dict(messages=[dict(role="user", content="word " * 10 ** 6)]), 413)])
+def test_a_setting_out_of_range_is_told_so(policy, change, status):
+    with PolicyServer(policy[1], policy[2]) as server:
+        body = json.dumps(dict(model=server.id, messages=[dict(role="user", content="Describe.")]) | change).encode()
+        assert sent(server, body, JSON + f"Content-Length: {len(body)}\r\n")[0] == status and server.asked == 0
+
+
+def test_a_small_file_of_many_pixels_is_not_decoded():
+    import base64, io
+    from PIL import Image
+    from valor.server import RequestError, data_image
+    file = io.BytesIO()
+    Image.new("1", (13_000, 13_000)).save(file, "PNG")
+    with pytest.raises(RequestError, match="13,000 x 13,000 pixels"): data_image("data:image/png;base64," + base64.b64encode(file.getvalue()).decode())
+
+
+def test_more_connections_than_are_held_are_closed_and_the_others_answered(policy, monkeypatch):
+    import valor.server
+    monkeypatch.setattr(valor.server, "CONNECTIONS", 2)
+    monkeypatch.setattr(Handler, "timeout", .5)
+    with PolicyServer(policy[1], policy[2]) as server:
+        held = [socket.create_connection(server.server_address) for _ in range(3)]
+        for s in held: s.settimeout(10)
+        assert held[2].recv(1) == b"" and [s.recv(1) for s in held[:2]] == [b"", b""]          # one too many at once, the others at their timeout
+        assert sent(server, b"{}", JSON + "Content-Length: 2\r\n")[0] == 404
+
+
+@pytest.mark.parametrize("option, value", [("--port", "99999"), ("--port", "-1"), ("--max-new-tokens", "0")])
+def test_valor_serve_names_a_wrong_number(policy, option, value):
+    from valor.experiment import main
+    with pytest.raises(SystemExit, match=f"{option[2:].replace('-', '_')}={value}: expected"): main(["serve", "--model", str(policy[3]), option, value])
