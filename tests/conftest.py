@@ -3,7 +3,7 @@ import os, tempfile
 
 _CACHE = tempfile.TemporaryDirectory(prefix="valor-tests-")
 os.environ["VALOR_CACHE"] = _CACHE.name
-FIRST = ["test_train", "test_entities", "test_papermill", "test_two_processes", "test_preference", "test_at_size", "test_resume", "test_graph", "test_convert", "test_experts"]
+FIRST = ["test_commands", "test_train", "test_entities", "test_papermill", "test_two_processes", "test_preference", "test_at_size", "test_resume", "test_graph", "test_convert", "test_experts"]
 
 
 def pytest_collection_modifyitems(items):

@@ -18,7 +18,7 @@ WEIGHTS, MADE_UP, MEMORY = "a model's weights and settings", "made up, for tests
 NUMBERS = "numbers under digests of texts, names of files"
 WAYS_OUT = {
     "attention.write_maps": "guarded: kept", "data_report.run_report": "guarded: kept", "figures.save_page": "guarded: _guarded", "figures._saved": "inside save, which opens the guard",
-    "gallery.gallery": "guarded: kept", "reports.write_reports": "guarded: kept", "reports.begin_or_go_on": "settings alone, for write_reports", "studies._opened": IN_INDEX,
+    "gallery.gallery": "guarded: kept", "reports.write_reports": "closed to others; whose films they are nobody has said, which valor generate says where it writes into a repository", "reports.begin_or_go_on": "settings alone, for write_reports", "studies._opened": IN_INDEX,
     "studies.Index": IN_INDEX, "studies.write_index": IN_INDEX, "studies._store_shard": IN_RUN, "views.KnownViews": IN_INDEX,
     "zeroshot.collect": "inside ask and run_row, which open the guard",
     "zeroshot.client_of": "asked by ask alone, after check_endpoint", "zeroshot.http_client_of": "follows nothing", "zeroshot.messages_of": MEMORY,
@@ -131,12 +131,12 @@ def test_figures_of_restricted_studies_go_among_the_runs(tmp_path, clone, monkey
     assert figures.place_of([preset("laptop")]) == figures.figures_dir() and not list(clone.glob("small*"))
 
 
-def test_reports_of_anybodys_films_are_not_written_into_a_repository(clone, tmp_path):
+def test_reports_of_anybodys_films_in_a_repository_are_closed_to_others_and_said(clone, tmp_path, capsys):
     from types import SimpleNamespace
     from valor.reports import run_generate
     (tmp_path / "a.png").touch()
-    with pytest.raises(PlaceError, match="lies in a repository"): run_generate(SimpleNamespace(images=tmp_path / "a.png", out=str(clone / "r.jsonl"), model="none"), {})
-    assert not (clone / "r.jsonl").exists()
+    with pytest.raises(ValueError, match="no such folder"): run_generate(SimpleNamespace(images=tmp_path / "a.png", out=str(clone / "r.jsonl"), model="./none"), {})
+    assert f"lies in a repository ({clone})" in capsys.readouterr().err and not (clone / "r.jsonl").exists()
 
 
 def test_a_data_report_is_not_written_into_a_repository(clone, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from .files import json_lines, json_value, own_lines
 from .images import ImageError, read_image, square
 from .models import film_side
 from .policy import generate, load_policy, save_policy
-from .restricted import check_place, kept
+from .restricted import closed_to_others, repository_of
 from .rewards import is_well_formed, report_body
 
 # %% ../nbs/06b_generate.ipynb #990d64d3
@@ -115,7 +115,7 @@ def write_reports(model, processor, images, out, max_new_tokens=256, batch_size=
     out, size = Path(out), size or film_side(processor)
     done = begin_or_go_on(out, dict(model=name, weights=fingerprint(model), max_new_tokens=max_new_tokens, size=size))
     todo, failed = [i for i in images if i[0] not in done], 0
-    with kept(out, "table"), open(out, "a") as f, tqdm(total=len(images), initial=len(images) - len(todo), desc="reports") as bar:
+    with closed_to_others(), open(out, "a") as f, tqdm(total=len(images), initial=len(images) - len(todo), desc="reports") as bar:
         for start in range(0, len(todo), batch_size):
             part = [(i, path, *_read(path, size)) for i, path in todo[start:start + batch_size]]
             written = iter(generate(model, processor, [im for *_, im, error in part if not error], max_new_tokens, batch_size=batch_size))
@@ -137,7 +137,8 @@ def run_merge(args, settings):
 def run_generate(args, settings):
     "Run `valor generate` with parsed arguments."
     images = listed_images(args.images)
-    check_place(args.out, "table")                                         # whose films these are nobody has said
+    if repository := repository_of(args.out):
+        print(f"{args.out}: lies in a repository ({repository}); nobody has said whose films these are: reports of restricted ones must not be committed", file=sys.stderr)
     made_with(Path(args.out))
     if args.model.startswith(("/", ".", "~")) and not Path(args.model).expanduser().is_dir(): raise ValueError(f"model={args.model!r}: no such folder; expected a transformers folder or a hub name")
     model, processor = load_policy(args.model, dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)

@@ -142,7 +142,8 @@ def row_of(study, source, how, images):
     chosen = choose_images(images, how["view"], how["unknown_view"])
     if not chosen and how["view"] != "none":
         views = ", ".join(v for _, v in images) or "none that can be read"
-        remedy = "; a film that is unsure may be turned or inverted: mend it, or take the images as they come with view='listed'" if "unsure" in views else ""
+        turned = "a film that is unsure may be turned or inverted: mend it, or " if "unsure" in views else ""
+        remedy = f"; {turned}take the images as they come with view='listed'"
         return fault("no image of the view", f"no usable image for view={how['view']!r}, unknown_view={how['unknown_view']!r} (its images: {views}){remedy}")
     (image, view), (second, second_view) = _stored(chosen, 0), _stored(chosen, 1)
     drawn = codes_to_findings(study.codes)[0]
