@@ -274,7 +274,7 @@ def _masks(boxes, size, tolerance=0.): return np.stack([inside(b, size, toleranc
 # %% ../nbs/13a_grounding.ipynb #c62d3745
 def _sums(frame, column, studies):
     "A row per study of `studies`: the `sum` of `column` over its mentions, and their number `count`."
-    return frame[frame[column].notna()].groupby("study_id")[column].agg(["sum", "count"]).reindex(studies, fill_value=0)
+    return frame[frame[column].notna()].groupby("study_id")[column].agg(["sum", "count"]).reindex(studies, fill_value=0).astype(float)
 
 def _means(frames, column, studies, n_boot, seed):
     "(value, draws): the mean over mentions, averaged over the seeds of `frames` {seed: frame}, and the same in each bootstrap draw `(n_boot,)`."

@@ -180,10 +180,10 @@ _STABLE = r"(?:stable|unchanged)"
 HINTS = {   # what CheXbert takes for a doubtful mention, where the sentence says nothing clearer
     "Enlarged Cardiomediastinum": rf"""
         {_STABLE}(?: (?:appearance|size|configuration|of|the|heart|cardiac|hilar|and|size)){{0,4}} {_MEDIASTINUM}
-        {_MEDIASTINUM}(?: (?:and|hilar|contours?|silhouettes?|size|is|are|remains?|grossly|appears?|configuration)){{0,5}} {_STABLE}(?! and (?:normal|unremarkable))""",
+        {_MEDIASTINUM}(?: (?:and|hilar|contours?|silhouettes?|size|is|are|remains?|grossly|appears?|configuration)){{0,5}} {_STABLE}(?! and (?:within )?(?:normal|unremarkable))""",
     "Cardiomegaly": rf"""
         {_STABLE} {_HEART}
-        {_HEART}(?: (?:and|mediastin\w+|hilar|contours?|silhouettes?|is|are|remains?|grossly|appears?)){{0,6}} {_STABLE}(?! and (?:normal|unremarkable))
+        {_HEART}(?: (?:and|mediastin\w+|hilar|contours?|silhouettes?|is|are|remains?|grossly|appears?)){{0,6}} {_STABLE}(?! and (?:within )?(?:normal|unremarkable))
         (?:heart|cardiac)(?: [\w-]+){{0,5}} normal (?:or|to) (?:\w+ )?enlarged
         heart and mediastin\w+(?: contours?)? (?:is|are) {_STABLE}""",
     "Edema": r"(?:vascular|venous|pulmonary) congestion|vascular prominence"}

@@ -429,7 +429,7 @@ def maira2_report(model, processor, images, prompt, max_new_tokens):
     "As MAIRA-2's card has it: findings from a frontal (and a lateral) view, no grounding; `prompt` is not used."
     views = dict(current_frontal=images[0], current_lateral=images[1] if len(images) > 1 else None, prior_frontal=None)
     inputs = processor.format_and_preprocess_reporting_input(**views, indication=None, technique=None, comparison=None, prior_report=None, return_tensors="pt", get_grounding=False).to(model.device)
-    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True)[0, inputs["input_ids"].shape[-1]:]
+    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, use_cache=True)[0, inputs["input_ids"].shape[-1]:]
     text = processor.convert_output_to_plaintext_or_grounded_sequence(processor.decode(ids, skip_special_tokens=True).lstrip())
     return text.strip(), "length" if len(ids) == max_new_tokens else "stop"
 
