@@ -392,7 +392,7 @@ def text_columns(source, root):
     if source == "hf": columns = {c for _, part in _hf_parts(root) for c in part.column_names}
     elif source == "table" and Path(root).expanduser().is_file():
         path = Path(root).expanduser()
-        columns = next(read_header(path)) if ".csv" in path.suffixes[-2:] else next((r for _, r in _jsonl(path) if isinstance(r, dict)), {})
+        columns = next(read_header(path)) if ".csv" in path.suffixes[-2:] else next((r for _, r in json_lines(path, stop=False) if isinstance(r, dict)), {})
     else: return None
     return {"report", "findings", "impression"} & set(columns)
 
