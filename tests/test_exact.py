@@ -74,6 +74,7 @@ def test_stages_have_their_own_steps_modules_and_seeds(monkeypatch, tmp_path):
         none = lambda *a, **kw: None
         return SimpleNamespace(add_callback=none, train=none, save_model=none, args=SimpleNamespace(output_dir=tmp_path, max_steps=steps), state=SimpleNamespace(log_history=[dict(k=1), dict(train_loss=0)]))
     monkeypatch.setattr(grpo, "make_trainer", stub)
+    monkeypatch.setattr(grpo, "train_to_end", lambda *args, **kw: None)
     cfg = preset("smoke", stage1_steps=3, stage2_steps=11, seed=4, stage1_modules="language", stage2_modules="language+projector", eval_steps=None, batch_size=4, rl_epochs=2)
     for stage in (1, 2): assert align("sft", range(10), tmp_path, None, cfg, stage, 0.) == [dict(k=1, stage=stage)]
     assert made == [("language", 3, 41), ("language+projector", 11, 42)]
