@@ -20,17 +20,17 @@ from .adapter import KEPT, adapted_layers, adapted_weight, beside, merged_share
 
 # %% ../nbs/07e_rollout.ipynb #8055c71b
 @contextmanager
-def merged(model, kept, dtype=None):
+def merged(model, kept, dtype=None, share=None):
     """The model inside the PEFT `model` that samples as `model` scores; afterwards every weight is what it was, bit for bit.
 
     Where its weights keep `KEPT` of the adapter, it is added to them; otherwise it stays beside them (`valor.adapter`).
     `kept`: dict that holds the frozen weights in host memory from the first merge on; `dtype`: what the model computes in, where that is not what its weights are held in: another rounding of the
-    sum than scoring has, so the adapter stays beside. Raises ValueError where weights are quantised and cannot take an adapter in."""
+    sum than scoring has, so the adapter stays beside; `share`: what `merged_share` says of `model`, where it is known already. Raises ValueError where weights are quantised and cannot take an adapter in."""
     layers = adapted_layers(model)
     for name, layer in layers.items():
         weight = adapted_weight(layer)
         if not weight.is_floating_point(): raise ValueError(f"rollout='merged': the weights of {name} are quantised ({weight.dtype}); expected rollout='transformers' or a vLLM one with them")
-    if stays_beside(model, merged_share(model), dtype):
+    if stays_beside(model, merged_share(model) if share is None else share, dtype):
         try: yield beside(model, holds=True).get_base_model()
         finally: beside(model)
         return
@@ -133,14 +133,14 @@ def sample(policy, last, mask, cache, more, temperature, ends, said=None):
     for t in range(more if said is None else said.shape[1]):
         seen = mask[:, :mask.shape[1] - more + t] if padded else None                        # without padding nothing needs a mask
         logits = policy(input_ids=last, attention_mask=seen, position_ids=at + t, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float() / temperature
-        over_all = logits.logsumexp(-1, keepdim=True)
-        allowed = logits.index_fill(1, banned, -torch.inf)
-        last = torch.multinomial(allowed.softmax(-1), 1) if said is None else said[:, t:t + 1]
+        chances = logits.softmax(-1)
+        chances[:, banned] = 0.                                                              # never drawn, but counted in the chances of the others
+        last = torch.multinomial(chances, 1) if said is None else said[:, t:t + 1]
         drawn.append(last)
-        logps.append(logits.gather(1, last) - over_all)
+        logps.append(chances.gather(1, last))
         lengths = torch.where(torch.isin(last[:, 0], ends) & (lengths == more), t + 1, lengths)
         if said is None and (lengths <= t + 1).all(): break
-    return torch.cat(drawn, 1), lengths.clamp(max=len(drawn)), torch.cat(logps, 1)
+    return torch.cat(drawn, 1), lengths.clamp(max=len(drawn)), torch.cat(logps, 1).log()
 
 # %% ../nbs/07e_rollout.ipynb #38dabdb0
 IMAGE_FIELDS = ("pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes", "image_position_ids", "num_images")
@@ -182,7 +182,8 @@ class SharedRollout(GRPOTrainer):
     def __init__(self, *args, share=False, **kw):
         super().__init__(*args, **kw)
         self.share, self._kept, self._processor = share, {}, self.processing_class
-        self._scored, self._noise, self._told, self._spread = None, None, set(), self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self._scored, self._noise, self._told, self._computes_in = None, None, set(), None
+        self._spread = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if not self._spread: beside(self.model)
         if not self.use_vllm: self.generation_config.suppress_tokens = self.model.generation_config.suppress_tokens      # TRL's own configuration does not ask the model's: tokens that stand for images
         if share and self._spread: raise ValueError("rollout='merged': the weights are spread over processes (FSDP, ZeRO); expected rollout='transformers' or a vLLM one")
@@ -203,9 +204,9 @@ class SharedRollout(GRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids, images, fields, num_generations, **kw):
         if not self.share: return self._generate_by_trl(prompt_ids, images, fields, num_generations, **kw)
-        self._note_kept("rollout='merged'")
+        share = self._note_kept("rollout='merged'")
         with (unwrap_model_for_generation(self.model_wrapped, self.accelerator, generation_kwargs=self.generation_kwargs, gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs) as model,
-              merged(model, self._kept, self._precision()) as policy, torch.no_grad(), self.accelerator.autocast()):
+              merged(model, self._kept, self._precision(), share) as policy, torch.no_grad(), self.accelerator.autocast()):
             inputs, of = self._collate(torch.arange(len(self._prepared))), self._of.to(self.accelerator.device)
             cache = with_room(read_prompts(policy, policy, inputs, of), self.max_completion_length)
             new, lengths, logps = sample(policy, inputs["input_ids"][of, -1:], inputs["attention_mask"][of], cache, self.max_completion_length, self.temperature, self.eos_token_ids)
@@ -227,16 +228,17 @@ class SharedRollout(GRPOTrainer):
         return model.get_base_model() if isinstance(model, PeftModel) else model
 
     def _note_kept(self, road):
-        "Log how much of the adapter is in what samples; say, once for each road that is taken, which it is and why."
-        if self._spread: return
+        "Log how much of the adapter is in what samples; say, once for each road that is taken, which it is and why. Returns what `merged_share` says, None where weights are spread."
+        if self._spread: return None
         share, held = merged_share(self.model), str(self._base(self.model).dtype).removeprefix("torch.")
         apart = self.share and stays_beside(self.model, share, self._precision())
         self._metrics["train" if self.model.training else "eval"]["policy/kept"].append(1. if apart else share)
-        if apart in self._told or not self.is_world_process_zero(): return
+        if apart in self._told or not self.is_world_process_zero(): return share
         self._told.add(apart)
         if apart: line = f"the adapter stays beside the {held} weights, which would keep {share:.3f} of it" + f" but are rounded to {self._precision()} in every product" * (share >= KEPT)
         else: line = f"the adapter is added to the {held} weights, which keep {share:.3f} of it"
         tqdm.write(f"{road}: {line}" + ("" if apart or share >= KEPT else f"; expected {KEPT} or more: what is sampled is not what is trained; take rollout='merged', or policy_weights='float32'"))
+        return share
 
     def _compute_loss(self, model, inputs):
         self._scored = None
@@ -256,8 +258,10 @@ class SharedRollout(GRPOTrainer):
 
     def _precision(self):
         "What the policy computes in."
-        mixed = dict(bf16=torch.bfloat16, fp16=torch.float16).get(self.accelerator.mixed_precision)
-        return mixed or self._base(self.model).dtype
+        if self._computes_in is None:
+            mixed = dict(bf16=torch.bfloat16, fp16=torch.float16).get(self.accelerator.mixed_precision)
+            self._computes_in = mixed or self._base(self.model).dtype
+        return self._computes_in
 
     @torch.no_grad()
     def _noise_of(self, model, inputs):
