@@ -1,12 +1,13 @@
 """The embedded rules: one preparation of every text, hard sentences, the phantom's planted truth, and, where VALOR_REAL names them, real reports with the real models' labels."""
-import os, sys
+import hashlib, json, os, sys
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 
-from valor.clinical import RuleGraph, RuleLabeler, report_labels, sentences
+from valor.clinical import GRAPH_RULES, LABEL_RULES, RuleGraph, RuleLabeler, report_labels, sentences
 from valor.config import OBSERVATIONS
+from valor.data import read_openi
 from valor.phantom import compose_report, labels as planted_labels, sample_findings, write_report
 from valor.sections import UNREAD, clean_text, readable, section_name
 
@@ -31,6 +32,14 @@ def test_hard_sentences():
     assert (table.set == "held out").sum() >= 60 and (table.set == "cases").sum() >= 80
     assert table[~ok & table.set.isin(["tuned", "cases"])].values.tolist() == []
     assert ok[table.set == "held out"].mean() >= .93 and ok[table.set == "held out before"].mean() >= .93
+
+
+def test_the_versions_of_the_rules_are_raised_when_what_they_say_changes():
+    "Stored scores are kept under a version: one that says something else must have another. Raise LABEL_RULES or GRAPH_RULES together with the digest here."
+    reports = [study["findings"] for study in read_openi() if study["findings"]] + list(pd.read_csv(ROOT / "tests" / "hard_sentences.csv", keep_default_na=False).sentence)
+    digest = lambda values: hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
+    assert (LABEL_RULES, digest(RuleLabeler().statuses(reports))) == ("c57ca60894", "d24aed97cb")
+    assert (GRAPH_RULES, digest(RuleGraph().graphs(reports))) == ("5d1de87c4d", "4f93e11a21")
 
 
 @needs_real
