@@ -23,7 +23,7 @@ except (ValueError, IndexError) as e: raise WorkflowError(f"--config: {e}")
 THREADS = int(config.get("threads", 1 if DEFAULT.base == "embedded" else DEFAULT.threads))
 os.environ.update(OMP_WAIT_POLICY="PASSIVE", TOKENIZERS_PARALLELISM="false", VALOR_ENDS_WITH=str(os.getpid()))
 GRAPH = os.path.relpath(runs_dir() / "graph" / PRESET)
-CODE = sorted(map(str, Path("valor").glob("[a-z]*.py")))
+CODE = sorted(map(str, Path("valor").rglob("[a-z]*.py")))
 
 if workflow.is_main_process:    # the system takes this lock back when we die; who gets it knows that snakemake's own are left over from one that was killed
     os.makedirs(".snakemake", exist_ok=True)
@@ -72,7 +72,7 @@ def runs_of(page, benchmark):
 
 JOB = """import json, sys
 from valor.config import preset
-from valor.experiment import SYSTEMS, check_scorers, check_updates, ensure, phase_of
+from valor.runs.experiment import SYSTEMS, check_scorers, check_updates, ensure, phase_of
 cfg, phases = preset(**json.loads(sys.argv[1])), sys.argv[2:]
 check_updates("stage1", cfg)
 check_scorers([cfg])

@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 ONE = """
 import sys, time
 from pathlib import Path
-from valor.studies import load_studies
+from valor.data.studies import load_studies
 source, root, cache = sys.argv[1:4]
 memory = lambda what: int(Path("/proc/self/status").read_text().split(what)[1].split()[0]) / 1024
 Path("/proc/self/clear_refs").write_text("5")                 # the peak from here on, without that of the imports
@@ -27,7 +27,7 @@ def linked(films):
 def prepared(home):
     import numpy as np
     from PIL import Image
-    from valor.phantom import Finding, render
+    from valor.data.phantom import Finding, render
     out = {".jpg": [], ".png": []}
     for i in range(8):
         big = Image.fromarray(np.asarray(render([Finding("effusion", "left", None, "mild")], i, 512)[0])).resize((2544, 3056), Image.Resampling.BICUBIC)
@@ -40,7 +40,7 @@ def prepared(home):
 
 def main(sizes):
     import trees
-    from valor.studies import Studies, store_images
+    from valor.data.studies import Studies, store_images
     home = Path(tempfile.mkdtemp())
     trees.film = linked(prepared(home))
     print(f"{'layout':16}{'studies':>9}{'index s':>9}{'peak MB':>9}{'again s':>9}{'again MB':>10}")

@@ -14,11 +14,11 @@ from PIL import Image
 from transformers import CLIPImageProcessor, LlavaForConditionalGeneration, LlavaProcessor, PrinterCallback, TrainerCallback
 from trl import GRPOTrainer
 
-from valor.at_size import llava_med_7b, memory, shape_of
+from valor.train.memory import llava_med_7b, memory, shape_of
 from valor.config import preset
-from valor.grpo import CLINICAL_SCORERS, TEXT_SCORERS, Rewards, make_trainer
-from valor.policy import TEMPLATE, build_policy, build_tokenizer, load_policy, lora_config, save_policy
-from valor.rewards import scorer
+from valor.train.grpo import CLINICAL_SCORERS, TEXT_SCORERS, Rewards, make_trainer
+from valor.policy.tiny import TEMPLATE, build_policy, build_tokenizer, load_policy, lora_config, save_policy
+from valor.rewards.text import scorer
 
 REPORT = "<report> the heart is large . no effusion or edema seen . </report>"
 GPU = torch.cuda.is_available()

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from valor.entities import EntityF1, load_radgraph, miniature_radgraph, radgraph_folder, shims
-from valor.labels import LabelF1, miniature_chexbert, package_chexbert
-from valor.rewards import BertScore, minilm_folder
+from valor.rewards.radgraph import EntityF1, load_radgraph, miniature_radgraph, radgraph_folder, shims
+from valor.rewards.chexbert import LabelF1, miniature_chexbert, package_chexbert
+from valor.rewards.text import BertScore, minilm_folder
 
 PHRASES = ["the heart is normal in size .", "the heart is mildly enlarged .", "there is no pleural effusion .", "small left pleural effusion .", "no acute cardiopulmonary abnormality .",
            "no focal consolidation , pneumothorax or pleural effusion .", "the lungs are clear .", "right upper lobe nodule .", "low lung volumes with bibasilar atelectasis ."]

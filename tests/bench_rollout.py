@@ -12,11 +12,11 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from valor.config import preset
-from valor.data import load_benchmark
-from valor.experiment import target, text_scorers
-from valor.grpo import Rewards, make_trainer
-from valor.policy import build_policy, conversations, load_policy, lora_config, save_policy
-from valor.rewards import minilm_folder, report_body
+from valor.data.benchmarks import load_benchmark
+from valor.runs.experiment import target, text_scorers
+from valor.train.grpo import Rewards, make_trainer
+from valor.policy.tiny import build_policy, conversations, load_policy, lora_config, save_policy
+from valor.rewards.text import minilm_folder, report_body
 
 
 class Free:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pandas as pd
 from scipy.stats import spearmanr
 
-from valor.clinical import RuleGraph, RuleLabeler, set_f1
-from valor.config import OBSERVATIONS
-from valor.entities import graph_set
+from valor.rewards.rules import RuleGraph, RuleLabeler, set_f1
+from valor.vocabulary import OBSERVATIONS
+from valor.rewards.radgraph import graph_set
 
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = {"simple": "rg_e", "partial": "rg_er", "complete": "rg_bar_er"}           # ours, and the key of the real RadGraph's

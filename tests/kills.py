@@ -6,7 +6,7 @@ import glob, hashlib, multiprocessing, os, shutil, sys, time
 import pytest, torch
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["valor.experiment"])
+SERVER.set_forkserver_preload(["valor.runs.experiment"])
 CPU = dict(ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="")      # what a process of several is told, to leave a GPU alone
 
 

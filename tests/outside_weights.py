@@ -80,7 +80,7 @@ def make_green(folder, prompt):
 def make(folder):
     import torch
     torch.manual_seed(1)
-    spec = importlib.util.spec_from_file_location("worker", Path(__file__).parents[1]/"valor/outside_worker.py")
+    spec = importlib.util.spec_from_file_location("worker", Path(__file__).parents[1]/"valor/rewards/outside_worker.py")
     worker = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(worker)
     make_ner(folder/"ner"), make_encoder(folder/"encoder"), make_green(folder/"green", worker.green_prompt("", "", "</s>"))

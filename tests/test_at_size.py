@@ -10,10 +10,12 @@ from trl import GRPOConfig
 
 from test_two_processes import CONFIGS
 from two_processes import IMAGES, WORDS
-from valor import grpo, models, policy
+from valor.train import grpo
+from valor.policy import models
+from valor.policy import tiny as policy
 from valor.config import preset
-from valor.experiment import RunError, phase_key, share
-from valor.policy import build_policy, conversations, load_policy, save_policy, sft
+from valor.runs.experiment import RunError, phase_key, share
+from valor.policy.tiny import build_policy, conversations, load_policy, save_policy, sft
 
 
 def env_of(cfg): return {k.upper(): str(v).lower() if isinstance(v, bool) else str(v) for k, v in cfg.fsdp_config.items()}

@@ -7,9 +7,9 @@ from transformers import (CLIPImageProcessor, Gemma3Config, Gemma3ForConditional
                           Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor)
 from PIL import Image
 
-from valor import attention as at
-from valor.phantom import make_phantom, parse_report
-from valor.policy import build_policy, build_tokenizer
+from valor.results import attention as at
+from valor.data.phantom import make_phantom, parse_report
+from valor.policy.tiny import build_policy, build_tokenizer
 
 DATA = make_phantom(6, 3, "test")
 REPORTS = [f"<report> {r} </report>" for r in DATA["report"]]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from valor.config import preset
-from valor.rewards import scorer
+from valor.rewards.text import scorer
 
 BAD = [("lambda_vis=1.2", "lambda_vis=1.2 is not allowed; expected a number in [0, 1]"), ("lambda_clin=-0.1", "lambda_clin=-0.1"),
        ("lambda_lex=0.9", "expected 1 (Eq. 3)"), ("group_size=1", "group_size=1 is not allowed; expected a number >= 2"),
@@ -16,7 +16,7 @@ BAD = [("lambda_vis=1.2", "lambda_vis=1.2 is not allowed; expected a number in [
 
 @pytest.mark.parametrize("setting,message", BAD)
 def test_command_line_names_parameter_value_and_what_is_allowed(setting, message, tmp_path, monkeypatch):
-    from valor.experiment import main
+    from valor.runs.experiment import main
     monkeypatch.setenv("VALOR_RUNS", str(tmp_path / "runs"))
     with pytest.raises(SystemExit) as e: main(["run", "--preset", "smoke", "--set", setting])
     assert message in str(e.value)

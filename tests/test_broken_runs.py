@@ -4,12 +4,13 @@ from unittest.mock import patch
 
 import pytest, torch
 
-from valor import cli, experiment as ex
+from valor import cli
+from valor.runs import experiment as ex
 from valor.config import preset, write_whole
 from valor.figures import sidecar
-from valor.grpo import MOST_SNAPSHOTS, Rewards, snapshot_every
-from valor.policy import TrainingError, train_to_end
-from valor.rewards import Store, StoreError
+from valor.train.grpo import MOST_SNAPSHOTS, Rewards, snapshot_every
+from valor.policy.tiny import TrainingError, train_to_end
+from valor.rewards.text import Store, StoreError
 
 TINY = dict(threads=1, n_train=8, n_val=2, n_test=4, base_studies=8, warmup_epochs=0, render_copies=1, sft_epochs=1, sft_batch_size=4, stage1_steps=4, stage2_steps=2, save_steps=2, expert_steps=1)
 
@@ -102,7 +103,7 @@ def test_the_sidecar_says_what_a_run_was_computed_on(tmp_path):
 
 def test_a_damaged_store_is_named_and_a_frozen_one_is_read(tmp_path):
     Store(tmp_path, "k").put({"a": b"1"})
-    with patch("valor.rewards.os.access", return_value=False):
+    with patch("valor.rewards.text.os.access", return_value=False):
         frozen = Store(tmp_path, "k")
         assert frozen.get(["a", "b"]) == {"a": b"1"}
         frozen.put({"b": b"2"})

@@ -4,8 +4,8 @@ import math, random
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from valor.entities import LEVELS, EntityF1, miniature_radgraph
-from valor.labels import LabelF1, miniature_chexbert
+from valor.rewards.radgraph import LEVELS, EntityF1, miniature_radgraph
+from valor.rewards.chexbert import LabelF1, miniature_chexbert
 
 WORDS = "the heart is enlarged no pleural effusion . , or small left right nodule in upper lobe lungs are clear possible pneumonia".split()
 report = st.lists(st.sampled_from(WORDS), min_size=1, max_size=25).map(" ".join)

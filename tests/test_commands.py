@@ -6,17 +6,18 @@ import nbformat, pandas as pd, pytest
 from papermill import inspect_notebook
 
 import trees
-from valor import experiment, server
+from valor.runs import experiment
+from valor.policy import server
 from valor.cli import command_parser, main
 from valor.config import PRESETS, Config, parse_settings
-from valor.convert import miniature_llava_med
-from valor.entities import miniature_radgraph
-from valor.experts import miniature_biomedclip
-from valor.labels import miniature_chexbert
+from valor.policy.convert import miniature_llava_med
+from valor.rewards.radgraph import miniature_radgraph
+from valor.expert.frozen import miniature_biomedclip
+from valor.rewards.chexbert import miniature_chexbert
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = r"(?:[A-Z_]+=\S+ )*(?:valor|papermill|python|accelerate launch|torchrun|make|snakemake)"
-CHAPTERS = sorted((ROOT / "nbs").glob("*.ipynb"))
+CHAPTERS = sorted((ROOT / "nbs").rglob("*.ipynb"))
 
 
 def blocks_and_lines(text):

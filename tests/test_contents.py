@@ -4,11 +4,11 @@ from pathlib import Path
 import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import trees
-from valor import experiment
+from valor.runs import experiment
 from valor.config import Config, preset
 from valor.contents import fingerprint, fingerprint_once
-from valor.experiment import begin, phase_config, phase_folder, phase_key
-from valor.studies import load_studies
+from valor.runs.experiment import begin, phase_config, phase_folder, phase_key
+from valor.data.studies import load_studies
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):

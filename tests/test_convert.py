@@ -6,9 +6,9 @@ import numpy as np, pytest, torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPConfig, CLIPModel
 
-from valor import convert
+from valor.policy import convert
 from valor.cli import main
-from valor.convert import (HUB_TOWER, ORIGINAL, PROMPTS, RENAME, TOWER, Piece, Shards, check_logits, check_plan, convert_llava_med, load_sentencepiece, make_plan, miniature_llava_med, new_config,
+from valor.policy.convert import (HUB_TOWER, ORIGINAL, PROMPTS, RENAME, TOWER, Piece, Shards, check_logits, check_plan, convert_llava_med, load_sentencepiece, make_plan, miniature_llava_med, new_config,
                            original_ids, original_shapes, read_config, rename, tower_config)
 
 COMMAND = [sys.executable, "-m", "valor", "convert-llava-med"]
@@ -100,7 +100,7 @@ def test_full_resolution_image_and_576_tokens(tmp_path):
 
 MEMORY = """
 import sys; from pathlib import Path
-from valor.convert import convert_llava_med, miniature_llava_med
+from valor.policy.convert import convert_llava_med, miniature_llava_med
 status = lambda name: next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(name)) * 1024
 small = Path(sys.argv[1])
 convert_llava_med(miniature_llava_med(small / "o"), small / "d")                      # what is imported late is imported now
@@ -319,7 +319,7 @@ def studies(n=2):
 
 def test_sft_with_lora_and_generation(folder, tmp_path):
     "TRL's SFT with a PEFT adapter through this project's own functions, merged and sampled from."
-    from valor.policy import conversations, generate, load_policy, sft
+    from valor.policy.tiny import conversations, generate, load_policy, sft
     log = sft(folder, conversations(studies(), ["No effusion.", "A small nodule."]), tmp_path / "sft", mode="lora", epochs=3, batch_size=2, lora_r=4, lora_alpha=8, lr=1e-2)
     assert np.isfinite(log[0]["loss"])
     (base, processor), (trained, _) = load_policy(folder), load_policy(tmp_path / "sft")
@@ -331,7 +331,7 @@ def test_sft_with_lora_and_generation(folder, tmp_path):
 
 def test_grpo_step_with_lora(folder, tmp_path):
     from trl import GRPOConfig, GRPOTrainer
-    from valor.policy import conversations, load_policy, lora_config
+    from valor.policy.tiny import conversations, load_policy, lora_config
     model, processor = load_policy(folder)
     args = GRPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=2, num_generations=2, max_completion_length=8, max_steps=1, report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False, beta=.04,
                       learning_rate=1e-2, disable_tqdm=True, save_strategy="no", logging_steps=1)

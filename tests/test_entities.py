@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from valor.entities import LEVELS, REWRITTEN, TYPES, EntityF1, RadGraph, graph_of, graph_set, load_radgraph, miniature_radgraph, radgraph_folder, relation_scores, shims, unpacked
-from valor.rewards import minilm_folder, scorer
+from valor.rewards.radgraph import LEVELS, REWRITTEN, TYPES, EntityF1, RadGraph, graph_of, graph_set, load_radgraph, miniature_radgraph, radgraph_folder, relation_scores, shims, unpacked
+from valor.rewards.text import minilm_folder, scorer
 
 WORDS = "the heart is mildly enlarged no pleural effusion left lower lobe nodule old rib fracture . , measuring 5 mm focal consolidation Stable UPPER (new) x/y hydropneumothorax".split()
 ODD = WORDS + ["/.", "/?", "a/.", "\\n", "\\f", "\\u2122", '\\"', '"', "``", "50%.", "(mild).", "said.'", "5%,", "气胸", "é", "\x00", "\u200b", "™", "-", "a-b", "?!", "\n", "😀"]

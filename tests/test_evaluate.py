@@ -4,7 +4,7 @@ import json, random, re
 import pytest
 
 from kills import finish, kill_at
-from valor.experiment import main
+from valor.runs.experiment import main
 
 PHRASES = ["the heart is enlarged .", "no pleural effusion .", "left lower lobe opacity .", "the lungs are clear .", "possible pneumonia .", "a port is seen .", "no pneumothorax ."]
 
@@ -17,7 +17,7 @@ def write(path, n=200, seed=0):
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path):
     write(tmp_path / "mine.jsonl")
-    def evaluate(out): return f"from valor.experiment import main; main(['evaluate', '{tmp_path}/mine.jsonl', '--out', '{tmp_path / out}', '--metrics', 'lexical,bertscore,radgraph', '--n-boot', '100'])"
+    def evaluate(out): return f"from valor.runs.experiment import main; main(['evaluate', '{tmp_path}/mine.jsonl', '--out', '{tmp_path / out}', '--metrics', 'lexical,bertscore,radgraph', '--n-boot', '100'])"
     shown = finish(evaluate("whole"), tmp_path, 300)
     assert "RadGraph partial" in shown and "chexbert=rules" in shown
     scores = tmp_path / "killed/scores/bertscore.jsonl"

@@ -5,13 +5,17 @@ from types import SimpleNamespace
 
 import numpy as np, pandas as pd, pytest, torch
 
-from valor import attention, evaluation as ev, grpo, phantom, tables
+from valor.results import attention
+from valor.metrics import statistics as ev
+from valor.train import grpo
+from valor.data import phantom
+from valor.results import tables
 from valor.config import preset
-from valor.convergence import FORMAT, not_converged
-from valor.evaluate import tidy_table
-from valor.grpo import Rewards, ValorTrainer, advantages, align, make_trainer
-from valor.labels import LabelF1
-from valor.phantom import Finding
+from valor.metrics.convergence import FORMAT, not_converged
+from valor.metrics.evaluate import tidy_table
+from valor.train.grpo import Rewards, ValorTrainer, advantages, align, make_trainer
+from valor.rewards.chexbert import LabelF1
+from valor.data.phantom import Finding
 
 SCORES = dict(bleu4=[.11, .23, .05, .31], rouge_l=[.42, .13, .27, .36], bertscore=[.71, .83, .64, .59], chexbert=[.2, .9, .4, .6], radgraph=[.7, .1, .5, .3],
               format=[1, 0, 1, 1], similarity=[.3, .8, .1, .6], third=[.9, .2, .6, .1], fourth=[.1, .8, .3, .7], eighth=[.6, .5, .2, .9])
@@ -151,7 +155,7 @@ def test_one_bootstrap_for_valor_evaluate_and_the_tables():
 
 @pytest.mark.parametrize("uncertain,expected", [("positive", (0, 1, 0)), ("negative", (0, 0, 0)), ("class", (0, 1, 0))])
 def test_runs_and_valor_evaluate_count_uncertain_alike(uncertain, expected):
-    from valor.evaluate import DEFAULTS, chexbert
+    from valor.metrics.evaluate import DEFAULTS, chexbert
     said, true = "possible pneumonia .", "no pneumonia ."
     (row,) = chexbert(DEFAULTS | dict(chexbert_uncertain=uncertain))[0]([(said, true)])
     frame = ev.label_columns([said], [true], LabelF1(uncertain=uncertain)).iloc[0]

@@ -6,12 +6,14 @@ from unittest.mock import patch
 import numpy as np, open_clip, pandas as pd, pytest, torch
 from PIL import Image
 
-from valor import experiment, experts
-from valor.clinical import RuleLabeler
-from valor.config import OBSERVATIONS, preset
-from valor.experts import FrozenExpert, LabelExpert, check_expert, load_expert, miniature_biomedclip, open_clip_expert, prepared, read_weights, try_expert, xrv, xrv_columns
-from valor.guard import RewardError
-from valor.labels import LabelF1
+from valor.runs import experiment
+from valor.expert import frozen as experts
+from valor.rewards.rules import RuleLabeler
+from valor.config import preset
+from valor.vocabulary import OBSERVATIONS
+from valor.expert.frozen import FrozenExpert, LabelExpert, check_expert, load_expert, miniature_biomedclip, open_clip_expert, prepared, read_weights, try_expert, xrv, xrv_columns
+from valor.rewards.guard import RewardError
+from valor.rewards.chexbert import LabelF1
 
 ALL = "densenet121-res224-all"
 FILMS = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (120, 100), dtype=np.uint8)) for i in range(3)]
@@ -159,7 +161,7 @@ def test_preparing_is_the_packages(tmp_path):
 
 @pytest.mark.skipif("VALOR_REAL_CXR" not in os.environ, reason="VALOR_REAL_CXR: a folder of real chest radiographs")
 def test_real_films_are_prepared_as_the_package_does(weights):
-    from valor.images import read_image
+    from valor.data.images import read_image
     paths = [p for p in sorted(Path(os.environ["VALOR_REAL_CXR"]).iterdir()) if p.suffix in (".png", ".jpg")]
     judge, clip = load_expert(f"xrv:{ALL}:{weights / 'state.pt'}"), load_expert(str(weights / "BiomedCLIP"))
     for path in paths:
@@ -350,7 +352,7 @@ def test_stage_2_and_its_evaluation_with(kind, runs, weights, own):
 
 
 def test_valor_evaluate_takes_any_expert(weights, tmp_path):
-    from valor.evaluate import DEFAULTS, image_columns
+    from valor.metrics.evaluate import DEFAULTS, image_columns
     for i, film in enumerate(FILMS): film.save(tmp_path / f"{i}.png")
     frame = pd.DataFrame(dict(candidate=TEXTS, reference=TEXTS, image=[f"{i}.png" for i in range(3)]))
     for name in (str(weights / "BiomedCLIP"), f"xrv:{ALL}:{weights / 'old.pt'}"):

@@ -6,9 +6,9 @@ import numpy as np, pytest
 from PIL import Image
 from pydicom.uid import JPEGLosslessSV1
 
-from valor.images import ImageError, check_image, open_dicom, read_image, write_dicom
-from valor.sources import DataError, Fault, read_openi_tree, read_own_table, read_r2gen
-from valor.studies import sound_images
+from valor.data.images import ImageError, check_image, open_dicom, read_image, write_dicom
+from valor.data.sources import DataError, Fault, read_openi_tree, read_own_table, read_r2gen
+from valor.data.studies import sound_images
 
 RAMP = np.tile(np.linspace(0, 4095, 64).round().astype(np.uint16), (48, 1))
 
@@ -172,7 +172,7 @@ def test_members_that_are_no_files_cost_one_listed_fault_each(tmp_path):
 
 
 def test_the_package_s_own_archive_is_whole():
-    from valor.data import openi_archive as installed
+    from valor.data.benchmarks import openi_archive as installed
     from valor.files import check_archive
     assert check_archive(installed()) > 3900
 
@@ -248,7 +248,9 @@ LINES = [dict(id="a", candidate="clear.\u2028 No effusion.", reference="clear.")
 
 def readers():
     "Everything that reads a file of reports, as functions of its path that return {id: candidate}."
-    from valor import evaluate, gallery, zeroshot
+    from valor.metrics import evaluate
+    from valor.results import gallery
+    from valor.results import zeroshot
     yield "evaluate", lambda p: dict(evaluate.read_reports(p)[["id", "candidate"]].itertuples(index=False))
     yield "gallery", lambda p: gallery.read_lines(p)[0]
     yield "zeroshot", lambda p: dict(zeroshot.from_file(p, ["a", "b"])[0][["id", "candidate"]].itertuples(index=False))
@@ -270,7 +272,9 @@ def test_every_reader_of_reports_reads_and_refuses_the_same(tmp_path):
 
 def goers_on():
     "Everything that goes on with a file of lines that it wrote: functions of its path."
-    from valor import evaluate, preference, zeroshot
+    from valor.metrics import evaluate
+    from valor.train import preference
+    from valor.results import zeroshot
     yield "scores", lambda p: evaluate.kept_scores(p, "key")
     yield "samples", lambda p: preference.whole_lines(p, 2)
     yield "answers", lambda p: zeroshot.kept_answers(p, dict(model="m"))
@@ -279,7 +283,7 @@ def goers_on():
 
 @pytest.mark.parametrize("text", ["my notes without a line's end", "my notes\nof two lines", '{"mine": 1}\n', "{", "[" * 100_000 + "\n"])
 def test_a_file_that_is_not_ours_is_refused_and_stays(text, tmp_path):
-    from valor.reports import begin_or_go_on
+    from valor.policy.generate import begin_or_go_on
     path = tmp_path / "notes.jsonl"
     settings = dict(model="m", weights="w", max_new_tokens=8, size=None)
     for name, go_on in [*goers_on(), ("reports", lambda p: begin_or_go_on(p, settings))]:
@@ -290,7 +294,7 @@ def test_a_file_that_is_not_ours_is_refused_and_stays(text, tmp_path):
 
 
 def test_reports_go_on_with_the_same_model_and_settings_alone(tmp_path):
-    from valor.reports import begin_or_go_on
+    from valor.policy.generate import begin_or_go_on
     path, settings = tmp_path / "out.jsonl", dict(model="m", weights="w", max_new_tokens=8, size=None)
     assert begin_or_go_on(path, settings) == set()
     path.write_text('{"id": "a", "report": "x"}\n{"id": "b", "rep')
@@ -305,7 +309,9 @@ def test_reports_go_on_with_the_same_model_and_settings_alone(tmp_path):
 
 
 def test_a_torn_last_line_is_cut_off_and_whole_ones_are_kept(tmp_path):
-    from valor import evaluate, preference, zeroshot
+    from valor.metrics import evaluate
+    from valor.train import preference
+    from valor.results import zeroshot
     from valor.config import key_of
     path = tmp_path / "a.jsonl"
     path.write_text('{"key": "k"}\n{"pair": "p", "x": 1}\n{"pair": "q", "x"')

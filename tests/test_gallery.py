@@ -1,8 +1,8 @@
 """The reading room in a real browser: 500 studies × 4 systems from disk in under 2 seconds, no request and no complaint, keys, filters, search, contrast, narrow screens, hostile text."""
 import json, shutil, time
 import numpy as np, pytest
-from valor import gallery as g
-from valor.experiment import main
+from valor.results import gallery as g
+from valor.runs.experiment import main
 
 BROWSER, DRIVER = shutil.which("chromium") or shutil.which("chromium-browser"), shutil.which("chromedriver")
 needs_browser = pytest.mark.skipif(not (BROWSER and DRIVER), reason="no chromium and chromedriver on this machine (Debian: apt-get install chromium chromium-driver)")
@@ -78,7 +78,7 @@ def test_text_is_data_whatever_it_says(page, data):
 
 def test_restricted_studies_are_judged_by_labels_and_kept_out_of_repositories(runs, tmp_path):
     from datasets import DatasetDict
-    from valor.phantom import make_phantom, png_bytes
+    from valor.data.phantom import make_phantom, png_bytes
     kept, repo = tmp_path / "data-x", tmp_path / "repo"
     (repo / ".git").mkdir(parents=True)
     test = make_phantom(4, 1, "test", size=64)

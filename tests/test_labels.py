@@ -6,10 +6,10 @@ from hypothesis import given, settings, strategies as st
 from sklearn.metrics import classification_report
 from transformers import AutoTokenizer, BertTokenizer
 
-from valor.clinical import report_labels
-from valor.config import OBSERVATIONS
-from valor.labels import FILE, FIVE, UNCERTAIN, CheXbert, LabelF1, label_report, mentions, miniature_chexbert, package_chexbert
-from valor.rewards import minilm_folder, scorer
+from valor.rewards.rules import report_labels
+from valor.vocabulary import OBSERVATIONS
+from valor.rewards.chexbert import FILE, FIVE, UNCERTAIN, CheXbert, LabelF1, label_report, mentions, miniature_chexbert, package_chexbert
+from valor.rewards.text import minilm_folder, scorer
 
 WORDS = "the heart is enlarged no pleural effusion . , or small left right nodule in upper lobe lungs are clear possible pneumonia edema not seen picc".split()
 ODD = ["", " ", "\n\t\x0b\u2028", "\x00\x1b[31m red \x07", "气胸 左侧 心臓", "ÉPANCHEMENT pleural ß ﬁ", "[SEP] no [MASK] effusion [CLS][PAD]", "two\n\n lines \t here\xa0now", "don't 5.3mm x-ray!! 1.2.3",
@@ -109,7 +109,7 @@ def test_half_precision_mostly_agrees(weights, dtype):
 
 
 COUNT = """import sys
-from valor.labels import LabelF1
+from valor.rewards.chexbert import LabelF1
 judge = LabelF1(sys.argv[1], cache=sys.argv[2], device="cpu")
 judge.score(["one more candidate"] * 64, [f"study {i // 8} small effusion ." for i in range(64)])
 print("sent", judge.sent)"""

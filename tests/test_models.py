@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from valor.config import preset
-from valor.convert import convert_llava_med, miniature_llava_med
-from valor.models import KINDS, frozen_weights, groups, image_tokens, load_policy, lora_config, miniature, save_policy
-from valor.policy import conversations, generate, render_prompt, sft
+from valor.policy.convert import convert_llava_med, miniature_llava_med
+from valor.policy.models import KINDS, frozen_weights, groups, image_tokens, load_policy, lora_config, miniature, save_policy
+from valor.policy.tiny import conversations, generate, render_prompt, sft
 
 ALL = (*KINDS, "llava_med")
 REPORT = "<report> the heart is enlarged. no effusion. </report>"
@@ -40,7 +40,7 @@ def run(model, processor):
 @pytest.mark.parametrize("kind", ALL)
 def test_prompt_is_one_and_the_same_for_sampling_sft_and_grpo(kind, folders, tmp_path):
     "The ids that this package samples from are those that TRL's GRPO samples from, which are those that its SFT trains on."
-    from valor.policy import as_prompt
+    from valor.policy.tiny import as_prompt
     model, processor = load_policy(folders[kind])
     ours = processor(images=[[FILMS[0].convert("RGB")]], text=[render_prompt(processor)], return_tensors="pt", padding=True, add_special_tokens=False)
     turn = [[dict(role="user", content=[dict(type="image", image=FILMS[0].convert("RGB")), dict(type="text", text=as_prompt()[0]["content"])])]]
@@ -92,9 +92,9 @@ def test_sft_moves_language_and_projector_and_nothing_else(kind, mode, folders, 
 @pytest.mark.parametrize("kind", ALL)
 def test_both_stages_of_grpo_merge_and_reload(kind, folders, tmp_path):
     from peft import PeftModel
-    from valor.grpo import CLINICAL_SCORERS, TEXT_SCORERS, Rewards, make_trainer
-    from valor.experiment import main
-    from valor.reports import merge
+    from valor.train.grpo import CLINICAL_SCORERS, TEXT_SCORERS, Rewards, make_trainer
+    from valor.runs.experiment import main
+    from valor.policy.generate import merge
     class Share:
         def score(self, candidates, references): return [float(len(c)) for c in candidates]
     cfg = preset("smoke", group_size=2, batch_size=1, max_new_tokens=6, k_clin=2, lr=1e-2, lora_r=4, lora_alpha=8)
@@ -194,7 +194,7 @@ def test_processors_that_cannot_show_an_image(copy):
 
 def test_adapters_for_another_base(folders, tmp_path):
     from peft import get_peft_model
-    from valor.reports import merge
+    from valor.policy.generate import merge
     for kind in ("qwen2_5_vl", "gemma3"):
         model = load_policy(folders[kind])[0]
         get_peft_model(model, lora_config(model, "language+projector", 4, 8)).save_pretrained(tmp_path / kind)
@@ -212,11 +212,11 @@ def test_an_image_token_in_a_report_is_one_line(folders, tmp_path):
 
 
 def test_out_of_memory_names_what_to_lower(folders, tmp_path, monkeypatch, capsys):
-    from valor.experiment import main
+    from valor.runs.experiment import main
     def full(*args, **kw): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …\nmore")
     model, processor = load_policy(folders["llava"])
     monkeypatch.setattr(type(model), "forward", functools.wraps(type(model).forward)(full))
-    monkeypatch.setattr("valor.policy.ResumableSFT.training_step", full)
+    monkeypatch.setattr("valor.policy.tiny.ResumableSFT.training_step", full)
     for job in (lambda: generate(model, processor, FILMS, max_new_tokens=4), lambda: sft(folders["llava"], conversations(studies(), [REPORT] * 2), tmp_path / "out", mode="lora", batch_size=2)):
         with pytest.raises(MemoryError, match="out of memory .CUDA out of memory.*batch_size=") as e: job()
         assert "\n" not in str(e.value)
@@ -229,7 +229,7 @@ def test_ways_of_loading(folders, monkeypatch, tmp_path):
     model, _ = load_policy(folders["llava"], **frozen_weights("bfloat16"), attention="eager")
     assert model.dtype == torch.bfloat16 and model.config._attn_implementation == "eager"
     assert "attention='flash_attention_9'" in refused(folders["llava"], attention="flash_attention_9")
-    monkeypatch.setattr("valor.models.find_spec", lambda name: None)
+    monkeypatch.setattr("valor.policy.models.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="bitsandbytes is not installed; expected it .pip install 'valor"): frozen_weights("nf4")
     code = tmp_path / "code"; shutil.copytree(folders["llava"], code)
     edited(code / "config.json", model_type="brings_code", auto_map=dict(AutoConfig="evil.Config")); (code / "evil.py").write_text("raise SystemExit('code from a checkpoint has run')")
@@ -254,7 +254,7 @@ def test_four_bits(folders, tmp_path):
 
 def test_the_main_job_on_a_qwen(folders, tmp_path, monkeypatch, capsys):
     "base=FOLDER: SFT, both stages, evaluation and tables, with nothing but settings."
-    from valor.experiment import main
+    from valor.runs.experiment import main
     monkeypatch.setenv("VALOR_RUNS", str(tmp_path / "runs"))
     settings = dict(base=folders["qwen2_5_vl"], sft_mode="lora", n_train=4, n_val=1, n_test=4, expert_steps=1, stage1_steps=1, stage2_steps=1, sft_epochs=1, batch_size=1, group_size=2, max_new_tokens=4, lora_r=2, lora_alpha=4, n_boot=10, threads=1, k_clin=1, attention="eager")
     main(["run", "--preset", "smoke", *(a for k, v in settings.items() for a in ("--set", f"{k}={v}"))])

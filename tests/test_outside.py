@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from valor.outside import WORKER, Green, OutsideScorer, RaTEScore, scorers_python
-from valor.rewards import scorer
+from valor.rewards.outside import WORKER, Green, OutsideScorer, RaTEScore, scorers_python
+from valor.rewards.text import scorer
 
 STUB = '''
 import json, os, sys, time
@@ -114,7 +114,7 @@ def alive(pid):
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks processes up in /proc")
 def test_no_orphan_when_the_parent_is_killed(tmp_path):
     (tmp_path/"stub.py").write_text(STUB)
-    code = f"""import sys, time; from valor.outside import OutsideScorer
+    code = f"""import sys, time; from valor.rewards.outside import OutsideScorer
 s = OutsideScorer({str(tmp_path / "stub.py")!r}, python=sys.executable, timeout=60); s.score(["a"], ["b"]); print(s.child.process.pid, flush=True); time.sleep(60)"""
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     child = int(parent.stdout.readline())

@@ -9,13 +9,13 @@ from PIL import Image
 from transformers import set_seed
 from trl import GRPOConfig, GRPOTrainer
 
-from valor.adapter import KEPT, adapted_layers, adapted_weight, kept_share, merged_share
-from valor.images import square
-from valor.models import KINDS, film_side, load_policy, load_processor, lora_config, miniature, save_policy
-from valor.policy import conversations, generate, sft
-from valor.reports import merge, with_adapter, write_reports
-from valor.rollout import SharedRollout, merged
-from valor.server import complete
+from valor.policy.adapter import KEPT, adapted_layers, adapted_weight, kept_share, merged_share
+from valor.data.images import square
+from valor.policy.models import KINDS, film_side, load_policy, load_processor, lora_config, miniature, save_policy
+from valor.policy.tiny import conversations, generate, sft
+from valor.policy.generate import merge, with_adapter, write_reports
+from valor.train.rollout import SharedRollout, merged
+from valor.policy.server import complete
 
 FILMS = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (60, 60), dtype=np.uint8)) for i in range(3)]
 
@@ -125,7 +125,7 @@ def test_another_policy_than_the_scored_one_raises_the_alarm(tmp_path, capsys, m
     sample = t._generate_single_turn
     def without(*args, **kw):
         with t.model.disable_adapter(): return sample(*args, **kw)
-    monkeypatch.setattr("valor.rollout.merged_share", lambda model: 0.)              # the layers stay, so that they can be turned off
+    monkeypatch.setattr("valor.train.rollout.merged_share", lambda model: 0.)              # the layers stay, so that they can be turned off
     t._generate_single_turn = without
     t.train()
     assert max(l.get("policy/gap", 0) for l in t.state.log_history) > .01

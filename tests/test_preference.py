@@ -6,12 +6,12 @@ import pytest, torch
 
 from kills import digests, kill_everywhere
 from valor.config import preset
-from valor.preference import read_preferences, weighted_dpo_loss
+from valor.train.preference import read_preferences, weighted_dpo_loss
 
 SMALL = dict(threads=1, n_train=24, n_test=8, n_val=2, base_studies=16, sft_epochs=1, stage1_steps=2, stage2_steps=4, batch_size=4, max_new_tokens=16, save_steps=2, expert_steps=1)
 RUN = f"""
 from valor.config import preset
-from valor.experiment import ensure
+from valor.runs.experiment import ensure
 for phase in ("dpo", "mmedpo"): ensure(phase, preset("smoke", **{SMALL}))
 """
 POINTS = ["samples-*/samples.jsonl", "mmedpo-*/checkpoints/checkpoint-2/trainer_state.json"]
@@ -93,7 +93,7 @@ def test_wrong_parameters_are_refused_before_anything_runs(tmp_path):
 
 
 def test_a_preference_file_replaces_the_samples(tmp_path, monkeypatch):
-    from valor.experiment import ensure, load_data, phase_folder
+    from valor.runs.experiment import ensure, load_data, phase_folder
     monkeypatch.setenv("VALOR_RUNS", str(tmp_path / "runs"))
     cfg = preset("smoke", **SMALL | dict(stage1_steps=1, stage2_steps=1))
     study = load_data(ensure("data", cfg))["train"][3]["study_id"]

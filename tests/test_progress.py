@@ -5,7 +5,7 @@ from unittest.mock import patch
 import pandas as pd, pytest, torch
 from datasets import DatasetDict
 
-from valor import experiment as ex
+from valor.runs import experiment as ex
 from valor.config import preset
 
 

@@ -4,7 +4,7 @@ from kills import digests, kill_everywhere
 RUN = """
 import sys
 from valor.config import preset
-from valor.experiment import ensure
+from valor.runs.experiment import ensure
 ensure("stage2", preset("smoke", threads=1))
 """
 # where to kill: the first file matching the pattern says that the phase is past its first checkpoint, or has just begun

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from valor.config import preset
-from valor.experiment import RewardError, ensure, text_scorers
-from valor.injection import extras_of
-from valor.rewards import report_body, scorer, tokenize
+from valor.runs.experiment import RewardError, ensure, text_scorers
+from valor.rewards.compose import extras_of
+from valor.rewards.text import report_body, scorer, tokenize
 
 WORDS = "the heart is enlarged no pleural effusion . , or small left right nodule in upper lobe lungs are clear".split()
 report = st.lists(st.sampled_from(WORDS), min_size=1, max_size=30).map(" ".join)
@@ -58,7 +58,7 @@ def test_detail_agrees_with_the_score(a, b):
 
 
 OWN = '''
-from valor.rewards import Scorer
+from valor.rewards.text import Scorer
 
 class Sides(Scorer):
     "Whether the same sides are named."

@@ -5,9 +5,9 @@ from PIL import Image
 from transformers import set_seed
 from trl import GRPOConfig
 
-from valor.models import KINDS, lora_config, load_policy, miniature
-from valor.policy import conversations
-from valor.rollout import SharedRollout
+from valor.policy.models import KINDS, lora_config, load_policy, miniature
+from valor.policy.tiny import conversations
+from valor.train.rollout import SharedRollout
 
 FILMS = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (70, 60 + 20 * i), dtype=np.uint8)) for i in range(3)]   # of different widths: Qwen counts different numbers of image tokens
 

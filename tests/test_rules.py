@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 
-from valor.clinical import GRAPH_RULES, LABEL_RULES, RuleGraph, RuleLabeler, report_labels, sentences
-from valor.config import OBSERVATIONS
-from valor.data import read_openi
-from valor.phantom import compose_report, labels as planted_labels, sample_findings, write_report
-from valor.sections import UNREAD, clean_text, readable, section_name
+from valor.rewards.rules import GRAPH_RULES, LABEL_RULES, RuleGraph, RuleLabeler, report_labels, sentences
+from valor.vocabulary import OBSERVATIONS
+from valor.data.benchmarks import read_openi
+from valor.data.phantom import compose_report, labels as planted_labels, sample_findings, write_report
+from valor.data.sections import UNREAD, clean_text, readable, section_name
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fidelity_rules import ROOT, label_rows, system_rows

@@ -8,14 +8,15 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent))
 import trees
-from valor.config import OBSERVATIONS, preset
-from valor.data import code_labels
-from valor.data_report import data_report, to_markdown
-from valor.images import ImageError, check_image, read_image
-from valor.sections import parse_sections
-from valor.sources import SOURCES, DataError, Study, terms_of
-from valor.studies import load_studies, store_images
-from valor.views import drawn_film, picture_view, views_of
+from valor.config import preset
+from valor.vocabulary import OBSERVATIONS
+from valor.data.benchmarks import code_labels
+from valor.data.report import data_report, to_markdown
+from valor.data.images import ImageError, check_image, read_image
+from valor.data.sections import parse_sections
+from valor.data.sources import SOURCES, DataError, Study, terms_of
+from valor.data.studies import load_studies, store_images
+from valor.data.views import drawn_film, picture_view, views_of
 
 N = 12
 LAYOUTS = {   # name: (source, builder returning the root, changes that make every study usable)
@@ -359,7 +360,7 @@ def test_the_report_shows_no_text(masters, tmp_path):
 def test_two_images_reach_the_policy(masters, tmp_path):
     "`view='both'`: SFT, a GRPO step and generation see two images a study, and the prompt has a place for each."
     from trl import GRPOConfig, GRPOTrainer
-    from valor.policy import build_policy, conversations, generate, image_lists, load_policy, save_policy, sft
+    from valor.policy.tiny import build_policy, conversations, generate, image_lists, load_policy, save_policy, sft
     data = loaded("csv", masters["csv"], tmp_path, view="both", size=32)["train"]
     save_policy(*build_policy([f"<report> {r} </report>" for r in data["report"]], image_size=32, width=32), tmp_path/"base")
     sft(tmp_path/"base", conversations(data, [f"<report> {r} </report>" for r in data["report"]]), tmp_path/"sft", batch_size=2)
@@ -397,7 +398,7 @@ def test_openi_takes_the_frontal_film_by_its_picture(tmp_path):
 
 def test_a_wrong_tag_does_not_count_where_tags_are_wrong(tmp_path, monkeypatch):
     root = trees.openi(tmp_path/"t", N)
-    monkeypatch.setattr("valor.sources.openi_views", lambda: {f"CXR3_IM-0003-{n}001": view for n, view in ((1, "frontal"), (2, "lateral"))})
+    monkeypatch.setattr("valor.data.sources.openi_views", lambda: {f"CXR3_IM-0003-{n}001": view for n, view in ((1, "frontal"), (2, "lateral"))})
     swap(root, ("NLMCXR_png/CXR3_1_IM-0003-1001.png", "lateral"))
     studies = loaded("openi png", root, tmp_path)
     assert main_images(studies)["CXR3"] == "CXR3_1_IM-0003-2001.png"
@@ -430,7 +431,7 @@ def test_an_inverted_film_is_not_taken_in_silence(tmp_path):
 def test_a_picture_is_read_once(tmp_path, monkeypatch):
     root = trees.r2gen(tmp_path/"t", N)
     first = loaded("r2gen iu", root, tmp_path)
-    monkeypatch.setattr("valor.studies.picture_view", lambda film: pytest.fail("read again"))
+    monkeypatch.setattr("valor.data.studies.picture_view", lambda film: pytest.fail("read again"))
     assert main_images(loaded("r2gen iu", root, tmp_path, min_words=2)) == main_images(first)
     monkeypatch.undo()
     swap(root, ("images/CXR4_IM-0004/0.png", "lateral"), ("images/CXR4_IM-0004/1.png", "frontal"))

@@ -1,12 +1,14 @@
 """The main table: paired tests that hold their level and find what is there, and a reason for every cell without a number."""
 import numpy as np, pandas as pd, pytest
 
-from valor import evaluation as ev, phantom, tables
+from valor.metrics import statistics as ev
+from valor.data import phantom
+from valor.results import tables
 from valor.config import preset
-from valor.evaluate import holm
-from valor.evaluation import p_value
-from valor.reported import TABLE1, beside, with_footnotes
-from valor.tables import compare, gauges_for, main_table, options_of, rows_of, wide
+from valor.metrics.evaluate import holm
+from valor.metrics.statistics import p_value
+from valor.results.paper import TABLE1, beside, with_footnotes
+from valor.results.tables import compare, gauges_for, main_table, options_of, rows_of, wide
 
 
 def frame(values): return pd.DataFrame(dict(rouge_l=values), index=[f"s{i}" for i in range(len(values))])

@@ -14,7 +14,7 @@ def launch(runs, port):
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def code(*more): return f"from valor.experiment import main; main({[*TRAIN, *more]})"
+def code(*more): return f"from valor.runs.experiment import main; main({[*TRAIN, *more]})"
 
 
 def adapter(runs):

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from kills import finish_pair
 from two_processes import START, WORDS, trained
 from valor.config import preset
-from valor.grpo import CLINICAL_SCORERS, TEXT_SCORERS, advantages
-from valor.policy import build_policy, save_policy
+from valor.train.grpo import CLINICAL_SCORERS, TEXT_SCORERS, advantages
+from valor.policy.tiny import build_policy, save_policy
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 

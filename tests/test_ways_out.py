@@ -1,4 +1,4 @@
-"""Every place of the package that writes a file or opens a connection, and what it may carry. A new one has to be named here; where it may carry restricted studies, `valor.restricted` guards it."""
+"""Every place of the package that writes a file or opens a connection, and what it may carry. A new one has to be named here; where it may carry restricted studies, `valor.data.restricted` guards it."""
 import ast, json, os
 from dataclasses import replace
 from pathlib import Path
@@ -6,9 +6,12 @@ from pathlib import Path
 import pandas as pd, pytest
 
 import valor
-from valor import data_report, experiment, figures, restricted
+from valor.data import report as data_report
+from valor.runs import experiment
+from valor import figures
+from valor.data import restricted
 from valor.config import preset
-from valor.restricted import PlaceError
+from valor.data.restricted import PlaceError
 
 WRITERS = {"to_csv", "to_json", "to_parquet", "write_text", "write_bytes", "save", "savefig", "save_to_disk", "save_pretrained", "save_file", "dump", "ArrowWriter", "copytree"}
 SENDERS = {"post", "urlopen", "OpenAI", "Session", "Client", "DefaultHttpxClient", "create_connection", "ThreadingHTTPServer", "push_to_hub", "VLLMClient"}
@@ -17,18 +20,18 @@ IN_INDEX = "inside load_studies, which opens the guard for the index"
 WEIGHTS, MADE_UP, MEMORY = "a model's weights and settings", "made up, for tests and examples", "bytes in memory"
 NUMBERS = "numbers under digests of texts, names of files"
 WAYS_OUT = {
-    "attention.write_maps": "guarded: kept", "data_report.run_report": "guarded: kept", "figures.save_page": "guarded: _guarded", "figures._saved": "inside save, which opens the guard",
-    "gallery.gallery": "guarded: kept", "reports.write_reports": "closed to others; whose films they are nobody has said, which valor generate says where it writes into a repository", "reports.begin_or_go_on": "settings alone, for write_reports", "studies._opened": IN_INDEX,
-    "studies.Index": IN_INDEX, "studies.write_index": IN_INDEX, "studies._store_shard": IN_RUN, "views.KnownViews": IN_INDEX,
-    "zeroshot.collect": "inside ask and run_row, which open the guard",
-    "zeroshot.client_of": "asked by ask alone, after check_endpoint", "zeroshot.http_client_of": "follows nothing", "zeroshot.messages_of": MEMORY,
-    **{f"experiment.{f}": IN_RUN for f in ("_write", "locked", "make_data", "real_data", "make_sft", "make_stage", "make_preference", "make_evaluation", "make_controls", "make_progress")},
-    "experiment.main_job": "through figures.save", "grpo.CompletionTable": IN_RUN, "policy.keep": WEIGHTS, "policy.seal": NUMBERS, "files.own_lines": "cuts a torn line off what this program wrote", "preference.whole_lines": IN_RUN, "preference.sample_reports": IN_RUN,
-    **{f"evaluate.{f}": NUMBERS for f in ("kept_scores", "gauged", "evaluate")}, "rewards.Store": IN_RUN, "contents.Digests": NUMBERS,
-    "sources.read_mimic": "a scratch folder of its own, which is 0700 and goes", "images.to_png": MEMORY, "phantom.png_bytes": MEMORY, "gallery.data_url": MEMORY, "entities._read": MEMORY,
-    **{name: WEIGHTS for name in ("convert.write_shard", "convert.write_weights", "convert.convert_llava_med", "entities.load_radgraph", "expert.save_expert", "experts.overlay", "experts.train_classifier",
-                                  "models.save_policy", "reports.for_older_readers")},
-    **{name: MADE_UP for name in ("convert.miniature_llava_med", "entities.miniature_radgraph", "experts.miniature_biomedclip", "gallery.made_up_runs", "labels.miniature_chexbert", "models.miniature")},
+    "results.attention.write_maps": "guarded: kept", "data.report.run_report": "guarded: kept", "figures.save_page": "guarded: _guarded", "figures._saved": "inside save, which opens the guard",
+    "results.gallery.gallery": "guarded: kept", "policy.generate.write_reports": "closed to others; whose films they are nobody has said, which valor generate says where it writes into a repository", "policy.generate.begin_or_go_on": "settings alone, for write_reports", "data.studies._opened": IN_INDEX,
+    "data.studies.Index": IN_INDEX, "data.studies.write_index": IN_INDEX, "data.studies._store_shard": IN_RUN, "data.views.KnownViews": IN_INDEX,
+    "results.zeroshot.collect": "inside ask and run_row, which open the guard",
+    "results.zeroshot.client_of": "asked by ask alone, after check_endpoint", "results.zeroshot.http_client_of": "follows nothing", "results.zeroshot.messages_of": MEMORY,
+    **{f"runs.experiment.{f}": IN_RUN for f in ("_write", "locked", "make_data", "real_data", "make_sft", "make_stage", "make_preference", "make_evaluation", "make_controls", "make_progress")},
+    "runs.experiment.main_job": "through figures.save", "train.grpo.CompletionTable": IN_RUN, "policy.tiny.keep": WEIGHTS, "policy.tiny.seal": NUMBERS, "files.own_lines": "cuts a torn line off what this program wrote", "train.preference.whole_lines": IN_RUN, "train.preference.sample_reports": IN_RUN,
+    **{f"metrics.evaluate.{f}": NUMBERS for f in ("kept_scores", "gauged", "evaluate")}, "rewards.text.Store": IN_RUN, "contents.Digests": NUMBERS,
+    "data.sources.read_mimic": "a scratch folder of its own, which is 0700 and goes", "data.images.to_png": MEMORY, "data.phantom.png_bytes": MEMORY, "results.gallery.data_url": MEMORY, "rewards.radgraph._read": MEMORY,
+    **{name: WEIGHTS for name in ("policy.convert.write_shard", "policy.convert.write_weights", "policy.convert.convert_llava_med", "rewards.radgraph.load_radgraph", "expert.embedded.save_expert", "expert.frozen.overlay", "expert.frozen.train_classifier",
+                                  "policy.models.save_policy", "policy.generate.for_older_readers")},
+    **{name: MADE_UP for name in ("policy.convert.miniature_llava_med", "rewards.radgraph.miniature_radgraph", "expert.frozen.miniature_biomedclip", "results.gallery.made_up_runs", "rewards.chexbert.miniature_chexbert", "policy.models.miniature")},
 }
 
 
@@ -51,12 +54,15 @@ def ways_out(source, module):
 
 
 def package():
-    return {k: v for path in sorted(Path(valor.__file__).parent.glob("*.py")) for k, v in ways_out(path.read_text(), path.stem).items()}
+    "`ways_out` of every module of the package, under its name without `valor.`."
+    root, found = Path(valor.__file__).parent, {}
+    for path in sorted(root.rglob("*.py")): found |= ways_out(path.read_text(), ".".join(path.relative_to(root).with_suffix("").parts))
+    return found
 
 
 def test_every_way_out_is_known():
     found = package()
-    assert set(found) - set(WAYS_OUT) == set(), "name it in WAYS_OUT; where it may carry restricted studies, put it inside valor.restricted.kept"
+    assert set(found) - set(WAYS_OUT) == set(), "name it in WAYS_OUT; where it may carry restricted studies, put it inside valor.data.restricted.kept"
     assert set(WAYS_OUT) - set(found) == set(), "no longer there"
 
 
@@ -64,9 +70,9 @@ def test_what_is_called_guarded_opens_the_guard():
     found = package()
     for name, why in WAYS_OUT.items():
         if why.startswith("guarded: "): assert f"with {why.removeprefix('guarded: ')}(" in found[name], name
-    source = {m: (Path(valor.__file__).parent / f"{m}.py").read_text() for m in ("experiment", "studies", "zeroshot", "figures")}
-    for module, function in (("experiment", "ensure"), ("studies", "load_studies"), ("zeroshot", "ask"), ("zeroshot", "run_row"), ("figures", "save")):
-        body = next(n for n in ast.parse(source[module]).body if getattr(n, "name", "") == function)
+    for module, function in (("runs/experiment", "ensure"), ("data/studies", "load_studies"), ("results/zeroshot", "ask"), ("results/zeroshot", "run_row"), ("figures", "save")):
+        source = (Path(valor.__file__).parent / f"{module}.py").read_text()
+        body = next(n for n in ast.parse(source).body if getattr(n, "name", "") == function)
         assert any(isinstance(n, ast.With) for n in ast.walk(body)) and ("kept(" in ast.unparse(body) or "_guarded(" in ast.unparse(body)), function
 
 
@@ -74,7 +80,7 @@ def test_the_list_finds_a_new_way_out():
     assert set(ways_out("def f(p): p.write_text('x')\ndef g(p): open(p, 'a')\ndef h(p): open(p).read()\ndef i(u): requests.post(u)", "m")) == {"m.f", "m.g", "m.i"}
 
 
-PAGES = [p for p in Path(__file__).parents[1].glob("nbs/*.ipynb") if '"#| default_exp' not in p.read_text()]
+PAGES = [p for p in Path(__file__).parents[1].glob("nbs/**/*.ipynb") if '"#| default_exp' not in p.read_text()]
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
 def test_a_page_writes_through_the_package(path):
@@ -133,7 +139,7 @@ def test_figures_of_restricted_studies_go_among_the_runs(tmp_path, clone, monkey
 
 def test_reports_of_anybodys_films_in_a_repository_are_closed_to_others_and_said(clone, tmp_path, capsys):
     from types import SimpleNamespace
-    from valor.reports import run_generate
+    from valor.policy.generate import run_generate
     (tmp_path / "a.png").touch()
     with pytest.raises(ValueError, match="no such folder"): run_generate(SimpleNamespace(images=tmp_path / "a.png", out=str(clone / "r.jsonl"), model="./none"), {})
     assert f"lies in a repository ({clone})" in capsys.readouterr().err and not (clone / "r.jsonl").exists()
@@ -149,8 +155,8 @@ def test_a_data_report_is_not_written_into_a_repository(clone, tmp_path, monkeyp
 @pytest.mark.parametrize("study", ["../../pwn", "/abs/x", "a/b", "..", "x" * 300])
 def test_an_id_never_leads_out_of_the_folder_of_maps(tmp_path, study):
     import numpy as np
-    from valor.attention import write_maps
-    from valor.gallery import attention_of
+    from valor.results.attention import write_maps
+    from valor.results.gallery import attention_of
     maps = np.full((1, 4, 4), 1 / 16, np.float32)
     paths = write_maps(tmp_path / "in/maps", pd.DataFrame(dict(row=[0])), maps, [study], "phantom")
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == paths and paths[0].parent == tmp_path / "in/maps"

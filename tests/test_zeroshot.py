@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import openai, pytest
 from transformers.utils import logging as hf_logging
-from valor.phantom import make_phantom
-from valor.policy import PROMPT, build_policy, generate, load_policy, save_policy
-from valor.server import Handler, PolicyServer
-from valor.rewards import report_body
-from valor.zeroshot import Endpoint, EndpointError, ask, collect, proxy_of, run_row
+from valor.data.phantom import make_phantom
+from valor.policy.tiny import PROMPT, build_policy, generate, load_policy, save_policy
+from valor.policy.server import Handler, PolicyServer
+from valor.rewards.text import report_body
+from valor.results.zeroshot import Endpoint, EndpointError, ask, collect, proxy_of, run_row
 
 SIZE, TOKENS = 64, 8
 hf_logging.disable_progress_bar()
@@ -188,13 +188,13 @@ def test_nobody_there_is_one_line(policy, tmp_path):
 
 
 def test_valor_serve_refuses_what_it_cannot_serve():
-    from valor.experiment import main
+    from valor.runs.experiment import main
     with pytest.raises(SystemExit, match="no such folder"): main(["serve", "--model", "/no/such"])
     with pytest.raises(SystemExit, match="others could ask"): main(["serve", "--model", "x", "--host", "0.0.0.0"])
 
 
 def test_valor_serve_answers(policy, capsys, monkeypatch):
-    from valor.experiment import main
+    from valor.runs.experiment import main
     monkeypatch.setenv("SERVED", "secret")
     threading.Thread(target=main, args=(["serve", "--model", str(policy[3]), "--port", "0", "--key-env", "SERVED"],), daemon=True).start()
     said, end = "", time.time() + 60
@@ -359,15 +359,15 @@ def test_a_setting_out_of_range_is_told_so(policy, change, status):
 def test_a_small_file_of_many_pixels_is_not_decoded():
     import base64, io
     from PIL import Image
-    from valor.server import RequestError, data_image
+    from valor.policy.server import RequestError, data_image
     file = io.BytesIO()
     Image.new("1", (13_000, 13_000)).save(file, "PNG")
     with pytest.raises(RequestError, match="13,000 x 13,000 pixels"): data_image("data:image/png;base64," + base64.b64encode(file.getvalue()).decode())
 
 
 def test_more_connections_than_are_held_are_closed_and_the_others_answered(policy, monkeypatch):
-    import valor.server
-    monkeypatch.setattr(valor.server, "CONNECTIONS", 2)
+    import valor.policy.server
+    monkeypatch.setattr(valor.policy.server, "CONNECTIONS", 2)
     monkeypatch.setattr(Handler, "timeout", .5)
     with PolicyServer(policy[1], policy[2]) as server:
         held = [socket.create_connection(server.server_address) for _ in range(3)]
@@ -378,5 +378,5 @@ def test_more_connections_than_are_held_are_closed_and_the_others_answered(polic
 
 @pytest.mark.parametrize("option, value", [("--port", "99999"), ("--port", "-1"), ("--max-new-tokens", "0")])
 def test_valor_serve_names_a_wrong_number(policy, option, value):
-    from valor.experiment import main
+    from valor.runs.experiment import main
     with pytest.raises(SystemExit, match=f"{option[2:].replace('-', '_')}={value}: expected"): main(["serve", "--model", str(policy[3]), option, value])

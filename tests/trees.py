@@ -3,9 +3,9 @@ import csv, gzip, json, shutil
 from pathlib import Path
 import numpy as np
 from PIL import Image
-from valor.images import write_dicom
-from valor.sources import OBSERVATIONS
-from valor.views import drawn_film
+from valor.data.images import write_dicom
+from valor.data.sources import OBSERVATIONS
+from valor.data.views import drawn_film
 
 FINDINGS = ["Heart size is normal. Small left effusion number {i}.", "Lungs are clear. No effusion seen in film {i}.", "There is XXXX opacity in the right base, level {i}."]
 IMPRESSION = ["Small effusion.", "No acute disease.", "Right basilar opacity."]

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import TrainerCallback
 
 from valor.config import preset
-from valor.grpo import CLINICAL_SCORERS, TEXT_SCORERS, Rewards, make_trainer
+from valor.train.grpo import CLINICAL_SCORERS, TEXT_SCORERS, Rewards, make_trainer
 
 WORDS, START = "<report> the heart is large. no effusion or edema seen. </report>", 5
 IMAGES = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32), dtype=np.uint8)) for i in range(8)]

@@ -25,10 +25,10 @@ TRAINED = ("sft", "stage1", "stage2", "dpo", "mmedpo")     # the phases that `va
 
 def _add_run_and_train(commands):
     run = commands.add_parser("run", help="base, SFT, stage 1, stage 2, evaluation; resumes what was interrupted")
-    run.set_defaults(run=_late("experiment", "run_main"))
+    run.set_defaults(run=_late("runs.experiment", "run_main"))
     train = commands.add_parser("train", help="the training phases alone; also under torchrun or accelerate launch, on several processes")
     train.add_argument("--until", choices=TRAINED, default="stage2", help="the last phase (default: stage2)")
-    train.set_defaults(run=_late("experiment", "run_train"))
+    train.set_defaults(run=_late("runs.experiment", "run_train"))
     for command in (run, train):
         command.add_argument("--preset", default="laptop")
         command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a parameter; may be repeated")
@@ -45,7 +45,7 @@ def _add_evaluate(commands):
     p.add_argument("--n-boot", type=int, default=5000)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="which models: chexbert, radgraph, bertscore_model, … as for `valor run`; ratescore, green, expert")
-    p.set_defaults(run=_late("evaluate", "run_command"))
+    p.set_defaults(run=_late("metrics.evaluate", "run_command"))
 
 # %% ../nbs/07i_cli.ipynb #b83f0943
 def _add_data_report(commands):
@@ -55,7 +55,7 @@ def _add_data_report(commands):
     p.add_argument("--preset", default="valor", help="how the text is read: valor or r2gen")
     p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a parameter of load_studies; may be repeated")
     p.add_argument("--out", type=Path, help="folder for the tables (CSV), report.md and set_aside.csv")
-    p.set_defaults(run=_late("data_report", "run_report"))
+    p.set_defaults(run=_late("data.report", "run_report"))
 
 # %% ../nbs/07i_cli.ipynb #1a5dbd14
 USERS = (ValueError, OSError, MemoryError)
@@ -70,13 +70,13 @@ def _add_convert(commands):
     p.add_argument("--vision-tower", default="own", metavar="own|openai|PATH",
                    help="the checkpoint's own (default), OpenAI's CLIP ViT-L/14-336 as the official loader takes, or the folder of a CLIP")
     p.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
-    p.set_defaults(run=_late("convert", "run_command"))
+    p.set_defaults(run=_late("policy.convert", "run_command"))
 
 def _add_merge(commands):
     p = commands.add_parser("merge", help="one transformers folder from a policy and its adapter")
     _required(p, base="the policy that the adapter was trained on", adapter="folder of the adapter", out="folder to be made")
     p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights that are written; refused where it would not keep the adapter")
-    p.set_defaults(run=_late("reports", "run_merge", *USERS))
+    p.set_defaults(run=_late("policy.generate", "run_merge", *USERS))
 
 # %% ../nbs/07i_cli.ipynb #bfbf29d5
 def _add_generate(commands):
@@ -85,7 +85,7 @@ def _add_generate(commands):
     p.add_argument("--adapter", help="the adapter that was trained on it")
     p.add_argument("--max-new-tokens", type=int, default=256)
     p.add_argument("--batch-size", type=int, default=8)
-    p.set_defaults(run=_late("reports", "run_generate", *USERS))
+    p.set_defaults(run=_late("policy.generate", "run_generate", *USERS))
 
 def _add_serve(commands):
     p = commands.add_parser("serve", help="answer for a policy over HTTP, as OpenAI's chat endpoint does")
@@ -97,7 +97,7 @@ def _add_serve(commands):
     p.add_argument("--port", type=int, default=8000, help="0 takes a free one")
     p.add_argument("--max-new-tokens", type=int, default=512, help="the most that a request gets")
     p.add_argument("--key-env", help="environment variable with the key that clients must send")
-    p.set_defaults(run=_late("server", "run_serve", *USERS))
+    p.set_defaults(run=_late("policy.server", "run_serve", *USERS))
 
 # %% ../nbs/07i_cli.ipynb #51f15582
 def _add_gallery(commands):
@@ -109,7 +109,7 @@ def _add_gallery(commands):
     p.add_argument("--title")
     p.add_argument("--first", type=int, metavar="N", help="the first N studies only")
     p.add_argument("--image-side", type=int, default=384, metavar="PIXELS", help="images are shrunk to this (384)")
-    p.set_defaults(run=_late("gallery", "run_gallery"))
+    p.set_defaults(run=_late("results.gallery", "run_gallery"))
 
 # %% ../nbs/07i_cli.ipynb #3e319ea1
 NO_ROOM, NO_LEAVE = (errno.ENOSPC, errno.EDQUOT), (errno.EROFS, errno.EACCES, errno.EPERM)

@@ -11,8 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 import matplotlib as mpl, pandas as pd, seaborn as sns
 from .config import figures_dir, key_of, runs_dir, versions, write_whole
-from .restricted import kept
-from .sources import terms_of
+from .data.restricted import kept
+from .data.sources import terms_of
 
 # %% ../nbs/00a_figures.ipynb #6b2d826a
 COLUMN, PAGE = 3.4, 7.0   # inches
