@@ -1,4 +1,5 @@
 """Fail unless the package is what the notebooks export, and the notebooks are clean."""
+
 import shutil, subprocess, sys, tempfile
 from pathlib import Path
 
@@ -7,21 +8,38 @@ PARTS = (("valor", "*.py"), ("nbs", "*.ipynb"))
 
 
 def files(folder, pattern):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob(pattern)) if p.suffix in (".py", ".ipynb") and ".ipynb_checkpoints" not in p.parts}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in sorted(folder.rglob(pattern))
+        if p.suffix in (".py", ".ipynb") and ".ipynb_checkpoints" not in p.parts
+    }
 
 
-def changed(before, after): return sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))
+def changed(before, after):
+    return sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))
 
 
 def main(fix=False):
     with tempfile.TemporaryDirectory() as d:
         copy = ROOT if fix else Path(d) / "valor"
         before = {name: files(ROOT / name, pattern) for name, pattern in PARTS}
-        if not fix: shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".scorers", "runs", ".git", "figures", "_proc"))
-        for command in ("nbdev_export", "nbdev_clean"): subprocess.run([Path(sys.executable).with_name(command)], cwd=copy, check=True)
-        wrong = [f"{name}/{f}" for name, old in before.items() for f in changed(old, files(copy / name, dict(PARTS)[name]))]
-    if wrong and not fix: sys.exit("out of step (run `python tests/check_notebooks.py --fix`): " + ", ".join(wrong))
+        if not fix:
+            shutil.copytree(
+                ROOT,
+                copy,
+                ignore=shutil.ignore_patterns(".venv", ".scorers", "runs", ".git", "figures", "_proc"),
+            )
+        for command in ("nbdev_export", "nbdev_clean"):
+            subprocess.run([Path(sys.executable).with_name(command)], cwd=copy, check=True)
+        wrong = [
+            f"{name}/{f}"
+            for name, old in before.items()
+            for f in changed(old, files(copy / name, dict(PARTS)[name]))
+        ]
+    if wrong and not fix:
+        sys.exit("out of step (run `python tests/check_notebooks.py --fix`): " + ", ".join(wrong))
     print("notebooks and package are in step")
 
 
-if __name__ == "__main__": main("--fix" in sys.argv)
+if __name__ == "__main__":
+    main("--fix" in sys.argv)

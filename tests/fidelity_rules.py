@@ -3,6 +3,7 @@
     VALOR_REAL=<folder that holds iu_xray/ and real_iu/> python tests/fidelity_rules.py
 
 No text is written. Labels: R2Gen's train and val reports of IU X-Ray, each with the real CheXbert's labels. Entities: systems on its test reports, each pair with the real RadGraph's F1."""
+
 import json, os, sys
 from pathlib import Path
 
@@ -14,13 +15,24 @@ from valor.vocabulary import OBSERVATIONS
 from valor.rewards.radgraph import graph_set
 
 ROOT = Path(__file__).resolve().parents[1]
-LEVELS = {"simple": "rg_e", "partial": "rg_er", "complete": "rg_bar_er"}           # ours, and the key of the real RadGraph's
+LEVELS = {
+    "simple": "rg_e",
+    "partial": "rg_er",
+    "complete": "rg_bar_er",
+}  # ours, and the key of the real RadGraph's
 
 
 def scores(name, read, true):
     "A row: `read` and `true` are boolean frames (report x observation); n counts what is true."
     both, said, is_true = (read & true).to_numpy().sum(), read.to_numpy().sum(), true.to_numpy().sum()
-    return dict(measure="labels", name=name, n=int(is_true), precision=both / said, recall=both / is_true, f1=2 * both / (said + is_true))
+    return dict(
+        measure="labels",
+        name=name,
+        n=int(is_true),
+        precision=both / said,
+        recall=both / is_true,
+        f1=2 * both / (said + is_true),
+    )
 
 
 def label_rows(place):
@@ -32,7 +44,10 @@ def label_rows(place):
     true = table[OBSERVATIONS].isin([1, -1])
     read = RuleLabeler().labels([texts[i] for i in table.index]).isin([1, -1]).set_index(table.index)
     rows = [scores(o, read[[o]], true[[o]]) for o in OBSERVATIONS]
-    rows += [scores("micro without No Finding", read[OBSERVATIONS[:13]], true[OBSERVATIONS[:13]]), scores("micro", read, true)]
+    rows += [
+        scores("micro without No Finding", read[OBSERVATIONS[:13]], true[OBSERVATIONS[:13]]),
+        scores("micro", read, true),
+    ]
     return [dict(measure="labels", name="reports", n=len(table)), *rows]
 
 
@@ -45,20 +60,42 @@ def system_rows(place):
         if "radgraph" in held["pairs"][0]:
             graphs = {side: RuleGraph().graphs(texts[side]) for side in texts}
             for level, key in LEVELS.items():
-                ours = [set_f1(graph_set(c, level), graph_set(r, level)) for c, r in zip(graphs["candidate"], graphs["reference"])]
+                ours = [
+                    set_f1(graph_set(c, level), graph_set(r, level))
+                    for c, r in zip(graphs["candidate"], graphs["reference"])
+                ]
                 theirs = [pair["radgraph"][key] for pair in held["pairs"]]
-                rows.append(dict(measure="entities", name=f"{name} {level}", n=len(ours), spearman=spearmanr(ours, theirs)[0]))
+                rows.append(
+                    dict(
+                        measure="entities",
+                        name=f"{name} {level}",
+                        n=len(ours),
+                        spearman=spearmanr(ours, theirs)[0],
+                    )
+                )
         if "chexbert" in held:
             said = {side: RuleLabeler().labels(texts[side]).isin([1, -1]) for side in texts}
-            both, all_said = (said["candidate"] & said["reference"]).to_numpy().sum(), sum(s.to_numpy().sum() for s in said.values())
+            both, all_said = (
+                (said["candidate"] & said["reference"]).to_numpy().sum(),
+                sum(s.to_numpy().sum() for s in said.values()),
+            )
             counts = {k: sum(o[k] for o in held["chexbert"].values()) for k in ("tp", "fp", "fn")}
             real = 2 * counts["tp"] / (2 * counts["tp"] + counts["fp"] + counts["fn"])
-            rows += [dict(measure="system", name=f"{name} by the rules", n=len(held["pairs"]), f1=2 * both / all_said), dict(measure="system", name=f"{name} by CheXbert", n=len(held["pairs"]), f1=real)]
+            rows += [
+                dict(
+                    measure="system",
+                    name=f"{name} by the rules",
+                    n=len(held["pairs"]),
+                    f1=2 * both / all_said,
+                ),
+                dict(measure="system", name=f"{name} by CheXbert", n=len(held["pairs"]), f1=real),
+            ]
     return rows
 
 
 if __name__ == "__main__":
-    if not os.environ.get("VALOR_REAL"): sys.exit("set VALOR_REAL: the folder that holds iu_xray/ and real_iu/")
+    if not os.environ.get("VALOR_REAL"):
+        sys.exit("set VALOR_REAL: the folder that holds iu_xray/ and real_iu/")
     place = Path(os.environ["VALOR_REAL"])
     table = pd.DataFrame(label_rows(place) + system_rows(place))
     table.to_csv(ROOT / "figures" / "fidelity_rules.csv", index=False, float_format="%.4f")

@@ -1,19 +1,23 @@
 """Runs in processes of their own, in pairs too, that are killed (SIGKILL) at a chosen moment.
 
 A fork server imports the package once, so that a process starts in no time."""
+
 import glob, hashlib, multiprocessing, os, shutil, sys, time
 
 import pytest, torch
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["valor.runs.experiment"])
-CPU = dict(ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="")      # what a process of several is told, to leave a GPU alone
+CPU = dict(
+    ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES=""
+)  # what a process of several is told, to leave a GPU alone
 
 
 def work(code, runs, log, env):
     os.environ.update(env, VALOR_RUNS=str(runs), IN_TEST="1")
     torch.set_num_threads(1)
-    for stream, end in ((sys.stdout, "out"), (sys.stderr, "err")): os.dup2(os.open(f"{log}.{end}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY), stream.fileno())
+    for stream, end in ((sys.stdout, "out"), (sys.stderr, "err")):
+        os.dup2(os.open(f"{log}.{end}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY), stream.fileno())
     exec(code, {})
 
 
@@ -24,13 +28,15 @@ def start(code, runs, log=None, **env):
     return process
 
 
-def says(runs): return open(f"{runs}.err").read()[-3000:]
+def says(runs):
+    return open(f"{runs}.err").read()[-3000:]
 
 
 def ended(process, patience):
     "Its exit code, after `patience` seconds at most."
     process.join(patience)
-    if process.is_alive(): process.kill()
+    if process.is_alive():
+        process.kill()
     process.join()
     return process.exitcode
 
@@ -45,7 +51,9 @@ def finish_pair(code, runs, port, patience, codes=(0, 0), **env):
     "What `code` prints, and what it complains of, on two CPU processes that torch joins, as a launcher would start them."
     env |= CPU | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     logs = [f"{runs}.{rank}" for rank in (0, 1)]
-    pair = [start(code, runs, log, RANK=str(rank), LOCAL_RANK=str(rank), **env) for rank, log in enumerate(logs)]
+    pair = [
+        start(code, runs, log, RANK=str(rank), LOCAL_RANK=str(rank), **env) for rank, log in enumerate(logs)
+    ]
     assert tuple(ended(process, patience) for process in pair) == codes, "\n".join(map(says, logs))
     return ["".join(open(f"{log}.{stream}").read() for log in logs) for stream in ("out", "err")]
 
@@ -54,8 +62,11 @@ def kill_at(code, runs, pattern, timeout, ready=lambda file: True):
     "Start `code` and kill it as soon as a file below `runs` that matches `pattern` is there and `ready`."
     process, end = start(code, runs), time.time() + timeout
     while not any(map(ready, glob.glob(str(runs / pattern)))):
-        if not process.is_alive(): pytest.fail(f"the run ended before {pattern}: {says(runs)}")
-        if time.time() > end: process.kill(); pytest.fail(f"no {pattern} within {timeout} s")
+        if not process.is_alive():
+            pytest.fail(f"the run ended before {pattern}: {says(runs)}")
+        if time.time() > end:
+            process.kill()
+            pytest.fail(f"no {pattern} within {timeout} s")
         time.sleep(0.005)
     process.kill()
     process.join()
@@ -70,7 +81,9 @@ def kill_everywhere(code, tmp_path, phases, points, patience, timeout, ready=lam
     shutil.copytree(whole, killed, ignore=shutil.ignore_patterns(*(f"{phase}-*" for phase in phases)))
     for pattern in points:
         kill_at(code, killed, pattern, timeout, ready)
-        assert not list(killed.glob(pattern.split("/")[0] + "/done.json")), f"{pattern}: the kill came too late to test anything"
+        assert not list(killed.glob(pattern.split("/")[0] + "/done.json")), (
+            f"{pattern}: the kill came too late to test anything"
+        )
     finish(code, killed, patience)
     return whole, killed
 

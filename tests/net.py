@@ -40,14 +40,29 @@ for name in PRESETS:
                 keys[f"{name} {benchmark} seed {seed}"] = f"{type(e).__name__}: {e}"
 print(json.dumps(keys))
 """
-COMMANDS = ("", "run", "train", "evaluate", "data-report", "convert-llava-med", "merge", "generate", "serve", "gallery")
+COMMANDS = (
+    "",
+    "run",
+    "train",
+    "evaluate",
+    "data-report",
+    "convert-llava-med",
+    "merge",
+    "generate",
+    "serve",
+    "gallery",
+)
 TIMES = ("seconds", "time", "per_second", "runtime")  # parts of the names of columns that measure time
 
 
 def python(*args, **env):
     "Standard output of the program `args` in this checkout; ends with its messages where it fails."
     done = subprocess.run(
-        [sys.executable, *args], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)} | env, capture_output=True, text=True
+        [sys.executable, *args],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | env,
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         sys.exit(done.stderr[-4000:])
@@ -89,16 +104,27 @@ def smoke_runs():
     for benchmark in ("phantom", "openi_rendered"):
         with tempfile.TemporaryDirectory() as work:
             settings = ["--preset", "smoke", "--set", f"benchmark={benchmark}"]
-            env = {"VALOR_RUNS": f"{work}/runs", "VALOR_FIGURES": f"{work}/figures", "VALOR_CACHE": f"{work}/cache"}
+            env = {
+                "VALOR_RUNS": f"{work}/runs",
+                "VALOR_FIGURES": f"{work}/figures",
+                "VALOR_CACHE": f"{work}/cache",
+            }
             python("-m", "valor", "run", *settings, **env)
             for phase in ("dpo", "mmedpo"):
                 python("-m", "valor", "train", "--until", phase, *settings, **env)
-            found |= {f"{benchmark}/{name}": digest for name, digest in hashes(work).items() if "/cache/" not in name}
+            found |= {
+                f"{benchmark}/{name}": digest
+                for name, digest in hashes(work).items()
+                if "/cache/" not in name
+            }
     return found
 
 
 def measured(quick):
-    found = {"keys": json.loads(python("-c", KEYS)), "help": {c: python("-m", "valor", *c.split(), "--help", COLUMNS="110") for c in COMMANDS}}
+    found = {
+        "keys": json.loads(python("-c", KEYS)),
+        "help": {c: python("-m", "valor", *c.split(), "--help", COLUMNS="110") for c in COMMANDS},
+    }
     return found if quick else found | {"runs": smoke_runs()}
 
 
@@ -114,7 +140,9 @@ def differences(before, now):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["record", "compare"])
     parser.add_argument("file", type=Path)
     parser.add_argument("--quick", action="store_true", help="keys and help alone")

@@ -1,4 +1,5 @@
 """Wrong parameters fail fast and by name; no candidate, however odd, crashes a reward."""
+
 import subprocess, sys
 
 import pytest
@@ -7,25 +8,49 @@ from hypothesis import given, settings, strategies as st
 from valor.config import preset
 from valor.rewards.text import scorer
 
-BAD = [("lambda_vis=1.2", "lambda_vis=1.2 is not allowed; expected a number in [0, 1]"), ("lambda_clin=-0.1", "lambda_clin=-0.1"),
-       ("lambda_lex=0.9", "expected 1 (Eq. 3)"), ("group_size=1", "group_size=1 is not allowed; expected a number >= 2"),
-       ("lambda_viz=0.5", "unknown parameter lambda_viz=0.5"), ("k_clin=often", "k_clin='often' is a str; expected int or None"),
-       ("benchmark=mimic", "benchmark='mimic'"), ("lambda_vis", "expected name=value"), ("chexbert=foo", "chexbert='foo'"),
-       ("base=/no/such", "no such folder"), ("lambda_clin=Infinity", "lambda_clin=inf")]
+BAD = [
+    ("lambda_vis=1.2", "lambda_vis=1.2 is not allowed; expected a number in [0, 1]"),
+    ("lambda_clin=-0.1", "lambda_clin=-0.1"),
+    ("lambda_lex=0.9", "expected 1 (Eq. 3)"),
+    ("group_size=1", "group_size=1 is not allowed; expected a number >= 2"),
+    ("lambda_viz=0.5", "unknown parameter lambda_viz=0.5"),
+    ("k_clin=often", "k_clin='often' is a str; expected int or None"),
+    ("benchmark=mimic", "benchmark='mimic'"),
+    ("lambda_vis", "expected name=value"),
+    ("chexbert=foo", "chexbert='foo'"),
+    ("base=/no/such", "no such folder"),
+    ("lambda_clin=Infinity", "lambda_clin=inf"),
+]
 
 
 @pytest.mark.parametrize("setting,message", BAD)
 def test_command_line_names_parameter_value_and_what_is_allowed(setting, message, tmp_path, monkeypatch):
     from valor.runs.experiment import main
+
     monkeypatch.setenv("VALOR_RUNS", str(tmp_path / "runs"))
-    with pytest.raises(SystemExit) as e: main(["run", "--preset", "smoke", "--set", setting])
+    with pytest.raises(SystemExit) as e:
+        main(["run", "--preset", "smoke", "--set", setting])
     assert message in str(e.value)
-    assert not (tmp_path / "runs").exists()   # before anything was started
+    assert not (tmp_path / "runs").exists()  # before anything was started
 
 
 SCORERS = {n: scorer(n) for n in ("bleu4", "rouge_l", "bertscore", "chexbert", "radgraph", "format")}
 REFERENCE = "findings: the heart is enlarged. no effusion. impression: cardiomegaly."
-odd = st.one_of(st.text(max_size=60), st.sampled_from(["", " ", "<report>", "</report><report>", "<report></report>", "é ünï 心臓 🫀", "no " * 3000, "<report> ok </report> tail"]))
+odd = st.one_of(
+    st.text(max_size=60),
+    st.sampled_from(
+        [
+            "",
+            " ",
+            "<report>",
+            "</report><report>",
+            "<report></report>",
+            "é ünï 心臓 🫀",
+            "no " * 3000,
+            "<report> ok </report> tail",
+        ]
+    ),
+)
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,4 +1,5 @@
 """Every command that the README or a chapter shows: its options and parameters exist, and those of the README run, in its order, on miniatures in the true formats."""
+
 import dataclasses, json, re, shlex, shutil, subprocess, urllib.request
 from pathlib import Path
 
@@ -24,13 +25,19 @@ def blocks_and_lines(text):
     "`(commands in code blocks, commands in backticks within a line)` of Markdown, without their comments."
     blocks, inline, inside = [], [], False
     for line in text.splitlines():
-        if line.startswith("```"): inside = not inside
-        elif inside and re.match(TOOLS + " ", line): blocks.append(re.sub(r"\s+#.*| …(?= |$)", "", line).strip())
-        elif not inside: inline += re.findall(f"`({TOOLS} [^`]+)`", line)
+        if line.startswith("```"):
+            inside = not inside
+        elif inside and re.match(TOOLS + " ", line):
+            blocks.append(re.sub(r"\s+#.*| …(?= |$)", "", line).strip())
+        elif not inside:
+            inline += re.findall(f"`({TOOLS} [^`]+)`", line)
     return blocks, inline
 
 
-def shown(page): return blocks_and_lines("\n\n".join(c.source for c in nbformat.read(page, 4).cells if c.cell_type == "markdown"))
+def shown(page):
+    return blocks_and_lines(
+        "\n\n".join(c.source for c in nbformat.read(page, 4).cells if c.cell_type == "markdown")
+    )
 
 
 README, _ = blocks_and_lines((ROOT / "README.md").read_text())
@@ -39,43 +46,86 @@ SHOWN = sorted({(page.stem, command) for page in CHAPTERS for kind in shown(page
 
 def check_valor(words):
     "Raise unless the parser takes `words`, and every `--set` names a field and `--preset` a preset. A command's bare name is enough."
-    if len(words) == 1: assert words[0] == "--help" or f"{words[0]}" in command_parser().format_help(); return
+    if len(words) == 1:
+        assert words[0] == "--help" or f"{words[0]}" in command_parser().format_help()
+        return
     args = command_parser().parse_args(words)
-    if words[0] not in ("run", "train"): return
-    assert args.preset in PRESETS and parse_settings(args.set).keys() <= {f.name for f in dataclasses.fields(Config)}
+    if words[0] not in ("run", "train"):
+        return
+    assert args.preset in PRESETS and parse_settings(args.set).keys() <= {
+        f.name for f in dataclasses.fields(Config)
+    }
 
 
 def check_papermill(words):
     "Raise unless the page exists and has every parameter that is given."
     import yaml
+
     known, given = inspect_notebook(str(ROOT / words[0])), []
     for option, value in zip(words, words[1:]):
-        if option == "-p": given.append(value)
-        if option == "-y": given += yaml.safe_load(value)
+        if option == "-p":
+            given.append(value)
+        if option == "-y":
+            given += yaml.safe_load(value)
     assert given and set(given) <= known.keys(), (given, list(known))
 
 
 @pytest.mark.parametrize("page,command", SHOWN, ids=lambda v: v[:60])
 def test_every_command_that_is_shown_has_the_options_it_names(page, command):
     words = shlex.split(command.replace(" …", ""))
-    while re.match("[A-Z_]+=", words[0]): words.pop(0)
-    if "-m" in words and words[words.index("-m") + 1] == "valor":                       # torchrun and accelerate start it, or Python itself
-        if "--config_file" in words: assert (ROOT / words[words.index("--config_file") + 1]).is_file()
-        words = words[words.index("-m") + 1:]
-    if words[0] == "valor": check_valor(words[1:])
-    elif words[0] == "papermill": check_papermill(words[1:])
-    elif words[0] == "make": assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
+    while re.match("[A-Z_]+=", words[0]):
+        words.pop(0)
+    if (
+        "-m" in words and words[words.index("-m") + 1] == "valor"
+    ):  # torchrun and accelerate start it, or Python itself
+        if "--config_file" in words:
+            assert (ROOT / words[words.index("--config_file") + 1]).is_file()
+        words = words[words.index("-m") + 1 :]
+    if words[0] == "valor":
+        check_valor(words[1:])
+    elif words[0] == "papermill":
+        check_papermill(words[1:])
+    elif words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
     elif words[0] == "python":
         script = next(w for w in words if w.endswith(".py"))
         assert (ROOT / script).is_file() or (ROOT / "valor" / script).is_file()
-    else: assert "…" in command, f"{command}: say in this test how it is checked"        # `accelerate launch … -m valor train`
+    else:
+        assert "…" in command, (
+            f"{command}: say in this test how it is checked"
+        )  # `accelerate launch … -m valor train`
 
 
 # --- the README's own, one after the other in one folder
 
-SMALL = dict(threads=1, n_train=8, n_val=2, n_test=4, image_size=64, expert_steps=1, base_studies=16, warmup_epochs=0, sft_epochs=1, sft_batch_size=4, stage1_steps=1, stage2_steps=1,
-             group_size=2, batch_size=1, max_new_tokens=4, lora_r=2, lora_alpha=4, n_boot=10, k_clin=1, eval_steps=1, eval_studies=2, eval_batch_size=2, save_steps=1)
-HUB = dict(chexbert="rules", radgraph="rules", expert="models/biomedclip")               # what `paper` would take from the hub
+SMALL = dict(
+    threads=1,
+    n_train=8,
+    n_val=2,
+    n_test=4,
+    image_size=64,
+    expert_steps=1,
+    base_studies=16,
+    warmup_epochs=0,
+    sft_epochs=1,
+    sft_batch_size=4,
+    stage1_steps=1,
+    stage2_steps=1,
+    group_size=2,
+    batch_size=1,
+    max_new_tokens=4,
+    lora_r=2,
+    lora_alpha=4,
+    n_boot=10,
+    k_clin=1,
+    eval_steps=1,
+    eval_studies=2,
+    eval_batch_size=2,
+    save_steps=1,
+)
+HUB = dict(
+    chexbert="rules", radgraph="rules", expert="models/biomedclip"
+)  # what `paper` would take from the hub
 
 
 @pytest.fixture(scope="module")
@@ -90,23 +140,46 @@ def desk(tmp_path_factory):
     trees.mimic(desk / "data/mimic-cxr-jpg", 24)
     shutil.copytree(desk / "data/mimic-cxr-jpg/files", desk / "data/mimic-cxr/files")
     rows = [dict(image=f"img/{i}.png", report=" ".join(trees.texts(i))) for i in range(1, 25)]
-    for i in range(1, 25): trees.film(desk / rows[i - 1]["image"], i)
+    for i in range(1, 25):
+        trees.film(desk / rows[i - 1]["image"], i)
     pd.DataFrame(rows).to_csv(desk / "mine.csv", index=False)
-    for i in (1, 2): trees.film(desk / f"films/{i}.png", i)
-    (desk / "pairs.jsonl").write_text("".join(json.dumps(dict(id=i, candidate=trees.texts(i)[1], reference=trees.texts(i + i % 2)[1])) + "\n" for i in range(12)))
-    (desk / "mylab.py").write_text("class Sides:\n    def score(self, candidates, references): return [float('left' in c) for c in candidates]\n")
+    for i in (1, 2):
+        trees.film(desk / f"films/{i}.png", i)
+    (desk / "pairs.jsonl").write_text(
+        "".join(
+            json.dumps(dict(id=i, candidate=trees.texts(i)[1], reference=trees.texts(i + i % 2)[1])) + "\n"
+            for i in range(12)
+        )
+    )
+    (desk / "mylab.py").write_text(
+        "class Sides:\n    def score(self, candidates, references): return [float('left' in c) for c in candidates]\n"
+    )
     return desk
 
 
-def newest(pattern): return max((p for p in experiment.runs_dir().glob(pattern) if p.is_dir()), key=lambda p: p.stat().st_mtime)
+def newest(pattern):
+    return max(
+        (p for p in experiment.runs_dir().glob(pattern) if p.is_dir()), key=lambda p: p.stat().st_mtime
+    )
 
 
 def here(word, desk):
     "`word` of a command with its paths in `desk`; the `…` of a run's folder stands for the newest one, that of an adapter's base for its own."
     word = re.sub(r"(?<![\w.~-])/(models|data)/", rf"{desk}/\1/", word).replace("~/", f"{desk}/")
     for phase in re.findall(r"runs/(\w+)-…", word):
-        if phase == "sft": found = json.loads((newest(json.loads((newest("stage2-*") / "config.json").read_text())["config"]["after"]["stage1"]) / "config.json").read_text())["config"]["after"]["sft"]
-        else: found = newest(f"{phase}-*").name
+        if phase == "sft":
+            found = json.loads(
+                (
+                    newest(
+                        json.loads((newest("stage2-*") / "config.json").read_text())["config"]["after"][
+                            "stage1"
+                        ]
+                    )
+                    / "config.json"
+                ).read_text()
+            )["config"]["after"]["sft"]
+        else:
+            found = newest(f"{phase}-*").name
         word = word.replace(f"runs/{phase}-…", f"{desk}/runs/{found}")
     return word
 
@@ -114,18 +187,31 @@ def here(word, desk):
 def small(words, **more):
     "The command with as little work as the machine can tell from none; what it sets itself stays."
     given = {w.partition("=")[0] for w in words}
-    return words + [w for name, value in (SMALL | more).items() if name not in given for w in ("--set", f"{name}={json.dumps(value)}")]
+    return words + [
+        w
+        for name, value in (SMALL | more).items()
+        if name not in given
+        for w in ("--set", f"{name}={json.dumps(value)}")
+    ]
 
 
 def run_to(phase, **more):
     "`valor run`, which ends with `phase` (None: as it does)."
+
     def run(words, monkeypatch, said):
         def part(cfgs, out):
             experiment.ensure(phase, cfgs[0])
             raise experiment.RunError("far enough")
-        if phase: monkeypatch.setattr(experiment, "main_job", part)
-        if not phase: main(small(words, **more)); assert "VALOR w/o visual" in said().out; return
-        with pytest.raises(SystemExit, match="far enough"): main(small(words, **more))
+
+        if phase:
+            monkeypatch.setattr(experiment, "main_job", part)
+        if not phase:
+            main(small(words, **more))
+            assert "VALOR w/o visual" in said().out
+            return
+        with pytest.raises(SystemExit, match="far enough"):
+            main(small(words, **more))
+
     return run
 
 
@@ -136,13 +222,24 @@ def gallery(words, monkeypatch, said):
 
 def serve(words, monkeypatch, said):
     "The server is asked once, and then interrupted."
+
     def asked(self, timeout=None):
         name, url = re.search(r"(\S+) at (http://\S+)", said().out).groups()
-        body = json.dumps(dict(model=name, max_tokens=4, messages=[dict(role="user", content="Describe.")])).encode()
-        request = urllib.request.Request(f"{url.rstrip('/').removesuffix('/v1')}/v1/chat/completions", body, {"Content-Type": "application/json"})
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer: assert json.load(answer)["choices"]
+        body = json.dumps(
+            dict(model=name, max_tokens=4, messages=[dict(role="user", content="Describe.")])
+        ).encode()
+        request = urllib.request.Request(
+            f"{url.rstrip('/').removesuffix('/v1')}/v1/chat/completions",
+            body,
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer:
+            assert json.load(answer)["choices"]
         raise KeyboardInterrupt
-    monkeypatch.setattr(server, "threading", type("", (), dict(vars(server.threading), Event=type("", (), dict(wait=asked)))))
+
+    monkeypatch.setattr(
+        server, "threading", type("", (), dict(vars(server.threading), Event=type("", (), dict(wait=asked))))
+    )
     main([w if w != "8000" else "0" for w in words])
 
 
@@ -150,6 +247,7 @@ def plain(expected):
     def run(words, monkeypatch, said):
         main(words)
         assert re.search(expected, said().out)
+
     return run
 
 
@@ -157,10 +255,11 @@ def makes(words, monkeypatch, said):
     subprocess.run(["make", "-n", *words], cwd=ROOT, check=True, capture_output=True)
 
 
-def options_only(words, monkeypatch, said): "Needs GPUs: test_every_command_… reads its options, tests/test_at_size.py its configuration."
+def options_only(words, monkeypatch, said):
+    "Needs GPUs: test_every_command_… reads its options, tests/test_at_size.py its configuration."
 
 
-HOW = [   # (beginning of a command, how it is run at miniature size)
+HOW = [  # (beginning of a command, how it is run at miniature size)
     ("make ", makes),
     ("valor convert-llava-med ", plain("all equal to the original's")),
     ("valor run --preset paper --set base=llava-med-hf ", run_to(None, **HUB)),
@@ -176,7 +275,10 @@ HOW = [   # (beginning of a command, how it is run at miniature size)
     ("valor run --set benchmark=table ", run_to("sft")),
     ("valor run --preset paper --set chexbert=", run_to("data", expert=HUB["expert"])),
     ("valor run --set 'extra_rewards=", run_to("stage1")),
-    ("valor evaluate ", lambda words, monkeypatch, said: plain("BLEU-4")([*words, "--n-boot", "10"], monkeypatch, said)),
+    (
+        "valor evaluate ",
+        lambda words, monkeypatch, said: plain("BLEU-4")([*words, "--n-boot", "10"], monkeypatch, said),
+    ),
 ]
 
 
@@ -186,7 +288,10 @@ def test_the_readmes_commands_run(command, desk, monkeypatch, capsys):
     assert found, f"{command}: a new example; say in HOW how it is run at miniature size"
     monkeypatch.chdir(desk)
     monkeypatch.syspath_prepend(str(desk))
-    for name, value in dict(VALOR_RUNS=desk / "runs", VALOR_CACHE=desk / "cache", VALOR_FIGURES=desk / "figures").items(): monkeypatch.setenv(name, str(value))
+    for name, value in dict(
+        VALOR_RUNS=desk / "runs", VALOR_CACHE=desk / "cache", VALOR_FIGURES=desk / "figures"
+    ).items():
+        monkeypatch.setenv(name, str(value))
     words = [here(w, desk) for w in shlex.split(command)[1:]]
     found[0]([w.replace("distilroberta-base", "minilm") for w in words], monkeypatch, capsys.readouterr)
 

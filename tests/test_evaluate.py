@@ -1,4 +1,5 @@
 """`valor evaluate` as a command: killed in the middle it goes on and ends with the same bytes; bad input is one line."""
+
 import json, random, re
 
 import pytest
@@ -6,25 +7,50 @@ import pytest
 from kills import finish, kill_at
 from valor.runs.experiment import main
 
-PHRASES = ["the heart is enlarged .", "no pleural effusion .", "left lower lobe opacity .", "the lungs are clear .", "possible pneumonia .", "a port is seen .", "no pneumothorax ."]
+PHRASES = [
+    "the heart is enlarged .",
+    "no pleural effusion .",
+    "left lower lobe opacity .",
+    "the lungs are clear .",
+    "possible pneumonia .",
+    "a port is seen .",
+    "no pneumothorax .",
+]
 
 
 def write(path, n=200, seed=0):
     rng = random.Random(seed)
-    rows = [dict(id=i, candidate=" ".join(rng.choices(PHRASES, k=8)) + f" {i}", reference=" ".join(rng.choices(PHRASES, k=8))) for i in range(n)]
+    rows = [
+        dict(
+            id=i,
+            candidate=" ".join(rng.choices(PHRASES, k=8)) + f" {i}",
+            reference=" ".join(rng.choices(PHRASES, k=8)),
+        )
+        for i in range(n)
+    ]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path):
     write(tmp_path / "mine.jsonl")
-    def evaluate(out): return f"from valor.runs.experiment import main; main(['evaluate', '{tmp_path}/mine.jsonl', '--out', '{tmp_path / out}', '--metrics', 'lexical,bertscore,radgraph', '--n-boot', '100'])"
+
+    def evaluate(out):
+        return f"from valor.runs.experiment import main; main(['evaluate', '{tmp_path}/mine.jsonl', '--out', '{tmp_path / out}', '--metrics', 'lexical,bertscore,radgraph', '--n-boot', '100'])"
+
     shown = finish(evaluate("whole"), tmp_path, 300)
     assert "RadGraph partial" in shown and "chexbert=rules" in shown
     scores = tmp_path / "killed/scores/bertscore.jsonl"
-    kill_at(evaluate("killed"), tmp_path, "killed/scores/bertscore.jsonl", 200, ready=lambda _: scores.read_text().count("\n") > 60)
+    kill_at(
+        evaluate("killed"),
+        tmp_path,
+        "killed/scores/bertscore.jsonl",
+        200,
+        ready=lambda _: scores.read_text().count("\n") > 60,
+    )
     assert not (tmp_path / "killed/table.csv").exists()
     done = scores.read_text().count("\n")
-    with scores.open("a") as f: f.write('{"pair": "torn')
+    with scores.open("a") as f:
+        f.write('{"pair": "torn')
     finish(evaluate("killed"), tmp_path, 300)
     assert scores.read_text().count("\n") == 201 > done
     assert (tmp_path / "killed/table.csv").read_bytes() == (tmp_path / "whole/table.csv").read_bytes()
@@ -35,8 +61,14 @@ def test_bad_input_is_one_line_and_nothing_written_is_lost(tmp_path):
     main(["evaluate", str(tmp_path / "mine.jsonl"), "--out", str(tmp_path / "out"), "--metrics", "lexical"])
     before = (tmp_path / "out/table.csv").read_bytes()
     (tmp_path / "bad.jsonl").write_text('{"id": 1, "candidate": "a"}\n')
-    for arguments, message in (([tmp_path / "bad.jsonl"], "bad.jsonl:1: no field 'reference'"), ([tmp_path / "none.jsonl"], "no such file"), ([tmp_path / "mine.jsonl", "--metrics", "bleu"], "'bleu' is unknown"),
-                               ([tmp_path / "mine.jsonl", "--set", "chexbert=/no/such"], "metric chexbert: model='/no/such'"), ([tmp_path / "mine.jsonl", "--set", "radgraf=x"], "unknown option radgraf")):
-        with pytest.raises(SystemExit, match=re.escape(message)) as end: main(["evaluate", *map(str, arguments), "--out", str(tmp_path / "out")])
+    for arguments, message in (
+        ([tmp_path / "bad.jsonl"], "bad.jsonl:1: no field 'reference'"),
+        ([tmp_path / "none.jsonl"], "no such file"),
+        ([tmp_path / "mine.jsonl", "--metrics", "bleu"], "'bleu' is unknown"),
+        ([tmp_path / "mine.jsonl", "--set", "chexbert=/no/such"], "metric chexbert: model='/no/such'"),
+        ([tmp_path / "mine.jsonl", "--set", "radgraf=x"], "unknown option radgraf"),
+    ):
+        with pytest.raises(SystemExit, match=re.escape(message)) as end:
+            main(["evaluate", *map(str, arguments), "--out", str(tmp_path / "out")])
         assert "\n" not in str(end.value)
     assert (tmp_path / "out/table.csv").read_bytes() == before

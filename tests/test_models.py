@@ -1,4 +1,5 @@
 """Any image-text-to-text model through one loader: miniatures of five architectures in the true on-disk format, through loading, sampling, SFT, both stages of GRPO, merging and `valor generate`."""
+
 import functools, json, re, shutil
 
 import numpy as np, pytest, torch
@@ -9,22 +10,41 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from valor.config import preset
 from valor.policy.convert import convert_llava_med, miniature_llava_med
-from valor.policy.models import KINDS, frozen_weights, groups, image_tokens, load_policy, lora_config, miniature, save_policy
+from valor.policy.models import (
+    KINDS,
+    frozen_weights,
+    groups,
+    image_tokens,
+    load_policy,
+    lora_config,
+    miniature,
+    save_policy,
+)
 from valor.policy.tiny import conversations, generate, render_prompt, sft
 
 ALL = (*KINDS, "llava_med")
 REPORT = "<report> the heart is enlarged. no effusion. </report>"
-FILMS = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (70, 60), dtype=np.uint8)) for i in range(2)]
+FILMS = [
+    Image.fromarray(np.random.default_rng(i).integers(0, 255, (70, 60), dtype=np.uint8)) for i in range(2)
+]
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
     home = tmp_path_factory.mktemp("models")
-    convert_llava_med(miniature_llava_med(home / "original", width=32, inner=64, layers=2, tower_width=64, tower_inner=64, tower_layers=2), home / "llava_med")
+    convert_llava_med(
+        miniature_llava_med(
+            home / "original", width=32, inner=64, layers=2, tower_width=64, tower_inner=64, tower_layers=2
+        ),
+        home / "llava_med",
+    )
     return {k: miniature(k, home / k) for k in KINDS} | dict(llava_med=home / "llava_med")
 
 
-def studies(): return Dataset.from_dict(dict(image=FILMS, report=[REPORT] * 2), features=Features(image=ImageColumn(), report=Value("string")))
+def studies():
+    return Dataset.from_dict(
+        dict(image=FILMS, report=[REPORT] * 2), features=Features(image=ImageColumn(), report=Value("string"))
+    )
 
 
 def logits(folder):
@@ -33,59 +53,115 @@ def logits(folder):
 
 
 def run(model, processor):
-    inputs = processor(images=[[FILMS[0].convert("RGB")]], text=[render_prompt(processor)], return_tensors="pt", add_special_tokens=False)
-    with torch.inference_mode(): return model(**inputs).logits
+    inputs = processor(
+        images=[[FILMS[0].convert("RGB")]],
+        text=[render_prompt(processor)],
+        return_tensors="pt",
+        add_special_tokens=False,
+    )
+    with torch.inference_mode():
+        return model(**inputs).logits
 
 
 @pytest.mark.parametrize("kind", ALL)
 def test_prompt_is_one_and_the_same_for_sampling_sft_and_grpo(kind, folders, tmp_path):
     "The ids that this package samples from are those that TRL's GRPO samples from, which are those that its SFT trains on."
     from valor.policy.tiny import as_prompt
+
     model, processor = load_policy(folders[kind])
-    ours = processor(images=[[FILMS[0].convert("RGB")]], text=[render_prompt(processor)], return_tensors="pt", padding=True, add_special_tokens=False)
-    turn = [[dict(role="user", content=[dict(type="image", image=FILMS[0].convert("RGB")), dict(type="text", text=as_prompt()[0]["content"])])]]
+    ours = processor(
+        images=[[FILMS[0].convert("RGB")]],
+        text=[render_prompt(processor)],
+        return_tensors="pt",
+        padding=True,
+        add_special_tokens=False,
+    )
+    turn = [
+        [
+            dict(
+                role="user",
+                content=[
+                    dict(type="image", image=FILMS[0].convert("RGB")),
+                    dict(type="text", text=as_prompt()[0]["content"]),
+                ],
+            )
+        ]
+    ]
     grpo = processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=True, return_dict=True)
     assert ours.input_ids[0].tolist() == list(grpo["input_ids"][0])
     places = (ours.input_ids == model.config.image_token_id).sum().item()
     assert places == {"llava": 16, "qwen2_5_vl": 4, "qwen3_vl": 4, "gemma3": 4, "llava_med": 16}[kind]
     bos = processor.tokenizer.bos_token_id
     assert bos is None or ours.input_ids[0].tolist().count(bos) == 1
-    again = processor(images=[[FILMS[0].convert("RGB")]], text=[render_prompt(processor)], return_tensors="pt")    # how TRL's GRPO asks for token_type_ids
+    again = processor(
+        images=[[FILMS[0].convert("RGB")]], text=[render_prompt(processor)], return_tensors="pt"
+    )  # how TRL's GRPO asks for token_type_ids
     assert torch.equal(again.input_ids, ours.input_ids)
     save_policy(model, processor, tmp_path / "saved")
     for text in ("the heart", render_prompt(processor)):
-        new, old = (AutoTokenizer.from_pretrained(f)(text).input_ids for f in (tmp_path / "saved", folders[kind]))
-        assert new == old                                                             # saved as it came
+        new, old = (
+            AutoTokenizer.from_pretrained(f)(text).input_ids for f in (tmp_path / "saved", folders[kind])
+        )
+        assert new == old  # saved as it came
 
 
 @pytest.mark.parametrize("kind", ALL)
 def test_sampling_never_writes_an_image_token(kind, folders):
     model, processor = load_policy(folders[kind])
     forbidden = list(image_tokens(model, processor))
-    def urge(module, inputs, out): out[..., forbidden] += 50
-    model.get_output_embeddings().register_forward_hook(urge)                       # a model that would like to
+
+    def urge(module, inputs, out):
+        out[..., forbidden] += 50
+
+    model.get_output_embeddings().register_forward_hook(urge)  # a model that would like to
     greedy = generate(model, processor, FILMS, max_new_tokens=6)
-    sampled = [generate(model, processor, FILMS, max_new_tokens=12, temperature=2., seed=s) for s in (1, 1, 2)]
+    sampled = [
+        generate(model, processor, FILMS, max_new_tokens=12, temperature=2.0, seed=s) for s in (1, 1, 2)
+    ]
     assert len(greedy) == 2 and sampled[0] == sampled[1] != sampled[2]
-    inputs = processor(images=[[FILMS[0].convert("RGB")]], text=[render_prompt(processor)], return_tensors="pt", add_special_tokens=False)
-    written = model.generate(**inputs, max_new_tokens=12, do_sample=True)[0, inputs.input_ids.shape[1]:]          # as any other program would
+    inputs = processor(
+        images=[[FILMS[0].convert("RGB")]],
+        text=[render_prompt(processor)],
+        return_tensors="pt",
+        add_special_tokens=False,
+    )
+    written = model.generate(**inputs, max_new_tokens=12, do_sample=True)[
+        0, inputs.input_ids.shape[1] :
+    ]  # as any other program would
     assert not set(written.tolist()) & set(forbidden)
     model.generation_config.suppress_tokens = None
-    written = model.generate(**inputs, max_new_tokens=12, do_sample=True)[0, inputs.input_ids.shape[1]:]
-    assert set(written.tolist()) & set(forbidden)                                                                 # … and it does like to
+    written = model.generate(**inputs, max_new_tokens=12, do_sample=True)[0, inputs.input_ids.shape[1] :]
+    assert set(written.tolist()) & set(forbidden)  # … and it does like to
 
 
 @pytest.mark.parametrize("kind", ALL)
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_sft_moves_language_and_projector_and_nothing_else(kind, mode, folders, tmp_path):
     data = conversations(studies(), [REPORT, "<report> clear lungs. </report>"])
-    log = sft(folders[kind], data, tmp_path / "sft", mode=mode, epochs=3, batch_size=2, lora_r=4, lora_alpha=8, lr=1e-2, save_steps=1)
+    log = sft(
+        folders[kind],
+        data,
+        tmp_path / "sft",
+        mode=mode,
+        epochs=3,
+        batch_size=2,
+        lora_r=4,
+        lora_alpha=8,
+        lr=1e-2,
+        save_steps=1,
+    )
     losses = [l["loss"] for l in log if "loss" in l]
     assert len(losses) == 3 and losses[2] < losses[0]
     (old, _), (new, _) = load_policy(folders[kind]), load_policy(tmp_path / "sft")
-    found, moved = groups(old), {n for (n, a), b in zip(old.named_parameters(), new.parameters()) if not torch.equal(a, b)}
+    found, moved = (
+        groups(old),
+        {n for (n, a), b in zip(old.named_parameters(), new.parameters()) if not torch.equal(a, b)},
+    )
     for g, ought in dict(language=True, projector=True, vision=False).items():
-        assert {n for n in found[g] if {n, f"{n}.weight"} & moved} == (set(found[g]) if ought else set()), (g, moved)
+        assert {n for n in found[g] if {n, f"{n}.weight"} & moved} == (set(found[g]) if ought else set()), (
+            g,
+            moved,
+        )
     assert (mode == "full") == any("embed_tokens" in n for n in moved)
 
 
@@ -95,27 +171,55 @@ def test_both_stages_of_grpo_merge_and_reload(kind, folders, tmp_path):
     from valor.train.grpo import CLINICAL_SCORERS, TEXT_SCORERS, Rewards, make_trainer
     from valor.runs.experiment import main
     from valor.policy.generate import merge
+
     class Share:
-        def score(self, candidates, references): return [float(len(c)) for c in candidates]
-    cfg = preset("smoke", group_size=2, batch_size=1, max_new_tokens=6, k_clin=2, lr=1e-2, lora_r=4, lora_alpha=8)
+        def score(self, candidates, references):
+            return [float(len(c)) for c in candidates]
+
+    cfg = preset(
+        "smoke", group_size=2, batch_size=1, max_new_tokens=6, k_clin=2, lr=1e-2, lora_r=4, lora_alpha=8
+    )
     scorers = {n: Share() for n in (*TEXT_SCORERS, *CLINICAL_SCORERS, "format")}
-    for stage, (modules, adapter) in enumerate((("language", None), ("language+projector", tmp_path / "1")), 1):
-        rewards = Rewards(scorers, cfg.k_clin, similarity=(lambda texts, rows: [float(len(t)) for t in texts]) if stage == 2 else None)
-        trainer = make_trainer(folders[kind], studies(), tmp_path / f"t{stage}", rewards, cfg, modules, .5 * (stage - 1), 2, seed=stage, adapter=adapter)
+    for stage, (modules, adapter) in enumerate(
+        (("language", None), ("language+projector", tmp_path / "1")), 1
+    ):
+        rewards = Rewards(
+            scorers,
+            cfg.k_clin,
+            similarity=(lambda texts, rows: [float(len(t)) for t in texts]) if stage == 2 else None,
+        )
+        trainer = make_trainer(
+            folders[kind],
+            studies(),
+            tmp_path / f"t{stage}",
+            rewards,
+            cfg,
+            modules,
+            0.5 * (stage - 1),
+            2,
+            seed=stage,
+            adapter=adapter,
+        )
         forbidden = set(image_tokens(trainer.model, trainer.processing_class))
         started = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
-        if stage == 2: assert all(torch.equal(ended[n], started[n]) for n in ended) and len(started) > len(ended)    # stage 1's weights, and more
+        if stage == 2:
+            assert all(torch.equal(ended[n], started[n]) for n in ended) and len(started) > len(
+                ended
+            )  # stage 1's weights, and more
         seen, go = [], trainer._generate_and_score_completions
         trainer._generate_and_score_completions = lambda inputs: seen.append(go(inputs)) or seen[-1]
         trainer.train()
         line = next(l for l in trainer.state.log_history if "k" in l)
         assert np.isfinite(line["loss"]) and not forbidden & set(seen[0]["completion_ids"].flatten().tolist())
-        if stage == 1: assert abs(line["kl"]) < 1e-5                                                             # a fresh adapter is the reference
-        else: assert line["kl"] > 1e-6                                                                           # the reference is still the policy before stage 1
+        if stage == 1:
+            assert abs(line["kl"]) < 1e-5  # a fresh adapter is the reference
+        else:
+            assert line["kl"] > 1e-6  # the reference is still the policy before stage 1
         ended = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
         moved = {n for n in ended if not torch.equal(ended[n], started[n])}
         assert moved and all("lora_" in n for n in ended)
-        if stage == 2: assert any(not re.search("language_model|text_model", n) for n in moved)
+        if stage == 2:
+            assert any(not re.search("language_model|text_model", n) for n in moved)
         trainer.save_model(str(tmp_path / str(stage)))
     merge(folders[kind], tmp_path / "2", tmp_path / "merged")
     model, processor = load_policy(folders[kind])
@@ -123,29 +227,53 @@ def test_both_stages_of_grpo_merge_and_reload(kind, folders, tmp_path):
     want, have, base = run(plain, processor), logits(tmp_path / "merged"), logits(folders[kind])
     assert torch.allclose(want, have, atol=1e-4) and not torch.allclose(base, have, atol=1e-3)
     (tmp_path / "films").mkdir()
-    for i, film in enumerate(FILMS): film.save(tmp_path / "films" / f"{i}.png")
-    main(["generate", "--model", str(tmp_path / "merged"), "--images", str(tmp_path / "films"), "--out", str(tmp_path / "r.jsonl"), "--max-new-tokens", "5"])
-    assert [json.loads(l)["id"] for l in (tmp_path / "r.jsonl").read_text().splitlines()] == ["0.png", "1.png"]
+    for i, film in enumerate(FILMS):
+        film.save(tmp_path / "films" / f"{i}.png")
+    main(
+        [
+            "generate",
+            "--model",
+            str(tmp_path / "merged"),
+            "--images",
+            str(tmp_path / "films"),
+            "--out",
+            str(tmp_path / "r.jsonl"),
+            "--max-new-tokens",
+            "5",
+        ]
+    )
+    assert [json.loads(l)["id"] for l in (tmp_path / "r.jsonl").read_text().splitlines()] == [
+        "0.png",
+        "1.png",
+    ]
 
 
 @pytest.fixture
 def copy(folders, tmp_path):
-    def make(kind, name="copy"): return shutil.copytree(folders[kind], tmp_path / name)
+    def make(kind, name="copy"):
+        return shutil.copytree(folders[kind], tmp_path / name)
+
     return make
 
 
 def refused(path, **how):
-    with pytest.raises(ValueError) as e: load_policy(path, **how)
+    with pytest.raises(ValueError) as e:
+        load_policy(path, **how)
     assert "\n" not in str(e.value), e.value
     return str(e.value)
 
 
 def text_only(folder):
-    LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)).save_pretrained(folder)
+    LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=50
+        )
+    ).save_pretrained(folder)
     return folder
 
 
-def edited(path, **changes): path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+def edited(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_other_architectures_are_named_with_the_remedy(tmp_path, folders):
@@ -155,7 +283,8 @@ def test_other_architectures_are_named_with_the_remedy(tmp_path, folders):
     assert "no config.json" in refused(tmp_path / "empty")
     (tmp_path / "empty" / "adapter_config.json").write_text("{}")
     assert "it holds an adapter" in refused(tmp_path / "empty")
-    (tmp_path / "new").mkdir(); (tmp_path / "new" / "config.json").write_text(json.dumps(dict(model_type="not_yet_known")))
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "config.json").write_text(json.dumps(dict(model_type="not_yet_known")))
     assert "not_yet_known" in refused(tmp_path / "new")
 
 
@@ -167,61 +296,111 @@ def test_missing_and_truncated_shards(copy):
     assert len(shards) > 2
     load_policy(folder)
     whole = shards[1].read_bytes()
-    shards[1].write_bytes(whole[:-100]); assert shards[1].name in (said := refused(folder)) and "truncated" in said
-    shards[1].write_bytes(b""); assert shards[1].name in (said := refused(folder)) and "truncated" in said
-    tensors = load_file(shards[2]); lost = sorted(tensors)[0]
-    shards[1].write_bytes(whole); save_file({k: v for k, v in tensors.items() if k != lost}, shards[2]); assert f"no tensor {lost}" in refused(folder)
-    shards[1].unlink(); assert f"{shards[1].name}: no such file" in refused(folder)
+    shards[1].write_bytes(whole[:-100])
+    assert shards[1].name in (said := refused(folder)) and "truncated" in said
+    shards[1].write_bytes(b"")
+    assert shards[1].name in (said := refused(folder)) and "truncated" in said
+    tensors = load_file(shards[2])
+    lost = sorted(tensors)[0]
+    shards[1].write_bytes(whole)
+    save_file({k: v for k, v in tensors.items() if k != lost}, shards[2])
+    assert f"no tensor {lost}" in refused(folder)
+    shards[1].unlink()
+    assert f"{shards[1].name}: no such file" in refused(folder)
     one = copy("gemma3", "one")
-    tensors = load_file(one / "model.safetensors"); lost = next(k for k in tensors if "projection_weight" in k)
-    save_file({k: v for k, v in tensors.items() if k != lost}, one / "model.safetensors", metadata=dict(format="pt")); assert "1 weights are missing, such as" in refused(one)
-    (one / "model.safetensors").unlink(); assert "no weights in it" in refused(one)
+    tensors = load_file(one / "model.safetensors")
+    lost = next(k for k in tensors if "projection_weight" in k)
+    save_file(
+        {k: v for k, v in tensors.items() if k != lost}, one / "model.safetensors", metadata=dict(format="pt")
+    )
+    assert "1 weights are missing, such as" in refused(one)
+    (one / "model.safetensors").unlink()
+    assert "no weights in it" in refused(one)
 
 
 def test_processors_that_cannot_show_an_image(copy):
-    folder = copy("llava", "untemplated"); (folder / "chat_template.jinja").unlink()
+    folder = copy("llava", "untemplated")
+    (folder / "chat_template.jinja").unlink()
     assert "no chat template" in refused(folder)
-    folder = copy("llava", "blind"); (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['role'] }}{% endfor %}")
+    folder = copy("llava", "blind")
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['role'] }}{% endfor %}")
     assert "chat template writes no image token '<image>'" in refused(folder)
-    folder = copy("llava", "bare"); (folder / "processor_config.json").unlink()
+    folder = copy("llava", "bare")
+    (folder / "processor_config.json").unlink()
     assert "processor" in refused(folder)
-    folder = copy("llava", "moved"); edited(folder / "config.json", image_token_index=5, image_token_id=5)
+    folder = copy("llava", "moved")
+    edited(folder / "config.json", image_token_index=5, image_token_id=5)
     assert "gives image token '<image>' the id" in refused(folder)
     folder = copy("qwen3_vl", "wordless")
-    text = (folder / "tokenizer.json").read_text().replace("<|image_pad|>", "<|other_pad|>"); (folder / "tokenizer.json").write_text(text)
+    text = (folder / "tokenizer.json").read_text().replace("<|image_pad|>", "<|other_pad|>")
+    (folder / "tokenizer.json").write_text(text)
     assert "no image token '<|image_pad|>'" in refused(folder)
 
 
 def test_adapters_for_another_base(folders, tmp_path):
     from peft import get_peft_model
     from valor.policy.generate import merge
+
     for kind in ("qwen2_5_vl", "gemma3"):
         model = load_policy(folders[kind])[0]
         get_peft_model(model, lora_config(model, "language+projector", 4, 8)).save_pretrained(tmp_path / kind)
     for base, adapter in (("gemma3", "qwen2_5_vl"), ("qwen2_5_vl", "gemma3"), ("llava", "gemma3")):
-        with pytest.raises(ValueError, match="made for another base"): merge(folders[base], tmp_path / adapter, tmp_path / "no")
+        with pytest.raises(ValueError, match="made for another base"):
+            merge(folders[base], tmp_path / adapter, tmp_path / "no")
     wide = miniature("gemma3", tmp_path / "wide", width=64)
-    with pytest.raises(ValueError, match="made for another base"): merge(wide, tmp_path / "gemma3", tmp_path / "no")
-    with pytest.raises(ValueError, match="no adapter_config.json"): merge(folders["llava"], folders["llava"], tmp_path / "no")
+    with pytest.raises(ValueError, match="made for another base"):
+        merge(wide, tmp_path / "gemma3", tmp_path / "no")
+    with pytest.raises(ValueError, match="no adapter_config.json"):
+        merge(folders["llava"], folders["llava"], tmp_path / "no")
     assert not list(tmp_path.glob("no*"))
 
 
 def test_an_image_token_in_a_report_is_one_line(folders, tmp_path):
-    with pytest.raises(ValueError, match=r"completion 1: .*image token <\|vision_start\|>"): sft(folders["qwen3_vl"], conversations(studies(), [REPORT, "see <|vision_start|>"]), tmp_path / "out", mode="lora")
+    with pytest.raises(ValueError, match=r"completion 1: .*image token <\|vision_start\|>"):
+        sft(
+            folders["qwen3_vl"],
+            conversations(studies(), [REPORT, "see <|vision_start|>"]),
+            tmp_path / "out",
+            mode="lora",
+        )
     assert not (tmp_path / "out").exists()
 
 
 def test_out_of_memory_names_what_to_lower(folders, tmp_path, monkeypatch, capsys):
     from valor.runs.experiment import main
-    def full(*args, **kw): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …\nmore")
+
+    def full(*args, **kw):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …\nmore")
+
     model, processor = load_policy(folders["llava"])
     monkeypatch.setattr(type(model), "forward", functools.wraps(type(model).forward)(full))
     monkeypatch.setattr("valor.policy.tiny.ResumableSFT.training_step", full)
-    for job in (lambda: generate(model, processor, FILMS, max_new_tokens=4), lambda: sft(folders["llava"], conversations(studies(), [REPORT] * 2), tmp_path / "out", mode="lora", batch_size=2)):
-        with pytest.raises(MemoryError, match="out of memory .CUDA out of memory.*batch_size=") as e: job()
+    for job in (
+        lambda: generate(model, processor, FILMS, max_new_tokens=4),
+        lambda: sft(
+            folders["llava"],
+            conversations(studies(), [REPORT] * 2),
+            tmp_path / "out",
+            mode="lora",
+            batch_size=2,
+        ),
+    ):
+        with pytest.raises(MemoryError, match="out of memory .CUDA out of memory.*batch_size=") as e:
+            job()
         assert "\n" not in str(e.value)
     FILMS[0].save(tmp_path / "a.png")
-    with pytest.raises(SystemExit, match="^valor: .*lower one of batch_size=8, max_new_tokens=256"): main(["generate", "--model", str(folders["llava"]), "--images", str(tmp_path / "a.png"), "--out", str(tmp_path / "r.jsonl")])
+    with pytest.raises(SystemExit, match="^valor: .*lower one of batch_size=8, max_new_tokens=256"):
+        main(
+            [
+                "generate",
+                "--model",
+                str(folders["llava"]),
+                "--images",
+                str(tmp_path / "a.png"),
+                "--out",
+                str(tmp_path / "r.jsonl"),
+            ]
+        )
     assert (tmp_path / "r.jsonl").read_text() == ""
 
 
@@ -230,34 +409,86 @@ def test_ways_of_loading(folders, monkeypatch, tmp_path):
     assert model.dtype == torch.bfloat16 and model.config._attn_implementation == "eager"
     assert "attention='flash_attention_9'" in refused(folders["llava"], attention="flash_attention_9")
     monkeypatch.setattr("valor.policy.models.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="bitsandbytes is not installed; expected it .pip install 'valor"): frozen_weights("nf4")
-    code = tmp_path / "code"; shutil.copytree(folders["llava"], code)
-    edited(code / "config.json", model_type="brings_code", auto_map=dict(AutoConfig="evil.Config")); (code / "evil.py").write_text("raise SystemExit('code from a checkpoint has run')")
-    assert "trust_remote_code" in refused(code)                                       # … and it has not run
+    with pytest.raises(ValueError, match="bitsandbytes is not installed; expected it .pip install 'valor"):
+        frozen_weights("nf4")
+    code = tmp_path / "code"
+    shutil.copytree(folders["llava"], code)
+    edited(code / "config.json", model_type="brings_code", auto_map=dict(AutoConfig="evil.Config"))
+    (code / "evil.py").write_text("raise SystemExit('code from a checkpoint has run')")
+    assert "trust_remote_code" in refused(code)  # … and it has not run
 
 
 def test_four_bits(folders, tmp_path):
     "QLoRA on a CPU: the base stays in four bits while the adapter trains, the result is the full base with the adapter merged."
     pytest.importorskip("bitsandbytes")
     import bitsandbytes as bnb
+
     model, processor = load_policy(folders["llava"], **frozen_weights("nf4"))
-    assert any(isinstance(m, bnb.nn.Linear4bit) for m in model.modules()) and {g: len(n) for g, n in groups(model).items()} == {g: len(n) for g, n in groups(load_policy(folders["llava"])[0]).items()}
+    assert any(isinstance(m, bnb.nn.Linear4bit) for m in model.modules()) and {
+        g: len(n) for g, n in groups(model).items()
+    } == {g: len(n) for g, n in groups(load_policy(folders["llava"])[0]).items()}
     data = conversations(studies(), [REPORT] * 2)
-    log = sft(folders["llava"], data, tmp_path / "sft", mode="lora", epochs=3, batch_size=2, lora_r=4, lora_alpha=8, lr=1e-2, weights="nf4")
+    log = sft(
+        folders["llava"],
+        data,
+        tmp_path / "sft",
+        mode="lora",
+        epochs=3,
+        batch_size=2,
+        lora_r=4,
+        lora_alpha=8,
+        lr=1e-2,
+        weights="nf4",
+    )
     losses = [l["loss"] for l in log if "loss" in l]
     assert losses[-1] < losses[0]
     trained, _ = load_policy(tmp_path / "sft")
     assert not any(isinstance(m, bnb.nn.Linear4bit) for m in trained.modules())
-    same = [torch.equal(a.bfloat16(), b.bfloat16()) for (n, a), b in zip(load_policy(folders["llava"])[0].named_parameters(), trained.parameters()) if "embed_tokens" in n]
+    same = [
+        torch.equal(a.bfloat16(), b.bfloat16())
+        for (n, a), b in zip(load_policy(folders["llava"])[0].named_parameters(), trained.parameters())
+        if "embed_tokens" in n
+    ]
     assert all(same)
 
 
 def test_the_main_job_on_a_qwen(folders, tmp_path, monkeypatch, capsys):
     "base=FOLDER: SFT, both stages, evaluation and tables, with nothing but settings."
     from valor.runs.experiment import main
+
     monkeypatch.setenv("VALOR_RUNS", str(tmp_path / "runs"))
-    settings = dict(base=folders["qwen2_5_vl"], sft_mode="lora", n_train=4, n_val=1, n_test=4, expert_steps=1, stage1_steps=1, stage2_steps=1, sft_epochs=1, batch_size=1, group_size=2, max_new_tokens=4, lora_r=2, lora_alpha=4, n_boot=10, threads=1, k_clin=1, attention="eager")
+    settings = dict(
+        base=folders["qwen2_5_vl"],
+        sft_mode="lora",
+        n_train=4,
+        n_val=1,
+        n_test=4,
+        expert_steps=1,
+        stage1_steps=1,
+        stage2_steps=1,
+        sft_epochs=1,
+        batch_size=1,
+        group_size=2,
+        max_new_tokens=4,
+        lora_r=2,
+        lora_alpha=4,
+        n_boot=10,
+        threads=1,
+        k_clin=1,
+        attention="eager",
+    )
     main(["run", "--preset", "smoke", *(a for k, v in settings.items() for a in ("--set", f"{k}={v}"))])
     out = capsys.readouterr().out
     assert "VALOR w/o visual" in out and (tmp_path / "runs" / "results").exists()
-    with pytest.raises(SystemExit, match="reads no images and writes text"): main(["run", "--preset", "smoke", "--set", f"base={text_only(tmp_path / 'text')}", "--set", "sft_mode=lora"])
+    with pytest.raises(SystemExit, match="reads no images and writes text"):
+        main(
+            [
+                "run",
+                "--preset",
+                "smoke",
+                "--set",
+                f"base={text_only(tmp_path / 'text')}",
+                "--set",
+                "sft_mode=lora",
+            ]
+        )

@@ -1,4 +1,5 @@
 """Properties of the text scores, rewards of one's own, and a reward that breaks in the middle of a run."""
+
 import math, sys
 
 import pytest
@@ -11,7 +12,11 @@ from valor.rewards.text import report_body, scorer, tokenize
 
 WORDS = "the heart is enlarged no pleural effusion . , or small left right nodule in upper lobe lungs are clear".split()
 report = st.lists(st.sampled_from(WORDS), min_size=1, max_size=30).map(" ".join)
-anything = st.one_of(report, st.text(max_size=40), st.sampled_from(["", "no " * 10_000, "\x00\x1b[31m", "气胸 左侧", "<report> a </report>"]))
+anything = st.one_of(
+    report,
+    st.text(max_size=40),
+    st.sampled_from(["", "no " * 10_000, "\x00\x1b[31m", "气胸 左侧", "<report> a </report>"]),
+)
 pairs = st.lists(st.tuples(anything, anything), min_size=1, max_size=6)
 SCORERS = {name: scorer(name) for name in ("bleu4", "rouge_l", "bertscore", "length", "repetition")}
 
@@ -21,7 +26,8 @@ SCORERS = {name: scorer(name) for name in ("bleu4", "rouge_l", "bertscore", "len
 def test_scores_are_finite_and_in_range(pairs):
     for name, judge in SCORERS.items():
         low, high = judge.range
-        for score in judge.score(*map(list, zip(*pairs))): assert math.isfinite(score) and low - 1e-6 <= score <= high + 1e-6, (name, score)
+        for score in judge.score(*map(list, zip(*pairs))):
+            assert math.isfinite(score) and low - 1e-6 <= score <= high + 1e-6, (name, score)
 
 
 @settings(max_examples=25, deadline=None)
@@ -30,7 +36,9 @@ def test_order_and_company_do_not_change_a_score(pairs, random):
     order = random.sample(range(len(pairs)), len(pairs))
     for name, judge in SCORERS.items():
         scores = judge.score(*map(list, zip(*pairs)))
-        assert judge.score(*map(list, zip(*(pairs[i] for i in order)))) == pytest.approx([scores[i] for i in order], abs=2e-6), name
+        assert judge.score(*map(list, zip(*(pairs[i] for i in order)))) == pytest.approx(
+            [scores[i] for i in order], abs=2e-6
+        ), name
         assert [judge.score([c], [r])[0] for c, r in pairs] == pytest.approx(scores, abs=2e-6), name
 
 
@@ -40,7 +48,7 @@ def test_identity_is_the_maximum(a, b):
     for name in ("rouge_l", "bertscore", "length"):
         own, other = SCORERS[name].score([a, b], [a, a])
         assert own == pytest.approx(SCORERS[name].range[1], abs=2e-6) and other <= own + 2e-6, name
-    if len(tokenize(a)) >= 4:                                                       # under 4 tokens BLEU-4 has nothing to count: known, kept
+    if len(tokenize(a)) >= 4:  # under 4 tokens BLEU-4 has nothing to count: known, kept
         own, other = SCORERS["bleu4"].score([a, b], [a, a])
         assert own == pytest.approx(1, abs=1e-6) and other <= own + 1e-9
     forth, back = (SCORERS["bertscore"].score([x], [y])[0] for x, y in ((a, b), (b, a)))
@@ -51,13 +59,13 @@ def test_identity_is_the_maximum(a, b):
 @given(report, report)
 def test_detail_agrees_with_the_score(a, b):
     for name in ("bleu4", "rouge_l", "bertscore"):
-        record, = SCORERS[name].detail([f"<report> {a} </report>"], [b])
+        (record,) = SCORERS[name].detail([f"<report> {a} </report>"], [b])
         assert record["score"] == SCORERS[name].score([a], [b])[0] and record["text"] == report_body(a)
         assert all(0 <= s < e <= len(record["text"]) and 0 <= x <= 1 for s, e, x in record["spans"])
         assert all(word in b.lower() for word in record["missing"])
 
 
-OWN = '''
+OWN = """
 from valor.rewards.text import Scorer
 
 class Sides(Scorer):
@@ -68,7 +76,7 @@ class Sides(Scorer):
         return [float(a == b) for a, b in sides]
 
 def brevity(candidates, references): return [1 / (1 + len(c.split())) for c in candidates]
-'''
+"""
 
 
 def test_a_reward_of_ones_own_by_import_path_and_by_entry_point(tmp_path, monkeypatch):
@@ -78,16 +86,18 @@ def test_a_reward_of_ones_own_by_import_path_and_by_entry_point(tmp_path, monkey
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: otherlab\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[valor.scorers]\nsides = otherlab:Sides\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert scorer("sides").score(["left nodule"], ["nodule in the left lung"]) == [1.]
-    assert scorer("otherlab:brevity").score(["a b c"], [""]) == [.25]
-    with pytest.raises(ValueError, match="no option model='x'"): scorer("sides", model="x")
-    with pytest.raises(ValueError, match="takes no options"): scorer("otherlab:brevity", model="x")
-    cfg = preset("smoke", extra_rewards={"sides": [4, .3], "otherlab:brevity": [8, .1]}, lambda_length=.2)
-    assert extras_of(cfg) == {"sides": (4, .3), "otherlab:brevity": (8, .1), "length": (8, .2)}
+    assert scorer("sides").score(["left nodule"], ["nodule in the left lung"]) == [1.0]
+    assert scorer("otherlab:brevity").score(["a b c"], [""]) == [0.25]
+    with pytest.raises(ValueError, match="no option model='x'"):
+        scorer("sides", model="x")
+    with pytest.raises(ValueError, match="takes no options"):
+        scorer("otherlab:brevity", model="x")
+    cfg = preset("smoke", extra_rewards={"sides": [4, 0.3], "otherlab:brevity": [8, 0.1]}, lambda_length=0.2)
+    assert extras_of(cfg) == {"sides": (4, 0.3), "otherlab:brevity": (8, 0.1), "length": (8, 0.2)}
     assert set(extras_of(cfg)) < set(text_scorers(cfg))
 
 
-BREAKS = '''
+BREAKS = """
 from pathlib import Path
 calls = 0
 
@@ -100,28 +110,32 @@ def tired(candidates, references):
 
 def odd(candidates, references): return [float("nan") if len(c) % 5 == 2 else .5 for c in candidates]
 def never(candidates, references): return [float("nan")] * len(candidates)
-'''
+"""
 
 
 def test_a_reward_that_raises_names_itself_and_the_run_goes_on_once_it_is_mended(tmp_path, monkeypatch):
     import pandas as pd
     from safetensors.torch import load_file
+
     (tmp_path / "shaky.py").write_text(BREAKS)
     monkeypatch.syspath_prepend(tmp_path)
     tiny = dict(n_train=24, n_test=8, base_studies=24, threads=1)
     weights = {}
     for folder, mended in (("whole", True), ("broken", False)):
         monkeypatch.setenv("VALOR_RUNS", str(tmp_path / folder))
-        if mended: (tmp_path / "mended").touch()
-        else: (tmp_path / "mended").unlink()
+        if mended:
+            (tmp_path / "mended").touch()
+        else:
+            (tmp_path / "mended").unlink()
         sys.modules.pop("shaky", None)
-        cfg = preset("smoke", extra_rewards={"shaky:tired": [8, .5], "shaky:odd": [8, .1]}, **tiny)
+        cfg = preset("smoke", extra_rewards={"shaky:tired": [8, 0.5], "shaky:odd": [8, 0.1]}, **tiny)
         if not mended:
-            with pytest.raises(RewardError, match=r"reward 'shaky:tired' failed at k=4.*out of coffee"): ensure("stage1", cfg)
+            with pytest.raises(RewardError, match=r"reward 'shaky:tired' failed at k=4.*out of coffee"):
+                ensure("stage1", cfg)
             (tmp_path / "mended").touch()
         out = ensure("stage1", cfg)
         weights[folder] = load_file(out / "adapter" / "adapter_model.safetensors")
         assert pd.read_csv(out / "log.csv")["k"].tolist() == [1, 2, 3, 4]
     assert all((weights["whole"][n] == weights["broken"][n]).all() for n in weights["whole"])
     with pytest.raises(RewardError, match=r"'shaky:never': 5 of 5 trial scores are not finite"):
-        ensure("stage1", preset("smoke", extra_rewards={"shaky:never": [8, .5]}, **tiny))
+        ensure("stage1", preset("smoke", extra_rewards={"shaky:never": [8, 0.5]}, **tiny))

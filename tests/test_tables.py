@@ -1,4 +1,5 @@
 """The main table: paired tests that hold their level and find what is there, and a reason for every cell without a number."""
+
 import numpy as np, pandas as pd, pytest
 
 from valor.metrics import statistics as ev
@@ -11,33 +12,53 @@ from valor.results.paper import TABLE1, beside, with_footnotes
 from valor.results.tables import compare, gauges_for, main_table, options_of, rows_of, wide
 
 
-def frame(values): return pd.DataFrame(dict(rouge_l=values), index=[f"s{i}" for i in range(len(values))])
+def frame(values):
+    return pd.DataFrame(dict(rouge_l=values), index=[f"s{i}" for i in range(len(values))])
 
 
 def test_under_the_null_p_is_seldom_small_and_an_effect_is_found():
     rng, ps = np.random.default_rng(0), []
     for _ in range(100):
-        a, b = rng.normal(.3, .1, (2, 40))
+        a, b = rng.normal(0.3, 0.1, (2, 40))
         ps.append(compare({"x": {0: frame(a)}, "VALOR": {0: frame(b)}}, ["ROUGE-L"], n=400).p.iloc[0])
-    assert np.mean(np.array(ps) < .05) < .12 and .3 < np.mean(ps) < .7            # its level is about what it says
-    base = rng.normal(.3, .1, 40)
-    seeds = {s: frame(base + rng.normal(0, .01, 40)) for s in range(4)}
-    tidy = compare({"worse": {s: frame(f.rouge_l - .02) for s, f in seeds.items()}, "control": {0: frame(base - .05)}, "VALOR": seeds}, ["ROUGE-L"], n=2000).set_index("system")
-    assert tidy.difference["worse"] == pytest.approx(-.02) and tidy.p_holm["worse"] < .01 and tidy.p_holm["control"] < .01 and np.isnan(tidy.p["VALOR"])
-    assert tidy.difference_lo["worse"] <= -.02 <= tidy.difference_hi["worse"]
+    assert np.mean(np.array(ps) < 0.05) < 0.12 and 0.3 < np.mean(ps) < 0.7  # its level is about what it says
+    base = rng.normal(0.3, 0.1, 40)
+    seeds = {s: frame(base + rng.normal(0, 0.01, 40)) for s in range(4)}
+    tidy = compare(
+        {
+            "worse": {s: frame(f.rouge_l - 0.02) for s, f in seeds.items()},
+            "control": {0: frame(base - 0.05)},
+            "VALOR": seeds,
+        },
+        ["ROUGE-L"],
+        n=2000,
+    ).set_index("system")
+    assert (
+        tidy.difference["worse"] == pytest.approx(-0.02)
+        and tidy.p_holm["worse"] < 0.01
+        and tidy.p_holm["control"] < 0.01
+        and np.isnan(tidy.p["VALOR"])
+    )
+    assert tidy.difference_lo["worse"] <= -0.02 <= tidy.difference_hi["worse"]
 
 
 def test_p_values_and_their_correction_by_hand():
-    assert p_value(np.array([1.] * 99)) == pytest.approx(2 / 100)
-    assert p_value(np.array([1.] * 90 + [-1.] * 9)) == pytest.approx(2 * 10 / 100)
+    assert p_value(np.array([1.0] * 99)) == pytest.approx(2 / 100)
+    assert p_value(np.array([1.0] * 90 + [-1.0] * 9)) == pytest.approx(2 * 10 / 100)
     assert p_value(np.zeros(50)) == 1 and np.isnan(p_value(np.array([np.nan])))
-    assert holm([.01, .04, .03, np.nan]).tolist()[:3] == pytest.approx([.03, .06, .06])
+    assert holm([0.01, 0.04, 0.03, np.nan]).tolist()[:3] == pytest.approx([0.03, 0.06, 0.06])
 
 
 def test_rows_are_compared_on_the_seeds_that_both_have():
-    low, high = frame(np.full(5, .2)), frame(np.full(5, .4))
-    tidy = compare({"x": {0: low, 1: low}, "VALOR": {0: low, 1: low, 2: high}}, ["ROUGE-L"], n=50).set_index("system")
-    assert tidy.value["VALOR"] == pytest.approx(.8 / 3) and tidy.difference["x"] == pytest.approx(0) and tidy.seeds["x"] == 2
+    low, high = frame(np.full(5, 0.2)), frame(np.full(5, 0.4))
+    tidy = compare({"x": {0: low, 1: low}, "VALOR": {0: low, 1: low, 2: high}}, ["ROUGE-L"], n=50).set_index(
+        "system"
+    )
+    assert (
+        tidy.value["VALOR"] == pytest.approx(0.8 / 3)
+        and tidy.difference["x"] == pytest.approx(0)
+        and tidy.seeds["x"] == 2
+    )
 
 
 @pytest.fixture
@@ -48,35 +69,74 @@ def cfg(tmp_path, monkeypatch):
 
 def test_missing_runs_unknown_systems_and_metrics_are_named(cfg, tmp_path):
     rows, why = rows_of([cfg], ["VALOR", "PPO"], missing="skip")
-    assert rows == {} and "no run eval_stage2-" in why["VALOR"] and "'PPO' is unknown; expected some of base, SFT, DPO" in why["PPO"]
-    assert not list(tmp_path.iterdir())                                           # nothing was trained
+    assert (
+        rows == {}
+        and "no run eval_stage2-" in why["VALOR"]
+        and "'PPO' is unknown; expected some of base, SFT, DPO" in why["PPO"]
+    )
+    assert not list(tmp_path.iterdir())  # nothing was trained
     _, why = gauges_for(["BLEU-9", "GREEN", "RaTEScore", "BLEU-4"], options_of(cfg, {}))
-    assert set(why) == {"BLEU-9", "GREEN", "RaTEScore"} and "green=FOLDER" in why["GREEN"] and "unknown metric" in why["BLEU-9"]
-    with pytest.raises(ValueError, match="missing='no'"): tables.finished("eval_base", cfg, "no")
-    with pytest.raises(ValueError, match="models: 'gren' is unknown"): options_of(cfg, {"gren": "x"})
+    assert (
+        set(why) == {"BLEU-9", "GREEN", "RaTEScore"}
+        and "green=FOLDER" in why["GREEN"]
+        and "unknown metric" in why["BLEU-9"]
+    )
+    with pytest.raises(ValueError, match="missing='no'"):
+        tables.finished("eval_base", cfg, "no")
+    with pytest.raises(ValueError, match="models: 'gren' is unknown"):
+        options_of(cfg, {"gren": "x"})
 
 
 def test_the_rest_of_the_table_still_comes(cfg, tmp_path, monkeypatch):
     train, test = phantom.make_phantom(20, 0, "train", size=64), phantom.make_phantom(12, 0, "test", size=64)
-    rows, known = {}, train["report"][:] + test["report"][:2]                                  # two test reports and more stand in train
+    rows, known = {}, train["report"][:] + test["report"][:2]  # two test reports and more stand in train
     for system, written in {"SFT": ev.random_reports(train, 12), "VALOR": ev.perfect_findings(test)}.items():
         folder = tmp_path / f"eval_{system}"
         folder.mkdir()
-        pd.DataFrame(dict(study_id=test["study_id"], completion=written)).to_csv(folder / "reports test.csv", index=False)
-        ev.score_reports(written, test, "phantom", [r in known for r in test["report"]]).to_csv(folder / "frame test.csv")
+        pd.DataFrame(dict(study_id=test["study_id"], completion=written)).to_csv(
+            folder / "reports test.csv", index=False
+        )
+        ev.score_reports(written, test, "phantom", [r in known for r in test["report"]]).to_csv(
+            folder / "frame test.csv"
+        )
         rows[system] = {0: (folder, "test")}
     monkeypatch.setattr(tables, "rows_of", lambda *a: (rows, {"DPO": "seed 0 has no run eval_dpo-1"}))
     monkeypatch.setattr(tables, "load_data", lambda folder: dict(test=dict(report=test["report"])))
-    tidy, parts, why, runs = main_table([cfg], ["SFT", "DPO", "VALOR"], ["BLEU-4", "located F1", "GREEN", "BLEU-9", "CIDEr"], n=1000)
+    tidy, parts, why, runs = main_table(
+        [cfg], ["SFT", "DPO", "VALOR"], ["BLEU-4", "located F1", "GREEN", "BLEU-9", "CIDEr"], n=1000
+    )
     assert set(tidy.metric) == {"BLEU-4", "located F1", "CIDEr"} and len(runs) == 2
     leaked = [i for i, r in enumerate(test["report"]) if r in known]
-    assert 2 <= len(leaked) < 11 and {n: set(p.studies) for n, p in parts.items()} == {"leaked": {len(leaked)}, "unleaked": {12 - len(leaked)}}
-    alone = ev.measure(pd.read_csv(rows["SFT"][0][0] / "frame test.csv", index_col=0).iloc[leaked], None, {"BLEU-4": ev.METRICS["BLEU-4"]})
-    assert parts["leaked"].set_index(["system", "metric"]).value["SFT", "BLEU-4"] == pytest.approx(alone["BLEU-4"])
-    assert tidy.set_index(["system", "metric"]).p_holm["SFT", "located F1"] < .05
+    assert 2 <= len(leaked) < 11 and {n: set(p.studies) for n, p in parts.items()} == {
+        "leaked": {len(leaked)},
+        "unleaked": {12 - len(leaked)},
+    }
+    alone = ev.measure(
+        pd.read_csv(rows["SFT"][0][0] / "frame test.csv", index_col=0).iloc[leaked],
+        None,
+        {"BLEU-4": ev.METRICS["BLEU-4"]},
+    )
+    assert parts["leaked"].set_index(["system", "metric"]).value["SFT", "BLEU-4"] == pytest.approx(
+        alone["BLEU-4"]
+    )
+    assert tidy.set_index(["system", "metric"]).p_holm["SFT", "located F1"] < 0.05
     table = wide(tidy, ["SFT", "DPO", "VALOR"], why)
-    assert list(table) == ["SFT", "DPO", "VALOR"] and set(table["DPO"]) == {"not run"} and set(table.loc["GREEN ↑"]) == {"not run"} and table.loc["located F1 ↑", "SFT"].endswith("*")
-    side, notes = beside(TABLE1.loc["IU X-Ray"], tidy, "phantom", command=dict.fromkeys(tables.ROWS, tables.command_for([cfg])), missing=why)
+    assert (
+        list(table) == ["SFT", "DPO", "VALOR"]
+        and set(table["DPO"]) == {"not run"}
+        and set(table.loc["GREEN ↑"]) == {"not run"}
+        and table.loc["located F1 ↑", "SFT"].endswith("*")
+    )
+    side, notes = beside(
+        TABLE1.loc["IU X-Ray"],
+        tidy,
+        "phantom",
+        command=dict.fromkeys(tables.ROWS, tables.command_for([cfg])),
+        missing=why,
+    )
     text = with_footnotes(side, notes)
-    assert "DPO: not run: seed 0 has no run eval_dpo-1; `papermill nbs/09_main_results.ipynb out.ipynb -y '{preset: smoke, seeds: [0], benchmark: phantom}'` runs it" in text
+    assert (
+        "DPO: not run: seed 0 has no run eval_dpo-1; `papermill nbs/09_main_results.ipynb out.ipynb -y '{preset: smoke, seeds: [0], benchmark: phantom}'` runs it"
+        in text
+    )
     assert "GREEN: not run; wants" in text and "27.03" in text

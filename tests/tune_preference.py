@@ -1,7 +1,8 @@
 """Where `dpo_lr` comes from: DPO and MMedPO at several learning rates, judged on the validation studies of phantom, seed 0 (not on the test set). Takes about a quarter of an hour; writes figures/dpo_lr_phantom.csv.
 
-    python tests/tune_preference.py [RATE ...]
+python tests/tune_preference.py [RATE ...]
 """
+
 import sys
 
 import pandas as pd
@@ -26,7 +27,20 @@ def on_validation(phase, cfg):
 
 if __name__ == "__main__":
     rates = [float(x) for x in sys.argv[1:]] or [1e-5, 2e-5, 5e-5, 1e-4, 2e-4]
-    tried = [("sft", preset("laptop"))] + [(phase, preset("laptop", dpo_lr=rate)) for phase in ("dpo", "mmedpo") for rate in rates]
-    table = pd.DataFrame([dict(phase=phase, dpo_lr=None if phase == "sft" else cfg.dpo_lr) | on_validation(phase, cfg) for phase, cfg in tried])
-    save("dpo_lr_phantom", table, cfgs=[cfg for _, cfg in tried], runs=[phase_folder(*t) for t in tried], note=note_of(tried[0][1]))
+    tried = [("sft", preset("laptop"))] + [
+        (phase, preset("laptop", dpo_lr=rate)) for phase in ("dpo", "mmedpo") for rate in rates
+    ]
+    table = pd.DataFrame(
+        [
+            dict(phase=phase, dpo_lr=None if phase == "sft" else cfg.dpo_lr) | on_validation(phase, cfg)
+            for phase, cfg in tried
+        ]
+    )
+    save(
+        "dpo_lr_phantom",
+        table,
+        cfgs=[cfg for _, cfg in tried],
+        runs=[phase_folder(*t) for t in tried],
+        note=note_of(tried[0][1]),
+    )
     print(table.to_string(index=False, float_format="{:.4g}".format))

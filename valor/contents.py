@@ -10,59 +10,88 @@ from pathlib import Path
 from .config import runs_dir
 
 # %% ../nbs/00e_contents.ipynb #c0a1c005
-FILMS = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")      # by name and size
-SETTLED = 2 * 10**9      # nanoseconds after its last change in which a file's digest is not kept: it may change again within one tick of the clock
+FILMS = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")  # by name and size
+SETTLED = (
+    2 * 10**9
+)  # nanoseconds after its last change in which a file's digest is not kept: it may change again within one tick of the clock
 
-def cache_dir(): return Path(os.environ.get("VALOR_CACHE") or "~/.cache/valor").expanduser()
+
+def cache_dir():
+    return Path(os.environ.get("VALOR_CACHE") or "~/.cache/valor").expanduser()
+
 
 def _files(root):
     "`(path below root, DirEntry)` of every file under the folder `root`, but for hidden ones and those of runs and caches."
     been, left = {os.path.realpath(p) for p in (runs_dir(), cache_dir())}, [(str(root), "")]
     while left:
         folder, below = left.pop()
-        if folder in been: continue
+        if folder in been:
+            continue
         been.add(folder)
         with os.scandir(folder) as entries:
             for e in entries:
-                if e.name.startswith(".") or e.name == "__pycache__": continue
-                if e.is_dir(): left.append((os.path.realpath(e.path) if e.is_symlink() else e.path, f"{below}{e.name}/"))
-                elif e.is_file(): yield below + e.name, e
+                if e.name.startswith(".") or e.name == "__pycache__":
+                    continue
+                if e.is_dir():
+                    left.append((os.path.realpath(e.path) if e.is_symlink() else e.path, f"{below}{e.name}/"))
+                elif e.is_file():
+                    yield below + e.name, e
 
 # %% ../nbs/00e_contents.ipynb #c0a1c006
 class Digests:
     "SHA-256 of files, kept by path, size and time in an SQLite file in the folder `cache_dir()`."
+
     def __init__(self, root):
         cache_dir().mkdir(parents=True, exist_ok=True)
-        self.db = sqlite3.connect(cache_dir()/"digests.sqlite", timeout=60)
-        (cache_dir()/"digests.sqlite").chmod(0o600)                                    # paths may name patients
-        self.db.execute("CREATE TABLE IF NOT EXISTS digests (path TEXT PRIMARY KEY, size INTEGER, mtime INTEGER, digest TEXT) WITHOUT ROWID")
-        found = self.db.execute("SELECT path, size, mtime, digest FROM digests WHERE path >= ? AND path < ?", (str(root), f"{root}\U0010ffff"))
+        self.db = sqlite3.connect(cache_dir() / "digests.sqlite", timeout=60)
+        (cache_dir() / "digests.sqlite").chmod(0o600)  # paths may name patients
+        self.db.execute(
+            "CREATE TABLE IF NOT EXISTS digests (path TEXT PRIMARY KEY, size INTEGER, mtime INTEGER, digest TEXT) WITHOUT ROWID"
+        )
+        found = self.db.execute(
+            "SELECT path, size, mtime, digest FROM digests WHERE path >= ? AND path < ?",
+            (str(root), f"{root}\U0010ffff"),
+        )
         self.known, self.new = {path: (state, digest) for path, *state, digest in found}, []
 
     def of(self, path, stat):
         "The digest of the file `path`, whose `os.stat` is `stat`."
         state = [stat.st_size, stat.st_mtime_ns]
-        if path in self.known and self.known[path][0] == state: return self.known[path][1]
-        with open(path, "rb") as f: digest = hashlib.file_digest(f, "sha256").hexdigest()[:32]
-        if time.time_ns() - stat.st_mtime_ns > SETTLED: self.new.append((path, *state, digest))
+        if path in self.known and self.known[path][0] == state:
+            return self.known[path][1]
+        with open(path, "rb") as f:
+            digest = hashlib.file_digest(f, "sha256").hexdigest()[:32]
+        if time.time_ns() - stat.st_mtime_ns > SETTLED:
+            self.new.append((path, *state, digest))
         return digest
 
     def close(self):
-        with self.db: self.db.executemany("INSERT OR REPLACE INTO digests VALUES (?, ?, ?, ?)", self.new)
+        with self.db:
+            self.db.executemany("INSERT OR REPLACE INTO digests VALUES (?, ?, ?, ?)", self.new)
         self.db.close()
 
 # %% ../nbs/00e_contents.ipynb #c0a1c007
 def fingerprint(path):
     "What the file or folder at `path` holds, as a short text that changes when it does; None where nothing is there. Hidden files do not count, films count by name and size."
     path = Path(path).expanduser().resolve()
-    if not path.exists(): return None
+    if not path.exists():
+        return None
     digests, total = Digests(path), hashlib.sha256()
     try:
-        if path.is_file(): return digests.of(str(path), path.stat())
+        if path.is_file():
+            return digests.of(str(path), path.stat())
         for name, entry in sorted(_files(path), key=lambda f: f[0]):
             stat = entry.stat()
-            total.update(f"{name}\0{stat.st_size if name.lower().endswith(FILMS) else digests.of(entry.path, stat)}\0".encode("utf-8", "surrogatepass"))
+            total.update(
+                f"{name}\0{stat.st_size if name.lower().endswith(FILMS) else digests.of(entry.path, stat)}\0".encode(
+                    "utf-8", "surrogatepass"
+                )
+            )
         return total.hexdigest()[:32]
-    finally: digests.close()
+    finally:
+        digests.close()
 
-fingerprint_once = lru_cache(None)(fingerprint)     # as a process first saw it: a run's key does not change while it works
+
+fingerprint_once = lru_cache(None)(
+    fingerprint
+)  # as a process first saw it: a run's key does not change while it works

@@ -15,22 +15,68 @@ from .data.restricted import kept
 from .data.sources import terms_of
 
 # %% ../nbs/00a_figures.ipynb #6b2d826a
-COLUMN, PAGE = 3.4, 7.0   # inches
-STYLE = {"figure.figsize": (COLUMN, 2.3), "figure.dpi": 110, "savefig.dpi": 200, "savefig.bbox": "tight", "savefig.pad_inches": .03,
-         "font.family": "DejaVu Sans", "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7, "figure.titlesize": 9,
-         "axes.linewidth": .6, "lines.linewidth": 1.6, "xtick.major.width": .6, "ytick.major.width": .6, "xtick.major.size": 2.5, "ytick.major.size": 2.5,
-         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "grid.linewidth": .4, "grid.alpha": .4}
+COLUMN, PAGE = 3.4, 7.0  # inches
+STYLE = {
+    "figure.figsize": (COLUMN, 2.3),
+    "figure.dpi": 110,
+    "savefig.dpi": 200,
+    "savefig.bbox": "tight",
+    "savefig.pad_inches": 0.03,
+    "font.family": "DejaVu Sans",
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "figure.titlesize": 9,
+    "axes.linewidth": 0.6,
+    "lines.linewidth": 1.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "grid.linewidth": 0.4,
+    "grid.alpha": 0.4,
+}
+
 
 def use_style():
     "Set the style of every figure that follows, from seaborn's `paper` context."
     sns.set_theme(context="paper", style="ticks", palette="colorblind", rc=STYLE)
 
 # %% ../nbs/00a_figures.ipynb #c95326d3
-COLOURS = {"base": "#7a4a1e", "SFT": "#0072b2", "DPO": "#e69f00", "GRPO": "#33bbee", "MMedPO": "#332288", "stage 1": "#d55e00", "VALOR w/o visual": "#cc79a7", "VALOR": "#009e73",
-           "VALOR, shuffled images": "#707070", "VALOR, blank image": "#909090", "normal template": "#9a9a9a", "random report": "#b4b4b4",
-           "perfect findings": "#4d4d4d", "retrieval by true codes": "#4d4d4d", "retrieval by expert": "#606060"}
-NEUTRAL = ["#222222", "#aa3377", "#8a8a00", "#777777"]   # lines of settings that are no system of their own, such as λ_vis = 1
-RIGHT, WRONG, MISPLACED = COLOURS["VALOR"], "#c00000", "#d98200"   # mentions in a report; WRONG is also set in bold, MISPLACED in italics
+COLOURS = {
+    "base": "#7a4a1e",
+    "SFT": "#0072b2",
+    "DPO": "#e69f00",
+    "GRPO": "#33bbee",
+    "MMedPO": "#332288",
+    "stage 1": "#d55e00",
+    "VALOR w/o visual": "#cc79a7",
+    "VALOR": "#009e73",
+    "VALOR, shuffled images": "#707070",
+    "VALOR, blank image": "#909090",
+    "normal template": "#9a9a9a",
+    "random report": "#b4b4b4",
+    "perfect findings": "#4d4d4d",
+    "retrieval by true codes": "#4d4d4d",
+    "retrieval by expert": "#606060",
+}
+NEUTRAL = [
+    "#222222",
+    "#aa3377",
+    "#8a8a00",
+    "#777777",
+]  # lines of settings that are no system of their own, such as λ_vis = 1
+RIGHT, WRONG, MISPLACED = (
+    COLOURS["VALOR"],
+    "#c00000",
+    "#d98200",
+)  # mentions in a report; WRONG is also set in bold, MISPLACED in italics
 
 # %% ../nbs/00a_figures.ipynb #096c3fd7
 def _record(run):
@@ -38,39 +84,66 @@ def _record(run):
     record = runs_dir() / Path(run).name / "config.json"
     return json.loads(record.read_text()) if record.exists() else {}
 
+
 def _differing(run, now):
     "What differs between the versions that `run` (a phase folder, or its name) was made with and `now`."
     return {name: v for name, v in _record(run).get("versions", {}).items() if now.get(name) != v}
 
+
 def _computed_on(runs):
     "On how many threads of which CPUs the phases `runs` were computed: a list of {threads, cpu}. Results on other ones may differ."
     records = [_record(r) for r in runs]
-    return [dict(threads=t, cpu=c) for t, c in sorted({(r["threads"], r.get("cpu", "unknown")) for r in records if "threads" in r})]
+    return [
+        dict(threads=t, cpu=c)
+        for t, c in sorted({(r["threads"], r.get("cpu", "unknown")) for r in records if "threads" in r})
+    ]
+
 
 def sidecar(stem, cfgs=(), runs=(), note=""):
     "What the figure `stem` was made from, as a dict."
     now = versions() | {n: version(n) for n in ("matplotlib", "seaborn", "pandas")}
     other = {Path(r).name: d for r in runs if (d := _differing(r, now))}
-    return dict(figure=stem, configuration=key_of([asdict(c) for c in cfgs]) if cfgs else None, seeds=sorted({c.seed for c in cfgs}), presets=sorted({c.preset for c in cfgs}), benchmarks=sorted({c.benchmark for c in cfgs}),
-                runs=sorted({Path(r).name for r in runs}), versions=now, other_versions=dict(sorted(other.items())),
-                computed_on=_computed_on(runs), note=note)
+    return dict(
+        figure=stem,
+        configuration=key_of([asdict(c) for c in cfgs]) if cfgs else None,
+        seeds=sorted({c.seed for c in cfgs}),
+        presets=sorted({c.preset for c in cfgs}),
+        benchmarks=sorted({c.benchmark for c in cfgs}),
+        runs=sorted({Path(r).name for r in runs}),
+        versions=now,
+        other_versions=dict(sorted(other.items())),
+        computed_on=_computed_on(runs),
+        note=note,
+    )
+
 
 def slug(name):
     "`name` as a part of a file name."
     return re.sub(r"\W+", "-", name).strip("-").lower()
 
+
 def place_of(cfgs=()):
     "Where the figures of runs `cfgs` go unless a folder is named: `figures_dir()` for preset `laptop`, whose are committed; for another a folder among the runs, so that a trial does not replace them."
-    other = sorted({c.preset for c in cfgs} - {"laptop"}) or sorted({c.benchmark for c in cfgs if terms_of(c.benchmark).restricted})
-    return runs_dir() / "results" / "+".join(other) if other and not os.environ.get("VALOR_FIGURES") else figures_dir()
+    other = sorted({c.preset for c in cfgs} - {"laptop"}) or sorted(
+        {c.benchmark for c in cfgs if terms_of(c.benchmark).restricted}
+    )
+    return (
+        runs_dir() / "results" / "+".join(other)
+        if other and not os.environ.get("VALOR_FIGURES")
+        else figures_dir()
+    )
+
 
 def save(stem, data, figure=None, cfgs=(), runs=(), note="", out=None):
     """Write `{stem}.csv` (the DataFrame `data`; its index only where it is no plain count), `{stem}.png` and `.svg` (where there is a `figure`) and `{stem}.json` (the sidecar) into folder `out` (default: `place_of(cfgs)`).
 
     `cfgs`: the configurations, `runs`: the phase folders, or their names, that it was made from. Returns the paths. Equal input gives equal bytes. ValueError for a stem that is no plain file name."""
-    if not re.fullmatch(r"[\w-][\w.-]*", stem): raise ValueError(f"stem={stem!r}: expected a file name of letters, digits, '_', '-' and '.'")
+    if not re.fullmatch(r"[\w-][\w.-]*", stem):
+        raise ValueError(f"stem={stem!r}: expected a file name of letters, digits, '_', '-' and '.'")
     out = Path(out or place_of(cfgs))
-    with _guarded(out, cfgs): return _saved(out, stem, data, figure, cfgs, runs, note)
+    with _guarded(out, cfgs):
+        return _saved(out, stem, data, figure, cfgs, runs, note)
+
 
 def save_page(stem, text, cfgs=(), out=None):
     "Write `{stem}.md` with `text` where `save` puts the figures of `cfgs`. Returns its path."
@@ -79,17 +152,34 @@ def save_page(stem, text, cfgs=(), out=None):
         out.mkdir(parents=True, exist_ok=True)
         return write_whole(out / f"{stem}.md", lambda p: p.write_text(text))
 
+
 @contextlib.contextmanager
 def _guarded(out, cfgs):
     "`kept` for each benchmark of `cfgs`."
     with contextlib.ExitStack() as stack:
-        for benchmark in sorted({c.benchmark for c in cfgs}): stack.enter_context(kept(out, benchmark, "give out= a folder outside, or set VALOR_FIGURES to one"))
+        for benchmark in sorted({c.benchmark for c in cfgs}):
+            stack.enter_context(
+                kept(out, benchmark, "give out= a folder outside, or set VALOR_FIGURES to one")
+            )
         yield
+
 
 def _saved(out, stem, data, figure, cfgs, runs, note):
     out.mkdir(parents=True, exist_ok=True)
-    files = [write_whole(out / f"{stem}.csv", lambda p: data.to_csv(p, index=not isinstance(data.index, pd.RangeIndex), float_format="%.6g", lineterminator="\n"))]
-    for end, no_date in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})) if figure is not None else ():
-        with mpl.rc_context({"svg.hashsalt": stem}): files.append(write_whole(out / f"{stem}.{end}", lambda p: figure.savefig(p, format=end, metadata=no_date)))
+    files = [
+        write_whole(
+            out / f"{stem}.csv",
+            lambda p: data.to_csv(
+                p, index=not isinstance(data.index, pd.RangeIndex), float_format="%.6g", lineterminator="\n"
+            ),
+        )
+    ]
+    for end, no_date in (
+        (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})) if figure is not None else ()
+    ):
+        with mpl.rc_context({"svg.hashsalt": stem}):
+            files.append(
+                write_whole(out / f"{stem}.{end}", lambda p: figure.savefig(p, format=end, metadata=no_date))
+            )
     text = json.dumps(sidecar(stem, cfgs, runs, note), indent=1, ensure_ascii=False) + "\n"
     return [*files, write_whole(out / f"{stem}.json", lambda p: p.write_text(text))]

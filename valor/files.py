@@ -12,17 +12,28 @@ from pathlib import Path
 class DataError(ValueError):
     "Data that cannot be read as they were described; the message names the file (and row) and what was expected."
 
+
 def first_line(error):
     "The first line of an error's message, without addresses in memory."
     return re.sub(r" <_io\S* object at \w+>", "", next(iter(str(error).splitlines()), type(error).__name__))
 
+
 def opened(path):
     "The binary contents of the file `path`, unpacked where its first bytes say gzip, bzip2 or xz (or its name says gzip)."
-    with open(path, "rb") as f: head = f.read(6)
-    unpack = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}.get(head[:2], gzip.open if str(path).endswith(".gz") else open)
+    with open(path, "rb") as f:
+        head = f.read(6)
+    unpack = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}.get(
+        head[:2], gzip.open if str(path).endswith(".gz") else open
+    )
     return unpack(path, "rb")
 
-UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)     # what reading a packed file raises where it is damaged
+
+UNREADABLE = (
+    OSError,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+)  # what reading a packed file raises where it is damaged
 
 # %% ../nbs/00d_files.ipynb #72caa9d1
 def check_archive(path):
@@ -33,14 +44,20 @@ def check_archive(path):
             f.seek(tar.offset)
             zeros = 0
             for chunk in iter(lambda: f.read(1 << 20), b""):
-                if chunk.count(0) != len(chunk): raise tarfile.TarError(f"something that is no file follows member {members:,}")
+                if chunk.count(0) != len(chunk):
+                    raise tarfile.TarError(f"something that is no file follows member {members:,}")
                 zeros += len(chunk)
-            if zeros < tarfile.BLOCKSIZE: raise tarfile.TarError(f"its end is missing after member {members:,}")
+            if zeros < tarfile.BLOCKSIZE:
+                raise tarfile.TarError(f"its end is missing after member {members:,}")
     except (tarfile.TarError, *UNREADABLE, ValueError, OverflowError) as e:
-        raise DataError(f"{path}: not readable as a tar archive, or damaged ({first_line(e)}); expected a whole one, fetch it again") from e
+        raise DataError(
+            f"{path}: not readable as a tar archive, or damaged ({first_line(e)}); expected a whole one, fetch it again"
+        ) from e
     return members
 
-MEMBER = 1 << 26     # bytes that a file in an archive of reports may have
+
+MEMBER = 1 << 26  # bytes that a file in an archive of reports may have
+
 
 def archive_files(path, ending=""):
     """`(name, bytes)` of each member of the tar archive `path` whose name ends in `ending`; None for bytes where it is no plain file (a link, folder or device) or has more than 64 MB.
@@ -51,50 +68,75 @@ def archive_files(path, ending=""):
         for m in tar:
             count -= 1
             name = m.name.encode("utf-8", "replace").decode()
-            if name.endswith(ending): yield name, tar.extractfile(m).read() if m.isreg() and m.size <= MEMBER else None
-    if count: raise DataError(f"{path}: changed while it was read; start again")
+            if name.endswith(ending):
+                yield name, tar.extractfile(m).read() if m.isreg() and m.size <= MEMBER else None
+    if count:
+        raise DataError(f"{path}: changed while it was read; start again")
 
 # %% ../nbs/00d_files.ipynb #9689c95e
 def check_weights(path):
     "Raise `DataError` where a part of the torch file `path` does not have the checksum that it was written with. Files older than torch 1.6 have none."
     try:
-        if not zipfile.is_zipfile(path): return
-        with zipfile.ZipFile(path) as z: broken = z.testzip()
-    except (zipfile.BadZipFile, *UNREADABLE, ValueError, NotImplementedError) as e: raise DataError(f"{path}: damaged ({first_line(e)}); fetch it again") from e
-    if broken: raise DataError(f"{path}: damaged (the checksum of {broken} is another); fetch it again")
+        if not zipfile.is_zipfile(path):
+            return
+        with zipfile.ZipFile(path) as z:
+            broken = z.testzip()
+    except (zipfile.BadZipFile, *UNREADABLE, ValueError, NotImplementedError) as e:
+        raise DataError(f"{path}: damaged ({first_line(e)}); fetch it again") from e
+    if broken:
+        raise DataError(f"{path}: damaged (the checksum of {broken} is another); fetch it again")
 
 # %% ../nbs/00d_files.ipynb #2a192b6a
-LINE = 1 << 26      # bytes that a line may have
-SURROGATE = re.compile(rb"(?<!\\)(?:\\\\)*(?:\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2})")   # half a pair, escaped in JSON
+LINE = 1 << 26  # bytes that a line may have
+SURROGATE = re.compile(
+    rb"(?<!\\)(?:\\\\)*(?:\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2})"
+)  # half a pair, escaped in JSON
+
 
 def json_value(text):
     "The JSON value in `text` (or bytes, in UTF-8). Raises `ValueError` saying what is wrong with it."
     try:
         data = text if isinstance(text, bytes) else text.encode()
         value = json.loads(data.decode("utf-8-sig"))
-        if found := SURROGATE.search(data): raise ValueError(f"holds half a surrogate pair ({found[0].decode()}), which is no character")
-    except UnicodeDecodeError as e: raise ValueError(f"not UTF-8 (byte {e.object[e.start]:#x} at {e.start})") from None
-    except RecursionError: raise ValueError("not JSON of ours (brackets nested too deep)") from None
-    except json.JSONDecodeError as e: raise ValueError(f"not JSON ({first_line(e)})") from None
+        if found := SURROGATE.search(data):
+            raise ValueError(f"holds half a surrogate pair ({found[0].decode()}), which is no character")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"not UTF-8 (byte {e.object[e.start]:#x} at {e.start})") from None
+    except RecursionError:
+        raise ValueError("not JSON of ours (brackets nested too deep)") from None
+    except json.JSONDecodeError as e:
+        raise ValueError(f"not JSON ({first_line(e)})") from None
     return value
+
 
 def json_lines(path, expected="one JSON object a line", stop=True):
     """`(line number, value)` of each line of the JSONL file `path` (or `.jsonl.gz`) that is not blank. A broken line raises `DataError` naming it and what is `expected`, or is yielded as that error unless `stop`."""
     try:
-        if not Path(path).is_file(): raise DataError(f"{path}: no such file; expected {expected}")
+        if not Path(path).is_file():
+            raise DataError(f"{path}: no such file; expected {expected}")
         with opened(path) as f:
             for number, line in enumerate(iter(lambda: f.readline(LINE + 1), b""), 1):
-                if len(line) > LINE: raise DataError(f"{path}:{number}: a line of more than {LINE >> 20} MB; expected {expected}")
-                if number == 1: line = line.removeprefix(b"\xef\xbb\xbf")
-                if not line.strip(): continue
-                try: value = json_value(line)
-                except ValueError as e: value = DataError(f"{path}:{number}: {first_line(e)}; expected {expected}")
-                if stop and isinstance(value, DataError): raise value
+                if len(line) > LINE:
+                    raise DataError(
+                        f"{path}:{number}: a line of more than {LINE >> 20} MB; expected {expected}"
+                    )
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                if not line.strip():
+                    continue
+                try:
+                    value = json_value(line)
+                except ValueError as e:
+                    value = DataError(f"{path}:{number}: {first_line(e)}; expected {expected}")
+                if stop and isinstance(value, DataError):
+                    raise value
                 yield number, value
-    except UNREADABLE as e: raise DataError(f"{path}: not readable ({first_line(e)}); expected {expected}") from e
+    except UNREADABLE as e:
+        raise DataError(f"{path}: not readable ({first_line(e)}); expected {expected}") from e
 
 # %% ../nbs/00d_files.ipynb #8d4c50b7
 REPORTS = "JSON lines with id and candidate, or what valor generate writes"
+
 
 def report_lines(path, needed=(), expected=REPORTS):
     """`(line number, row)` of a JSONL file of reports: dicts with `id` and `candidate` as text, and whatever else a line has. Raises `DataError` naming the line.
@@ -103,19 +145,28 @@ def report_lines(path, needed=(), expected=REPORTS):
     found = False
     for number, row in json_lines(path, expected):
         fault = lambda what: DataError(f"{path}:{number}: {what}; expected {expected}")
-        if not isinstance(row, dict): raise fault(f"{type(row).__name__} {str(row)[:40]!r}")
+        if not isinstance(row, dict):
+            raise fault(f"{type(row).__name__} {str(row)[:40]!r}")
         field = next((k for k in ("candidate", "completion", "report") if k in row), None)
-        if "id" not in row or field is None and "error" not in row and not needed: raise fault(f"no field {'candidate' if 'id' in row else 'id'!r} but {', '.join(map(repr, row))[:200]}")
+        if "id" not in row or field is None and "error" not in row and not needed:
+            raise fault(
+                f"no field {'candidate' if 'id' in row else 'id'!r} but {', '.join(map(repr, row))[:200]}"
+            )
         absent = next((k for k in needed if k not in row), None)
-        if absent: raise fault(f"no field {absent!r} but {', '.join(map(repr, row))[:200]}")
+        if absent:
+            raise fault(f"no field {absent!r} but {', '.join(map(repr, row))[:200]}")
         for k in needed:
-            if not isinstance(row[k], str): raise fault(f"{k} is {type(row[k]).__name__}")
+            if not isinstance(row[k], str):
+                raise fault(f"{k} is {type(row[k]).__name__}")
         text = row[field] if field else ""
-        if not isinstance(text, str): raise fault(f"{field} is {type(text).__name__}")
-        if isinstance(row["id"], (dict, list)) or row["id"] is None: raise fault(f"id is {type(row['id']).__name__}")
+        if not isinstance(text, str):
+            raise fault(f"{field} is {type(text).__name__}")
+        if isinstance(row["id"], (dict, list)) or row["id"] is None:
+            raise fault(f"id is {type(row['id']).__name__}")
         found = True
         yield number, row | dict(id=str(row["id"]), candidate=text)
-    if not found: raise DataError(f"{path}: no reports; expected {expected}")
+    if not found:
+        raise DataError(f"{path}: no reports; expected {expected}")
 
 # %% ../nbs/00d_files.ipynb #b4680230
 def own_lines(path, begins, mend=True):
@@ -124,15 +175,22 @@ def own_lines(path, begins, mend=True):
     `begins`: how our lines begin, such as `{"id": `. Raises `DataError`, and changes nothing, where the file begins otherwise or holds a broken line."""
     path = Path(path)
     data = path.read_bytes() if path.exists() else b""
-    start, begins = data[:len(begins.encode())], begins.encode()
-    other = lambda line, what: DataError(f"{path}:{line}: not a line that this program writes ({what}); nothing was changed, choose another file or move this one away")
-    if start != begins[:len(start)] or start != begins and b"\n" in data: raise other(1, f"begins with {data[:30]!r}")
+    start, begins = data[: len(begins.encode())], begins.encode()
+    other = lambda line, what: DataError(
+        f"{path}:{line}: not a line that this program writes ({what}); nothing was changed, choose another file or move this one away"
+    )
+    if start != begins[: len(start)] or start != begins and b"\n" in data:
+        raise other(1, f"begins with {data[:30]!r}")
     end, out = data.rfind(b"\n") + 1, []
     for number, line in enumerate(data[:end].split(b"\n")[:-1], 1):
-        try: value = json.loads(line)
-        except (ValueError, RecursionError) as e: raise other(number, first_line(e)) from None
-        if not isinstance(value, dict): raise other(number, type(value).__name__)
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as e:
+            raise other(number, first_line(e)) from None
+        if not isinstance(value, dict):
+            raise other(number, type(value).__name__)
         out.append((number, value))
     if mend and end < len(data):
-        with open(path, "r+b") as f: f.truncate(end)
+        with open(path, "r+b") as f:
+            f.truncate(end)
     return out

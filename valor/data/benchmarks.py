@@ -18,15 +18,29 @@ from tqdm.auto import tqdm
 from ..vocabulary import OBSERVATIONS
 from ..files import archive_files
 from .sections import clean_text
-from .phantom import FEATURES, FINDINGS, KINDS, Finding, compose_report, from_truth, labels, make_phantom, png_bytes, render, to_truth
+from valor.data.phantom import (
+    FEATURES,
+    FINDINGS,
+    KINDS,
+    Finding,
+    compose_report,
+    from_truth,
+    labels,
+    make_phantom,
+    png_bytes,
+    render,
+    to_truth,
+)
 
 # %% ../../nbs/data/01_benchmarks.ipynb #efe64976
 def openi_archive():
     "Path of the Open-i report archive inside the installed `torchxrayvision` (which is found, not imported). Raises `ValueError` if it is not there."
     spec = importlib.util.find_spec("torchxrayvision")
-    path = Path(spec.origin).parent/"data"/"NLMCXR_reports.tgz" if spec else None
+    path = Path(spec.origin).parent / "data" / "NLMCXR_reports.tgz" if spec else None
     if path is None or not path.exists():
-        raise ValueError("openi_rendered needs the report archive that the package `torchxrayvision` carries; install it with `pip install torchxrayvision`")
+        raise ValueError(
+            "openi_rendered needs the report archive that the package `torchxrayvision` carries; install it with `pip install torchxrayvision`"
+        )
     return path
 
 # %% ../../nbs/data/01_benchmarks.ipynb #448ef289
@@ -34,107 +48,253 @@ def parse_openi(xml):
     "One Open-i report (`bytes` of XML) as a dict: `uid`, the four sections as they stand (empty string if absent), `codes` (MeSH) and `images` (names)."
     root = ET.fromstring(xml)
     sections = {e.get("Label"): " ".join((e.text or "").split()) for e in root.iter("AbstractText")}
-    return dict(uid=root.find("uId").get("id"),
-                **{name: sections.get(name.upper(), "") for name in ("findings", "impression", "indication", "comparison")},
-                codes=[e.text.strip() for e in root.iter("major") if e.text],
-                images=[e.get("id") for e in root.iter("parentImage")])
+    return dict(
+        uid=root.find("uId").get("id"),
+        **{
+            name: sections.get(name.upper(), "")
+            for name in ("findings", "impression", "indication", "comparison")
+        },
+        codes=[e.text.strip() for e in root.iter("major") if e.text],
+        images=[e.get("id") for e in root.iter("parentImage")],
+    )
+
 
 def read_openi(path=None):
     "All studies of the Open-i archive at `path` (default: `openi_archive()`), as a list of dicts (see `parse_openi`) in the order of their numbers."
-    studies = [parse_openi(xml) for _, xml in archive_files(path or openi_archive(), ".xml") if xml is not None]
+    studies = [
+        parse_openi(xml) for _, xml in archive_files(path or openi_archive(), ".xml") if xml is not None
+    ]
     return sorted(studies, key=lambda s: int(s["uid"].removeprefix("CXR")))
 
 # %% ../../nbs/data/01_benchmarks.ipynb #77526993
-MESH_SIDES = {"left": "left", "right": "right", "bilateral": "bilateral", "lingula": "left", "middle lobe": "right"}
-MESH_ZONES = {"apex": "upper", "upper lobe": "upper", "supracardiac": "upper", "hilum": "mid", "middle lobe": "mid", "lingula": "mid",
-         "base": "lower", "abdomen": "lower", "lower lobe": "lower", "retrocardiac": "lower", "costophrenic angle": "lower", "cardiophrenic angle": "lower"}
-MESH_SEVERITIES = {"mild": "mild", "small": "mild", "borderline": "mild", "moderate": "moderate", "severe": "severe", "large": "severe"}
+MESH_SIDES = {
+    "left": "left",
+    "right": "right",
+    "bilateral": "bilateral",
+    "lingula": "left",
+    "middle lobe": "right",
+}
+MESH_ZONES = {
+    "apex": "upper",
+    "upper lobe": "upper",
+    "supracardiac": "upper",
+    "hilum": "mid",
+    "middle lobe": "mid",
+    "lingula": "mid",
+    "base": "lower",
+    "abdomen": "lower",
+    "lower lobe": "lower",
+    "retrocardiac": "lower",
+    "costophrenic angle": "lower",
+    "cardiophrenic angle": "lower",
+}
+MESH_SEVERITIES = {
+    "mild": "mild",
+    "small": "mild",
+    "borderline": "mild",
+    "moderate": "moderate",
+    "severe": "severe",
+    "large": "severe",
+}
+
 
 @dataclass(frozen=True)
 class Code:
     "A MeSH code taken apart: `head`, `qualifiers` (the rest, lower-case), and what they say about `side`, `zone` and `severity` (or None)."
+
     head: str
     qualifiers: tuple = ()
     side: str | None = None
     zone: str | None = None
     severity: str | None = None
 
+
 def parse_code(text):
     "Takes a MeSH code such as `Opacity/lung/base/left/mild` apart into a `Code`. Where two qualifiers say the same kind of thing, the first counts."
     head, *rest = [" ".join(p.split()) for p in text.split("/")]
     rest = [q.lower() for q in rest]
     first = lambda table: next((table[q] for q in rest if q in table), None)
-    sides = {MESH_SIDES[q] for q in rest if q in MESH_SIDES and q in ("left", "right", "bilateral")} or {first(MESH_SIDES)}
-    return Code(head, tuple(rest), "bilateral" if len(sides) > 1 else sides.pop(), first(MESH_ZONES), first(MESH_SEVERITIES))
+    sides = {MESH_SIDES[q] for q in rest if q in MESH_SIDES and q in ("left", "right", "bilateral")} or {
+        first(MESH_SIDES)
+    }
+    return Code(
+        head,
+        tuple(rest),
+        "bilateral" if len(sides) > 1 else sides.pop(),
+        first(MESH_ZONES),
+        first(MESH_SEVERITIES),
+    )
 
 # %% ../../nbs/data/01_benchmarks.ipynb #5ff1a05c
-_spine = dict.fromkeys(["degenerative", "thoracic vertebrae", "lumbar vertebrae", "cervical vertebrae", "spine"], "degenerative_spine")
+_spine = dict.fromkeys(
+    ["degenerative", "thoracic vertebrae", "lumbar vertebrae", "cervical vertebrae", "spine"],
+    "degenerative_spine",
+)
 _aorta = dict.fromkeys(["tortuous", "prominent", "enlarged"], "tortuous_aorta")
 _heart = dict.fromkeys(["enlarged", "prominent"], "cardiomegaly")
 MESH_FINDINGS = {
     # heart, mediastinum, vessels
-    "Cardiomegaly": "cardiomegaly", "Cardiac Shadow": _heart, "Heart": _heart, "Heart Atria": _heart, "Heart Ventricles": _heart,
-    "Pericardial Effusion": "cardiomegaly", "Heart Failure": "edema", "Mediastinum": dict.fromkeys(["prominent", "enlarged"], "wide_mediastinum"),
-    "Aorta": _aorta, "Aorta, Thoracic": _aorta, "Aortic Aneurysm": "tortuous_aorta", "Atherosclerosis": "calcified_aorta",
-    "Pulmonary Artery": dict.fromkeys(["enlarged", "prominent"], "hilar_enlargement"), "Hypertension, Pulmonary": "hilar_enlargement",
-    "Lymph Nodes": "hilar_enlargement", "Sarcoidosis": "hilar_enlargement", "Hernia, Hiatal": "hernia", "Hernia, Diaphragmatic": "hernia",
+    "Cardiomegaly": "cardiomegaly",
+    "Cardiac Shadow": _heart,
+    "Heart": _heart,
+    "Heart Atria": _heart,
+    "Heart Ventricles": _heart,
+    "Pericardial Effusion": "cardiomegaly",
+    "Heart Failure": "edema",
+    "Mediastinum": dict.fromkeys(["prominent", "enlarged"], "wide_mediastinum"),
+    "Aorta": _aorta,
+    "Aorta, Thoracic": _aorta,
+    "Aortic Aneurysm": "tortuous_aorta",
+    "Atherosclerosis": "calcified_aorta",
+    "Pulmonary Artery": dict.fromkeys(["enlarged", "prominent"], "hilar_enlargement"),
+    "Hypertension, Pulmonary": "hilar_enlargement",
+    "Lymph Nodes": "hilar_enlargement",
+    "Sarcoidosis": "hilar_enlargement",
+    "Hernia, Hiatal": "hernia",
+    "Hernia, Diaphragmatic": "hernia",
     # lungs
-    "Lung": {"hypoinflation": "low_volume", "hyperdistention": "high_volume", "interstitial": "interstitial", "hilum": "hilar_enlargement"},
-    "Opacity": {"interstitial": "interstitial", "reticular": "interstitial", "round": "nodule", "": "opacity"},
-    "Density": {"round": "nodule", "": "opacity"}, "Infiltrate": {"interstitial": "interstitial", "": "opacity"}, "Airspace Disease": "opacity",
-    "Consolidation": "consolidation", "Pneumonia": "consolidation", "Pulmonary Atelectasis": "atelectasis", "Volume Loss": "atelectasis",
-    "Pulmonary Edema": "edema", "Pulmonary Congestion": "edema",
-    "Markings": {"prominent": "interstitial", "bronchovascular": "low_volume", "": "interstitial"}, "Lung Diseases, Interstitial": "interstitial",
-    "Pulmonary Fibrosis": "interstitial", "Fibrosis": "interstitial", "Bronchiectasis": "interstitial", "Cystic Fibrosis": "interstitial", "Bronchitis": "interstitial",
-    "Nodule": "nodule", "Mass": "nodule", "Granuloma": "granuloma", "Calcified Granuloma": "granuloma", "Granulomatous Disease": "granuloma",
-    "Calcinosis": {"aorta": "calcified_aorta", "aorta, thoracic": "calcified_aorta", "blood vessels": "calcified_aorta", "pleura": "pleural_thickening",
-                   "lung": "granuloma", "lymph nodes": "granuloma", "hilum": "granuloma", "mediastinum": "granuloma"},
-    "Cicatrix": {"pleura": "pleural_thickening", "": "scarring"}, "Tuberculosis": "scarring",
-    "Emphysema": "high_volume", "Pulmonary Emphysema": "high_volume", "Bullous Emphysema": "bulla", "Lung, Hyperlucent": "high_volume",
-    "Pulmonary Disease, Chronic Obstructive": "high_volume", "Blister": "bulla", "Cavitation": "bulla", "Cysts": {"lung": "bulla"}, "Lucency": {"lung": "bulla"},
+    "Lung": {
+        "hypoinflation": "low_volume",
+        "hyperdistention": "high_volume",
+        "interstitial": "interstitial",
+        "hilum": "hilar_enlargement",
+    },
+    "Opacity": {
+        "interstitial": "interstitial",
+        "reticular": "interstitial",
+        "round": "nodule",
+        "": "opacity",
+    },
+    "Density": {"round": "nodule", "": "opacity"},
+    "Infiltrate": {"interstitial": "interstitial", "": "opacity"},
+    "Airspace Disease": "opacity",
+    "Consolidation": "consolidation",
+    "Pneumonia": "consolidation",
+    "Pulmonary Atelectasis": "atelectasis",
+    "Volume Loss": "atelectasis",
+    "Pulmonary Edema": "edema",
+    "Pulmonary Congestion": "edema",
+    "Markings": {"prominent": "interstitial", "bronchovascular": "low_volume", "": "interstitial"},
+    "Lung Diseases, Interstitial": "interstitial",
+    "Pulmonary Fibrosis": "interstitial",
+    "Fibrosis": "interstitial",
+    "Bronchiectasis": "interstitial",
+    "Cystic Fibrosis": "interstitial",
+    "Bronchitis": "interstitial",
+    "Nodule": "nodule",
+    "Mass": "nodule",
+    "Granuloma": "granuloma",
+    "Calcified Granuloma": "granuloma",
+    "Granulomatous Disease": "granuloma",
+    "Calcinosis": {
+        "aorta": "calcified_aorta",
+        "aorta, thoracic": "calcified_aorta",
+        "blood vessels": "calcified_aorta",
+        "pleura": "pleural_thickening",
+        "lung": "granuloma",
+        "lymph nodes": "granuloma",
+        "hilum": "granuloma",
+        "mediastinum": "granuloma",
+    },
+    "Cicatrix": {"pleura": "pleural_thickening", "": "scarring"},
+    "Tuberculosis": "scarring",
+    "Emphysema": "high_volume",
+    "Pulmonary Emphysema": "high_volume",
+    "Bullous Emphysema": "bulla",
+    "Lung, Hyperlucent": "high_volume",
+    "Pulmonary Disease, Chronic Obstructive": "high_volume",
+    "Blister": "bulla",
+    "Cavitation": "bulla",
+    "Cysts": {"lung": "bulla"},
+    "Lucency": {"lung": "bulla"},
     # pleura, diaphragm
-    "Pleural Effusion": "effusion", "Hemothorax": "effusion", "Costophrenic Angle": {"blunted": "effusion"}, "Sulcus": {"blunted": "effusion"},
-    "Pneumothorax": "pneumothorax", "Hydropneumothorax": "pneumothorax", "Hemopneumothorax": "pneumothorax",
-    "Thickening": {"pleura": "pleural_thickening", "apex": "pleural_thickening", "": "interstitial"}, "Pleura": "pleural_thickening",
-    "Diaphragm": {"elevated": "elevated_diaphragm", "flattened": "flat_diaphragm"}, "Diaphragmatic Eventration": "elevated_diaphragm",
+    "Pleural Effusion": "effusion",
+    "Hemothorax": "effusion",
+    "Costophrenic Angle": {"blunted": "effusion"},
+    "Sulcus": {"blunted": "effusion"},
+    "Pneumothorax": "pneumothorax",
+    "Hydropneumothorax": "pneumothorax",
+    "Hemopneumothorax": "pneumothorax",
+    "Thickening": {"pleura": "pleural_thickening", "apex": "pleural_thickening", "": "interstitial"},
+    "Pleura": "pleural_thickening",
+    "Diaphragm": {"elevated": "elevated_diaphragm", "flattened": "flat_diaphragm"},
+    "Diaphragmatic Eventration": "elevated_diaphragm",
     # bones
-    "Thoracic Vertebrae": _spine, "Spine": _spine, "Lumbar Vertebrae": _spine, "Cervical Vertebrae": _spine, "Spondylosis": "degenerative_spine",
-    "Osteophyte": "degenerative_spine", "Hyperostosis, Diffuse Idiopathic Skeletal": "degenerative_spine", "Sclerosis": _spine,
-    "Arthritis": {"shoulder": None, "humerus": None, "": "degenerative_spine"}, "Scoliosis": "scoliosis", "Kyphosis": "scoliosis",
+    "Thoracic Vertebrae": _spine,
+    "Spine": _spine,
+    "Lumbar Vertebrae": _spine,
+    "Cervical Vertebrae": _spine,
+    "Spondylosis": "degenerative_spine",
+    "Osteophyte": "degenerative_spine",
+    "Hyperostosis, Diffuse Idiopathic Skeletal": "degenerative_spine",
+    "Sclerosis": _spine,
+    "Arthritis": {"shoulder": None, "humerus": None, "": "degenerative_spine"},
+    "Scoliosis": "scoliosis",
+    "Kyphosis": "scoliosis",
     "Deformity": _spine | {"ribs": "healed_fracture", "clavicle": "healed_fracture"},
     "Fractures, Bone": {"healed": "healed_fracture", "chronic": "healed_fracture", "": "fracture"},
     # devices
-    "Catheters, Indwelling": "central line", "Medical Device": "central line", "Tube, Inserted": "endotracheal tube",
-    "Implanted Medical Device": {"humerus": None, "shoulder": None, "abdomen": None, "aortic valve": "sternotomy_wires", "mitral valve": "sternotomy_wires", "heart": "sternotomy_wires",
-                                 "cervical vertebrae": "spinal_hardware", "thoracic vertebrae": "spinal_hardware", "": "pacemaker"},
+    "Catheters, Indwelling": "central line",
+    "Medical Device": "central line",
+    "Tube, Inserted": "endotracheal tube",
+    "Implanted Medical Device": {
+        "humerus": None,
+        "shoulder": None,
+        "abdomen": None,
+        "aortic valve": "sternotomy_wires",
+        "mitral valve": "sternotomy_wires",
+        "heart": "sternotomy_wires",
+        "cervical vertebrae": "spinal_hardware",
+        "thoracic vertebrae": "spinal_hardware",
+        "": "pacemaker",
+    },
     "Surgical Instruments": {"mediastinum": "sternotomy_wires", "heart": "sternotomy_wires", "": "clips"},
-    "Sutures": "clips", "Foreign Bodies": "clips", "Stents": "clips", "Spinal Fusion": "spinal_hardware",
+    "Sutures": "clips",
+    "Foreign Bodies": "clips",
+    "Stents": "clips",
+    "Spinal Fusion": "spinal_hardware",
 }
+
 
 def _drawn_name(code):
     "Name in `MESH_FINDINGS` for a `Code`, or None."
     name = MESH_FINDINGS.get(code.head)
-    return next((v for q, v in name.items() if q == "" or q in code.qualifiers), None) if isinstance(name, dict) else name
+    return (
+        next((v for q, v in name.items() if q == "" or q in code.qualifiers), None)
+        if isinstance(name, dict)
+        else name
+    )
+
 
 def code_to_findings(text):
     """The `Finding`s that are drawn for one MeSH code: none, one, or a left and a right one where a code says bilateral and `FINDINGS` knows
     single sides only. Attributes are kept where the renderer knows them; what the code leaves open stays None (the renderer chooses)."""
     code = parse_code(text)
     name = _drawn_name(code)
-    if name is None: return ()
+    if name is None:
+        return ()
     kind, name = (name, "device") if name in KINDS else (None, name)
     spec = FINDINGS[name]
     sides = KINDS[kind] if kind else spec.sides
     keep = lambda value, allowed: value if value in allowed else None
-    chosen = ("left", "right") if code.side == "bilateral" and sides == ("left", "right") else (keep(code.side, sides),)
-    return tuple(Finding(name, side, keep(code.zone, spec.zones), keep(code.severity, spec.severities), kind) for side in chosen)
+    chosen = (
+        ("left", "right")
+        if code.side == "bilateral" and sides == ("left", "right")
+        else (keep(code.side, sides),)
+    )
+    return tuple(
+        Finding(name, side, keep(code.zone, spec.zones), keep(code.severity, spec.severities), kind)
+        for side in chosen
+    )
+
 
 def codes_to_findings(codes):
     """MeSH codes of one study as `(findings, drawn, not_drawn)`: the distinct `Finding`s for the renderer, and the codes that they come from or that are left over.
     `normal` and `No Indexing` are statements about the study, not findings, and appear in neither list."""
     drawn, left, findings = [], [], []
     for code in codes:
-        if code in ("normal", "No Indexing"): continue
+        if code in ("normal", "No Indexing"):
+            continue
         found = code_to_findings(code)
         (drawn if found else left).append(code)
         findings += [f for f in found if f not in findings]
@@ -147,19 +307,27 @@ def coverage(studies):
     parts = [codes_to_findings(s["codes"])[1:] for s in studies]
     abnormal = [(len(d), len(d) + len(n)) for d, n in parts if d or n]
     n_drawn, n_codes = sum(d for d, _ in abnormal), sum(n for _, n in abnormal)
-    share = lambda x, n: x/n if n else float("nan")
-    return dict(studies=len(parts), abnormal=len(abnormal), codes=n_codes, codes_drawn=n_drawn, drawn=share(n_drawn, n_codes),
-                any=share(sum(d > 0 for d, _ in abnormal), len(abnormal)), all=share(sum(d == n for d, n in abnormal), len(abnormal)))
+    share = lambda x, n: x / n if n else float("nan")
+    return dict(
+        studies=len(parts),
+        abnormal=len(abnormal),
+        codes=n_codes,
+        codes_drawn=n_drawn,
+        drawn=share(n_drawn, n_codes),
+        any=share(sum(d > 0 for d, _ in abnormal), len(abnormal)),
+        all=share(sum(d == n for d, n in abnormal), len(abnormal)),
+    )
 
 # %% ../../nbs/data/01_benchmarks.ipynb #2102525a
 def hash_unit(text):
     "A number in [0, 1) that depends on `text` alone (SHA-256), the same on every machine."
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")/2**64
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
 
 def split_of(uid):
     "The split that the Open-i patient `uid` belongs to, for ever: `train` (80 %), `val` (5 %) or `test` (15 %)."
     u = hash_unit(uid)
-    return "train" if u < .80 else "val" if u < .85 else "test"
+    return "train" if u < 0.80 else "val" if u < 0.85 else "test"
 
 # %% ../../nbs/data/01_benchmarks.ipynb #e98ef613
 def clean_openi(studies, deidentified="drop", min_words=5):
@@ -168,10 +336,21 @@ def clean_openi(studies, deidentified="drop", min_words=5):
     kept, dropped = [], Counter()
     for s in studies:
         texts = {k: clean_text(s[k], deidentified) for k in ("findings", "impression")}
-        reason = ("no findings" if not texts["findings"] else "no impression" if not texts["impression"] else
-                  "findings too short" if len(texts["findings"].split()) < min_words else "not indexed" if "No Indexing" in s["codes"] else None)
-        if reason: dropped[reason] += 1
-        else: kept.append(s | texts | dict(split=split_of(s["uid"])))
+        reason = (
+            "no findings"
+            if not texts["findings"]
+            else "no impression"
+            if not texts["impression"]
+            else "findings too short"
+            if len(texts["findings"].split()) < min_words
+            else "not indexed"
+            if "No Indexing" in s["codes"]
+            else None
+        )
+        if reason:
+            dropped[reason] += 1
+        else:
+            kept.append(s | texts | dict(split=split_of(s["uid"])))
     return sorted(kept, key=lambda s: hash_unit("order " + s["uid"])), dropped
 
 # %% ../../nbs/data/01_benchmarks.ipynb #ed99ab3c
@@ -180,7 +359,8 @@ def code_labels(codes):
     nowhere else; it is None where they name only what none of the other 13 stands for (`Hernia, Hiatal`): that is a finding, and no observation."""
     pneumonia = [c for c in codes if parse_code(c).head == "Pneumonia"]
     row = list(labels(codes_to_findings([c for c in codes if c not in pneumonia])[0]))
-    if pneumonia: row[OBSERVATIONS.index("Pneumonia")] = 1
+    if pneumonia:
+        row[OBSERVATIONS.index("Pneumonia")] = 1
     nothing = OBSERVATIONS.index("No Finding")
     present = any(v for i, v in enumerate(row) if i != nothing)
     row[nothing] = 0 if present else 1 if "normal" in codes else None
@@ -189,40 +369,64 @@ def code_labels(codes):
 # %% ../../nbs/data/01_benchmarks.ipynb #982df602
 def study_seed(study_id, seed):
     "The seed that `render` takes for a study: a hash of its identifier and of `seed`, so that every image can be drawn alone and in any order."
-    return int(hash_unit(f"{study_id} {seed}")*2**32)
+    return int(hash_unit(f"{study_id} {seed}") * 2**32)
+
 
 def render_study(study_id, findings, seed, size):
     "`(image, truth)` of one row of the schema: the PNG, and the `findings` with their boxes (x0, y0, x1, y1 in [0, 1])."
     pixels, boxes = render(findings, study_seed(study_id, seed), size)
     return png_bytes(pixels), to_truth(findings, boxes)
 
+
 def openi_dataset(studies, split, n=None, size=96, sections="both", render_seed=0):
     "The first `n` (None: all) cleaned Open-i `studies` of `split` as a `Dataset` with `FEATURES`: real text, images rendered at `size` pixels. Raises `ValueError` if there are fewer."
     chosen = [s for s in studies if s["split"] == split]
     if n is not None and not 1 <= n <= len(chosen):
-        raise ValueError(f"n_{split}={n}: openi_rendered has {len(chosen)} {split} studies; give 1 to {len(chosen)}, or None for all")
+        raise ValueError(
+            f"n_{split}={n}: openi_rendered has {len(chosen)} {split} studies; give 1 to {len(chosen)}, or None for all"
+        )
     rows = []
     for s in tqdm(chosen[:n], desc=f"openi_rendered {split}", disable=len(chosen[:n]) < 500, leave=False):
         image, truth = render_study(s["uid"], codes_to_findings(s["codes"])[0], render_seed, size)
-        rows.append(dict(study_id=s["uid"], split=split, image=image, findings=s["findings"], impression=s["impression"],
-                         report=compose_report(s["findings"], s["impression"], sections), labels=[int(v == 1) for v in code_labels(s["codes"])], truth=truth))
+        rows.append(
+            dict(
+                study_id=s["uid"],
+                split=split,
+                image=image,
+                findings=s["findings"],
+                impression=s["impression"],
+                report=compose_report(s["findings"], s["impression"], sections),
+                labels=[int(v == 1) for v in code_labels(s["codes"])],
+                truth=truth,
+            )
+        )
     return Dataset.from_list(rows, features=FEATURES)
 
 # %% ../../nbs/data/01_benchmarks.ipynb #5b3d77d2
 BENCHMARKS = ["phantom", "openi_rendered"]
 
-def load_benchmark(name, n_train=None, n_val=None, n_test=None, seed=0, size=96, sections="both", render_seed=0):
+
+def load_benchmark(
+    name, n_train=None, n_val=None, n_test=None, seed=0, size=96, sections="both", render_seed=0
+):
     """The benchmark `name` as a `DatasetDict` (train, val, test) with `FEATURES`; the same parameters give the same rows.
     `phantom`: n studies per split, made from `seed`. `openi_rendered`: real reports, a split that no seed changes, the first n of each split (None: all); `render_seed` chooses the anatomy.
     `sections` is what `report` holds: `both` or `findings`. Raises `ValueError` naming the parameter for an unknown name or section, or an impossible n."""
-    if name not in BENCHMARKS: raise ValueError(f"benchmark name={name!r}: must be one of {', '.join(BENCHMARKS)}")
-    compose_report("", "", sections)                                           # raises for unknown sections
+    if name not in BENCHMARKS:
+        raise ValueError(f"benchmark name={name!r}: must be one of {', '.join(BENCHMARKS)}")
+    compose_report("", "", sections)  # raises for unknown sections
     counts = dict(train=n_train, val=n_val, test=n_test)
     if name == "openi_rendered":
         studies, _ = clean_openi(read_openi())
-        return DatasetDict({split: openi_dataset(studies, split, n, size, sections, render_seed) for split, n in counts.items()})
+        return DatasetDict(
+            {
+                split: openi_dataset(studies, split, n, size, sections, render_seed)
+                for split, n in counts.items()
+            }
+        )
     for split, n in counts.items():
-        if n is None or n < 1: raise ValueError(f"n_{split}={n}: phantom studies are made on demand; say how many (1 or more)")
+        if n is None or n < 1:
+            raise ValueError(f"n_{split}={n}: phantom studies are made on demand; say how many (1 or more)")
     made = {split: make_phantom(n, seed, split, size=size, sections=sections) for split, n in counts.items()}
     return DatasetDict({split: rerender(d, render_seed) if render_seed else d for split, d in made.items()})
 
@@ -230,18 +434,29 @@ def load_benchmark(name, n_train=None, n_val=None, n_test=None, seed=0, size=96,
 def rerender(dataset, seed):
     "A copy of a benchmark `dataset` whose images show the same findings (and `truth` their new boxes) in another anatomy, by `seed`. Text, labels, order and size stay."
     size = dataset[0]["image"].size[0]
-    rows = tqdm(zip(dataset["study_id"], dataset["truth"]), desc="rerender", total=len(dataset), disable=len(dataset) < 500, leave=False)
+    rows = tqdm(
+        zip(dataset["study_id"], dataset["truth"]),
+        desc="rerender",
+        total=len(dataset),
+        disable=len(dataset) < 500,
+        leave=False,
+    )
     redrawn = [render_study(uid, from_truth(truth), seed, size) for uid, truth in rows]
     rest = dataset.remove_columns(["image", "truth"]).to_dict()
-    return Dataset.from_dict(rest | dict(image=[i for i, _ in redrawn], truth=[t for _, t in redrawn]), features=FEATURES)
+    return Dataset.from_dict(
+        rest | dict(image=[i for i, _ in redrawn], truth=[t for _, t in redrawn]), features=FEATURES
+    )
 
 # %% ../../nbs/data/01_benchmarks.ipynb #2e1b9b40
 def leaked(test, train, column="report"):
     """Which rows of `test` are leaked, a boolean array: the text in `column` stands word for word in `train`, or the patient is there (where both have
     `patient_id`). `test` and `train`: datasets or dicts of columns. The only definition: notes, tables and the data report ask it."""
+
     def read(data, name):
-        if name not in getattr(data, "column_names", data): return []
+        if name not in getattr(data, "column_names", data):
+            return []
         return data.select_columns([name])[:][name] if hasattr(data, "column_names") else data[name]
+
     texts, patients = set(read(train, column)), set(read(train, "patient_id")) - {None, ""}
     again = np.array([text in texts for text in read(test, column)], dtype=bool)
     there = np.array([p in patients for p in read(test, "patient_id")], dtype=bool)
@@ -252,7 +467,10 @@ def benchmark_note(name, dataset):
     "One line that results print: source, what is real and what is rendered, coverage of the codes over the studies of `dataset` (a `Dataset` or `DatasetDict`), licence."
     parts = dataset.values() if isinstance(dataset, dict) else [dataset]
     ids = {i for d in parts for i in d["study_id"]}
-    if name == "phantom": return f"phantom: {len(ids):,} made-up studies, images and reports from planted truth"
+    if name == "phantom":
+        return f"phantom: {len(ids):,} made-up studies, images and reports from planted truth"
     c = coverage([s for s in read_openi() if s["uid"] in ids])
-    return (f"openi_rendered: {c['studies']:,} real Open-i reports, images RENDERED from MeSH codes: {c['drawn']:.1%} of {c['codes']:,} codes drawn, at least one in {c['any']:.1%} and all in "
-            f"{c['all']:.1%} of {c['abnormal']:,} abnormal studies; text CC BY-NC-ND 4.0, read from the torchxrayvision wheel at run time")
+    return (
+        f"openi_rendered: {c['studies']:,} real Open-i reports, images RENDERED from MeSH codes: {c['drawn']:.1%} of {c['codes']:,} codes drawn, at least one in {c['any']:.1%} and all in "
+        f"{c['all']:.1%} of {c['abnormal']:,} abnormal studies; text CC BY-NC-ND 4.0, read from the torchxrayvision wheel at run time"
+    )

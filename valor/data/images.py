@@ -18,70 +18,111 @@ from ..files import first_line
 class ImageError(ValueError):
     "A file that is no usable radiograph; the message says which, why and what was expected."
 
+
 def to_uint8(values):
     "An array `(H, W)` of any type stretched linearly to 0…255; what holds one value only becomes 0."
     values = np.nan_to_num(np.asarray(values, dtype=np.float32))
     low, high = values.min(), values.max()
-    return np.zeros(values.shape, np.uint8) if high == low else ((values - low) * (255 / (high - low))).round().astype(np.uint8)
+    return (
+        np.zeros(values.shape, np.uint8)
+        if high == low
+        else ((values - low) * (255 / (high - low))).round().astype(np.uint8)
+    )
 
 # %% ../../nbs/data/03_images.ipynb #d59ece8e
 DECODERS = "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg, or python-gdcm"
+
 
 def open_dicom(file, **options):
     "`pydicom.dcmread` of a path or binary file, also of one without the preamble and its `DICM`, or without a file head (its encoding is then what pydicom finds)."
     import pydicom
     from pydicom.dataset import FileMetaDataset
+
     ds = pydicom.dcmread(file, force=True, **options)
-    if not hasattr(ds, "file_meta"): ds.file_meta = FileMetaDataset()
+    if not hasattr(ds, "file_meta"):
+        ds.file_meta = FileMetaDataset()
     if "TransferSyntaxUID" not in ds.file_meta:
         implicit, little = ds.original_encoding
-        ds.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian if implicit else pydicom.uid.ExplicitVRLittleEndian if little else pydicom.uid.ExplicitVRBigEndian
+        ds.file_meta.TransferSyntaxUID = (
+            pydicom.uid.ImplicitVRLittleEndian
+            if implicit
+            else pydicom.uid.ExplicitVRLittleEndian
+            if little
+            else pydicom.uid.ExplicitVRBigEndian
+        )
     return ds
+
 
 def _padding(pixels, ds):
     "Where `pixels (H, W)` are no picture: the value, or the range of values, that the object declares as padding."
-    if ds.get("PixelPaddingValue") is None: return np.zeros(pixels.shape, bool)
-    ends = [np.asarray(int(ds[n].value)).astype(pixels.dtype) for n in ("PixelPaddingValue", "PixelPaddingRangeLimit") if ds.get(n) is not None]
+    if ds.get("PixelPaddingValue") is None:
+        return np.zeros(pixels.shape, bool)
+    ends = [
+        np.asarray(int(ds[n].value)).astype(pixels.dtype)
+        for n in ("PixelPaddingValue", "PixelPaddingRangeLimit")
+        if ds.get(n) is not None
+    ]
     where = (pixels >= min(ends)) & (pixels <= max(ends))
     return where & (not where.all())
+
 
 def _windowed(values, ds, where):
     "`values (H, W)` through the object's window or table; as they are where its window cannot be used (no width, or only one value is left of what is not padding, `where`)."
     from pydicom.pixels import apply_voi_lut
-    try: out = apply_voi_lut(values, ds, index=0)
-    except (ValueError, TypeError, AttributeError, IndexError, NotImplementedError): return values
+
+    try:
+        out = apply_voi_lut(values, ds, index=0)
+    except (ValueError, TypeError, AttributeError, IndexError, NotImplementedError):
+        return values
     inside = out[~where]
     return out if np.isfinite(inside).all() and inside.min() < inside.max() else values
+
 
 def _colour(pixels, ds, name):
     "Colour `pixels (H, W, 3)`, or indices `(H, W)` of a palette, as brightness: uint8 `(H, W)`."
     from pydicom.pixels import apply_color_lut
+
     bits = int(ds.BitsStored)
     if ds.PhotometricInterpretation == "PALETTE COLOR":
         pixels, bits = apply_color_lut(pixels, ds), int(ds.RedPaletteColorLookupTableDescriptor[2])
-    if pixels.ndim != 3 or pixels.shape[2] < 3: raise ImageError(f"{name}: pixels of shape {pixels.shape} as {ds.PhotometricInterpretation}; expected grey, RGB or a palette")
+    if pixels.ndim != 3 or pixels.shape[2] < 3:
+        raise ImageError(
+            f"{name}: pixels of shape {pixels.shape} as {ds.PhotometricInterpretation}; expected grey, RGB or a palette"
+        )
     return np.asarray(Image.fromarray((pixels[..., :3] >> max(0, bits - 8)).astype(np.uint8)).convert("L"))
+
 
 def read_dicom(file, name):
     """A DICOM radiograph (path or binary file) as uint8 `(H, W)`: rescaled, windowed, MONOCHROME1 inverted, padding black, colour reduced to brightness.
 
     Raises `ImageError` naming `name`, and the package to install where a compression needs one."""
     from pydicom.pixels import apply_modality_lut
+
     try:
         ds = open_dicom(file)
-        if "PixelData" not in ds: raise ImageError(f"{name}: a DICOM object without pixels (Modality {ds.get('Modality', 'unknown')}); expected a radiograph")
-        if int(ds.get("NumberOfFrames") or 1) > 1: raise ImageError(f"{name}: a DICOM object of {ds.NumberOfFrames} frames; expected one image")
+        if "PixelData" not in ds:
+            raise ImageError(
+                f"{name}: a DICOM object without pixels (Modality {ds.get('Modality', 'unknown')}); expected a radiograph"
+            )
+        if int(ds.get("NumberOfFrames") or 1) > 1:
+            raise ImageError(f"{name}: a DICOM object of {ds.NumberOfFrames} frames; expected one image")
         pixels = ds.pixel_array
-        if pixels.ndim == 3 or ds.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2"): return _colour(pixels, ds, name)
+        if pixels.ndim == 3 or ds.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2"):
+            return _colour(pixels, ds, name)
         padding = _padding(pixels, ds)
         values = np.asarray(_windowed(apply_modality_lut(pixels, ds), ds, padding), np.float32)
         values[padding] = values[~padding].min()
         grey = to_uint8(values)
-    except ImageError: raise
-    except Exception as e:   # pydicom and its decoders raise what they like on damaged files
-        if "missing dependencies" in str(e): raise ImageError(f"{name}: compressed as {ds.file_meta.TransferSyntaxUID.name}, which takes another package: {DECODERS}") from e
+    except ImageError:
+        raise
+    except Exception as e:  # pydicom and its decoders raise what they like on damaged files
+        if "missing dependencies" in str(e):
+            raise ImageError(
+                f"{name}: compressed as {ds.file_meta.TransferSyntaxUID.name}, which takes another package: {DECODERS}"
+            ) from e
         raise ImageError(f"{name}: not readable as DICOM ({first_line(e)})") from e
-    if ds.PhotometricInterpretation == "MONOCHROME1": grey = 255 - grey
+    if ds.PhotometricInterpretation == "MONOCHROME1":
+        grey = 255 - grey
     grey[padding] = 0
     return grey
 
@@ -90,81 +131,138 @@ def write_dicom(path, values, photometric="MONOCHROME2", window=None, bits=12):
     "A minimal, valid DICOM file of the unsigned 16-bit `values (H, W)`, for tests and examples; `window` is (centre, width)."
     from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian
+
     meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID, meta.TransferSyntaxUID = DigitalXRayImageStorageForPresentation, "1.2.3.4", ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID, meta.TransferSyntaxUID = (
+        DigitalXRayImageStorageForPresentation,
+        "1.2.3.4",
+        ExplicitVRLittleEndian,
+    )
     ds = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
-    ds.SOPClassUID, ds.SOPInstanceUID, ds.Modality, ds.PhotometricInterpretation = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID, "DX", photometric
+    ds.SOPClassUID, ds.SOPInstanceUID, ds.Modality, ds.PhotometricInterpretation = (
+        meta.MediaStorageSOPClassUID,
+        meta.MediaStorageSOPInstanceUID,
+        "DX",
+        photometric,
+    )
     ds.Rows, ds.Columns = values.shape
-    ds.SamplesPerPixel, ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 1, 16, bits, bits - 1, 0
-    if window: ds.WindowCenter, ds.WindowWidth = window
+    ds.SamplesPerPixel, ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = (
+        1,
+        16,
+        bits,
+        bits - 1,
+        0,
+    )
+    if window:
+        ds.WindowCenter, ds.WindowWidth = window
     ds.PixelData = values.astype("<u2").tobytes()
     ds.save_as(path, enforce_file_format=True)
 
 # %% ../../nbs/data/03_images.ipynb #19fe15e3
 def _magic(head):
     "`dicom`, `png`, `jpeg` or None by the first 132 bytes. A DICOM file without its preamble begins with an element of group 2 or 8."
-    if head[128:132] == b"DICM" or head[:4] == b"\2\0\0\0" or head[:2] == b"\x08\0" and head[3:4] == b"\0" and head[2:3] in b"\0\1\5\x08\x12\x13\x14\x16\x18": return "dicom"
+    if (
+        head[128:132] == b"DICM"
+        or head[:4] == b"\2\0\0\0"
+        or head[:2] == b"\x08\0"
+        and head[3:4] == b"\0"
+        and head[2:3] in b"\0\1\5\x08\x12\x13\x14\x16\x18"
+    ):
+        return "dicom"
     return "png" if head[:8] == b"\x89PNG\r\n\x1a\n" else "jpeg" if head[:3] == b"\xff\xd8\xff" else None
+
 
 def read_image(source, name=None):
     """A radiograph as uint8 `(H, W)`, from a path or from bytes: PNG (8 or 16 bits), JPEG (turned as its EXIF tag says) or DICOM.
 
     Raises `ImageError` for a missing, empty, foreign or damaged file, naming it (`name`, or the path)."""
     name = name or (str(source) if isinstance(source, (str, Path)) else "image in memory")
-    try: data = source if isinstance(source, bytes) else Path(source).read_bytes()
-    except (OSError, ValueError) as e: raise ImageError(f"{name[:200]}: {getattr(e, 'strerror', None) or first_line(e)}; expected a PNG, JPEG or DICOM file") from None
+    try:
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    except (OSError, ValueError) as e:
+        raise ImageError(
+            f"{name[:200]}: {getattr(e, 'strerror', None) or first_line(e)}; expected a PNG, JPEG or DICOM file"
+        ) from None
     kind = _magic(data[:132])
-    if kind is None: raise ImageError(f"{name}: {'empty' if not data else f'begins with {data[:8]!r}'}; expected a PNG, JPEG or DICOM file")
-    if kind == "dicom": return read_dicom(io.BytesIO(data), name)
+    if kind is None:
+        raise ImageError(
+            f"{name}: {'empty' if not data else f'begins with {data[:8]!r}'}; expected a PNG, JPEG or DICOM file"
+        )
+    if kind == "dicom":
+        return read_dicom(io.BytesIO(data), name)
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
         image = ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e: raise ImageError(f"{name}: a damaged {kind.upper()} file ({first_line(e)})") from e
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise ImageError(f"{name}: a damaged {kind.upper()} file ({first_line(e)})") from e
     return to_uint8(image) if image.mode[0] in "IF" else np.array(image.convert("L"))
 
 # %% ../../nbs/data/03_images.ipynb #47b3e09c
-_SMALL = .02   # bytes a pixel under which a compressed image may hold one value only; real radiographs need ten times as much
+_SMALL = 0.02  # bytes a pixel under which a compressed image may hold one value only; real radiographs need ten times as much
+
 
 def check_image(source, full=False, name=None):
     """Raise `ImageError` unless `source` (path or bytes) looks like a whole radiograph of more than one value: a glance at its first and last bytes, or `full`: decode it.
 
     Where the glance finds no end (the file is cut, or something follows its end), decoding decides."""
     name = name or (str(source) if isinstance(source, (str, Path)) else "image in memory")
-    if isinstance(source, bytes): return _check(source, len(source), name, full)
+    if isinstance(source, bytes):
+        return _check(source, len(source), name, full)
     try:
-        with open(source, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data: _check(data, len(data), name, full)
+        with open(source, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            _check(data, len(data), name, full)
     except (OSError, ValueError) as e:
-        if isinstance(e, ImageError): raise
+        if isinstance(e, ImageError):
+            raise
         why = getattr(e, "strerror", None) or ("empty" if "empty file" in str(e) else first_line(e))
         raise ImageError(f"{name[:200]}: {why}; expected a PNG, JPEG or DICOM file") from None
 
+
 def _check(data, size, name, full):
     kind = _magic(data[:132])
-    whole = {"png": b"IEND" in data[size - 32:size], "jpeg": b"\xff\xd9" in data[max(0, size - 512):size]}.get(kind, True)
+    whole = {
+        "png": b"IEND" in data[size - 32 : size],
+        "jpeg": b"\xff\xd9" in data[max(0, size - 512) : size],
+    }.get(kind, True)
     if not whole or full or kind is None or _may_be_flat(data, size, kind, name):
         pixels = read_image(bytes(data[:size]), name)
-        if pixels.min() == pixels.max(): raise ImageError(f"{name}: every pixel has the same value; expected a radiograph")
+        if pixels.min() == pixels.max():
+            raise ImageError(f"{name}: every pixel has the same value; expected a radiograph")
+
 
 def _may_be_flat(data, size, kind, name):
-    if kind == "dicom": return _dicom_flat(data, size, name)
-    try: width, height = Image.open(io.BytesIO(data[:min(size, 1 << 16)])).size           # the header is enough
-    except (OSError, SyntaxError, Image.DecompressionBombError): return True
+    if kind == "dicom":
+        return _dicom_flat(data, size, name)
+    try:
+        width, height = Image.open(io.BytesIO(data[: min(size, 1 << 16)])).size  # the header is enough
+    except (OSError, SyntaxError, Image.DecompressionBombError):
+        return True
     return size < 1000 + _SMALL * width * height
 
+
 def _dicom_flat(data, size, name):
-    head = io.BytesIO(data[:min(size, 1 << 18)])
+    head = io.BytesIO(data[: min(size, 1 << 18)])
     try:
         ds = open_dicom(head, stop_before_pixels=True)
-        promised, compressed = int(ds.Rows) * int(ds.Columns) * int(ds.BitsAllocated) // 8, ds.file_meta.TransferSyntaxUID.is_compressed
-    except Exception: return True                    # pydicom raises what it likes on damaged files: decoding tells
-    if compressed or not promised: return True
-    if size - head.tell() < promised: raise ImageError(f"{name}: a DICOM file that is cut off (its header promises {promised:,} bytes of pixels)")
-    some = np.frombuffer(data[size - promised // 2 * 2:size], np.uint16)[::97]
+        promised, compressed = (
+            int(ds.Rows) * int(ds.Columns) * int(ds.BitsAllocated) // 8,
+            ds.file_meta.TransferSyntaxUID.is_compressed,
+        )
+    except Exception:
+        return True  # pydicom raises what it likes on damaged files: decoding tells
+    if compressed or not promised:
+        return True
+    if size - head.tell() < promised:
+        raise ImageError(
+            f"{name}: a DICOM file that is cut off (its header promises {promised:,} bytes of pixels)"
+        )
+    some = np.frombuffer(data[size - promised // 2 * 2 : size], np.uint16)[::97]
     return some.size == 0 or some.min() == some.max()
 
 # %% ../../nbs/data/03_images.ipynb #2db2494d
 PAD = 117
+
 
 def square(pixels, size=None):
     "uint8 `(H, W)` as a square grey `PIL.Image`: padded evenly with `PAD` to its longer side, then resized to `size` pixels (None: as it is)."
@@ -173,7 +271,11 @@ def square(pixels, size=None):
     if h != w:
         image = Image.new("L", (max(h, w),) * 2, PAD)
         image.paste(Image.fromarray(pixels), ((max(h, w) - w) // 2, (max(h, w) - h) // 2))
-    return image if size in (None, image.size[0]) else image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3)
+    return (
+        image
+        if size in (None, image.size[0])
+        else image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3)
+    )
 
 # %% ../../nbs/data/03_images.ipynb #8df9d154
 def to_png(image):
@@ -182,22 +284,29 @@ def to_png(image):
     image.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
+
 @dataclass
 class XRay(datasets.Image):
     "A `datasets` column of radiographs: stored as path or bytes, read as a square grey `PIL.Image` of `size` pixels (None: the file's own). Raises `ImageError` on access."
+
     size: int | None = None
     _type: str = field(default="XRay", init=False, repr=False)
     dtype: ClassVar[str] = "PIL.Image.Image"
 
     def decode_example(self, value, token_per_repo_id=None):
-        if not self.decode: return value
+        if not self.decode:
+            return value
         return square(read_image(value["bytes"] or value["path"], value["path"]), self.size)
 
     def embed_storage(self, storage, token_per_repo_id=None, **kw):
         "Called when a dataset is saved: every image as PNG bytes, finished."
-        made = [None if v is None else {"bytes": to_png(self.decode_example(v)), "path": v["path"]} for v in storage.to_pylist()]
+        made = [
+            None if v is None else {"bytes": to_png(self.decode_example(v)), "path": v["path"]}
+            for v in storage.to_pylist()
+        ]
         return pa.array(made, type=self.pa_type)
 
+
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", UserWarning)                          # "experimental", since datasets 3
+    warnings.simplefilter("ignore", UserWarning)  # "experimental", since datasets 3
     datasets.features.features.register_feature(XRay, "XRay")

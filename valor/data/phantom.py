@@ -19,12 +19,22 @@ from tqdm.auto import tqdm
 from ..vocabulary import OBSERVATIONS
 
 # %% ../../nbs/data/00_phantom.ipynb #e8382934
-SIDES, ZONES, SEVERITIES = ("left", "right", "bilateral"), ("upper", "mid", "lower"), ("mild", "moderate", "severe")
-KINDS = {"pacemaker": ("left", "right"), "central line": ("left", "right"), "endotracheal tube": ()}   # and their sides
+SIDES, ZONES, SEVERITIES = (
+    ("left", "right", "bilateral"),
+    ("upper", "mid", "lower"),
+    ("mild", "moderate", "severe"),
+)
+KINDS = {
+    "pacemaker": ("left", "right"),
+    "central line": ("left", "right"),
+    "endotracheal tube": (),
+}  # and their sides
+
 
 @dataclass(frozen=True)
 class Finding:
     "One finding: `name` of FINDINGS, the patient's `side`, `zone`, `severity`; `kind` for devices only. None: not stated."
+
     name: str
     side: str | None = None
     zone: str | None = None
@@ -32,12 +42,19 @@ class Finding:
     kind: str | None = None
 
     @property
-    def what(self): return self.kind or self.name
+    def what(self):
+        return self.kind or self.name
+
     @property
-    def where(self): return self.what, self.side, self.zone
+    def where(self):
+        return self.what, self.side, self.zone
+
 
 def _spec(observation=None, sides=(), zones=(), severities=(), in_phantom=False):
-    return SimpleNamespace(observation=observation, sides=sides, zones=zones, severities=severities, in_phantom=in_phantom)
+    return SimpleNamespace(
+        observation=observation, sides=sides, zones=zones, severities=severities, in_phantom=in_phantom
+    )
+
 
 _ONE = ("left", "right")
 FINDINGS = {
@@ -52,81 +69,116 @@ FINDINGS = {
     "fracture": _spec("Fracture", _ONE, in_phantom=True),
     "device": _spec("Support Devices", _ONE, in_phantom=True),
     # only for codes of real reports
-    "granuloma": _spec(None, SIDES, ZONES), "scarring": _spec("Lung Opacity", SIDES, ZONES),
-    "interstitial": _spec("Lung Opacity", SIDES, ZONES), "bulla": _spec(None, SIDES, ZONES),
-    "low_volume": _spec(), "high_volume": _spec(), "flat_diaphragm": _spec(), "elevated_diaphragm": _spec(None, SIDES),
-    "tortuous_aorta": _spec(), "calcified_aorta": _spec(), "wide_mediastinum": _spec("Enlarged Cardiomediastinum"),
-    "hilar_enlargement": _spec(None, SIDES), "scoliosis": _spec(), "degenerative_spine": _spec(), "spinal_hardware": _spec("Support Devices"),
-    "healed_fracture": _spec("Fracture", SIDES), "pleural_thickening": _spec("Pleural Other", SIDES, ZONES),
-    "hernia": _spec(), "clips": _spec("Support Devices", SIDES, ZONES), "sternotomy_wires": _spec("Support Devices"),
+    "granuloma": _spec(None, SIDES, ZONES),
+    "scarring": _spec("Lung Opacity", SIDES, ZONES),
+    "interstitial": _spec("Lung Opacity", SIDES, ZONES),
+    "bulla": _spec(None, SIDES, ZONES),
+    "low_volume": _spec(),
+    "high_volume": _spec(),
+    "flat_diaphragm": _spec(),
+    "elevated_diaphragm": _spec(None, SIDES),
+    "tortuous_aorta": _spec(),
+    "calcified_aorta": _spec(),
+    "wide_mediastinum": _spec("Enlarged Cardiomediastinum"),
+    "hilar_enlargement": _spec(None, SIDES),
+    "scoliosis": _spec(),
+    "degenerative_spine": _spec(),
+    "spinal_hardware": _spec("Support Devices"),
+    "healed_fracture": _spec("Fracture", SIDES),
+    "pleural_thickening": _spec("Pleural Other", SIDES, ZONES),
+    "hernia": _spec(),
+    "clips": _spec("Support Devices", SIDES, ZONES),
+    "sternotomy_wires": _spec("Support Devices"),
 }
 PHANTOM_NAMES = tuple(n for n, s in FINDINGS.items() if s.in_phantom)
 
 # %% ../../nbs/data/00_phantom.ipynb #80a0d240
-def _pick(rng, options): return options[int(rng.integers(len(options)))]
+def _pick(rng, options):
+    return options[int(rng.integers(len(options)))]
+
 
 def _random_finding(name, rng):
     "A finding of this name with side, zone and severity drawn evenly from what its spec allows."
     spec, draw = FINDINGS[name], lambda options: _pick(rng, options) if options else None
     kind = _pick(rng, tuple(KINDS)) if name == "device" else None
-    return Finding(name, draw(KINDS[kind] if kind else spec.sides), draw(spec.zones), draw(spec.severities), kind)
+    return Finding(
+        name, draw(KINDS[kind] if kind else spec.sides), draw(spec.zones), draw(spec.severities), kind
+    )
+
 
 def _cells(f):
     "The (side, zone) cells of the lungs that a finding needs for itself."
-    zones = {"effusion": ("lower", "mid") if f.severity == "severe" else ("lower",), "pneumothorax": ("upper",),
-             "edema": ("mid",)}.get(f.name, (f.zone,) if f.zone else ())
+    zones = {
+        "effusion": ("lower", "mid") if f.severity == "severe" else ("lower",),
+        "pneumothorax": ("upper",),
+        "edema": ("mid",),
+    }.get(f.name, (f.zone,) if f.zone else ())
     sides = _ONE if f.side == "bilateral" or f.name == "edema" else (f.side,)
     return {(s, z) for s in sides for z in zones}
 
+
 def _compatible(finding, others):
     "May `finding` stand beside `others`? Not with its own name, nor in a cell that is taken."
-    hazy = {"edema", "opacity", "consolidation"}         # edema's haze would hide a faint patch
+    hazy = {"edema", "opacity", "consolidation"}  # edema's haze would hide a faint patch
     for o in others:
-        if o.name == finding.name or _cells(o) & _cells(finding): return False
-        if "edema" in (o.name, finding.name) and {o.name, finding.name} <= hazy: return False
+        if o.name == finding.name or _cells(o) & _cells(finding):
+            return False
+        if "edema" in (o.name, finding.name) and {o.name, finding.name} <= hazy:
+            return False
     return True
+
 
 def sample_findings(rng):
     "Draw the truth of one study: a tuple of Finding, empty for about a fifth of the studies, else one to three."
-    n, names, found = int(rng.choice(4, p=[.2, .3, .3, .2])), rng.permutation(PHANTOM_NAMES), []
+    n, names, found = int(rng.choice(4, p=[0.2, 0.3, 0.3, 0.2])), rng.permutation(PHANTOM_NAMES), []
     for name in map(str, names):
         f = _random_finding(name, rng)
-        if len(found) < n and _compatible(f, found): found.append(f)
+        if len(found) < n and _compatible(f, found):
+            found.append(f)
     return tuple(found)
 
 # %% ../../nbs/data/00_phantom.ipynb #cbf8a0cb
 _F = np.float32
 
+
 @lru_cache
 def _grid(size):
     "Pixel centres: x as a row (1, size), y as a column (size, 1)."
-    c = ((np.arange(size) + .5) / size).astype(_F)
+    c = ((np.arange(size) + 0.5) / size).astype(_F)
     return c[None, :], c[:, None]
+
 
 @lru_cache
 def _stretch(size, cells):
     "Matrix (size, cells) that interpolates `cells` values cubically over `size` pixels."
-    return CubicSpline(np.linspace(0, 1, cells), np.eye(cells))((np.arange(size) + .5) / size).astype(_F)
+    return CubicSpline(np.linspace(0, 1, cells), np.eye(cells))((np.arange(size) + 0.5) / size).astype(_F)
+
 
 def _noise(rng, size, cells):
     "Smooth noise (size, size) of unit scale with about `cells` bumps a side."
     m = _stretch(size, cells)
     return m @ rng.standard_normal((cells, cells), dtype=_F) @ m.T
 
+
 def _smooth(t):
     t = np.clip(t, 0, 1)
-    rest = -2 * t                       # t² (3 - 2t), in place: this is called fifty times a film
-    rest += 3; rest *= t; rest *= t
+    rest = -2 * t  # t² (3 - 2t), in place: this is called fifty times a film
+    rest += 3
+    rest *= t
+    rest *= t
     return rest
+
 
 def _edge(distance, softness):
     "0 outside (distance << 0), 1 inside, with a soft border about two `softness` wide."
-    return _smooth(distance / (2 * softness) + .5)
+    return _smooth(distance / (2 * softness) + 0.5)
+
 
 def _bump(distance, width):
     d = distance * (1 / width)
     d *= d
     return np.exp(-d)
+
 
 def _strokes(size, lines):
     "Anti-aliased polylines: `lines` holds (points [(x, y)…], width, brightness in [0, 1]) in units of the image."
@@ -134,24 +186,30 @@ def _strokes(size, lines):
     canvas = Image.new("L", (size * scale,) * 2)
     draw = ImageDraw.Draw(canvas)
     for points, width, bright in lines:
-        draw.line([(x * size * scale, y * size * scale) for x, y in points], fill=int(255 * bright),
-                  width=max(1, round(width * size * scale)), joint="curve")
+        draw.line(
+            [(x * size * scale, y * size * scale) for x, y in points],
+            fill=int(255 * bright),
+            width=max(1, round(width * size * scale)),
+            joint="curve",
+        )
     return np.asarray(canvas.reduce(scale), dtype=_F) / 255
 
 # %% ../../nbs/data/00_phantom.ipynb #661ae3af
-_HILUM, _TREES = (.085, .43), 12
+_HILUM, _TREES = (0.085, 0.43), 12
+
 
 def _grow(rng, q, y, angle, length, width, lines, depth=0):
     "Add a branch that starts at (q, y) and its twigs to `lines`; q is the distance from the midline."
     points = [(q, y)]
     for _ in range(4):
-        angle += rng.normal(0, .12)
+        angle += rng.normal(0, 0.12)
         q, y = q + length / 4 * np.cos(angle), y + length / 4 * np.sin(angle)
         points.append((q, y))
-    lines.append((points, width, min(1, .35 + width * 55)))
+    lines.append((points, width, min(1, 0.35 + width * 55)))
     if depth < 4:
-        for turn in (rng.uniform(.15, .5), -rng.uniform(.2, .6)):
-            _grow(rng, q, y, angle + turn, length * rng.uniform(.65, .85), width * .66, lines, depth + 1)
+        for turn in (rng.uniform(0.15, 0.5), -rng.uniform(0.2, 0.6)):
+            _grow(rng, q, y, angle + turn, length * rng.uniform(0.65, 0.85), width * 0.66, lines, depth + 1)
+
 
 @lru_cache
 def _vessels(size):
@@ -161,58 +219,98 @@ def _vessels(size):
         rng, lines = np.random.default_rng(i), []
         for sign in (-1, 1):
             side = []
-            for angle in np.array([-1.25, -.85, -.35, .1, .55, .95, 1.35]) + rng.normal(0, .1, 7):
-                _grow(rng, _HILUM[0] + rng.normal(0, .010), _HILUM[1] + .035 * angle + rng.normal(0, .012), angle,
-                      rng.uniform(.08, .12), rng.uniform(.006, .013), side)
-            lines += [([(.5 + sign * q, y) for q, y in p], w, b) for p, w, b in side]
-        lines.sort(key=lambda line: line[1])                       # thick vessels over thin ones
+            for angle in np.array([-1.25, -0.85, -0.35, 0.1, 0.55, 0.95, 1.35]) + rng.normal(0, 0.1, 7):
+                _grow(
+                    rng,
+                    _HILUM[0] + rng.normal(0, 0.010),
+                    _HILUM[1] + 0.035 * angle + rng.normal(0, 0.012),
+                    angle,
+                    rng.uniform(0.08, 0.12),
+                    rng.uniform(0.006, 0.013),
+                    side,
+                )
+            lines += [([(0.5 + sign * q, y) for q, y in p], w, b) for p, w, b in side]
+        lines.sort(key=lambda line: line[1])  # thick vessels over thin ones
         maps.append(_strokes(size, lines))
     return np.stack(maps)
 
 # %% ../../nbs/data/00_phantom.ipynb #24ef3d2f
-_CTR = {None: (.395, .455), "mild": (.52, .55), "moderate": (.585, .615), "severe": (.65, .69)}   # cardiothoracic ratio
+_CTR = {
+    None: (0.395, 0.455),
+    "mild": (0.52, 0.55),
+    "moderate": (0.585, 0.615),
+    "severe": (0.65, 0.69),
+}  # cardiothoracic ratio
+
 
 def _anatomy(findings, rng):
     "The shape parameters of one patient, in units of the image."
     has = {f.name: f for f in findings}
     n = lambda scale: float(rng.normal(0, scale))
     a = SimpleNamespace(
-        cx=.5 + n(.015), tilt=n(.03), curve=n(.004), half=.382 + n(.018), apex=.115 + n(.016), dome=.725 + n(.02),
-        lift={"left": -.022 + n(.006), "right": 0.}, drop=.10 + abs(n(.012)), knob=.026 + n(.004), descend=.0, wide=abs(n(.004)),
-        ribs=.068 + n(.003), phase=rng.random(), build=1 + n(.06), breast=max(0., .05 + n(.06)), bony=rng.uniform(.75, 1.25),
-        hila={"left": 1., "right": 1.})
+        cx=0.5 + n(0.015),
+        tilt=n(0.03),
+        curve=n(0.004),
+        half=0.382 + n(0.018),
+        apex=0.115 + n(0.016),
+        dome=0.725 + n(0.02),
+        lift={"left": -0.022 + n(0.006), "right": 0.0},
+        drop=0.10 + abs(n(0.012)),
+        knob=0.026 + n(0.004),
+        descend=0.0,
+        wide=abs(n(0.004)),
+        ribs=0.068 + n(0.003),
+        phase=rng.random(),
+        build=1 + n(0.06),
+        breast=max(0.0, 0.05 + n(0.06)),
+        bony=rng.uniform(0.75, 1.25),
+        hila={"left": 1.0, "right": 1.0},
+    )
     low, high = _CTR[has["cardiomegaly"].severity or "moderate" if "cardiomegaly" in has else None]
     a.ctr = rng.uniform(low, high)
     for f in findings:
         sides = _ONE if f.side == "bilateral" else (f.side or _pick(rng, _ONE),)
-        if f.name == "low_volume": a.dome -= .085
-        if f.name == "high_volume": a.dome += .045; a.drop -= .035
-        if f.name == "flat_diaphragm": a.drop -= .075
+        if f.name == "low_volume":
+            a.dome -= 0.085
+        if f.name == "high_volume":
+            a.dome += 0.045
+            a.drop -= 0.035
+        if f.name == "flat_diaphragm":
+            a.drop -= 0.075
         if f.name in ("elevated_diaphragm", "atelectasis"):
-            for s in sides: a.lift[s] += .085 if f.name == "elevated_diaphragm" else .034      # volume loss
+            for s in sides:
+                a.lift[s] += 0.085 if f.name == "elevated_diaphragm" else 0.034  # volume loss
         if f.name == "hilar_enlargement":
-            for s in sides: a.hila[s] = 2.1
-        if f.name == "tortuous_aorta": a.knob, a.descend = .052, .035
-        if f.name == "wide_mediastinum": a.wide = .035
-        if f.name == "scoliosis": a.curve = float(rng.choice([-1, 1])) * rng.uniform(.028, .042)
+            for s in sides:
+                a.hila[s] = 2.1
+        if f.name == "tortuous_aorta":
+            a.knob, a.descend = 0.052, 0.035
+        if f.name == "wide_mediastinum":
+            a.wide = 0.035
+        if f.name == "scoliosis":
+            a.curve = float(rng.choice([-1, 1])) * rng.uniform(0.028, 0.042)
     return a
 
-_KNOTS = np.array([-.3, 0, .15, .25, .33, .42, .50, .62, .75, .88, 1.0, 1.3])      # rows: 0 apex of the lung, 1 dome
-_LEFT = np.array([.10, .060, .056, .058, .060, .062, .078, .125, .175, .205, .200, .17])
-_RIGHT = np.array([.10, .058, .054, .056, .058, .062, .072, .093, .105, .105, .095, .07])
-_TABLE = np.linspace(-.3, 1.3, 160)
+
+_KNOTS = np.array(
+    [-0.3, 0, 0.15, 0.25, 0.33, 0.42, 0.50, 0.62, 0.75, 0.88, 1.0, 1.3]
+)  # rows: 0 apex of the lung, 1 dome
+_LEFT = np.array([0.10, 0.060, 0.056, 0.058, 0.060, 0.062, 0.078, 0.125, 0.175, 0.205, 0.200, 0.17])
+_RIGHT = np.array([0.10, 0.058, 0.054, 0.056, 0.058, 0.062, 0.072, 0.093, 0.105, 0.105, 0.095, 0.07])
+_TABLE = np.linspace(-0.3, 1.3, 160)
 _TO_TABLE = CubicSpline(_KNOTS, np.eye(len(_KNOTS)))(_TABLE)
+
 
 def _borders(a, y):
     "Distance of the mediastinal border and of the chest wall from the midline for each row: (left, right, wall)."
     t = (y - a.apex) / (a.dome - a.apex)
-    heart = a.ctr * 2 * a.half / .31                          # at 1 the heart is .31 wide
-    grow = 1 + (heart - 1) * np.clip((_KNOTS - .38) / .3, 0, 1)
-    chest = a.wide * _bump(_KNOTS - .25, .25)
-    aorta = a.knob * _bump(_KNOTS - .33, .07) + a.descend * _bump(_KNOTS - .55, .2)
+    heart = a.ctr * 2 * a.half / 0.31  # at 1 the heart is .31 wide
+    grow = 1 + (heart - 1) * np.clip((_KNOTS - 0.38) / 0.3, 0, 1)
+    chest = a.wide * _bump(_KNOTS - 0.25, 0.25)
+    aorta = a.knob * _bump(_KNOTS - 0.33, 0.07) + a.descend * _bump(_KNOTS - 0.55, 0.2)
     left = np.interp(t, _TABLE, _TO_TABLE @ (_LEFT * grow + chest + aorta))
     right = np.interp(t, _TABLE, _TO_TABLE @ (_RIGHT * grow + chest))
-    wall = a.half * np.sqrt(1 - np.clip(1 - t, 0, 1) ** 2.4) * (1 - .05 * np.clip(t - .8, 0, 1))
+    wall = a.half * np.sqrt(1 - np.clip(1 - t, 0, 1) ** 2.4) * (1 - 0.05 * np.clip(t - 0.8, 0, 1))
     return left.astype(_F), right.astype(_F), wall.astype(_F)
 
 # %% ../../nbs/data/00_phantom.ipynb #c2357189
@@ -221,142 +319,209 @@ def _expose(a, size, rng):
     x, y = _grid(size)
     row = y[:, 0]
     left, right, wall = _borders(a, row)
-    middle = a.cx + a.tilt * (row - .5) + a.curve * np.sin((row - .1) * 6.5)
+    middle = a.cx + a.tilt * (row - 0.5) + a.curve * np.sin((row - 0.1) * 6.5)
     u = x - middle[:, None].astype(_F)
     q, is_left = np.abs(u), u > 0
     med, w = np.where(is_left, left[:, None], right[:, None]), wall[:, None]
     top = np.where(is_left, _F(a.dome - a.lift["left"]), _F(a.dome - a.lift["right"]))
-    off = q - .19
-    dome = top + np.where(off > 0, _F(a.drop / (a.half - .19) ** 2), _F(.9)) * off * off
-    inside = _edge(w - q, .008)                                            # the rib cage
-    air = inside * _edge(dome - y, .010)
-    lung = air * _edge(q - med, .010 + .012 * _smooth((.34 - y) / .1))      # the heart's border is crisp, great vessels fade
-    f = SimpleNamespace(a=a, size=size, rng=rng, x=x, y=y, u=u, q=q, lung=lung, air=air, left=left, right=right, wall=wall,
-                        middle=middle, row=row, dome=dome, lines=[], marks=[], w=w, med=med)
-    outline = np.interp(row, [0, .04, .08, .12, .17, .24, .34, .5, .7, 1], [.14, .15, .19, .31, .45, .53, .54, .51, .485, .48])
-    f.depth = outline[:, None].astype(_F) * _F(a.build) - q                # inward from the skin
-    f.body = _edge(f.depth, .012)
+    off = q - 0.19
+    dome = top + np.where(off > 0, _F(a.drop / (a.half - 0.19) ** 2), _F(0.9)) * off * off
+    inside = _edge(w - q, 0.008)  # the rib cage
+    air = inside * _edge(dome - y, 0.010)
+    lung = air * _edge(
+        q - med, 0.010 + 0.012 * _smooth((0.34 - y) / 0.1)
+    )  # the heart's border is crisp, great vessels fade
+    f = SimpleNamespace(
+        a=a,
+        size=size,
+        rng=rng,
+        x=x,
+        y=y,
+        u=u,
+        q=q,
+        lung=lung,
+        air=air,
+        left=left,
+        right=right,
+        wall=wall,
+        middle=middle,
+        row=row,
+        dome=dome,
+        lines=[],
+        marks=[],
+        w=w,
+        med=med,
+    )
+    outline = np.interp(
+        row,
+        [0, 0.04, 0.08, 0.12, 0.17, 0.24, 0.34, 0.5, 0.7, 1],
+        [0.14, 0.15, 0.19, 0.31, 0.45, 0.53, 0.54, 0.51, 0.485, 0.48],
+    )
+    f.depth = outline[:, None].astype(_F) * _F(a.build) - q  # inward from the skin
+    f.body = _edge(f.depth, 0.012)
     f.base, f.bone = _tissue(f), _bones(f)
     f.vessels = _vessel_pair(f)
-    hila = _bump((q - .095) / .034, 1) * _bump((y - _HILUM[1] - .01) / .055, 1)
+    hila = _bump((q - 0.095) / 0.034, 1) * _bump((y - _HILUM[1] - 0.01) / 0.055, 1)
     hila *= np.where(is_left, _F(a.hila["left"]), _F(a.hila["right"]))
-    mottle = .020 * _noise(rng, size, 34) + .014 * _noise(rng, size, 15)
-    f.haze = lung * (.19 * f.vessels * np.clip(1.25 - 1.2 * q / a.half, .3, 1) + .15 * hila + mottle + .03)
+    mottle = 0.020 * _noise(rng, size, 34) + 0.014 * _noise(rng, size, 15)
+    f.haze = lung * (
+        0.19 * f.vessels * np.clip(1.25 - 1.2 * q / a.half, 0.3, 1) + 0.15 * hila + mottle + 0.03
+    )
     return f
+
 
 def _tissue(f):
     "Soft tissue, lungs, mediastinum and abdomen: the base layer."
     a, y, q, u = f.a, f.y, f.q, f.u
     t = (y - a.apex) / (a.dome - a.apex)
-    wall = .44 + .14 * _bump(y - .15, .09) + .10 * _edge(.075 - np.hypot(q - .47, y - .19), .02)     # shoulders are thick
-    below = _smooth((y - f.dome) / .2)
-    belly = .64 + .07 * below - .10 * _smooth((q - .30) / .2)
-    heart = _edge(f.med - q, .03) * _smooth((t - .45) / .2)
-    centre = .54 + .13 * heart + .05 * _bump(y - .33, .06) - .06 * _smooth((.2 - y) / .2)
-    centre = centre + .035 * _edge(.052 - u, .004) * (u > 0) * _smooth((t - .3) / .1)             # edge of the aorta
+    wall = (
+        0.44 + 0.14 * _bump(y - 0.15, 0.09) + 0.10 * _edge(0.075 - np.hypot(q - 0.47, y - 0.19), 0.02)
+    )  # shoulders are thick
+    below = _smooth((y - f.dome) / 0.2)
+    belly = 0.64 + 0.07 * below - 0.10 * _smooth((q - 0.30) / 0.2)
+    heart = _edge(f.med - q, 0.03) * _smooth((t - 0.45) / 0.2)
+    centre = 0.54 + 0.13 * heart + 0.05 * _bump(y - 0.33, 0.06) - 0.06 * _smooth((0.2 - y) / 0.2)
+    centre = centre + 0.035 * _edge(0.052 - u, 0.004) * (u > 0) * _smooth(
+        (t - 0.3) / 0.1
+    )  # edge of the aorta
     soft = np.where(q < f.w, centre, wall)
-    soft = soft + (belly - soft) * _edge(y - f.dome, .02) * _edge(f.w + .03 - q, .05)
-    rim = np.exp(-np.clip(f.w - q, 0, 1) / .04)                                # the wall is seen edge-on
-    lung = .13 + .15 * rim + .06 * _smooth((t - .35) / .6) + .10 * _smooth((.28 - t) / .28)
-    lung = lung + a.breast * _bump(q - .20, .14) * _edge(.93 - t - .6 * (q - .2) ** 2, .05) * _smooth((t - .35) / .35)
+    soft = soft + (belly - soft) * _edge(y - f.dome, 0.02) * _edge(f.w + 0.03 - q, 0.05)
+    rim = np.exp(-np.clip(f.w - q, 0, 1) / 0.04)  # the wall is seen edge-on
+    lung = 0.13 + 0.15 * rim + 0.06 * _smooth((t - 0.35) / 0.6) + 0.10 * _smooth((0.28 - t) / 0.28)
+    lung = lung + a.breast * _bump(q - 0.20, 0.14) * _edge(0.93 - t - 0.6 * (q - 0.2) ** 2, 0.05) * _smooth(
+        (t - 0.35) / 0.35
+    )
     base = soft + (lung - soft) * f.lung
-    base += .12 * _bump(u, .048) * (1 - .35 * _smooth((.3 - y) / .3) - .4 * below)                # spine
-    base += .022 * (np.cos(y * (2 * np.pi / .058)) + .3) * _bump(u, .042)
-    base += .03 * _bump(q - .046, .006) * (1 - below)
-    base -= .15 * _bump(u + .003, .017) * _edge(.35 - y, .03)                  # windpipe, then the main bronchi
-    base -= .07 * _bump(q - .8 * (y - .335), .013) * _edge(.42 - y, .02) * _edge(y - .335, .01)
-    return base * f.body * (1 - .4 * np.exp(-np.clip(f.depth, 0, 1) / .045))     # flanks thin out
+    base += 0.12 * _bump(u, 0.048) * (1 - 0.35 * _smooth((0.3 - y) / 0.3) - 0.4 * below)  # spine
+    base += 0.022 * (np.cos(y * (2 * np.pi / 0.058)) + 0.3) * _bump(u, 0.042)
+    base += 0.03 * _bump(q - 0.046, 0.006) * (1 - below)
+    base -= 0.15 * _bump(u + 0.003, 0.017) * _edge(0.35 - y, 0.03)  # windpipe, then the main bronchi
+    base -= 0.07 * _bump(q - 0.8 * (y - 0.335), 0.013) * _edge(0.42 - y, 0.02) * _edge(y - 0.335, 0.01)
+    return base * f.body * (1 - 0.4 * np.exp(-np.clip(f.depth, 0, 1) / 0.045))  # flanks thin out
+
 
 def _bones(f):
     "Ribs as two periodic bands, front and back, and the collar bones."
     a, y, q, w = f.a, f.y, f.q, f.w
     s = q / _F(a.half)
     behind = (y - _rib_course(s, y)) / _F(a.ribs) + _F(a.phase)
-    front = (y + .19 * s - .04 * s * s) / _F(a.ribs * 1.15) + _F(a.phase * 2)
+    front = (y + 0.19 * s - 0.04 * s * s) / _F(a.ribs * 1.15) + _F(a.phase * 2)
     d = np.abs(behind - np.rint(behind))
-    back = _edge(.25 - d, .08) * .55 + _bump(d - .22, .06) * .6
+    back = _edge(0.25 - d, 0.08) * 0.55 + _bump(d - 0.22, 0.06) * 0.6
     d = np.abs(front - np.rint(front))
-    fore = (_edge(.26 - d, .09) * .7 + _bump(d - .24, .06) * .4) * _smooth((s - .40) / .3)
-    cage = _edge(w + .012 - q, .006) * _edge(q - .035, .01) * (1 - .85 * _edge(y - f.dome, .03)) * (1 - .6 * _edge(f.med - q, .02))
-    fade = 1.15 - .55 * _smooth((y - .3) / .4)                                  # the lower ribs drown in soft tissue
-    ribs = cage * fade * _F(a.bony) * (.115 * back + .065 * fore)
-    ribs += .06 * _bump(q - w - .008, .010) * _edge(f.dome + .05 - y, .05) * _edge(y - a.apex, .02)
-    d = np.abs(y - (a.apex + .082 - .23 * (q - .04) + .42 * (q - .2) ** 2))
-    collar = (_edge(.015 - d, .004) * .7 + _bump(d - .013, .004) * .6) * _smooth((q - .03) / .03) * _smooth((.46 - q) / .06)
-    scapula = _edge(q - .385 - .10 * (y - .3), .006) * _smooth((y - .16) / .05) * _smooth((.46 - y) / .1) * _edge(.47 - q, .03)
-    return (ribs + .15 * collar + .06 * scapula) * f.body
+    fore = (_edge(0.26 - d, 0.09) * 0.7 + _bump(d - 0.24, 0.06) * 0.4) * _smooth((s - 0.40) / 0.3)
+    cage = (
+        _edge(w + 0.012 - q, 0.006)
+        * _edge(q - 0.035, 0.01)
+        * (1 - 0.85 * _edge(y - f.dome, 0.03))
+        * (1 - 0.6 * _edge(f.med - q, 0.02))
+    )
+    fade = 1.15 - 0.55 * _smooth((y - 0.3) / 0.4)  # the lower ribs drown in soft tissue
+    ribs = cage * fade * _F(a.bony) * (0.115 * back + 0.065 * fore)
+    ribs += 0.06 * _bump(q - w - 0.008, 0.010) * _edge(f.dome + 0.05 - y, 0.05) * _edge(y - a.apex, 0.02)
+    d = np.abs(y - (a.apex + 0.082 - 0.23 * (q - 0.04) + 0.42 * (q - 0.2) ** 2))
+    collar = (
+        (_edge(0.015 - d, 0.004) * 0.7 + _bump(d - 0.013, 0.004) * 0.6)
+        * _smooth((q - 0.03) / 0.03)
+        * _smooth((0.46 - q) / 0.06)
+    )
+    scapula = (
+        _edge(q - 0.385 - 0.10 * (y - 0.3), 0.006)
+        * _smooth((y - 0.16) / 0.05)
+        * _smooth((0.46 - y) / 0.1)
+        * _edge(0.47 - q, 0.03)
+    )
+    return (ribs + 0.15 * collar + 0.06 * scapula) * f.body
+
 
 def _rib_course(s, y):
     "How far a posterior rib has come down at `s`, its distance from the midline in half chests: first up a little, then round."
-    return (.155 * s ** 2.4 - .04 * s) * (.75 + .6 * y)
+    return (0.155 * s**2.4 - 0.04 * s) * (0.75 + 0.6 * y)
+
 
 def _vessel_pair(f):
     "One tree of the bank for each lung, shifted to where this patient's hila are."
     bank, i, j = _vessels(f.size), *f.rng.integers(_TREES, size=2)
-    shift = (round(float(f.rng.normal(0, .012)) * f.size), round((f.a.cx - .5) * f.size))
-    return np.roll(np.where(_grid(f.size)[0] > .5, bank[i], bank[j]), shift, (0, 1))
+    shift = (round(float(f.rng.normal(0, 0.012)) * f.size), round((f.a.cx - 0.5) * f.size))
+    return np.roll(np.where(_grid(f.size)[0] > 0.5, bank[i], bank[j]), shift, (0, 1))
+
 
 def _develop(f, rng):
     "Turn densities into an 8-bit film: gas bubble, layers, strokes, exposure, grain."
     a, size = f.a, f.size
-    if rng.random() < .75:
-        bx, by = .15 + rng.normal(0, .02), a.dome - a.lift["left"] + .065 + rng.normal(0, .008)
-        f.base -= rng.uniform(.08, .2) * _edge(1 - np.hypot((f.u - bx) / .05, (f.y - by) / .024), .3) * _edge(f.y - f.dome - .01, .01)
+    if rng.random() < 0.75:
+        bx, by = 0.15 + rng.normal(0, 0.02), a.dome - a.lift["left"] + 0.065 + rng.normal(0, 0.008)
+        f.base -= (
+            rng.uniform(0.08, 0.2)
+            * _edge(1 - np.hypot((f.u - bx) / 0.05, (f.y - by) / 0.024), 0.3)
+            * _edge(f.y - f.dome - 0.01, 0.01)
+        )
     density = f.base + f.haze + f.bone
-    if rng.random() < .6:                                                      # the technician's letter on the patient's left
-        mx, my = .925, rng.uniform(.04, .07)
-        f.lines.append(([(mx, my), (mx, my + .045), (mx + .025, my + .045)], .008, .8))
-    if f.lines: density += _strokes(size, f.lines)
-    gx, gy = rng.normal(0, .035, 2)
-    density += .010 * _noise(rng, size, 5) + _F(gx) * (f.x - .5) + _F(gy) * (f.y - .5)      # uneven exposure
-    exposure, contrast, gamma = rng.normal(0, .025), rng.uniform(1.05, 1.4), rng.uniform(.8, 1.1)
-    film = np.clip((density - .06 + exposure) * contrast, 0, None)
-    film = (film - .45 * np.clip(film - .70, 0, None)) ** _F(gamma)                       # film saturates softly
-    film += _F(rng.uniform(.010, .022)) * rng.standard_normal((size, size), dtype=_F)
+    if rng.random() < 0.6:  # the technician's letter on the patient's left
+        mx, my = 0.925, rng.uniform(0.04, 0.07)
+        f.lines.append(([(mx, my), (mx, my + 0.045), (mx + 0.025, my + 0.045)], 0.008, 0.8))
+    if f.lines:
+        density += _strokes(size, f.lines)
+    gx, gy = rng.normal(0, 0.035, 2)
+    density += 0.010 * _noise(rng, size, 5) + _F(gx) * (f.x - 0.5) + _F(gy) * (f.y - 0.5)  # uneven exposure
+    exposure, contrast, gamma = rng.normal(0, 0.025), rng.uniform(1.05, 1.4), rng.uniform(0.8, 1.1)
+    film = np.clip((density - 0.06 + exposure) * contrast, 0, None)
+    film = (film - 0.45 * np.clip(film - 0.70, 0, None)) ** _F(gamma)  # film saturates softly
+    film += _F(rng.uniform(0.010, 0.022)) * rng.standard_normal((size, size), dtype=_F)
     return (np.clip(film, 0, 1) * 255).astype(np.uint8)
 
 # %% ../../nbs/data/00_phantom.ipynb #e538e60b
 _PAINT = {}
-_AMOUNT = {None: .5, "mild": 0., "moderate": .5, "severe": 1.}
+_AMOUNT = {None: 0.5, "mild": 0.0, "moderate": 0.5, "severe": 1.0}
+
 
 def _painter(*names):
     def register(paint):
         _PAINT.update(dict.fromkeys(names, paint))
         return paint
+
     return register
+
 
 def _sides(finding, rng):
     "The sides to paint as signs: +1 is the patient's left, the right of the image."
-    if finding.side == "bilateral": return (-1, 1)
+    if finding.side == "bilateral":
+        return (-1, 1)
     return ({"left": 1, "right": -1}[finding.side or _pick(rng, _ONE)],)
 
-def _spot(film, sign, zone, rng, lateral=(.35, .7)):
+
+def _spot(film, sign, zone, rng, lateral=(0.35, 0.7)):
     "A point (u, y) inside the lung of that side and zone."
     a = film.a
-    t = {"upper": .27, "mid": .53, "lower": .78}[zone or _pick(rng, ZONES)] + rng.uniform(-.05, .05)
+    t = {"upper": 0.27, "mid": 0.53, "lower": 0.78}[zone or _pick(rng, ZONES)] + rng.uniform(-0.05, 0.05)
     lift = a.lift["left" if sign > 0 else "right"]
     y = a.apex + t * (a.dome - lift - a.apex)
     i = min(film.size - 1, int(y * film.size))
     near, far = (film.left if sign > 0 else film.right)[i], film.wall[i]
     return sign * (near + rng.uniform(*lateral) * (far - near)), y
 
+
 def _box(film, u0, y0, u1, y1):
     "A box given in (u, y) as image coordinates."
     shift = float(np.interp((y0 + y1) / 2, film.row, film.middle))
     return (min(u0, u1) + shift, y0, max(u0, u1) + shift, y1)
 
+
 def _union(boxes):
     b = np.array(boxes)
     return (*b[:, :2].min(0), *b[:, 2:].max(0))
+
 
 def _at(film, points):
     "Points (u, y) to image coordinates (x, y)."
     return [(u + float(np.interp(y, film.row, film.middle)), y) for u, y in points]
 
+
 def _blob(film, u, y, ru, ry, rough, soft, cells=14):
     "A soft ellipse with a ragged border, clipped to the lungs."
     r = np.hypot((film.u - u) / ru, (film.y - y) / ry)
-    if rough: r = r + rough * _noise(film.rng, film.size, cells)
+    if rough:
+        r = r + rough * _noise(film.rng, film.size, cells)
     return _edge(1 - r, soft) * film.lung
 
 # %% ../../nbs/data/00_phantom.ipynb #a9e1bb32
@@ -364,57 +529,80 @@ def _blob(film, u, y, ru, ry, rough, soft, cells=14):
 def _consolidation(film, finding, rng):
     boxes = []
     for sign in _sides(finding, rng):
-        u, y = _spot(film, sign, finding.zone, rng, (.35, .6))
-        ru, ry = rng.uniform(.085, .115), rng.uniform(.075, .10)
-        patch = _blob(film, u, y, ru * 1.15, ry * 1.15, .28, .42)
-        film.haze += patch * (.38 + .07 * _noise(rng, film.size, 28) - .2 * film.vessels)      # air bronchograms stay dark
+        u, y = _spot(film, sign, finding.zone, rng, (0.35, 0.6))
+        ru, ry = rng.uniform(0.085, 0.115), rng.uniform(0.075, 0.10)
+        patch = _blob(film, u, y, ru * 1.15, ry * 1.15, 0.28, 0.42)
+        film.haze += patch * (
+            0.38 + 0.07 * _noise(rng, film.size, 28) - 0.2 * film.vessels
+        )  # air bronchograms stay dark
         boxes.append(_box(film, u - ru, y - ry, u + ru, y + ry))
     return _union(boxes)
+
 
 @_painter("opacity")
 def _opacity(film, finding, rng):
     boxes = []
     for sign in _sides(finding, rng):
-        u, y = _spot(film, sign, finding.zone, rng, (.4, .6))
-        ru, ry = rng.uniform(.12, .15), rng.uniform(.10, .125)
-        film.haze += _blob(film, u, y, ru * 1.1, ry * 1.1, .15, .7, 9) * (.22 + .1 * _AMOUNT[finding.severity])
+        u, y = _spot(film, sign, finding.zone, rng, (0.4, 0.6))
+        ru, ry = rng.uniform(0.12, 0.15), rng.uniform(0.10, 0.125)
+        film.haze += _blob(film, u, y, ru * 1.1, ry * 1.1, 0.15, 0.7, 9) * (
+            0.22 + 0.1 * _AMOUNT[finding.severity]
+        )
         boxes.append(_box(film, u - ru, y - ry, u + ru, y + ry))
     return _union(boxes)
+
 
 @_painter("atelectasis")
 def _atelectasis(film, finding, rng):
     boxes = []
     for sign in _sides(finding, rng):
         zone = finding.zone or "lower"
-        u, y = _spot(film, sign, zone, rng, (.4, .55))
-        y += .03 * (zone == "lower")
-        length, slope = rng.uniform(.075, .10), rng.uniform(-.3, .3)
-        for k in range(2 if rng.random() < .6 else 3):
-            dy, half, du = (k - .5) * rng.uniform(.025, .045), length * rng.uniform(.6, 1), rng.normal(0, .015)
-            d = film.y - (y + dy + (slope + rng.normal(0, .12)) * sign * (film.u - u))
-            film.haze += rng.uniform(.32, .42) * _bump(d, rng.uniform(.010, .015)) * _edge(half - np.abs(film.u - u - du), .03) * film.lung
-        boxes.append(_box(film, u - length, y - .045, u + length, y + .065))
+        u, y = _spot(film, sign, zone, rng, (0.4, 0.55))
+        y += 0.03 * (zone == "lower")
+        length, slope = rng.uniform(0.075, 0.10), rng.uniform(-0.3, 0.3)
+        for k in range(2 if rng.random() < 0.6 else 3):
+            dy, half, du = (
+                (k - 0.5) * rng.uniform(0.025, 0.045),
+                length * rng.uniform(0.6, 1),
+                rng.normal(0, 0.015),
+            )
+            d = film.y - (y + dy + (slope + rng.normal(0, 0.12)) * sign * (film.u - u))
+            film.haze += (
+                rng.uniform(0.32, 0.42)
+                * _bump(d, rng.uniform(0.010, 0.015))
+                * _edge(half - np.abs(film.u - u - du), 0.03)
+                * film.lung
+            )
+        boxes.append(_box(film, u - length, y - 0.045, u + length, y + 0.065))
     return _union(boxes)
+
 
 @_painter("edema")
 def _edema(film, finding, rng):
-    amount = .4 + .6 * _AMOUNT[finding.severity]
-    cloud = _bump(film.q - .12, .13 + .07 * amount) * _bump(film.y - .48, .18 + .06 * amount)
-    grain = 1 + .22 * _noise(rng, film.size, 16) + .12 * _noise(rng, film.size, 34)
-    film.haze += film.lung * cloud * ((.12 + .27 * amount) * grain - .08 * film.vessels)
-    for sign in (-1, 1):                                                     # Kerley B lines
-        for y in rng.uniform(.55, .70, 5):
+    amount = 0.4 + 0.6 * _AMOUNT[finding.severity]
+    cloud = _bump(film.q - 0.12, 0.13 + 0.07 * amount) * _bump(film.y - 0.48, 0.18 + 0.06 * amount)
+    grain = 1 + 0.22 * _noise(rng, film.size, 16) + 0.12 * _noise(rng, film.size, 34)
+    film.haze += film.lung * cloud * ((0.12 + 0.27 * amount) * grain - 0.08 * film.vessels)
+    for sign in (-1, 1):  # Kerley B lines
+        for y in rng.uniform(0.55, 0.70, 5):
             wall = float(np.interp(y, film.row, film.wall))
-            film.lines.append((_at(film, [(sign * (wall - .045), y), (sign * (wall - .008), y + .002)]), .005, .10 + .1 * amount))
-    return _box(film, -.8 * film.a.half, .27, .8 * film.a.half, .68)
+            film.lines.append(
+                (
+                    _at(film, [(sign * (wall - 0.045), y), (sign * (wall - 0.008), y + 0.002)]),
+                    0.005,
+                    0.10 + 0.1 * amount,
+                )
+            )
+    return _box(film, -0.8 * film.a.half, 0.27, 0.8 * film.a.half, 0.68)
+
 
 @_painter("nodule")
 def _nodule(film, finding, rng):
     boxes = []
     for sign in _sides(finding, rng):
-        u, y = _spot(film, sign, finding.zone, rng, (.35, .75))
-        r = rng.uniform(.033, .043) + .014 * (_AMOUNT[finding.severity] - .5)
-        film.haze += _blob(film, u, y, r * 1.2, r * 1.2, .07, .45) * .42
+        u, y = _spot(film, sign, finding.zone, rng, (0.35, 0.75))
+        r = rng.uniform(0.033, 0.043) + 0.014 * (_AMOUNT[finding.severity] - 0.5)
+        film.haze += _blob(film, u, y, r * 1.2, r * 1.2, 0.07, 0.45) * 0.42
         boxes.append(_box(film, u - r, y - r, u + r, y + r))
     return _union(boxes)
 
@@ -422,91 +610,129 @@ def _nodule(film, finding, rng):
 @_painter("effusion")
 def _effusion(film, finding, rng):
     a, boxes = film.a, []
-    level, rise = {"mild": (.015, .12), "moderate": (-.075, .10), "severe": (-.23, .12)}[finding.severity or "moderate"]
+    level, rise = {"mild": (0.015, 0.12), "moderate": (-0.075, 0.10), "severe": (-0.23, 0.12)}[
+        finding.severity or "moderate"
+    ]
     for sign in _sides(finding, rng):
         dome = a.dome - a.lift["left" if sign > 0 else "right"]
-        surface = dome + level + rng.normal(0, .008) - rise * np.exp(-np.clip(film.w - film.q, 0, 1) / .06)
-        fluid = _edge(film.y - surface, .012) * _edge(film.w - film.q, .008) * (film.u * sign > 0)
-        film.base += fluid * np.clip(.66 - film.base, 0, 1)
+        surface = dome + level + rng.normal(0, 0.008) - rise * np.exp(-np.clip(film.w - film.q, 0, 1) / 0.06)
+        fluid = _edge(film.y - surface, 0.012) * _edge(film.w - film.q, 0.008) * (film.u * sign > 0)
+        film.base += fluid * np.clip(0.66 - film.base, 0, 1)
         film.haze *= 1 - fluid
-        film.bone *= 1 - .75 * fluid
-        boxes.append(_box(film, sign * (.45 if level > 0 else .15) * a.half, dome + min(level, 0) - rise * .7, sign * a.half, dome + a.drop))
+        film.bone *= 1 - 0.75 * fluid
+        boxes.append(
+            _box(
+                film,
+                sign * (0.45 if level > 0 else 0.15) * a.half,
+                dome + min(level, 0) - rise * 0.7,
+                sign * a.half,
+                dome + a.drop,
+            )
+        )
     return _union(boxes)
+
 
 @_painter("pneumothorax")
 def _pneumothorax(film, finding, rng):
     a, boxes = film.a, []
-    gap = {"mild": .045, "moderate": .075, "severe": .13}[finding.severity or "moderate"] + rng.normal(0, .004)
+    gap = {"mild": 0.045, "moderate": 0.075, "severe": 0.13}[finding.severity or "moderate"] + rng.normal(
+        0, 0.004
+    )
     for sign in _sides(finding, rng):
         shrunk = SimpleNamespace(**{**vars(a), "apex": a.apex + gap * 1.5, "half": a.half - gap})
         edge = _borders(shrunk, film.row)[2][:, None]
-        reach = _edge(a.apex + (.75 + 2.5 * gap) * (a.dome - a.apex) - film.y, .06) * (film.u * sign > 0)
-        free = film.lung * _edge(film.q - edge, .004) * reach
+        reach = _edge(a.apex + (0.75 + 2.5 * gap) * (a.dome - a.apex) - film.y, 0.06) * (film.u * sign > 0)
+        free = film.lung * _edge(film.q - edge, 0.004) * reach
         film.haze *= 1 - free
-        film.base -= free * np.clip(film.base - .07, 0, .13)
-        film.haze += .22 * _bump(film.q - edge, .0055) * reach * film.lung + .05 * (1 - free) * film.lung * (film.u * sign > 0)
-        boxes.append(_box(film, sign * .2 * a.half, a.apex, sign * a.half, a.apex + (.6 + 2 * gap) * (a.dome - a.apex)))
+        film.base -= free * np.clip(film.base - 0.07, 0, 0.13)
+        film.haze += 0.22 * _bump(film.q - edge, 0.0055) * reach * film.lung + 0.05 * (
+            1 - free
+        ) * film.lung * (film.u * sign > 0)
+        boxes.append(
+            _box(
+                film, sign * 0.2 * a.half, a.apex, sign * a.half, a.apex + (0.6 + 2 * gap) * (a.dome - a.apex)
+            )
+        )
     return _union(boxes)
+
 
 @_painter("cardiomegaly")
 def _heart_box(film, finding, rng):
-    a, low = film.a, film.row > .45
-    return _box(film, -film.right[low].max(), a.apex + .48 * (a.dome - a.apex), film.left[low].max(), a.dome + .02)
+    a, low = film.a, film.row > 0.45
+    return _box(
+        film, -film.right[low].max(), a.apex + 0.48 * (a.dome - a.apex), film.left[low].max(), a.dome + 0.02
+    )
 
 # %% ../../nbs/data/00_phantom.ipynb #c9730191
 def _rib_spot(film, sign, rng):
     "A point on a posterior rib in the outer lung with the rib's slope there: (q, y, slope)."
-    a, s = film.a, rng.uniform(.66, .80)
-    k = np.rint(rng.uniform(.36, .58) / a.ribs)
+    a, s = film.a, rng.uniform(0.66, 0.80)
+    k = np.rint(rng.uniform(0.36, 0.58) / a.ribs)
     y = (k - a.phase) * a.ribs
-    y = y + _rib_course(s, y + .03)
-    return s * a.half, y, (_rib_course(s + .05, y) - _rib_course(s - .05, y)) / (.1 * a.half)
+    y = y + _rib_course(s, y + 0.03)
+    return s * a.half, y, (_rib_course(s + 0.05, y) - _rib_course(s - 0.05, y)) / (0.1 * a.half)
+
 
 @_painter("fracture")
 def _fracture(film, finding, rng):
     boxes = []
     for sign in _sides(finding, rng):
         q, y, slope = _rib_spot(film, sign, rng)
-        du, dy, step = film.u * sign - q, film.y - y, .017
-        bruise = np.hypot(np.clip(film.w - film.u * sign, 0, 1) / .075, dy / .085)           # blood along the wall
-        film.haze += .22 * _edge(1 - bruise, .4) * film.lung * (film.u * sign > 0)
+        du, dy, step = film.u * sign - q, film.y - y, 0.017
+        bruise = np.hypot(np.clip(film.w - film.u * sign, 0, 1) / 0.075, dy / 0.085)  # blood along the wall
+        film.haze += 0.22 * _edge(1 - bruise, 0.4) * film.lung * (film.u * sign > 0)
         for part in (-1, 1):
-            along = _edge(part * du - .009, .003) * _edge(.085 - part * du, .012)
-            film.bone += .28 * along * _edge(.016 - np.abs(dy - slope * du - part * step), .005)
-        film.bone -= .20 * _bump(du, .009) * _edge(.040 - np.abs(dy), .01)
-        boxes.append(_box(film, sign * (q - .08), y - .05, sign * (q + .08), y + .05))
+            along = _edge(part * du - 0.009, 0.003) * _edge(0.085 - part * du, 0.012)
+            film.bone += 0.28 * along * _edge(0.016 - np.abs(dy - slope * du - part * step), 0.005)
+        film.bone -= 0.20 * _bump(du, 0.009) * _edge(0.040 - np.abs(dy), 0.01)
+        boxes.append(_box(film, sign * (q - 0.08), y - 0.05, sign * (q + 0.08), y + 0.05))
     return _union(boxes)
+
 
 @_painter("healed_fracture")
 def _healed_fracture(film, finding, rng):
     boxes = []
     for sign in _sides(finding, rng):
         q, y, slope = _rib_spot(film, sign, rng)
-        film.bone += .22 * _edge(1 - np.hypot((film.u * sign - q) / .035, (film.y - y - slope * (film.u * sign - q)) / .02), .3)
-        boxes.append(_box(film, sign * (q - .04), y - .03, sign * (q + .04), y + .03))
+        film.bone += 0.22 * _edge(
+            1 - np.hypot((film.u * sign - q) / 0.035, (film.y - y - slope * (film.u * sign - q)) / 0.02), 0.3
+        )
+        boxes.append(_box(film, sign * (q - 0.04), y - 0.03, sign * (q + 0.04), y + 0.03))
     return _union(boxes)
 
 # %% ../../nbs/data/00_phantom.ipynb #80f6772a
 @_painter("device")
 def _device(film, finding, rng):
-    jig = lambda points: _at(film, [(u + rng.normal(0, .004), y + rng.normal(0, .004)) for u, y in points])
+    jig = lambda points: _at(film, [(u + rng.normal(0, 0.004), y + rng.normal(0, 0.004)) for u, y in points])
     kind = finding.kind or "central line"
     sign = _sides(finding, rng)[0]
     if kind == "endotracheal tube":
-        end = rng.uniform(.26, .31)
-        for side in (-.012, .012): film.lines.append((_at(film, [(side, 0), (side, end)]), .008, .30))
-        return _box(film, -.03, 0, .03, end)
-    vein = [(sign * .05, .225), (-.03, .27), (-.038, .36)]
+        end = rng.uniform(0.26, 0.31)
+        for side in (-0.012, 0.012):
+            film.lines.append((_at(film, [(side, 0), (side, end)]), 0.008, 0.30))
+        return _box(film, -0.03, 0, 0.03, end)
+    vein = [(sign * 0.05, 0.225), (-0.03, 0.27), (-0.038, 0.36)]
     if kind == "central line":
-        points = jig([(sign * .36, .21), (sign * .29, .165), (sign * .19, .15), (sign * .10, .185), *vein, (-.045, .45)])
-        film.lines += [(points, .012, .42), (points[:2], .022, .5)]                             # the hub lies on the skin
-        return _union([(x - .01, y - .01, x + .01, y + .01) for x, y in points])
-    u, y = sign * rng.uniform(.24, .27), rng.uniform(.235, .265)
-    film.bone += .55 * _edge(1 - np.hypot(((film.u - u) / .05) ** 2, ((film.y - y) / .036) ** 2), .08)
-    points = jig([(u - sign * .03, y - .03), (sign * .15, .19), *vein, (-.05, .50), (.02, .63), (.09, .68)])
-    film.lines.append((points, .008, .36))
-    film.lines.append((jig([(-.05, .50), (-.085, .56), (-.06, .58)]), .008, .36))
-    return _union([_box(film, u - .05, y - .04, u + .05, y + .04), *((x, y, x, y) for x, y in points)])
+        points = jig(
+            [
+                (sign * 0.36, 0.21),
+                (sign * 0.29, 0.165),
+                (sign * 0.19, 0.15),
+                (sign * 0.10, 0.185),
+                *vein,
+                (-0.045, 0.45),
+            ]
+        )
+        film.lines += [(points, 0.012, 0.42), (points[:2], 0.022, 0.5)]  # the hub lies on the skin
+        return _union([(x - 0.01, y - 0.01, x + 0.01, y + 0.01) for x, y in points])
+    u, y = sign * rng.uniform(0.24, 0.27), rng.uniform(0.235, 0.265)
+    film.bone += 0.55 * _edge(1 - np.hypot(((film.u - u) / 0.05) ** 2, ((film.y - y) / 0.036) ** 2), 0.08)
+    points = jig(
+        [(u - sign * 0.03, y - 0.03), (sign * 0.15, 0.19), *vein, (-0.05, 0.50), (0.02, 0.63), (0.09, 0.68)]
+    )
+    film.lines.append((points, 0.008, 0.36))
+    film.lines.append((jig([(-0.05, 0.50), (-0.085, 0.56), (-0.06, 0.58)]), 0.008, 0.36))
+    return _union([_box(film, u - 0.05, y - 0.04, u + 0.05, y + 0.04), *((x, y, x, y) for x, y in points)])
 
 # %% ../../nbs/data/00_phantom.ipynb #c2303e78
 @_painter("granuloma", "clips")
@@ -515,93 +741,134 @@ def _dots(film, finding, rng):
     for sign in _sides(finding, rng):
         u, y = _spot(film, sign, finding.zone, rng)
         if finding.name == "granuloma":
-            film.bone += .5 * _edge(1 - np.hypot(film.u - u, film.y - y) / rng.uniform(.011, .015), .3)
+            film.bone += 0.5 * _edge(1 - np.hypot(film.u - u, film.y - y) / rng.uniform(0.011, 0.015), 0.3)
         else:
             for _ in range(5):
-                p, d = np.array([u, y]) + rng.normal(0, .018, 2), rng.normal(0, .008, 2)
-                film.lines.append((_at(film, [tuple(p - d), tuple(p + d)]), .007, .5))
-        boxes.append(_box(film, u - .04, y - .04, u + .04, y + .04))
+                p, d = np.array([u, y]) + rng.normal(0, 0.018, 2), rng.normal(0, 0.008, 2)
+                film.lines.append((_at(film, [tuple(p - d), tuple(p + d)]), 0.007, 0.5))
+        boxes.append(_box(film, u - 0.04, y - 0.04, u + 0.04, y + 0.04))
     return _union(boxes)
+
 
 @_painter("scarring")
 def _scarring(film, finding, rng):
     boxes = []
     for sign in _sides(finding, rng):
-        u, y = _spot(film, sign, finding.zone or _pick(rng, ("upper", "lower")), rng, (.3, .6))
+        u, y = _spot(film, sign, finding.zone or _pick(rng, ("upper", "lower")), rng, (0.3, 0.6))
         for _ in range(4):
-            bend = rng.uniform(-.05, .05, (3, 2)) * (1, .8)
-            film.lines.append((_at(film, [(u + dx, y + dy) for dx, dy in bend]), .006, .24))
-        boxes.append(_box(film, u - .06, y - .05, u + .06, y + .05))
+            bend = rng.uniform(-0.05, 0.05, (3, 2)) * (1, 0.8)
+            film.lines.append((_at(film, [(u + dx, y + dy) for dx, dy in bend]), 0.006, 0.24))
+        boxes.append(_box(film, u - 0.06, y - 0.05, u + 0.06, y + 0.05))
     return _union(boxes)
+
 
 @_painter("interstitial")
 def _interstitial(film, finding, rng):
     net = np.abs(_noise(rng, film.size, 44))
     where = 1 if finding.side in (None, "bilateral") else film.u * _sides(finding, rng)[0] > 0
-    zone = {"upper": .3, "mid": .48, "lower": .64}.get(finding.zone)
-    if zone: where = where * _bump(film.y - zone, .12)
-    film.haze += film.lung * where * (.05 + .10 * np.clip(1 - 1.6 * net, 0, 1) + .08 * film.vessels)
+    zone = {"upper": 0.3, "mid": 0.48, "lower": 0.64}.get(finding.zone)
+    if zone:
+        where = where * _bump(film.y - zone, 0.12)
+    film.haze += film.lung * where * (0.05 + 0.10 * np.clip(1 - 1.6 * net, 0, 1) + 0.08 * film.vessels)
     return _box(film, -film.a.half, film.a.apex, film.a.half, film.a.dome)
+
 
 @_painter("bulla")
 def _bulla(film, finding, rng):
     sign = _sides(finding, rng)[0]
-    u, y = _spot(film, sign, finding.zone or "upper", rng, (.5, .7))
+    u, y = _spot(film, sign, finding.zone or "upper", rng, (0.5, 0.7))
     r = np.hypot(film.u - u, film.y - y)
-    film.haze *= 1 - .8 * _edge(.07 - r, .008)
-    film.base -= .07 * _edge(.07 - r, .008) * film.lung
-    film.haze += .12 * _bump(r - .07, .005) * film.lung
-    return _box(film, u - .075, y - .075, u + .075, y + .075)
+    film.haze *= 1 - 0.8 * _edge(0.07 - r, 0.008)
+    film.base -= 0.07 * _edge(0.07 - r, 0.008) * film.lung
+    film.haze += 0.12 * _bump(r - 0.07, 0.005) * film.lung
+    return _box(film, u - 0.075, y - 0.075, u + 0.075, y + 0.075)
+
 
 @_painter("pleural_thickening")
 def _pleural_thickening(film, finding, rng):
     boxes, a = [], film.a
     for sign in _sides(finding, rng):
-        y = {"upper": .2, "mid": .42, "lower": .64, None: .25}[finding.zone]
-        film.haze += .38 * _bump((film.w - film.q - .008) / .018, 1) * _bump(film.y - y, .10) * film.air * (film.u * sign > 0)
-        boxes.append(_box(film, sign * .6 * a.half, y - .1, sign * a.half, y + .1))
+        y = {"upper": 0.2, "mid": 0.42, "lower": 0.64, None: 0.25}[finding.zone]
+        film.haze += (
+            0.38
+            * _bump((film.w - film.q - 0.008) / 0.018, 1)
+            * _bump(film.y - y, 0.10)
+            * film.air
+            * (film.u * sign > 0)
+        )
+        boxes.append(_box(film, sign * 0.6 * a.half, y - 0.1, sign * a.half, y + 0.1))
     return _union(boxes)
+
 
 @_painter("calcified_aorta")
 def _calcified_aorta(film, finding, rng):
-    y = film.a.apex + .33 * (film.a.dome - film.a.apex)
-    arc = [(float(np.interp(y + d, film.row, film.left)) - .010, y + d) for d in np.linspace(-.04, .03, 8)]
-    film.lines.append((_at(film, arc), .007, .4))
-    return _box(film, 0, y - .06, .11, y + .05)
+    y = film.a.apex + 0.33 * (film.a.dome - film.a.apex)
+    arc = [(float(np.interp(y + d, film.row, film.left)) - 0.010, y + d) for d in np.linspace(-0.04, 0.03, 8)]
+    film.lines.append((_at(film, arc), 0.007, 0.4))
+    return _box(film, 0, y - 0.06, 0.11, y + 0.05)
+
 
 @_painter("degenerative_spine")
 def _degenerative_spine(film, finding, rng):
     for k in range(3, 13):
-        y, side = .058 * k + rng.normal(0, .004), _pick(rng, (-1, 1))
-        film.lines.append((_at(film, [(side * .025, y), (side * rng.uniform(.05, .066), y + rng.normal(0, .004))]), .009, .15))
-    return _box(film, -.07, .15, .07, .8)
+        y, side = 0.058 * k + rng.normal(0, 0.004), _pick(rng, (-1, 1))
+        film.lines.append(
+            (
+                _at(film, [(side * 0.025, y), (side * rng.uniform(0.05, 0.066), y + rng.normal(0, 0.004))]),
+                0.009,
+                0.15,
+            )
+        )
+    return _box(film, -0.07, 0.15, 0.07, 0.8)
+
 
 @_painter("spinal_hardware", "sternotomy_wires")
 def _hardware(film, finding, rng):
     if finding.name == "spinal_hardware":
-        for side in (-.028, .028): film.lines.append((_at(film, [(side, .3), (side, .8)]), .010, .45))
-        for y in np.linspace(.33, .77, 6): film.lines.append((_at(film, [(-.045, y), (.045, y + .004)]), .009, .4))
+        for side in (-0.028, 0.028):
+            film.lines.append((_at(film, [(side, 0.3), (side, 0.8)]), 0.010, 0.45))
+        for y in np.linspace(0.33, 0.77, 6):
+            film.lines.append((_at(film, [(-0.045, y), (0.045, y + 0.004)]), 0.009, 0.4))
     else:
-        for y in np.linspace(.30, .62, 6):
-            film.lines.append((_at(film, [(-.016, y), (0, y - .012), (.016, y), (.004, y + .012), (-.016, y)]), .006, .5))
-    return _box(film, -.05, .28, .05, .8)
+        for y in np.linspace(0.30, 0.62, 6):
+            film.lines.append(
+                (
+                    _at(film, [(-0.016, y), (0, y - 0.012), (0.016, y), (0.004, y + 0.012), (-0.016, y)]),
+                    0.006,
+                    0.5,
+                )
+            )
+    return _box(film, -0.05, 0.28, 0.05, 0.8)
+
 
 @_painter("hernia")
 def _hernia(film, finding, rng):
-    u, y = .035, film.a.dome - .045
-    r = np.hypot((film.u - u) / .075, (film.y - y) / .06)
-    film.base += .09 * _edge(1 - r, .1) - .20 * _edge(.78 - r, .1) * _edge(y + .005 - film.y, .004)
-    return _box(film, u - .075, y - .06, u + .075, y + .06)
+    u, y = 0.035, film.a.dome - 0.045
+    r = np.hypot((film.u - u) / 0.075, (film.y - y) / 0.06)
+    film.base += 0.09 * _edge(1 - r, 0.1) - 0.20 * _edge(0.78 - r, 0.1) * _edge(y + 0.005 - film.y, 0.004)
+    return _box(film, u - 0.075, y - 0.06, u + 0.075, y + 0.06)
 
-@_painter("low_volume", "high_volume", "flat_diaphragm", "elevated_diaphragm", "scoliosis", "wide_mediastinum", "tortuous_aorta",
-          "hilar_enlargement")
+
+@_painter(
+    "low_volume",
+    "high_volume",
+    "flat_diaphragm",
+    "elevated_diaphragm",
+    "scoliosis",
+    "wide_mediastinum",
+    "tortuous_aorta",
+    "hilar_enlargement",
+)
 def _shape(film, finding, rng):
     "Already in the anatomy; only say where."
     a = film.a
-    if finding.name in ("wide_mediastinum", "tortuous_aorta"): return _box(film, -.1, .2, .12, .5)
-    if finding.name == "hilar_enlargement": return _box(film, -.16, .35, .16, .53)
-    if finding.name == "scoliosis": return _box(film, -.08, .1, .08, .9)
-    return _box(film, -a.half, a.dome - .1, a.half, a.dome + .1)
+    if finding.name in ("wide_mediastinum", "tortuous_aorta"):
+        return _box(film, -0.1, 0.2, 0.12, 0.5)
+    if finding.name == "hilar_enlargement":
+        return _box(film, -0.16, 0.35, 0.16, 0.53)
+    if finding.name == "scoliosis":
+        return _box(film, -0.08, 0.1, 0.08, 0.9)
+    return _box(film, -a.half, a.dome - 0.1, a.half, a.dome + 0.1)
 
 # %% ../../nbs/data/00_phantom.ipynb #3f0b3779
 def render(findings, seed, size=96):
@@ -610,10 +877,15 @@ def render(findings, seed, size=96):
     Deterministic in its arguments; anatomy, exposure and whatever the findings leave open vary with `seed`.
     Raises ValueError for a finding that is not in FINDINGS or a size under 32."""
     for f in findings:
-        if f.name not in FINDINGS: raise ValueError(f"finding {f.name!r} is unknown; expected one of {', '.join(FINDINGS)}")
-    if size < 32: raise ValueError(f"size={size!r} is too small to draw on; expected at least 32 pixels")
+        if f.name not in FINDINGS:
+            raise ValueError(f"finding {f.name!r} is unknown; expected one of {', '.join(FINDINGS)}")
+    if size < 32:
+        raise ValueError(f"size={size!r} is too small to draw on; expected at least 32 pixels")
     patient, tissue, disease, tube = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(4))
-    findings = [replace(f, side=f.side or (_pick(disease, _ONE) if FINDINGS[f.name].sides else None)) for f in findings]
+    findings = [
+        replace(f, side=f.side or (_pick(disease, _ONE) if FINDINGS[f.name].sides else None))
+        for f in findings
+    ]
     film = _expose(_anatomy(findings, patient), size, tissue)
     boxes = [tuple(float(v) for v in np.clip(_PAINT[f.name](film, f, disease), 0, 1)) for f in findings]
     return _develop(film, tube), boxes
@@ -622,86 +894,197 @@ def render(findings, seed, size=96):
 def show_studies(studies, seeds, size=192, columns=4, draw_boxes=False, width=1.7):
     "A grid of rendered studies (each a tuple of Finding), captioned with their findings; returns the matplotlib figure."
     import matplotlib.pyplot as plt
+
     rows = -(-len(studies) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(width * columns, (width + .3) * rows), dpi=80, squeeze=False)
-    for ax in axes.flat: ax.axis("off")
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(width * columns, (width + 0.3) * rows), dpi=80, squeeze=False
+    )
+    for ax in axes.flat:
+        ax.axis("off")
     for ax, findings, seed in zip(axes.flat, studies, seeds):
         image, boxes = render(findings, seed, size)
         ax.imshow(image, cmap="gray", vmin=0, vmax=255)
         captions = (" ".join(filter(None, (f.severity, f.side, f.zone, f.what))) for f in findings)
         ax.set_title("\n".join(captions) or "normal", fontsize=7)
         for x0, y0, x1, y1 in boxes if draw_boxes else ():
-            ax.add_patch(plt.Rectangle((x0 * size, y0 * size), (x1 - x0) * size, (y1 - y0) * size, fill=False, color="gold", lw=.8))
+            ax.add_patch(
+                plt.Rectangle(
+                    (x0 * size, y0 * size),
+                    (x1 - x0) * size,
+                    (y1 - y0) * size,
+                    fill=False,
+                    color="gold",
+                    lw=0.8,
+                )
+            )
     fig.tight_layout()
     return fig
 
 # %% ../../nbs/data/00_phantom.ipynb #804cf8eb
 _SIZE = {"mild": "small", "moderate": "moderate", "severe": "large"}
-_ZONE_WORDS = {"upper": ("upper zone", "upper lung"), "mid": ("mid zone", "mid lung"), "lower": ("lower zone", "lung base")}
-_NOUNS = {"effusion": ("pleural effusion",), "pneumothorax": ("pneumothorax",), "consolidation": ("consolidation", "airspace consolidation"),
-          "opacity": ("hazy opacity", "opacity", "faint opacity"), "atelectasis": ("atelectasis", "linear atelectasis", "plate-like atelectasis"),
-          "edema": ("pulmonary edema", "interstitial edema"), "nodule": ("nodule", "pulmonary nodule", "round nodule"),
-          "fracture": ("rib fracture", "displaced rib fracture"), "cardiomegaly": ("cardiomegaly", "cardiac enlargement"),
-          "pacemaker": ("pacemaker",), "central line": ("central line", "central venous catheter"), "endotracheal tube": ("endotracheal tube",)}
-_MASS = {"consolidation", "atelectasis", "edema", "cardiomegaly"}                # no article
+_ZONE_WORDS = {
+    "upper": ("upper zone", "upper lung"),
+    "mid": ("mid zone", "mid lung"),
+    "lower": ("lower zone", "lung base"),
+}
+_NOUNS = {
+    "effusion": ("pleural effusion",),
+    "pneumothorax": ("pneumothorax",),
+    "consolidation": ("consolidation", "airspace consolidation"),
+    "opacity": ("hazy opacity", "opacity", "faint opacity"),
+    "atelectasis": ("atelectasis", "linear atelectasis", "plate-like atelectasis"),
+    "edema": ("pulmonary edema", "interstitial edema"),
+    "nodule": ("nodule", "pulmonary nodule", "round nodule"),
+    "fracture": ("rib fracture", "displaced rib fracture"),
+    "cardiomegaly": ("cardiomegaly", "cardiac enlargement"),
+    "pacemaker": ("pacemaker",),
+    "central line": ("central line", "central venous catheter"),
+    "endotracheal tube": ("endotracheal tube",),
+}
+_MASS = {"consolidation", "atelectasis", "edema", "cardiomegaly"}  # no article
 
-def _degree(f): return _SIZE.get(f.severity) if f.name in ("effusion", "pneumothorax") else f.severity
+
+def _degree(f):
+    return _SIZE.get(f.severity) if f.name in ("effusion", "pneumothorax") else f.severity
+
 
 def _phrase(f, rng, place=None, severity=True):
     "Noun phrase of a finding with everything that is known of it: (text, takes a plural verb)."
     noun = _pick(rng, _NOUNS[f.what])
     plural = f.side == "bilateral" and f.name in ("effusion", "opacity")
-    if plural: noun = noun[:-1] + "ies" if noun[-1] == "y" else noun + "s"
+    if plural:
+        noun = noun[:-1] + "ies" if noun[-1] == "y" else noun + "s"
     zone = _pick(rng, _ZONE_WORDS[f.zone]) if f.zone else None
     degree = _degree(f) if severity else None
-    if place is None: place = bool(rng.random() < .5)
+    if place is None:
+        place = bool(rng.random() < 0.5)
     if place and (f.side or f.zone):
-        if f.side == "bilateral": where = f"in both {zone}s" if zone else "on both sides"
-        else: where = (f"at the {f.side} {zone}" if zone == "lung base" else f"in the {f.side} {zone}") if zone else f"on the {f.side}"
+        if f.side == "bilateral":
+            where = f"in both {zone}s" if zone else "on both sides"
+        else:
+            where = (
+                (f"at the {f.side} {zone}" if zone == "lung base" else f"in the {f.side} {zone}")
+                if zone
+                else f"on the {f.side}"
+            )
         words = (degree, noun, where)
-    else: words = (degree, f.side, zone, noun)
+    else:
+        words = (degree, f.side, zone, noun)
     return " ".join(filter(None, words)), plural
+
 
 def _sentence(f, rng):
     "One sentence of FINDINGS that states the finding."
-    if f.name == "cardiomegaly" and rng.random() < .6:
+    if f.name == "cardiomegaly" and rng.random() < 0.6:
         return f"the {_pick(rng, ('heart', 'cardiac silhouette'))} is {f.severity + 'ly ' if f.severity else ''}enlarged."
     text, plural = _phrase(f, rng)
     an = "" if plural or f.name in _MASS else "an " if text[0] in "aeio" else "a "
     verb = "are" if plural else "is"
-    if f.name == "device": frames = (f"{an}{text} is in place.", f"{an}{text} is present.", f"{an}{text} is noted.", f"{text} in standard position.")
-    else: frames = (f"there {verb} {an}{text}.", f"{text}.", f"{an}{text} {verb} seen.", f"{an}{text} {verb} present.", f"{an}{text} {verb} noted.")
+    if f.name == "device":
+        frames = (
+            f"{an}{text} is in place.",
+            f"{an}{text} is present.",
+            f"{an}{text} is noted.",
+            f"{text} in standard position.",
+        )
+    else:
+        frames = (
+            f"there {verb} {an}{text}.",
+            f"{text}.",
+            f"{an}{text} {verb} seen.",
+            f"{an}{text} {verb} present.",
+            f"{an}{text} {verb} noted.",
+        )
     return _pick(rng, frames)
 
 # %% ../../nbs/data/00_phantom.ipynb #69105e67
 _LUNG = {"consolidation", "opacity", "atelectasis", "edema", "nodule"}
-_NEGATIVES = (     # (names that must be absent, ways to say so)
-    ({"cardiomegaly"}, ("the heart size is normal.", "heart size is within normal limits.", "the cardiac silhouette is normal.",
-                        "the heart is normal in size.")),
-    (_LUNG, ("the lungs are clear.", "both lungs are clear.", "the lungs are well expanded and clear.", "clear lungs bilaterally.")),
-    ({"effusion", "pneumothorax"}, ("no pleural effusion or pneumothorax.", "there is no pneumothorax or pleural effusion.",
-                                    "no evidence of pneumothorax or effusion.")),
-    ({"fracture"}, ("the bones are intact.", "no acute bony abnormality.", "no rib fracture.", "osseous structures are unremarkable.")),
-    ({"consolidation", "opacity"}, ("no focal consolidation.", "there is no focal airspace consolidation.", "no focal opacity or consolidation.")),
+_NEGATIVES = (  # (names that must be absent, ways to say so)
+    (
+        {"cardiomegaly"},
+        (
+            "the heart size is normal.",
+            "heart size is within normal limits.",
+            "the cardiac silhouette is normal.",
+            "the heart is normal in size.",
+        ),
+    ),
+    (
+        _LUNG,
+        (
+            "the lungs are clear.",
+            "both lungs are clear.",
+            "the lungs are well expanded and clear.",
+            "clear lungs bilaterally.",
+        ),
+    ),
+    (
+        {"effusion", "pneumothorax"},
+        (
+            "no pleural effusion or pneumothorax.",
+            "there is no pneumothorax or pleural effusion.",
+            "no evidence of pneumothorax or effusion.",
+        ),
+    ),
+    (
+        {"fracture"},
+        (
+            "the bones are intact.",
+            "no acute bony abnormality.",
+            "no rib fracture.",
+            "osseous structures are unremarkable.",
+        ),
+    ),
+    (
+        {"consolidation", "opacity"},
+        (
+            "no focal consolidation.",
+            "there is no focal airspace consolidation.",
+            "no focal opacity or consolidation.",
+        ),
+    ),
     ({"edema"}, ("no pulmonary edema.", "the pulmonary vasculature is normal.", "there is no edema.")),
     ({"pneumothorax"}, ("no pneumothorax.", "there is no pneumothorax.", "no evidence of pneumothorax.")),
     ({"effusion"}, ("no pleural effusion.", "the costophrenic angles are sharp.", "there is no effusion.")),
     ({"nodule"}, ("no suspicious nodule.", "no pulmonary nodule is identified.")),
-    (set(), ("the mediastinal contours are normal.", "the mediastinum is within normal limits.", "mediastinal contours are unremarkable.")),
+    (
+        set(),
+        (
+            "the mediastinal contours are normal.",
+            "the mediastinum is within normal limits.",
+            "mediastinal contours are unremarkable.",
+        ),
+    ),
 )
-_ORDER = {"cardiomegaly": 0, **dict.fromkeys(_LUNG, 1), "pneumothorax": 2, "effusion": 2, "fracture": 3, "device": 4}
-_NORMAL = ("no acute cardiopulmonary abnormality.", "normal chest radiograph.", "no acute disease in the chest.", "no acute findings.",
-           "no active disease.", "unremarkable examination.", "no acute intrathoracic process.")
+_ORDER = {
+    "cardiomegaly": 0,
+    **dict.fromkeys(_LUNG, 1),
+    "pneumothorax": 2,
+    "effusion": 2,
+    "fracture": 3,
+    "device": 4,
+}
+_NORMAL = (
+    "no acute cardiopulmonary abnormality.",
+    "normal chest radiograph.",
+    "no acute disease in the chest.",
+    "no acute findings.",
+    "no active disease.",
+    "unremarkable examination.",
+    "no acute intrathoracic process.",
+)
+
 
 def _negatives(findings, rng):
     "Sentences (organ, text) about absent findings: heart and pleura first, each name denied once, fewer when much is present."
     present, said, out = {f.name for f in findings}, set(), []
     room = 6 - len(present)
     for names, ways in _NEGATIVES:
-        if len(out) < room and not names & (present | said) and rng.random() < .85:
+        if len(out) < room and not names & (present | said) and rng.random() < 0.85:
             said |= names
             out.append((min((_ORDER[n] for n in names), default=0), _pick(rng, ways)))
     return out
+
 
 def write_report(findings, rng):
     """Report in words: (findings_text, impression_text), lower case; wording, order and negatives vary with `rng`.
@@ -709,63 +1092,126 @@ def write_report(findings, rng):
     Everything in `findings` is stated in both, in FINDINGS with all attributes; negatives speak of absent findings only.
     Raises ValueError for a finding outside the phantom benchmark."""
     for f in findings:
-        if f.what not in _NOUNS: raise ValueError(f"finding {f.what!r} has no words; expected one of {', '.join(PHANTOM_NAMES)}")
+        if f.what not in _NOUNS:
+            raise ValueError(f"finding {f.what!r} has no words; expected one of {', '.join(PHANTOM_NAMES)}")
     sentences = [(_ORDER[f.name], _sentence(f, rng)) for f in findings] + _negatives(findings, rng)
-    turn = _pick(rng, (0, 0, 1))                            # some start with the lungs, some with devices
+    turn = _pick(rng, (0, 0, 1))  # some start with the lungs, some with devices
     sentences.sort(key=lambda s: (s[0] - turn) % 5)
-    said = [_phrase(f, rng, severity=rng.random() < .7)[0] for f in sorted(findings, key=lambda f: rng.random())]
-    joined = " and ".join(said) + "." if len(said) == 2 and rng.random() < .4 else " ".join(s + "." for s in said)
+    said = [
+        _phrase(f, rng, severity=rng.random() < 0.7)[0] for f in sorted(findings, key=lambda f: rng.random())
+    ]
+    joined = (
+        " and ".join(said) + "." if len(said) == 2 and rng.random() < 0.4 else " ".join(s + "." for s in said)
+    )
     return " ".join(text for _, text in sentences), joined or _pick(rng, _NORMAL)
 
 # %% ../../nbs/data/00_phantom.ipynb #d20f2957
-_OPENINGS = ("this picture is an x-ray of a chest.", "we can see the inside of a person's chest.", "this looks like a medical scan of the body.")
-_LAY = {"cardiomegaly": "the middle part looks big", "effusion": "the bottom looks white and filled with water", "pneumothorax": "the top looks very black and empty",
-        "consolidation": "there is a bright white cloud", "opacity": "there is a faint grey cloud", "atelectasis": "there are white stripes",
-        "edema": "everything looks wet and grey", "nodule": "there is a white ball", "fracture": "something looks broken",
-        "pacemaker": "there is a metal box with a wire", "central line": "there is a thin wire", "endotracheal tube": "there is a pipe in the throat"}
-_CLOSINGS = ("it is black and white.", "i am not sure what it means.", "please ask a doctor about it.", "the picture was made in a hospital.")
+_OPENINGS = (
+    "this picture is an x-ray of a chest.",
+    "we can see the inside of a person's chest.",
+    "this looks like a medical scan of the body.",
+)
+_LAY = {
+    "cardiomegaly": "the middle part looks big",
+    "effusion": "the bottom looks white and filled with water",
+    "pneumothorax": "the top looks very black and empty",
+    "consolidation": "there is a bright white cloud",
+    "opacity": "there is a faint grey cloud",
+    "atelectasis": "there are white stripes",
+    "edema": "everything looks wet and grey",
+    "nodule": "there is a white ball",
+    "fracture": "something looks broken",
+    "pacemaker": "there is a metal box with a wire",
+    "central line": "there is a thin wire",
+    "endotracheal tube": "there is a pipe in the throat",
+}
+_CLOSINGS = (
+    "it is black and white.",
+    "i am not sure what it means.",
+    "please ask a doctor about it.",
+    "the picture was made in a hospital.",
+)
+
 
 def generic_description(findings, rng):
     "Lay description without tags or sections, partly informative: a finding is mentioned with chance .7, its side with .6."
     said = [_pick(rng, _OPENINGS)]
     for f in findings:
-        if rng.random() < .7:
+        if rng.random() < 0.7:
             side = {"left": " on the left", "right": " on the right", "bilateral": " twice"}.get(f.side, "")
-            said.append(_LAY[f.what] + (side if rng.random() < .6 else "") + ".")
-    if len(said) == 1: said.append(_pick(rng, ("nothing strange catches the eye.", "it looks like an ordinary picture.")))
+            said.append(_LAY[f.what] + (side if rng.random() < 0.6 else "") + ".")
+    if len(said) == 1:
+        said.append(_pick(rng, ("nothing strange catches the eye.", "it looks like an ordinary picture.")))
     return " ".join([*said, _pick(rng, _CLOSINGS)])
 
 # %% ../../nbs/data/00_phantom.ipynb #5f16f890
 _NAMES = {
     "cardiomegaly": r"cardiomegaly|cardiac enlargement|enlarged (?:heart|cardiac silhouette)|"
-                    r"(?:heart|cardiac silhouette)(?: size)? (?:is|appears)(?: \w+){0,2} enlarged",
-    "effusion": r"(?:pleural )?effusions?|pleural fluid", "pneumothorax": r"pneumothora(?:x|ces)",
-    "consolidation": r"(?:airspace )?consolidations?|airspace disease", "opacity": r"(?:hazy )?opacit(?:y|ies)",
-    "atelectasis": r"(?:linear )?atelectasis", "edema": r"(?:pulmonary |interstitial )?edema",
-    "nodule": r"(?:pulmonary )?nodules?", "fracture": r"(?:displaced )?(?:rib )?fractures?",
-    "pacemaker": r"pacemaker", "central line": r"central (?:line|venous catheter)", "endotracheal tube": r"endotracheal tube",
+    r"(?:heart|cardiac silhouette)(?: size)? (?:is|appears)(?: \w+){0,2} enlarged",
+    "effusion": r"(?:pleural )?effusions?|pleural fluid",
+    "pneumothorax": r"pneumothora(?:x|ces)",
+    "consolidation": r"(?:airspace )?consolidations?|airspace disease",
+    "opacity": r"(?:hazy )?opacit(?:y|ies)",
+    "atelectasis": r"(?:linear )?atelectasis",
+    "edema": r"(?:pulmonary |interstitial )?edema",
+    "nodule": r"(?:pulmonary )?nodules?",
+    "fracture": r"(?:displaced )?(?:rib )?fractures?",
+    "pacemaker": r"pacemaker",
+    "central line": r"central (?:line|venous catheter)",
+    "endotracheal tube": r"endotracheal tube",
 }
-_NAME = re.compile(r"\b(?:" + "|".join(f"(?P<n{i}>{p})" for i, p in enumerate(_NAMES.values())) + r")\b", re.I)
+_NAME = re.compile(
+    r"\b(?:" + "|".join(f"(?P<n{i}>{p})" for i, p in enumerate(_NAMES.values())) + r")\b", re.I
+)
 _WHATS = tuple(_NAMES)
-_WORDS = {**{w: ("side", s) for s, ws in {"left": "left", "right": "right", "bilateral": "bilateral both"}.items() for w in ws.split()},
-          **{w: ("zone", z) for z, ws in {"upper": "upper apical apex", "mid": "mid middle", "lower": "lower base bases basal basilar"}.items() for w in ws.split()},
-          **{w: ("severity", s) for s, ws in {"mild": "mild mildly small minimal", "moderate": "moderate moderately",
-                                             "severe": "severe severely large marked"}.items() for w in ws.split()}}
+_WORDS = {
+    **{
+        w: ("side", s)
+        for s, ws in {"left": "left", "right": "right", "bilateral": "bilateral both"}.items()
+        for w in ws.split()
+    },
+    **{
+        w: ("zone", z)
+        for z, ws in {
+            "upper": "upper apical apex",
+            "mid": "mid middle",
+            "lower": "lower base bases basal basilar",
+        }.items()
+        for w in ws.split()
+    },
+    **{
+        w: ("severity", s)
+        for s, ws in {
+            "mild": "mild mildly small minimal",
+            "moderate": "moderate moderately",
+            "severe": "severe severely large marked",
+        }.items()
+        for w in ws.split()
+    },
+}
 _ATTRIBUTE = re.compile(r"\b(?:" + "|".join(_WORDS) + r")\b", re.I)
 _SENTENCE = re.compile(r"[^.;:!?\n]+")
 _CHUNK = re.compile(r"\b(?:and|or|with|but|without)\b|,", re.I)
 _NOT = re.compile(r"\b(?:no|not|without|negative|free|absent|absence|resolved)\b", re.I)
 
+
 def _chunks(text):
     "(start, end, denied_from) of each chunk: a negation before `denied_from` reaches into it; None if there is none."
     for sentence in _SENTENCE.finditer(text):
-        cuts = [sentence.start(), *(m.start() for m in _CHUNK.finditer(text, *sentence.span())), sentence.end()]
+        cuts = [
+            sentence.start(),
+            *(m.start() for m in _CHUNK.finditer(text, *sentence.span())),
+            sentence.end(),
+        ]
         denied = None
         for start, end in zip(cuts, cuts[1:]):
-            if text[start:start + 3].lower() == "but": denied = None
+            if text[start : start + 3].lower() == "but":
+                denied = None
             cue = _NOT.search(text, start, end)
-            if denied is None and cue: denied = cue.start()
+            if denied is None and cue:
+                denied = cue.start()
             yield start, end, denied
+
 
 def _mentions(text):
     "Every mention of a finding in order: (Finding, start, end, negated)."
@@ -774,13 +1220,21 @@ def _mentions(text):
         names = list(_NAME.finditer(text, start, end))
         for k, m in enumerate(names):
             lo = start if k == 0 else names[k - 1].end()
-            hi = end if k == len(names) - 1 else m.end()         # words between two names belong to the second
+            hi = end if k == len(names) - 1 else m.end()  # words between two names belong to the second
             words = [a for a in _ATTRIBUTE.finditer(text, lo, hi)]
             what, got = _WHATS[int(m.lastgroup[1:])], {}
-            for a in words: got.setdefault(*_WORDS[a.group().lower()])
-            out.append((_as_finding(what, got), min([m.start(), *(a.start() for a in words)]),
-                        max([m.end(), *(a.end() for a in words)]), denied is not None and denied < m.end()))
+            for a in words:
+                got.setdefault(*_WORDS[a.group().lower()])
+            out.append(
+                (
+                    _as_finding(what, got),
+                    min([m.start(), *(a.start() for a in words)]),
+                    max([m.end(), *(a.end() for a in words)]),
+                    denied is not None and denied < m.end(),
+                )
+            )
     return out
+
 
 def _as_finding(what, got):
     "A finding with those of the attributes `got` that it may carry."
@@ -789,11 +1243,13 @@ def _as_finding(what, got):
     keep = {"side": KINDS[kind] if kind else spec.sides, "zone": spec.zones, "severity": spec.severities}
     return Finding(name, **{k: v for k, v in got.items() if v in keep[k]}, kind=kind)
 
+
 def parse_report(text):
     "The findings that a report states, as a tuple of Finding in order of mention; reads any text, tags and garbage included."
     found = {}
     for f, _, _, negated in _mentions(text):
-        if not negated and (f.where not in found or found[f.where].severity is None): found[f.where] = f
+        if not negated and (f.where not in found or found[f.where].severity is None):
+            found[f.where] = f
     return tuple(found.values())
 
 # %% ../../nbs/data/00_phantom.ipynb #7f25a7cb
@@ -804,19 +1260,31 @@ def compare(predicted, truth):
     wanted, rest, matched, severity_ok = list(truth), [], 0, 0
     for p in predicted:
         hit = next((t for t in wanted if t.where == p.where), None)
-        if hit is None: rest.append(p); continue
+        if hit is None:
+            rest.append(p)
+            continue
         wanted.remove(hit)
-        matched += 1; severity_ok += hit.severity == p.severity
+        matched += 1
+        severity_ok += hit.severity == p.severity
     mislocated = 0
     for p in rest:
         near = next((t for t in wanted if t.what == p.what), None)
-        if near is not None: wanted.remove(near); mislocated += 1
-    return dict(matched=matched, mislocated=mislocated, hallucinated=len(rest) - mislocated, missed=len(wanted), severity_ok=severity_ok)
+        if near is not None:
+            wanted.remove(near)
+            mislocated += 1
+    return dict(
+        matched=matched,
+        mislocated=mislocated,
+        hallucinated=len(rest) - mislocated,
+        missed=len(wanted),
+        severity_ok=severity_ok,
+    )
+
 
 def located_f1(counts):
     "F1 of the located findings from counts of `compare` (of one report, or summed); 1 when nothing is there and nothing said."
     total = 2 * counts["matched"] + 2 * counts["mislocated"] + counts["hallucinated"] + counts["missed"]
-    return 2 * counts["matched"] / total if total else 1.
+    return 2 * counts["matched"] / total if total else 1.0
 
 # %% ../../nbs/data/00_phantom.ipynb #f403a5b6
 def spans(text, truth):
@@ -826,9 +1294,14 @@ def spans(text, truth):
     places, whats, out = {t.where for t in truth}, {t.what for t in truth}, []
     for f, start, end, negated in _mentions(text):
         if negated:
-            if f.what in whats: out.append((start, end, "wrong"))
-        else: out.append((start, end, "correct" if f.where in places else "mislocated" if f.what in whats else "wrong"))
+            if f.what in whats:
+                out.append((start, end, "wrong"))
+        else:
+            out.append(
+                (start, end, "correct" if f.where in places else "mislocated" if f.what in whats else "wrong")
+            )
     return out
+
 
 def duplicates(text):
     "Number of findings statements (denials too) that repeat one already made in the same section."
@@ -842,55 +1315,84 @@ def duplicates(text):
 def labels(findings):
     "The 14 CheXpert observations of a set of findings: 1 present, 0 absent; No Finding is 1 when none of the other 13 is present but, as CheXpert counts, Support Devices."
     present = {FINDINGS[f.name].observation for f in findings} & set(OBSERVATIONS)
-    return [int(o in present) if o != "No Finding" else int(not present - {"Support Devices"}) for o in OBSERVATIONS]
+    return [
+        int(o in present) if o != "No Finding" else int(not present - {"Support Devices"})
+        for o in OBSERVATIONS
+    ]
+
 
 def flip_side(findings, rng):
     "Move one one-sided finding to the other side; None when there is none."
     can = [i for i, f in enumerate(findings) if f.side in _ONE]
-    if not can: return None
+    if not can:
+        return None
     i = _pick(rng, can)
     moved = replace(findings[i], side="left" if findings[i].side == "right" else "right")
-    return (*findings[:i], moved, *findings[i + 1:])
+    return (*findings[:i], moved, *findings[i + 1 :])
+
 
 def drop_one(findings, rng):
     "Leave one finding out; None when there is none."
-    if not findings: return None
+    if not findings:
+        return None
     i = int(rng.integers(len(findings)))
-    return (*findings[:i], *findings[i + 1:])
+    return (*findings[:i], *findings[i + 1 :])
+
 
 def add_one(findings, rng):
     "Add one finding that is absent; None when nothing fits."
     for name in map(str, rng.permutation(PHANTOM_NAMES)):
         f = _random_finding(name, rng)
-        if _compatible(f, findings): return (*findings, f)
+        if _compatible(f, findings):
+            return (*findings, f)
     return None
+
 
 def swap_finding(findings, rng):
     "Replace one finding by another one that is absent; None when there is nothing to replace."
-    if not findings: return None
+    if not findings:
+        return None
     i = int(rng.integers(len(findings)))
-    rest = (*findings[:i], *findings[i + 1:])
+    rest = (*findings[:i], *findings[i + 1 :])
     for name in map(str, rng.permutation(PHANTOM_NAMES)):
         f = _random_finding(name, rng)
-        if name != findings[i].name and _compatible(f, rest): return (*rest[:i], f, *rest[i:])
+        if name != findings[i].name and _compatible(f, rest):
+            return (*rest[:i], f, *rest[i:])
     return None
+
 
 EDITS = {"flipped": swap_finding, "dropped": drop_one, "added": add_one, "moved": flip_side}
 
 # %% ../../nbs/data/00_phantom.ipynb #08cb3758
-FEATURES = datasets.Features({
-    "study_id": datasets.Value("string"), "split": datasets.Value("string"), "image": datasets.Image(),
-    "findings": datasets.Value("string"), "impression": datasets.Value("string"), "report": datasets.Value("string"),
-    "labels": datasets.List(datasets.Value("int8")),
-    "truth": datasets.List({"name": datasets.Value("string"), "side": datasets.Value("string"), "zone": datasets.Value("string"),
-                            "severity": datasets.Value("string"), "kind": datasets.Value("string"),
-                            "box": datasets.List(datasets.Value("float32"))}),
-})
+FEATURES = datasets.Features(
+    {
+        "study_id": datasets.Value("string"),
+        "split": datasets.Value("string"),
+        "image": datasets.Image(),
+        "findings": datasets.Value("string"),
+        "impression": datasets.Value("string"),
+        "report": datasets.Value("string"),
+        "labels": datasets.List(datasets.Value("int8")),
+        "truth": datasets.List(
+            {
+                "name": datasets.Value("string"),
+                "side": datasets.Value("string"),
+                "zone": datasets.Value("string"),
+                "severity": datasets.Value("string"),
+                "kind": datasets.Value("string"),
+                "box": datasets.List(datasets.Value("float32")),
+            }
+        ),
+    }
+)
+
 
 def compose_report(findings, impression, sections="both"):
     'The report text a policy writes: "findings: … impression: …" or, for sections="findings", the findings alone.'
-    if sections not in ("both", "findings"): raise ValueError(f"sections={sections!r} is not allowed; expected 'both' or 'findings'")
+    if sections not in ("both", "findings"):
+        raise ValueError(f"sections={sections!r} is not allowed; expected 'both' or 'findings'")
     return findings if sections == "findings" else f"findings: {findings} impression: {impression}"
+
 
 def png_bytes(image):
     "A uint8 array (H, W) as PNG, in the form that `datasets` stores images."
@@ -898,9 +1400,11 @@ def png_bytes(image):
     Image.fromarray(image).save(buffer, "PNG", compress_level=1)
     return {"bytes": buffer.getvalue(), "path": None}
 
+
 def to_truth(findings, boxes):
     "Findings and their boxes as the schema's `truth`."
     return [{**asdict(f), "box": list(b)} for f, b in zip(findings, boxes)]
+
 
 def from_truth(truth):
     "The schema's `truth` as a tuple of Finding."
@@ -911,16 +1415,28 @@ def _study(seed, split, number, size, sections):
     rng = np.random.default_rng([seed, zlib.crc32(split.encode()), number])
     findings = sample_findings(rng)
     found, impression = write_report(findings, rng)
-    image, boxes = render(findings, int(rng.integers(2 ** 31)), size)
-    return dict(study_id=f"phantom-{split}-{seed}-{number:05d}", split=split, image=png_bytes(image), findings=found,
-                impression=impression, report=compose_report(found, impression, sections), labels=labels(findings),
-                truth=to_truth(findings, boxes))
+    image, boxes = render(findings, int(rng.integers(2**31)), size)
+    return dict(
+        study_id=f"phantom-{split}-{seed}-{number:05d}",
+        split=split,
+        image=png_bytes(image),
+        findings=found,
+        impression=impression,
+        report=compose_report(found, impression, sections),
+        labels=labels(findings),
+        truth=to_truth(findings, boxes),
+    )
+
 
 def make_phantom(n, seed, split, size=96, sections="both"):
     """A `datasets.Dataset` of `n` phantom studies with FEATURES; `split` names it and keeps its seeds apart from other splits.
 
     Raises ValueError for n < 1 or unknown sections."""
-    if n < 1: raise ValueError(f"n={n!r} is not allowed; expected at least 1 study")
+    if n < 1:
+        raise ValueError(f"n={n!r} is not allowed; expected at least 1 study")
     compose_report("", "", sections)
-    rows = [_study(seed, split, i, size, sections) for i in tqdm(range(n), desc=f"phantom {split}", disable=n < 500, leave=False)]
+    rows = [
+        _study(seed, split, i, size, sections)
+        for i in tqdm(range(n), desc=f"phantom {split}", disable=n < 500, leave=False)
+    ]
     return datasets.Dataset.from_list(rows, features=FEATURES)

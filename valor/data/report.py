@@ -17,14 +17,17 @@ from .studies import load_studies
 from .views import FIVE_FOLD
 
 # %% ../../nbs/data/07_report.ipynb #b0b81174
-def _hash(text): return blake2b(text.encode(), digest_size=16).digest()
+def _hash(text):
+    return blake2b(text.encode(), digest_size=16).digest()
+
 
 def columns(dataset, *names, batch=1000):
     "Yields tuples of the columns `names` of a `Dataset`, read in batches; images are not decoded."
     part = dataset.select_columns(list(names))
     for start in range(0, len(part), batch):
-        rows = part[start:start + batch]
+        rows = part[start : start + batch]
         yield from zip(*(rows[n] for n in names))
+
 
 def by_split(studies):
     "A row per split: studies, patients, how many images stand for them by view, words per report (quartiles), and how many reports occur more than once."
@@ -32,79 +35,162 @@ def by_split(studies):
     for split, data in studies.items():
         views, patients, texts, words = Counter(), set(), Counter(), []
         for patient, view, second, report in columns(data, "patient_id", "view", "second_view", "report"):
-            views.update(v for v in (view, second) if v); patients.add(patient); texts[_hash(report)] += 1; words.append(len(report.split()))
+            views.update(v for v in (view, second) if v)
+            patients.add(patient)
+            texts[_hash(report)] += 1
+            words.append(len(report.split()))
         low, middle, high = np.percentile(words, [25, 50, 75])
-        out[split] = {"studies": len(data), "patients": len(patients), **{f"{v} images": n for v, n in sorted(views.items())}, "words, 25 %": low, "words, median": middle,
-                      "words, 75 %": high, "reports that occur again": sum(n for n in texts.values() if n > 1)}
+        out[split] = {
+            "studies": len(data),
+            "patients": len(patients),
+            **{f"{v} images": n for v, n in sorted(views.items())},
+            "words, 25 %": low,
+            "words, median": middle,
+            "words, 75 %": high,
+            "reports that occur again": sum(n for n in texts.values() if n > 1),
+        }
     return pd.DataFrame(out).T.fillna(0)
+
 
 def prevalence(studies):
     "How many studies of each split have each of the 14 observations, and the share."
-    counts = {s: np.sum([l for l, in columns(d, "labels")], axis=0) for s, d in studies.items()}
-    return pd.DataFrame({**{s: c for s, c in counts.items()}, **{f"{s}, share": c / len(studies[s]) for s, c in counts.items()}}, index=OBSERVATIONS)
+    counts = {s: np.sum([l for (l,) in columns(d, "labels")], axis=0) for s, d in studies.items()}
+    return pd.DataFrame(
+        {
+            **{s: c for s, c in counts.items()},
+            **{f"{s}, share": c / len(studies[s]) for s, c in counts.items()},
+        },
+        index=OBSERVATIONS,
+    )
 
 # %% ../../nbs/data/07_report.ipynb #77e74278
 def leakage(studies):
     "A row per pair of splits: how many studies of the later one are leaked (`data.leaked`: report or patient in the earlier one), how many reports stand there word for word, of how many, and how many patients and image files are in both."
     texts, patients, files = ({s: set() for s in studies} for _ in range(3))
     for split, data in studies.items():
-        for patient, report in columns(data, "patient_id", "report"): patients[split].add(patient); texts[split].add(_hash(report))
+        for patient, report in columns(data, "patient_id", "report"):
+            patients[split].add(patient)
+            texts[split].add(_hash(report))
         files[split] = set(paths(data))
-    pairs = [(a, b) for i, a in enumerate(studies) for b in list(studies)[i + 1:]]
-    return pd.DataFrame([{"in": b, "also in": a, "studies leaked": leaked(studies[b], studies[a]).sum(), "reports word for word": sum(_hash(r) in texts[a] for r, in columns(studies[b], "report")), "of": len(studies[b]),
-                          "patients": len(patients[a] & patients[b]), "image files": len(files[a] & files[b])} for a, b in pairs])
+    pairs = [(a, b) for i, a in enumerate(studies) for b in list(studies)[i + 1 :]]
+    return pd.DataFrame(
+        [
+            {
+                "in": b,
+                "also in": a,
+                "studies leaked": leaked(studies[b], studies[a]).sum(),
+                "reports word for word": sum(_hash(r) in texts[a] for (r,) in columns(studies[b], "report")),
+                "of": len(studies[b]),
+                "patients": len(patients[a] & patients[b]),
+                "image files": len(files[a] & files[b]),
+            }
+            for a, b in pairs
+        ]
+    )
+
 
 def paths(dataset):
     "The image paths of a `Dataset` of studies, undecoded; images in memory are left out."
     from valor.data.images import XRay
-    raw = dataset.select_columns(["image", "second_image"]).cast_column("image", XRay(decode=False)).cast_column("second_image", XRay(decode=False))
-    return [v["path"] for pair in columns(raw, "image", "second_image") for v in pair if v and v["path"]]
 
+    raw = (
+        dataset.select_columns(["image", "second_image"])
+        .cast_column("image", XRay(decode=False))
+        .cast_column("second_image", XRay(decode=False))
+    )
+    return [v["path"] for pair in columns(raw, "image", "second_image") for v in pair if v and v["path"]]
 
 # %% ../../nbs/data/07_report.ipynb #ef0911f4
 def views_table(views):
     "A row for each view that the source states (`tag`): how many of its images show which view by their picture (chapter 01g). `contradicted`: it surely shows the other one."
-    if not len(views): return pd.DataFrame({"pictures read": [0]}, index=pd.Index(["the stated views are trusted; check='full' compares them with the pictures"], name="tag"))
+    if not len(views):
+        return pd.DataFrame(
+            {"pictures read": [0]},
+            index=pd.Index(
+                ["the stated views are trusted; check='full' compares them with the pictures"], name="tag"
+            ),
+        )
     table = pd.crosstab(views.tag, views.picture)
     other = {"frontal": "lateral", "lateral": "frontal"}
     table["contradicted"] = [int(table.loc[tag].get(other.get(tag), 0)) for tag in table.index]
     return table.rename_axis(columns=None)
 
+
 def data_report(studies):
     "{title: table} for a `Studies`: the source, what was read, what was set aside and why, splits, lengths, leakage, duplicates, labels. No text of any study is in it."
     info, terms, seen = studies.info, terms_of(studies.info["source"]), studies.info["seen"]
     table = lambda d, name: pd.DataFrame({name: d}).rename_axis("")
-    aside = studies.set_aside.groupby(["level", "kind"]).size().rename("number").reset_index().sort_values("number", ascending=False)
+    aside = (
+        studies.set_aside.groupby(["level", "kind"])
+        .size()
+        .rename("number")
+        .reset_index()
+        .sort_values("number", ascending=False)
+    )
     used = Counter(p for d in studies.values() for p in paths(d))
     again = sum(n for n in used.values() if n > 1)
     return {
-        "Source": table({"source": info["source"], "terms": f"{terms.name}: {terms.licence}", "restricted": "yes: nothing leaves the machine unless the endpoint is named" if terms.restricted else "no",
-                         **info["how"], "images checked": "by a glance at both ends" if info["check"] == "glance" else "in full",
-                         "views": f"{'as stated' if SOURCES[info['source']].trusted_views else 'by the picture'}, by the picture where none is stated (of {FIVE_FOLD['films']:,} films the picture is read wrong in {FIVE_FOLD['wrong']})", "images used by two studies": again}, "value"),
+        "Source": table(
+            {
+                "source": info["source"],
+                "terms": f"{terms.name}: {terms.licence}",
+                "restricted": "yes: nothing leaves the machine unless the endpoint is named"
+                if terms.restricted
+                else "no",
+                **info["how"],
+                "images checked": "by a glance at both ends" if info["check"] == "glance" else "in full",
+                "views": f"{'as stated' if SOURCES[info['source']].trusted_views else 'by the picture'}, by the picture where none is stated (of {FIVE_FOLD['films']:,} films the picture is read wrong in {FIVE_FOLD['wrong']})",
+                "images used by two studies": again,
+            },
+            "value",
+        ),
         "Read": table({k: n for k, n in seen.items() if not k.startswith(("study:", "image:"))}, "number"),
         "Set aside": aside.set_index("kind"),
         "Views": views_table(studies.views),
-        "Splits": by_split(studies), "Leakage": leakage(studies).set_index("in") if len(studies) > 1 else pd.DataFrame({"splits": [len(studies)]}), "Labels": prevalence(studies)}
+        "Splits": by_split(studies),
+        "Leakage": leakage(studies).set_index("in")
+        if len(studies) > 1
+        else pd.DataFrame({"splits": [len(studies)]}),
+        "Labels": prevalence(studies),
+    }
+
 
 def to_markdown(report):
     "The tables of a `data_report` as one Markdown text."
-    number = lambda v: v if isinstance(v, str) else f"{v:.3f}" if 0 < abs(v) < 1 else f"{v:,.0f}" if not isinstance(v, bool) else str(v)
-    return "\n\n".join(f"## {title}\n\n{t.map(number).to_markdown(disable_numparse=True)}" for title, t in report.items()) + "\n"
+    number = lambda v: (
+        v
+        if isinstance(v, str)
+        else f"{v:.3f}"
+        if 0 < abs(v) < 1
+        else f"{v:,.0f}"
+        if not isinstance(v, bool)
+        else str(v)
+    )
+    return (
+        "\n\n".join(
+            f"## {title}\n\n{t.map(number).to_markdown(disable_numparse=True)}" for title, t in report.items()
+        )
+        + "\n"
+    )
 
 # %% ../../nbs/data/07_report.ipynb #5bf661a3
 def run_report(args, settings):
     "Run `valor data-report` with parsed arguments and `--set` settings."
     try:
-        if args.out: check_place(args.out, args.source)
+        if args.out:
+            check_place(args.out, args.source)
         studies = load_studies(args.source, None if args.root == "-" else args.root, args.preset, **settings)
-    except (ValueError, TypeError) as e: sys.exit(f"valor: {e}")
+    except (ValueError, TypeError) as e:
+        sys.exit(f"valor: {e}")
     report = data_report(studies)
     print(to_markdown(report))
-    if not args.out: return
+    if not args.out:
+        return
     with kept(args.out, args.source):
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out/"report.md").write_text(to_markdown(report))
-        studies.set_aside.to_csv(args.out/"set_aside.csv", index=False)
-        studies.views.to_csv(args.out/"views_read.csv", index=False)
-        for title, table in report.items(): table.to_csv(args.out/f"{title.lower().replace(' ', '_')}.csv")
+        (args.out / "report.md").write_text(to_markdown(report))
+        studies.set_aside.to_csv(args.out / "set_aside.csv", index=False)
+        studies.views.to_csv(args.out / "views_read.csv", index=False)
+        for title, table in report.items():
+            table.to_csv(args.out / f"{title.lower().replace(' ', '_')}.csv")
     print(f"{args.out}")

@@ -14,24 +14,39 @@ from .sources import check_endpoint, is_local, terms_of
 class PlaceError(ValueError):
     "Restricted data would lie in a repository; the message says which, why and what to do. Nothing was written."
 
+
 def repository_of(place):
     "The repository that the path `place` lies in (it need not exist yet), links followed; None where it lies in none."
     here = Path(place).expanduser().resolve()
-    return next((folder for folder in (here, *here.parents) for mark in (".git", "settings.ini") if (folder/mark).exists()), None)
+    return next(
+        (
+            folder
+            for folder in (here, *here.parents)
+            for mark in (".git", "settings.ini")
+            if (folder / mark).exists()
+        ),
+        None,
+    )
+
 
 def check_place(place, benchmark, remedy="choose a place outside"):
     "Raise `PlaceError` where the studies of `benchmark` are restricted and `place` lies in a repository; `remedy`: what the message tells to do."
     terms = terms_of(benchmark)
     if terms.restricted and (repository := repository_of(place)):
-        raise PlaceError(f"{place}: lies in a repository, and {benchmark} may be under terms that forbid copies there ({terms.licence}); {remedy} (the repository is {repository})")
+        raise PlaceError(
+            f"{place}: lies in a repository, and {benchmark} may be under terms that forbid copies there ({terms.licence}); {remedy} (the repository is {repository})"
+        )
 
 # %% ../../nbs/data/08_restricted.ipynb #ee00a831
 @contextlib.contextmanager
 def closed_to_others():
     "While this is open, new files of this process are 0600 and new folders 0700."
     before = os.umask(0o077)
-    try: yield
-    finally: os.umask(before)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
 
 @contextlib.contextmanager
 def kept(place, benchmark, remedy="choose a place outside"):
@@ -40,23 +55,29 @@ def kept(place, benchmark, remedy="choose a place outside"):
     if not terms_of(benchmark).restricted:
         yield
         return
-    if Path(place).is_file(): Path(place).chmod(0o600)
-    with closed_to_others(): yield
+    if Path(place).is_file():
+        Path(place).chmod(0o600)
+    with closed_to_others():
+        yield
 
 # %% ../../nbs/data/08_restricted.ipynb #44a5ab31
 def safe_name(identifier):
     "`identifier` as a plain file name: itself where it is one (letters, digits, `_`, `-`, `.`; at most 100), else its plain part with a digest of the whole."
     text = str(identifier)
-    if re.fullmatch(r"[\w-][\w.-]{0,99}", text, re.ASCII): return text
+    if re.fullmatch(r"[\w-][\w.-]{0,99}", text, re.ASCII):
+        return text
     plain = re.sub(r"[^\w.-]+", "_", text, flags=re.ASCII).strip("._")[:60]
     return f"{plain}-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}".lstrip("-")
 
 # %% ../../nbs/data/08_restricted.ipynb #da648d59
 def check_server(benchmark, url):
     "Raise `ValueError` unless studies of `benchmark` may be sent to the server `url`; one on this machine is then asked directly, past the environment's proxies."
-    try: check_endpoint(benchmark, url)
-    except PermissionError as e: raise ValueError(str(e)) from None
-    if not is_local(url): return
+    try:
+        check_endpoint(benchmark, url)
+    except PermissionError as e:
+        raise ValueError(str(e)) from None
+    if not is_local(url):
+        return
     for name in ("NO_PROXY", "no_proxy"):
         hosts = [h for h in os.environ.get(name, "").split(",") if h]
         os.environ[name] = ",".join(dict.fromkeys([*hosts, "localhost", "127.0.0.1", "::1"]))

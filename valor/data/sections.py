@@ -16,157 +16,299 @@ from .phantom import compose_report
 # %% ../../nbs/data/02_sections.ipynb #ec5e00a3
 HEADER = re.compile(r"\n ([A-Z ()/,-]+):\s")
 
+
 def split_sections(text):
     "`[(header in lower case, start, end), …]` of a report, in its order; what stands before the first header is `preamble`, a report without headers is one `full report`."
     found, at = [], 0
     while m := HEADER.search(text, at):
         found.append(m)
         at = max(text.find("\n", m.end()), m.end())
-    if not found: return [("full report", 0, len(text))]
+    if not found:
+        return [("full report", 0, len(text))]
     ends = [m.start() for m in found[1:]] + [len(text)]
-    return [("preamble", 0, found[0].start(1)), *((m[1].lower().strip(), m.end(), end) for m, end in zip(found, ends))]
+    return [
+        ("preamble", 0, found[0].start(1)),
+        *((m[1].lower().strip(), m.end(), end) for m, end in zip(found, ends)),
+    ]
 
 # %% ../../nbs/data/02_sections.ipynb #81e9e145
-SPELLINGS = {name: section for section, names in {
-    "impression": "impression|conclusion|findings and impression|findings/impression|findings/ impression|ndication|impresson|imprression|imoression|impressoin|imprssion|impresion|imperssion|mpression|impession",
-    "findings": "findings|chest, two views|finding|findins|findindgs|findgings|findngs|findnings|finidngs|reference findings",
-    "comparison": "comparison|comparisons|reference exam|comparison exam|comparison film|comparision|comparsion|comparrison|comparisions",
-    "indication": "indication|reason for examination|reason for exam|clinical indication|idication",
-    "history": "history|clinical history|clinical information|patient history|pfi", "examination": "examination|exam|type of examination", "technique": "technique",
-    "recommendations": "recommendations|recommendation|recommendation(s)", "wet read": "wet read|wetread",
-}.items() for name in names.split("|")}
+SPELLINGS = {
+    name: section
+    for section, names in {
+        "impression": "impression|conclusion|findings and impression|findings/impression|findings/ impression|ndication|impresson|imprression|imoression|impressoin|imprssion|impresion|imperssion|mpression|impession",
+        "findings": "findings|chest, two views|finding|findins|findindgs|findgings|findngs|findnings|finidngs|reference findings",
+        "comparison": "comparison|comparisons|reference exam|comparison exam|comparison film|comparision|comparsion|comparrison|comparisions",
+        "indication": "indication|reason for examination|reason for exam|clinical indication|idication",
+        "history": "history|clinical history|clinical information|patient history|pfi",
+        "examination": "examination|exam|type of examination",
+        "technique": "technique",
+        "recommendations": "recommendations|recommendation|recommendation(s)",
+        "wet read": "wet read|wetread",
+    }.items()
+    for name in names.split("|")
+}
 CONTAINED = ("impression", "findings", "history", "comparison", "addendum")
-EXAMINED = re.compile(r"chest|portable|pa and lat|lateral and pa|ap and lateral|lateral and ap|frontal and|two views|frontal view|pa view|ap view|one view|lateral view|"
-                      r"bone window|frontal upright|frontal semi-upright|ribs")
+EXAMINED = re.compile(
+    r"chest|portable|pa and lat|lateral and pa|ap and lateral|lateral and ap|frontal and|two views|frontal view|pa view|ap view|one view|lateral view|"
+    r"bone window|frontal upright|frontal semi-upright|ribs"
+)
+
 
 def section_name(header):
     "The standard name of a `header` (lower case); one that no rule knows stays as it is."
-    if header in SPELLINGS: return SPELLINGS[header]
-    return next((name for name in CONTAINED if name in header), "findings" if EXAMINED.search(header) else header)
+    if header in SPELLINGS:
+        return SPELLINGS[header]
+    return next(
+        (name for name in CONTAINED if name in header), "findings" if EXAMINED.search(header) else header
+    )
 
 # %% ../../nbs/data/02_sections.ipynb #c7f87a69
-ELSEWHERE = {study: header for header, studies in {
-    "recommendations": "s50913680 s59768032 s59067458 s59087630 s58157373 s56482935 s58375018", "examination": "s59363654 s53356173 s50743547 s59215320 s55157853",
-    "technique": "s59279892 s53202765 s50808053", "indication": "s57936451 s50058765 s51966317 s55124749 s54365831 s54654948", "note": "s56451190", "history": "s51491012",
-}.items() for study in studies.split()}
-BETWEEN = {"s50525523": (201, 349), "s57564132": (233, 554), "s59982525": (313, 717), "s53488209": (149, 475), "s54875119": (234, 988), "s50196495": (59, 399),
-           "s56579911": (59, 218), "s52648681": (292, 631), "s59889364": (172, 453), "s53514462": (73, 377), "s59505494": (59, 450), "s53182247": (59, 412),
-           "s51410602": (47, 320), "s56412866": (522, 822), "s54986978": (59, 306), "s59003148": (262, 505), "s57150433": (61, 394), "s56760320": (219, 457),
-           "s59562049": (158, 348), "s52674888": (145, 296), "s55258338": (192, 568), "s59330497": (140, 655), "s52119491": (179, 454)}
-NO_DESCRIPTION = frozenset("s58235663 s50798377 s54168089 s53071062 s56724958 s54231141 s53607029 s52035334".split())
+ELSEWHERE = {
+    study: header
+    for header, studies in {
+        "recommendations": "s50913680 s59768032 s59067458 s59087630 s58157373 s56482935 s58375018",
+        "examination": "s59363654 s53356173 s50743547 s59215320 s55157853",
+        "technique": "s59279892 s53202765 s50808053",
+        "indication": "s57936451 s50058765 s51966317 s55124749 s54365831 s54654948",
+        "note": "s56451190",
+        "history": "s51491012",
+    }.items()
+    for study in studies.split()
+}
+BETWEEN = {
+    "s50525523": (201, 349),
+    "s57564132": (233, 554),
+    "s59982525": (313, 717),
+    "s53488209": (149, 475),
+    "s54875119": (234, 988),
+    "s50196495": (59, 399),
+    "s56579911": (59, 218),
+    "s52648681": (292, 631),
+    "s59889364": (172, 453),
+    "s53514462": (73, 377),
+    "s59505494": (59, 450),
+    "s53182247": (59, 412),
+    "s51410602": (47, 320),
+    "s56412866": (522, 822),
+    "s54986978": (59, 306),
+    "s59003148": (262, 505),
+    "s57150433": (61, 394),
+    "s56760320": (219, 457),
+    "s59562049": (158, 348),
+    "s52674888": (145, 296),
+    "s55258338": (192, 568),
+    "s59330497": (140, 655),
+    "s52119491": (179, 454),
+}
+NO_DESCRIPTION = frozenset(
+    "s58235663 s50798377 s54168089 s53071062 s56724958 s54231141 s53607029 s52035334".split()
+)
 
 # %% ../../nbs/data/02_sections.ipynb #5d1e0a02
-UNREAD = {"comparison", "indication", "history", "examination", "technique", "notification", "accession number", "dictated by"}
-FURTHER = {"techniques": "technique", "procedure": "examination", "clinical data": "history", "clinical question": "indication", "accession": "accession number",
-           "findings discussed": "notification", "interpretation": "impression", "conclusions": "impression", "impressions": "impression", "summary": "impression", "report": "findings"}
+UNREAD = {
+    "comparison",
+    "indication",
+    "history",
+    "examination",
+    "technique",
+    "notification",
+    "accession number",
+    "dictated by",
+}
+FURTHER = {
+    "techniques": "technique",
+    "procedure": "examination",
+    "clinical data": "history",
+    "clinical question": "indication",
+    "accession": "accession number",
+    "findings discussed": "notification",
+    "interpretation": "impression",
+    "conclusions": "impression",
+    "impressions": "impression",
+    "summary": "impression",
+    "report": "findings",
+}
 QUALIFIER = re.compile(r"(?:(?:clinical|reason|for|the|this|patient|past|medical|surgical|present) )+")
 AT_LINE_START = re.compile(r"(?m)^[ \t]*([A-Za-z][A-Za-z ()/,-]{1,60}?)[ \t]*:")
 READ_HEADING = r"findings?|impressions?|conclusions?|interpretation|report|summary"
 SENTENCE = re.compile(r"[^.\n]*")
 AFTER_A_STOP = re.compile(rf"(?<=[.?!])[ \t]*({READ_HEADING})[ \t]*:", re.I)
 
+
 def heading_name(heading):
     "The standard name of a `heading` as it is written in free text, or None where the table has none; long headings count only in capitals."
     lower = " ".join(heading.lower().split())
     for name in (lower, QUALIFIER.sub("", lower, 1)):
-        if name in SPELLINGS or name in FURTHER: return SPELLINGS.get(name) or FURTHER[name]
-        if name in UNREAD: return name
+        if name in SPELLINGS or name in FURTHER:
+            return SPELLINGS.get(name) or FURTHER[name]
+        if name in UNREAD:
+            return name
     return section_name(lower) if heading.isupper() and len(lower.split()) < 6 else None
+
 
 def unread_parts(text):
     "The (start, end) of what stands under a heading of `UNREAD`: to the next heading or empty line, or where none follows to the end of its sentence."
     headings = [(m.start(1), name) for m in AT_LINE_START.finditer(text) if (name := heading_name(m[1]))]
-    if not any(name in UNREAD for _, name in headings): return []
-    ends = sorted({at for at, _ in headings} | {m.start(1) for m in AFTER_A_STOP.finditer(text)} | {m.start() for m in re.finditer(r"\n[ \t]*\n", text)})
+    if not any(name in UNREAD for _, name in headings):
+        return []
+    ends = sorted(
+        {at for at, _ in headings}
+        | {m.start(1) for m in AFTER_A_STOP.finditer(text)}
+        | {m.start() for m in re.finditer(r"\n[ \t]*\n", text)}
+    )
     parts = []
     for at, name in headings:
-        if name not in UNREAD: continue
+        if name not in UNREAD:
+            continue
         later = bisect_right(ends, at)
         parts.append((at, ends[later] if later < len(ends) else SENTENCE.match(text, at).end()))
     return parts
 
-
 # %% ../../nbs/data/02_sections.ipynb #5d1e0a04
-STRAIGHT = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "`": "'", "´": "'", "“": '"', "”": '"', "‐": "-", "‑": "-", "–": "-", "—": "-", "\u00a0": " ", "\u2028": "\n", "•": ";", "·": ";", "▪": ";"})
+STRAIGHT = str.maketrans(
+    {
+        "’": "'",
+        "‘": "'",
+        "ʼ": "'",
+        "`": "'",
+        "´": "'",
+        "“": '"',
+        "”": '"',
+        "‐": "-",
+        "‑": "-",
+        "–": "-",
+        "—": "-",
+        "\u00a0": " ",
+        "\u2028": "\n",
+        "•": ";",
+        "·": ";",
+        "▪": ";",
+    }
+)
 LINE_BREAK = re.compile(r"\r?\n[ \t]*(?=\S)")
-WANTS_MORE = re.compile(r"(?:,|[-(]|\b(?:of|no|not|or|and|the|an?|with|without|for|in|at|to|is|are|was|were|be|been|by|on|from|may|has|have|any|that|which|than|versus|vs\.?|left|right))$", re.I)
+WANTS_MORE = re.compile(
+    r"(?:,|[-(]|\b(?:of|no|not|or|and|the|an?|with|without|for|in|at|to|is|are|was|were|be|been|by|on|from|may|has|have|any|that|which|than|versus|vs\.?|left|right))$",
+    re.I,
+)
 NEW_ITEM = re.compile(r"[-*;][ \t]|\(?\d{1,2}[.)](?!\d)|[A-Za-z][A-Za-z ()/,-]{1,60}:")
 BULLETED = re.compile(r"(?m)^[ \t]*[-*][ \t].*")
-BULLET = re.compile(r"(?:(?<=\s)|^)[-*](?=[ \t]+\S)(?!\s+(?:none|no|nil|absent|negative|not \w+|normal|present|resolved)\b[ \t]*(?:[-.,;]|$))", re.I)
+BULLET = re.compile(
+    r"(?:(?<=\s)|^)[-*](?=[ \t]+\S)(?!\s+(?:none|no|nil|absent|negative|not \w+|normal|present|resolved)\b[ \t]*(?:[-.,;]|$))",
+    re.I,
+)
+
 
 def joined_lines(text):
     "`text` with a blank for each line break within a sentence; the length stays."
     one_case = text.isupper() or text.islower()
+
     def blank(m):
-        line, ahead = text[max(0, m.start() - 200):m.start()].rpartition("\n")[2].strip(), text[m.end():m.end() + 80]
+        line, ahead = (
+            text[max(0, m.start() - 200) : m.start()].rpartition("\n")[2].strip(),
+            text[m.end() : m.end() + 80],
+        )
         word = re.match(r"[\w-]+", ahead)
-        goes_on = len(line) >= 40 if one_case else ahead[0].islower() or (word and len(word[0]) > 1 and word[0].isupper())
+        goes_on = (
+            len(line) >= 40
+            if one_case
+            else ahead[0].islower() or (word and len(word[0]) > 1 and word[0].isupper())
+        )
         keeps = not line or line[-1] in ".:;!?" or NEW_ITEM.match(ahead)
-        return " " * len(m[0]) if not keeps and (goes_on or ahead[0].isdigit() or WANTS_MORE.search(line)) else m[0]
+        return (
+            " " * len(m[0])
+            if not keeps and (goes_on or ahead[0].isdigit() or WANTS_MORE.search(line))
+            else m[0]
+        )
+
     return LINE_BREAK.sub(blank, text)
 
-@lru_cache(2 ** 12)
+
+@lru_cache(2**12)
 def readable(report):
     "`report` as the rules read it: lower case, lines joined, marks made plain, and blanks for what stands under headings such as INDICATION. The length, and with it every place, stays."
     text = report.translate(STRAIGHT)
     if ":" in text and (parts := unread_parts(text)):
-        edges = [0, *(place for part in parts for place in part), len(text)]       # read, unread, read, …
-        text = "".join(" " * (b - a) if i % 2 else text[a:b] for i, (a, b) in enumerate(zip(edges, edges[1:])))
-    if "\n" in text: text = joined_lines(text)
-    if "- " in text or "* " in text: text = BULLETED.sub(lambda m: BULLET.sub(";", m[0]), text)
+        edges = [0, *(place for part in parts for place in part), len(text)]  # read, unread, read, …
+        text = "".join(
+            " " * (b - a) if i % 2 else text[a:b] for i, (a, b) in enumerate(zip(edges, edges[1:]))
+        )
+    if "\n" in text:
+        text = joined_lines(text)
+    if "- " in text or "* " in text:
+        text = BULLETED.sub(lambda m: BULLET.sub(";", m[0]), text)
     lower = text.lower()
-    return lower if len(lower) == len(text) else "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
-
+    return (
+        lower if len(lower) == len(text) else "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
+    )
 
 # %% ../../nbs/data/02_sections.ipynb #2dfdb7bd
 def parse_sections(text, study_id=None):
     """The sections of a radiology report as `{standard name: text}` (MIT-LCP's conventions for MIMIC-CXR). `study_id` (`s50414267`) looks up the documented exceptions."""
-    if study_id in NO_DESCRIPTION: return {}
-    if study_id in BETWEEN: return {"findings": text[slice(*BETWEEN[study_id])].strip()}
+    if study_id in NO_DESCRIPTION:
+        return {}
+    if study_id in BETWEEN:
+        return {"findings": text[slice(*BETWEEN[study_id])].strip()}
     parts = [(section_name(header), text[start:end]) for header, start, end in split_sections(text)]
     parts = [(name, body) for name, body in parts if body.strip() or name not in ("findings", "impression")]
     names = [name for name, _ in parts]
     if parts and "findings" not in names and "impression" not in names and "\n \n" in parts[-1][1]:
         first, rest = parts[-1][1].split("\n \n", 1)
         parts[-1:] = [(names[-1], first), ("last_paragraph", rest)]
-    sections = {name: body.strip() for name, body in parts}                      # of two with one name the last stays
-    if study_id in ELSEWHERE and ELSEWHERE[study_id] in sections: sections["findings"] = sections[ELSEWHERE[study_id]]
+    sections = {name: body.strip() for name, body in parts}  # of two with one name the last stays
+    if study_id in ELSEWHERE and ELSEWHERE[study_id] in sections:
+        sections["findings"] = sections[ELSEWHERE[study_id]]
     return sections
 
 # %% ../../nbs/data/02_sections.ipynb #73c804ed
 STYLES, DEIDENTIFIED = ("plain", "r2gen", "as is"), ("drop", "normalize", "keep")
 _MARK = r"x{4,}|_{2,}"
 
+
 def clean_text(text, deidentified="drop", lower=True, style="plain"):
     """A real report's `text` made regular. `deidentified`: what becomes of XXXX and ___, `drop` (with what is glued to it; x-XXXX becomes x-ray), `normalize` (xxxx) or `keep`.
     `style`: `plain`, `r2gen` or `as is`. Raises `ValueError` for other values."""
     for name, value, allowed in (("deidentified", deidentified, DEIDENTIFIED), ("style", style, STYLES)):
-        if value not in allowed: raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
-    if style != "as is": text = text.translate(STRAIGHT)
-    if lower: text = text.lower()
-    if deidentified == "drop": text = re.sub(rf"(?i)[^\s(]*(?:{_MARK})[^\s.,;:)]*", " ", re.sub(r"(?i)\b(x)-xxxx", r"\1-ray", text))
-    if deidentified == "normalize": text = re.sub(rf"(?i)(?:{_MARK})", "xxxx", text)
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
+    if style != "as is":
+        text = text.translate(STRAIGHT)
+    if lower:
+        text = text.lower()
+    if deidentified == "drop":
+        text = re.sub(rf"(?i)[^\s(]*(?:{_MARK})[^\s.,;:)]*", " ", re.sub(r"(?i)\b(x)-xxxx", r"\1-ray", text))
+    if deidentified == "normalize":
+        text = re.sub(rf"(?i)(?:{_MARK})", "xxxx", text)
     return {"plain": _plain, "r2gen": _r2gen, "as is": str.strip}[style](text)
+
 
 def _plain(text):
     text = re.sub(r"\(\s*\)", " ", text)
     text = re.sub(r"\s+([.,;:)])", r"\1", " ".join(text.split()))
     text = re.sub(r"([.,;:])[.,;:]+", r"\1", text)
-    text = re.sub(r"(^|[.:;] )\(?\d{1,2}[.)] (?=[a-zA-Z])", r"\1", text)              # list numbers: "1. no effusion. 2. clear."
+    text = re.sub(
+        r"(^|[.:;] )\(?\d{1,2}[.)] (?=[a-zA-Z])", r"\1", text
+    )  # list numbers: "1. no effusion. 2. clear."
     return text.strip(" ,;:").removeprefix(".").strip()
+
 
 def _r2gen(text):
     text = re.sub(r"\.{2,}", ".", re.sub(r"_+", "_", " ".join(text.split())))
     text = re.sub(r"\.? [2-5]\. ", ". ", text.replace("1. ", ""))
-    sentences = [" ".join(re.sub(r"[.,?;*!%^&_+():<=>@\[\]{}\"/\\']", "", s).split()) for s in text.lower().split(". ")]
+    sentences = [
+        " ".join(re.sub(r"[.,?;*!%^&_+():<=>@\[\]{}\"/\\']", "", s).split()) for s in text.lower().split(". ")
+    ]
     return " . ".join(s for s in sentences if s) + " ." if any(sentences) else ""
 
 # %% ../../nbs/data/02_sections.ipynb #9e5fe729
 SECTIONS = ("both", "findings", "impression", "report")
 
+
 def report_of(findings, impression, report, sections):
     "`(report, missing)`: the text that `sections` asks for, and the name of the first section it lacks (`None` where it is whole). Raises `ValueError` for an unknown value."
-    if sections not in SECTIONS: raise ValueError(f"sections={sections!r} is not allowed; expected one of {', '.join(map(repr, SECTIONS))}")
+    if sections not in SECTIONS:
+        raise ValueError(
+            f"sections={sections!r} is not allowed; expected one of {', '.join(map(repr, SECTIONS))}"
+        )
     parts = {"findings": findings, "impression": impression, "report": report}
     needed = ("findings", "impression") if sections == "both" else (sections,)
     missing = next((name for name in needed if not parts[name]), None)

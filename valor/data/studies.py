@@ -24,58 +24,109 @@ from .images import ImageError, XRay, check_image, read_image, to_png
 from .phantom import FEATURES, to_truth
 from .sections import DEIDENTIFIED, SECTIONS, STYLES, clean_text, report_of
 from .restricted import kept
-from .sources import BROKEN_ROW, SOURCES, DataError, Fault, Study, _split_name, read_table, text_columns
+from valor.data.sources import (
+    BROKEN_ROW,
+    SOURCES,
+    DataError,
+    Fault,
+    Study,
+    _split_name,
+    read_table,
+    text_columns,
+)
 from ..contents import cache_dir, fingerprint
 from .views import KnownViews, picture_view
 
 # %% ../../nbs/data/05_studies.ipynb #b88d7854
 TEXT_PRESETS = {
-    "valor": dict(sections="both", view="frontal", deidentified="drop", lower=True, style="plain", min_words=5),
-    "r2gen": dict(sections="findings", view="listed", deidentified="keep", lower=True, style="r2gen", min_words=1),
+    "valor": dict(
+        sections="both", view="frontal", deidentified="drop", lower=True, style="plain", min_words=5
+    ),
+    "r2gen": dict(
+        sections="findings", view="listed", deidentified="keep", lower=True, style="r2gen", min_words=1
+    ),
 }
 VIEWS, UNKNOWN = ("frontal", "both", "listed", "none"), ("keep", "drop", "guess")
-ONE_TEXT = ("r2gen_iu", "r2gen_mimic")   # these sources have a report and no sections
+ONE_TEXT = ("r2gen_iu", "r2gen_mimic")  # these sources have a report and no sections
+
 
 def reading(preset="valor", source=None, **changes):
     """How studies are read: the parameters of a `preset` with `changes` (those that are not None). Raises `ValueError` naming a parameter that is unknown or out of range.
 
     `sections`: `both`, `findings`, `impression`, `report`, or `auto` (see `sections_of`; a user's own table unless it is given). `view`: `frontal` (one image), `both` (a frontal and a lateral one), `listed` (the first two as they come) or `none` (text only). `unknown_view`, for images whose
     view nobody states and whose picture is `unsure`: `keep` (used where no image is known to be right), `drop`, or `guess` (the first image of a study is frontal, the others lateral)."""
-    if preset not in TEXT_PRESETS: raise ValueError(f"preset={preset!r} is unknown; expected one of {', '.join(TEXT_PRESETS)}")
-    how = TEXT_PRESETS[preset] | dict(unknown_view="keep", labels=SOURCES[source].labels if source else "rules")
-    if source in ONE_TEXT: how["sections"] = "report"
-    if source in ("table", "hf"): how["sections"] = "auto"
+    if preset not in TEXT_PRESETS:
+        raise ValueError(f"preset={preset!r} is unknown; expected one of {', '.join(TEXT_PRESETS)}")
+    how = TEXT_PRESETS[preset] | dict(
+        unknown_view="keep", labels=SOURCES[source].labels if source else "rules"
+    )
+    if source in ONE_TEXT:
+        how["sections"] = "report"
+    if source in ("table", "hf"):
+        how["sections"] = "auto"
     for name, value in changes.items():
-        if name not in how: raise ValueError(f"unknown parameter {name}={value!r}; expected one of {', '.join(how)}")
-        if value is not None: how[name] = value
-    for name, allowed in dict(sections=(*SECTIONS, "auto"), view=VIEWS, unknown_view=UNKNOWN, deidentified=DEIDENTIFIED, style=STYLES, lower=(True, False), labels=("rules", "codes", "chexbert", "chexpert")).items():
-        if how[name] not in allowed: raise ValueError(f"{name}={how[name]!r} is not allowed; expected one of {', '.join(map(repr, allowed))}")
-    if not isinstance(how["min_words"], int) or how["min_words"] < 1: raise ValueError(f"min_words={how['min_words']!r} is not allowed; expected a whole number >= 1")
+        if name not in how:
+            raise ValueError(f"unknown parameter {name}={value!r}; expected one of {', '.join(how)}")
+        if value is not None:
+            how[name] = value
+    for name, allowed in dict(
+        sections=(*SECTIONS, "auto"),
+        view=VIEWS,
+        unknown_view=UNKNOWN,
+        deidentified=DEIDENTIFIED,
+        style=STYLES,
+        lower=(True, False),
+        labels=("rules", "codes", "chexbert", "chexpert"),
+    ).items():
+        if how[name] not in allowed:
+            raise ValueError(
+                f"{name}={how[name]!r} is not allowed; expected one of {', '.join(map(repr, allowed))}"
+            )
+    if not isinstance(how["min_words"], int) or how["min_words"] < 1:
+        raise ValueError(f"min_words={how['min_words']!r} is not allowed; expected a whole number >= 1")
     return how
 
+
 def sections_of(source, root, preset):
-    "What `sections=\"auto\"` is: what the `preset` asks for where the source has it, else the first of report, findings and impression that is a column of the user's own table."
-    if source in ONE_TEXT: return "report"
+    'What `sections="auto"` is: what the `preset` asks for where the source has it, else the first of report, findings and impression that is a column of the user\'s own table.'
+    if source in ONE_TEXT:
+        return "report"
     wish, there = TEXT_PRESETS[preset]["sections"], text_columns(source, root)
-    if there is None or (wish in there if wish != "both" else {"findings", "impression"} <= there): return wish
+    if there is None or (wish in there if wish != "both" else {"findings", "impression"} <= there):
+        return wish
     return next((c for c in ("report", "findings", "impression") if c in there), wish)
 
 # %% ../../nbs/data/05_studies.ipynb #ebaaef5d
-def in_doubt(view): return view == "unknown" or view.startswith("unsure ")
+def in_doubt(view):
+    return view == "unknown" or view.startswith("unsure ")
+
 
 def guessed(images):
     "`images` with views in doubt replaced: the first of the study is frontal, the others lateral (`guessed frontal`, `guessed lateral`)."
-    return [(path, view if not in_doubt(view) else "guessed frontal" if i == 0 else "guessed lateral") for i, (path, view) in enumerate(images)]
+    return [
+        (path, view if not in_doubt(view) else "guessed frontal" if i == 0 else "guessed lateral")
+        for i, (path, view) in enumerate(images)
+    ]
+
 
 def choose_images(images, view, unknown_view):
     "The `(path, view)` pairs that represent a study (see `reading`), first the main one; [] where the view asked for does not exist."
-    if view == "none": return []
-    images = guessed(images) if unknown_view == "guess" else [i for i in images if unknown_view == "keep" or not in_doubt(i[1])]
-    if view == "listed": return images[:2]
+    if view == "none":
+        return []
+    images = (
+        guessed(images)
+        if unknown_view == "guess"
+        else [i for i in images if unknown_view == "keep" or not in_doubt(i[1])]
+    )
+    if view == "listed":
+        return images[:2]
     order = lambda kind: (kind, f"unsure {kind}", f"guessed {kind}", "unknown")
-    of = lambda kind: sorted((i for i in images if i[1] in order(kind)), key=lambda i: order(kind).index(i[1]))
+    of = lambda kind: sorted(
+        (i for i in images if i[1] in order(kind)), key=lambda i: order(kind).index(i[1])
+    )
     frontal = of("frontal")[:1]
-    if view == "frontal" or not frontal: return frontal
+    if view == "frontal" or not frontal:
+        return frontal
     lateral = [i for i in of("lateral") if i is not frontal[0]][:1]
     return frontal + lateral if lateral else []
 
@@ -84,22 +135,34 @@ def seen_view(image):
     "The view that the picture of one image (path or bytes) shows, or the `ImageError` that it cannot be read for."
     try:
         pixels = read_image(image)
-        if pixels.min() == pixels.max(): raise ImageError("every pixel has the same value; expected a radiograph")
+        if pixels.min() == pixels.max():
+            raise ImageError("every pixel has the same value; expected a radiograph")
         return picture_view(pixels)
-    except ImageError as e: return e
+    except ImageError as e:
+        return e
+
 
 def read_pictures(studies, source, how, full, known, pool):
     """{image: view, or `ImageError`} by their pictures, for the images of `studies` whose stated view is not to be trusted or missing, and for all where they are decoded anyway (`full`).
     `known`: a `KnownViews`, in which files are looked up; `pool`: of threads that decode the others."""
-    if how["view"] == "none": return {}
+    if how["view"] == "none":
+        return {}
     asked = how["view"] in ("frontal", "both")
-    images = list(dict.fromkeys(i for s in studies for i, view in s.images if full or asked and (view == "unknown" or not SOURCES[source].trusted_views)))
+    images = list(
+        dict.fromkeys(
+            i
+            for s in studies
+            for i, view in s.images
+            if full or asked and (view == "unknown" or not SOURCES[source].trusted_views)
+        )
+    )
     files = [i for i in images if isinstance(i, str)]
     found = {} if full else known.get(files)
     new = [i for i in images if i not in found]
     read = dict(zip(new, pool.map(seen_view, new)))
     known.put({i: v for i, v in read.items() if isinstance(i, str) and isinstance(v, str)})
     return found | read
+
 
 def sound_images(study, full=False, pictures=None, trusted=True):
     """The images of `study` that can be used, and a `Fault` for each that cannot: those in `pictures` (see `read_pictures`) were read, the others pass `check_image`.
@@ -109,27 +172,59 @@ def sound_images(study, full=False, pictures=None, trusted=True):
         name = image if isinstance(image, str) else f"{study.where} image {i}"
         shown = (pictures or {}).get(image)
         try:
-            if isinstance(shown, ImageError): raise shown
-            if shown is None: check_image(image, full, name)
-            elif view == "unknown" or not trusted: view = shown
+            if isinstance(shown, ImageError):
+                raise shown
+            if shown is None:
+                check_image(image, full, name)
+            elif view == "unknown" or not trusted:
+                view = shown
         except ImageError as e:
-            kinds = {"No such file": "missing image", "too long": "missing image", "same value": "flat image", "takes another package": "compression of another package"}
+            kinds = {
+                "No such file": "missing image",
+                "too long": "missing image",
+                "same value": "flat image",
+                "takes another package": "compression of another package",
+            }
             kind = next((k for said, k in kinds.items() if said in str(e)), "damaged image")
-            faults.append(Fault(study.study_id, kind, name, str(e).removeprefix(f"{name}: ").removeprefix("image in memory: "), "image"))
-        else: good.append((image, view))
+            faults.append(
+                Fault(
+                    study.study_id,
+                    kind,
+                    name,
+                    str(e).removeprefix(f"{name}: ").removeprefix("image in memory: "),
+                    "image",
+                )
+            )
+        else:
+            good.append((image, view))
     return good, faults
 
 # %% ../../nbs/data/05_studies.ipynb #387e5d23
 def study_features(size=None):
     "The columns of real studies; images are decoded on access, as squares of `size` pixels."
     image = XRay(size=size)
-    return Features({**FEATURES, "image": image, "second_image": image, "patient_id": Value("string"), "view": Value("string"), "second_view": Value("string"),
-                     "source": Value("string"), "where": Value("string")})
+    return Features(
+        {
+            **FEATURES,
+            "image": image,
+            "second_image": image,
+            "patient_id": Value("string"),
+            "view": Value("string"),
+            "second_view": Value("string"),
+            "source": Value("string"),
+            "where": Value("string"),
+        }
+    )
+
 
 def _stored(images, i):
-    if len(images) <= i: return None, None
+    if len(images) <= i:
+        return None, None
     image, view = images[i]
-    return ({"bytes": None, "path": image} if isinstance(image, str) else {"bytes": image, "path": None}), view
+    return (
+        {"bytes": None, "path": image} if isinstance(image, str) else {"bytes": image, "path": None}
+    ), view
+
 
 def row_of(study, source, how, images):
     "The row of `study` in the schema, or the `Fault` that keeps it out. `images`: those that are sound."
@@ -137,81 +232,158 @@ def row_of(study, source, how, images):
     text = lambda t: clean_text(t, how["deidentified"], how["lower"], how["style"])
     findings, impression, whole = map(text, (study.findings, study.impression, study.report))
     report, missing = report_of(findings, impression, whole, how["sections"])
-    if missing: return fault(f"no {missing}", f"no text in {missing}; sections={how['sections']!r} needs it")
+    if missing:
+        return fault(f"no {missing}", f"no text in {missing}; sections={how['sections']!r} needs it")
     body = findings if how["sections"] == "both" else report
-    if len(body.split()) < how["min_words"]: return fault("too short", f"{len(body.split())} words; min_words={how['min_words']}")
+    if len(body.split()) < how["min_words"]:
+        return fault("too short", f"{len(body.split())} words; min_words={how['min_words']}")
     chosen = choose_images(images, how["view"], how["unknown_view"])
     if not chosen and how["view"] != "none":
         views = ", ".join(v for _, v in images) or "none that can be read"
         turned = "a film that is unsure may be turned or inverted: mend it, or " if "unsure" in views else ""
         remedy = f"; {turned}take the images as they come with view='listed'"
-        return fault("no image of the view", f"no usable image for view={how['view']!r}, unknown_view={how['unknown_view']!r} (its images: {views}){remedy}")
+        return fault(
+            "no image of the view",
+            f"no usable image for view={how['view']!r}, unknown_view={how['unknown_view']!r} (its images: {views}){remedy}",
+        )
     (image, view), (second, second_view) = _stored(chosen, 0), _stored(chosen, 1)
     drawn = codes_to_findings(study.codes)[0]
-    return dict(study_id=study.study_id, patient_id=study.patient_id, split=study.split or split_of(study.patient_id), image=image, view=view, second_image=second, second_view=second_view,
-                findings=findings, impression=impression, report=report, labels=None, truth=to_truth(drawn, [()] * len(drawn)), source=source, where=study.where)
+    return dict(
+        study_id=study.study_id,
+        patient_id=study.patient_id,
+        split=study.split or split_of(study.patient_id),
+        image=image,
+        view=view,
+        second_image=second,
+        second_view=second_view,
+        findings=findings,
+        impression=impression,
+        report=report,
+        labels=None,
+        truth=to_truth(drawn, [()] * len(drawn)),
+        source=source,
+        where=study.where,
+    )
 
 # %% ../../nbs/data/05_studies.ipynb #4448ddb6
 def add_labels(rows, studies, how):
     "Fill the `labels` of `rows` in place; returns a `Fault` for each row that has none, by index."
     if how["labels"] == "rules":
-        judged = RuleLabeler().labels([r["report"] for r in rows])[OBSERVATIONS].isin([1, -1]).astype(int).to_numpy().tolist()
-    elif how["labels"] == "codes": judged = [[int(v == 1) for v in code_labels(s.codes)] if s.codes and "No Indexing" not in s.codes else None for s in studies]
-    else: judged = [None if s.labels is None else [int(v in (1, -1)) for v in s.labels] for s in studies]
-    for row, labels in zip(rows, judged): row["labels"] = labels
-    return {i: Fault(s.study_id, "no labels", s.where, f"no {'MeSH codes' if how['labels'] == 'codes' else 'row in the CheXpert table'}; labels={how['labels']!r} needs them (labels='rules' reads the report instead)")
-            for i, s in enumerate(studies) if judged[i] is None}
+        judged = (
+            RuleLabeler()
+            .labels([r["report"] for r in rows])[OBSERVATIONS]
+            .isin([1, -1])
+            .astype(int)
+            .to_numpy()
+            .tolist()
+        )
+    elif how["labels"] == "codes":
+        judged = [
+            [int(v == 1) for v in code_labels(s.codes)] if s.codes and "No Indexing" not in s.codes else None
+            for s in studies
+        ]
+    else:
+        judged = [None if s.labels is None else [int(v in (1, -1)) for v in s.labels] for s in studies]
+    for row, labels in zip(rows, judged):
+        row["labels"] = labels
+    return {
+        i: Fault(
+            s.study_id,
+            "no labels",
+            s.where,
+            f"no {'MeSH codes' if how['labels'] == 'codes' else 'row in the CheXpert table'}; labels={how['labels']!r} needs them (labels='rules' reads the report instead)",
+        )
+        for i, s in enumerate(studies)
+        if judged[i] is None
+    }
 
 # %% ../../nbs/data/05_studies.ipynb #23ac4771
-VERSION = 4   # of what an index holds
+VERSION = 4  # of what an index holds
+
 
 def _splits_table(path):
     "{study_id: split} of a user's split file (CSV with study_id, split)."
     out = {}
     for row, r in read_table(Path(path).expanduser(), ["study_id", "split"]):
-        if r is None: raise DataError(f"{path}:{row}: {BROKEN_ROW}")
-        try: name = _split_name(r["split"], path)
-        except ValueError as e: raise DataError(f"{path}:{row}: {e}") from None
-        if out.setdefault(r["study_id"].strip(), name) != name: raise DataError(f"{path}:{row}: study {r['study_id']} is in two splits, {out[r['study_id']]} and {name}")
+        if r is None:
+            raise DataError(f"{path}:{row}: {BROKEN_ROW}")
+        try:
+            name = _split_name(r["split"], path)
+        except ValueError as e:
+            raise DataError(f"{path}:{row}: {e}") from None
+        if out.setdefault(r["study_id"].strip(), name) != name:
+            raise DataError(
+                f"{path}:{row}: study {r['study_id']} is in two splits, {out[r['study_id']]} and {name}"
+            )
     return out
+
 
 class Index:
     "Writes rows by split and counts what was seen; `strict` raises the first fault that sets a study aside as `DataError`."
+
     def __init__(self, folder, features, strict):
-        self.folder, self.features, self.strict, self.writers, self.seen, self.first = folder, features, strict, {}, Counter(), None
-        self.faults = open(folder/"set_aside.csv", "w", newline="")
+        self.folder, self.features, self.strict, self.writers, self.seen, self.first = (
+            folder,
+            features,
+            strict,
+            {},
+            Counter(),
+            None,
+        )
+        self.faults = open(folder / "set_aside.csv", "w", newline="")
         self.table = csv.DictWriter(self.faults, ["level", "kind", "study_id", "where", "message"])
         self.table.writeheader()
-        self.views = open(folder/"views.csv", "w", newline="")
+        self.views = open(folder / "views.csv", "w", newline="")
         self.pictures = csv.writer(self.views)
         self.pictures.writerow(["study_id", "image", "tag", "picture", "used"])
 
     def saw(self, study, pictures, sound, how):
         "Note what the pictures of `study` show beside what its source states, and where they choose another main image."
-        stated, chosen = dict(study.images), [i for i, _ in choose_images(sound, how["view"], how["unknown_view"])]
+        stated, chosen = (
+            dict(study.images),
+            [i for i, _ in choose_images(sound, how["view"], how["unknown_view"])],
+        )
         for i, (image, tag) in enumerate(study.images):
-            if not isinstance(pictures.get(image), str): continue
-            self.pictures.writerow([study.study_id, image if isinstance(image, str) else f"image {i}", tag, pictures[image], "main" if image in chosen[:1] else "second" if image in chosen else ""])
-        if how["view"] not in ("frontal", "both") or not sound: return
+            if not isinstance(pictures.get(image), str):
+                continue
+            self.pictures.writerow(
+                [
+                    study.study_id,
+                    image if isinstance(image, str) else f"image {i}",
+                    tag,
+                    pictures[image],
+                    "main" if image in chosen[:1] else "second" if image in chosen else "",
+                ]
+            )
+        if how["view"] not in ("frontal", "both") or not sound:
+            return
         by_tag = choose_images([(i, stated[i]) for i, _ in sound], how["view"], how["unknown_view"])
-        self.seen["main image is another than by tags and order"] += bool(chosen) and chosen[0] != (by_tag[0][0] if by_tag else None)
+        self.seen["main image is another than by tags and order"] += bool(chosen) and chosen[0] != (
+            by_tag[0][0] if by_tag else None
+        )
         self.seen["main image in doubt"] += bool(chosen) and in_doubt(dict(sound)[chosen[0]])
         self.seen["studies without a frontal image"] += not any("frontal" in v for _, v in sound)
 
     def fault(self, f):
-        if self.strict: raise DataError(f"{f} [{f.kind}; strict=True stops here]")
+        if self.strict:
+            raise DataError(f"{f} [{f.kind}; strict=True stops here]")
         self.seen[f"{f.level}: {f.kind}"] += 1
         self.first = self.first or f
         self.table.writerow(asdict(f))
 
     def row(self, row):
         if row["split"] not in self.writers:
-            self.writers[row["split"]] = ArrowWriter(features=self.features, path=str(self.folder/f"{row['split']}.arrow"), writer_batch_size=1000)
+            self.writers[row["split"]] = ArrowWriter(
+                features=self.features,
+                path=str(self.folder / f"{row['split']}.arrow"),
+                writer_batch_size=1000,
+            )
         self.writers[row["split"]].write(row)
         self.seen["kept"] += 1
 
     def close(self):
-        for w in self.writers.values(): w.finalize()
+        for w in self.writers.values():
+            w.finalize()
         self.faults.close()
         self.views.close()
 
@@ -219,115 +391,242 @@ class Index:
 def _count(seen, study):
     "Count what the source states, before anything is set aside."
     seen["read"] += 1
-    for name in ("findings", "impression", "report"): seen[f"with {name}"] += bool(getattr(study, name))
+    for name in ("findings", "impression", "report"):
+        seen[f"with {name}"] += bool(getattr(study, name))
     seen["without text"] += not (study.findings or study.impression or study.report)
     seen["findings with XXXX or ___"] += "XXXX" in study.findings or "___" in study.findings
     seen["images"] += len(study.images)
     seen[f"studies with {len(study.images)} images"] += 1
-    for _, view in study.images: seen[f"{view} images"] += 1
+    for _, view in study.images:
+        seen[f"{view} images"] += 1
+
 
 def _with_pictures(items, source, how, full, known, several=64):
     "`(item, what its pictures show)` for everything in `items` (see `read_pictures`), some studies at a time, in several threads."
     items = iter(items)
     with ThreadPool(os.cpu_count()) as pool:
         while some := list(islice(items, several)):
-            pictures = read_pictures([s for s in some if isinstance(s, Study)], source, how, full, known, pool)
+            pictures = read_pictures(
+                [s for s in some if isinstance(s, Study)], source, how, full, known, pool
+            )
             yield from ((item, pictures) for item in some)
+
 
 def _sound_rows(index, items, source, how, splits, full, known):
     "`(row, study)` for everything in `items` that can be used; the rest becomes faults of `index`."
     ids = set()
     for item, pictures in _with_pictures(items, source, how, full, known):
-        if isinstance(item, Fault): index.fault(item); continue
+        if isinstance(item, Fault):
+            index.fault(item)
+            continue
         _count(index.seen, item)
-        if item.study_id in ids: index.fault(Fault(item.study_id, "duplicate id", item.where, f"study_id {item.study_id!r} occurs before; the first is kept")); continue
+        if item.study_id in ids:
+            index.fault(
+                Fault(
+                    item.study_id,
+                    "duplicate id",
+                    item.where,
+                    f"study_id {item.study_id!r} occurs before; the first is kept",
+                )
+            )
+            continue
         ids.add(item.study_id)
         if splits is not None:
-            if item.study_id not in splits: index.fault(Fault(item.study_id, "not in the split file", item.where, f"study {item.study_id} is not in the split file")); continue
+            if item.study_id not in splits:
+                index.fault(
+                    Fault(
+                        item.study_id,
+                        "not in the split file",
+                        item.where,
+                        f"study {item.study_id} is not in the split file",
+                    )
+                )
+                continue
             item.split = splits[item.study_id]
-        images, faults = sound_images(item, full, pictures, SOURCES[source].trusted_views) if how["view"] != "none" else ([], [])
-        for f in faults: index.fault(f)
+        images, faults = (
+            sound_images(item, full, pictures, SOURCES[source].trusted_views)
+            if how["view"] != "none"
+            else ([], [])
+        )
+        for f in faults:
+            index.fault(f)
         index.saw(item, pictures, images, how)
         row = row_of(item, source, how, images)
-        if isinstance(row, Fault): index.fault(row)
-        else: yield row, item
-    for missing in sorted((splits or {}).keys() - ids): index.fault(Fault(missing, "absent study", "split file", f"study {missing} of the split file is not in {source}"))
+        if isinstance(row, Fault):
+            index.fault(row)
+        else:
+            yield row, item
+    for missing in sorted((splits or {}).keys() - ids):
+        index.fault(
+            Fault(
+                missing, "absent study", "split file", f"study {missing} of the split file is not in {source}"
+            )
+        )
+
 
 def write_index(folder, source, root, how, size, splits, check, strict, options, known):
     "Read the source and write its index to `folder`: `{split}.arrow`, `set_aside.csv`, `views.csv` (what pictures show), `info.json`."
     index, batch = Index(folder, study_features(size), strict), []
+
     def flush():
         faults = add_labels([r for r, _ in batch], [s for _, s in batch], how)
-        for i, (row, _) in enumerate(batch): index.fault(faults[i]) if i in faults else index.row(row)
+        for i, (row, _) in enumerate(batch):
+            index.fault(faults[i]) if i in faults else index.row(row)
         batch.clear()
-    items = tqdm(SOURCES[source].read(root, **options), desc=f"indexing {source}", unit=" studies", leave=False)
+
+    items = tqdm(
+        SOURCES[source].read(root, **options), desc=f"indexing {source}", unit=" studies", leave=False
+    )
     try:
         for pair in _sound_rows(index, items, source, how, splits, check == "full", known):
             batch.append(pair)
-            if len(batch) == 256: flush()
-        if batch: flush()
-    finally: index.close()
-    (folder/"info.json").write_text(json.dumps(dict(source=source, root=str(root), how=how, size=size, check=check, options=options, seen=dict(index.seen)), indent=1))
+            if len(batch) == 256:
+                flush()
+        if batch:
+            flush()
+    finally:
+        index.close()
+    (folder / "info.json").write_text(
+        json.dumps(
+            dict(
+                source=source,
+                root=str(root),
+                how=how,
+                size=size,
+                check=check,
+                options=options,
+                seen=dict(index.seen),
+            ),
+            indent=1,
+        )
+    )
     return index
 
 # %% ../../nbs/data/05_studies.ipynb #17fa999e
 class Studies(DatasetDict):
     "A `DatasetDict` of real studies. `info`: source, parameters and counts of what was read; `set_aside`: a table of everything left out, with reasons; `folder`: its index."
+
     @classmethod
     def open(cls, folder):
-        found = cls({s: datasets.Dataset.from_file(str(folder/f"{s}.arrow")) for s in ("train", "val", "test") if (folder/f"{s}.arrow").exists()})
-        found.folder, found.info = folder, json.loads((folder/"info.json").read_text())
+        found = cls(
+            {
+                s: datasets.Dataset.from_file(str(folder / f"{s}.arrow"))
+                for s in ("train", "val", "test")
+                if (folder / f"{s}.arrow").exists()
+            }
+        )
+        found.folder, found.info = folder, json.loads((folder / "info.json").read_text())
         return found
 
     @property
-    def set_aside(self): return pd.read_csv(self.folder/"set_aside.csv", keep_default_na=False)
+    def set_aside(self):
+        return pd.read_csv(self.folder / "set_aside.csv", keep_default_na=False)
 
     @property
     def views(self):
         "A table of the images whose picture was read: the view that the source states (`tag`), what the `picture` shows, and whether the image is `used` (main, second)."
-        return pd.read_csv(self.folder/"views.csv", keep_default_na=False)
+        return pd.read_csv(self.folder / "views.csv", keep_default_na=False)
 
-def load_studies(source, root, preset="valor", *, size=None, splits=None, check="glance", strict=False, refresh=False, cache=None, options=None, **changes):
+
+def load_studies(
+    source,
+    root,
+    preset="valor",
+    *,
+    size=None,
+    splits=None,
+    check="glance",
+    strict=False,
+    refresh=False,
+    cache=None,
+    options=None,
+    **changes,
+):
     """Real studies as a `Studies` (a `DatasetDict`: train, val, test, those that exist) in the schema of the embedded benchmarks, images decoded on access.
 
     `source`: one of `SOURCES`; `root`: its folder or file (None: no images, with `view="none"`). `preset` and `changes`: see `reading`. `size`: pixels of the square images (None: as large as the
     files). `splits`: a CSV with study_id and split that replaces the source's. `check`: `glance` reads the ends of every image file, `full` decodes all. `strict`: the first fault
     stops. `refresh`: read the source again though an index exists. `cache`: where indexes are kept. `options`: for the reader, such as `reports`.
     Raises `ValueError` for an unknown parameter, `DataError` where the source cannot be read (or, if `strict`, has any fault) or no study is left."""
-    if source not in SOURCES: raise ValueError(f"source={source!r} is unknown; expected one of {', '.join(SOURCES)}")
-    if check not in ("glance", "full"): raise ValueError(f"check={check!r} is not allowed; expected 'glance' or 'full'")
-    if size is not None and size < 16: raise ValueError(f"size={size!r} is not allowed; expected None or at least 16 pixels")
+    if source not in SOURCES:
+        raise ValueError(f"source={source!r} is unknown; expected one of {', '.join(SOURCES)}")
+    if check not in ("glance", "full"):
+        raise ValueError(f"check={check!r} is not allowed; expected 'glance' or 'full'")
+    if size is not None and size < 16:
+        raise ValueError(f"size={size!r} is not allowed; expected None or at least 16 pixels")
     how, options = reading(preset, source, **changes), dict(options or {})
-    if how["sections"] == "auto": how["sections"] = sections_of(source, root, preset)
-    if root is None and how["view"] != "none": raise ValueError("root=None: there are no images without a folder; expected a root, or view='none' for text alone")
-    wanted = dict(version=VERSION, source=source, root=str(Path(root).expanduser().resolve()) if root is not None else None, how=how, size=size, check=check, options=options,
-                  holds=[fingerprint(p) for p in (root, *options.values()) if isinstance(p, (str, Path))], splits=Path(splits).expanduser().read_text() if splits and Path(splits).expanduser().is_file() else splits and str(splits))
-    folder = Path(cache or cache_dir()).expanduser()/f"{source}-{key_of(wanted)}"
-    with kept(folder, source, "set VALOR_CACHE (or cache=) to a folder outside"): return _opened(folder, source, root, how, size, splits, check, strict, refresh, options)
+    if how["sections"] == "auto":
+        how["sections"] = sections_of(source, root, preset)
+    if root is None and how["view"] != "none":
+        raise ValueError(
+            "root=None: there are no images without a folder; expected a root, or view='none' for text alone"
+        )
+    wanted = dict(
+        version=VERSION,
+        source=source,
+        root=str(Path(root).expanduser().resolve()) if root is not None else None,
+        how=how,
+        size=size,
+        check=check,
+        options=options,
+        holds=[fingerprint(p) for p in (root, *options.values()) if isinstance(p, (str, Path))],
+        splits=Path(splits).expanduser().read_text()
+        if splits and Path(splits).expanduser().is_file()
+        else splits and str(splits),
+    )
+    folder = Path(cache or cache_dir()).expanduser() / f"{source}-{key_of(wanted)}"
+    with kept(folder, source, "set VALOR_CACHE (or cache=) to a folder outside"):
+        return _opened(folder, source, root, how, size, splits, check, strict, refresh, options)
+
 
 def _opened(folder, source, root, how, size, splits, check, strict, refresh, options):
     "The index in `folder`, made where it is not there."
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if refresh: shutil.rmtree(folder, ignore_errors=True)
-        if folder.exists() and not strict: return Studies.open(folder)
+        if refresh:
+            shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists() and not strict:
+            return Studies.open(folder)
         making = folder.with_name(folder.name + ".making")
         shutil.rmtree(making, ignore_errors=True)
         making.mkdir()
-        try: index = write_index(making, source, root, how, size, _splits_table(splits) if splits else None, check, strict, options, KnownViews(folder.parent))
-        except BaseException: shutil.rmtree(making, ignore_errors=True); raise
-        if not index.seen["kept"]: shutil.rmtree(making); raise DataError(_nothing_left(source, root, index, how))
+        try:
+            index = write_index(
+                making,
+                source,
+                root,
+                how,
+                size,
+                _splits_table(splits) if splits else None,
+                check,
+                strict,
+                options,
+                KnownViews(folder.parent),
+            )
+        except BaseException:
+            shutil.rmtree(making, ignore_errors=True)
+            raise
+        if not index.seen["kept"]:
+            shutil.rmtree(making)
+            raise DataError(_nothing_left(source, root, index, how))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(making, folder)
     return Studies.open(folder)
 
+
 def _nothing_left(source, root, index, how):
     seen = index.seen
-    reasons = ", ".join(f"{n} {k.removeprefix('study: ')}" for k, n in seen.most_common() if k.startswith("study: "))
+    reasons = ", ".join(
+        f"{n} {k.removeprefix('study: ')}" for k, n in seen.most_common() if k.startswith("study: ")
+    )
     texts = [t for t in ("findings", "impression", "report") if seen[f"with {t}"]]
     lacks = [t for t in ("findings", "impression", "report") if seen[f"study: no {t}"]]
-    remedy = f"; sections={how['sections']!r} needs {' and '.join(lacks)}, and what the studies have is {', '.join(texts)}: give sections={texts[-1]!r}" if lacks and texts else ""
+    remedy = (
+        f"; sections={how['sections']!r} needs {' and '.join(lacks)}, and what the studies have is {', '.join(texts)}: give sections={texts[-1]!r}"
+        if lacks and texts
+        else ""
+    )
     first = f"; the first fault is {index.first}" if index.first and not remedy else ""
     return f"{root}: no study of {source} can be used ({seen['read']:,} read; {reasons or 'nothing in it'}{remedy}{first})"
 
@@ -336,12 +635,16 @@ def _decode(item):
     i, values, size = item
     made = []
     for value in values:
-        if value is None: made.append(None); continue
+        if value is None:
+            made.append(None)
+            continue
         try:
             check_image(value["bytes"] or value["path"], full=True, name=value["path"])
             made.append({"bytes": to_png(XRay(size=size).decode_example(value)), "path": None})
-        except ImageError as e: return i, e
+        except ImageError as e:
+            return i, e
     return i, made
+
 
 def store_images(dataset, folder, size, desc="images", shard=500, workers=None):
     """`dataset` with every image decoded to a square of `size` pixels, in Arrow shards under `folder`; shards that exist are kept. Returns `(Dataset, faults)`.
@@ -349,25 +652,40 @@ def store_images(dataset, folder, size, desc="images", shard=500, workers=None):
     `faults`: a `Fault` for each study whose image turned out to be unusable; it is left out."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    raw = dataset.cast_column("image", XRay(size=size, decode=False)).cast_column("second_image", XRay(size=size, decode=False))
+    raw = dataset.cast_column("image", XRay(size=size, decode=False)).cast_column(
+        "second_image", XRay(size=size, decode=False)
+    )
     features, faults, paths = study_features(size), [], []
     with ThreadPool(workers or os.cpu_count()) as pool, tqdm(total=len(raw), desc=desc, leave=False) as bar:
         for start in range(0, len(raw), shard):
-            paths.append(folder/f"{start:09d}.arrow")
-            if not paths[-1].with_suffix(".json").exists(): _store_shard(raw.select(range(start, min(start + shard, len(raw)))), paths[-1], size, features, pool)
+            paths.append(folder / f"{start:09d}.arrow")
+            if not paths[-1].with_suffix(".json").exists():
+                _store_shard(
+                    raw.select(range(start, min(start + shard, len(raw)))), paths[-1], size, features, pool
+                )
             faults += [Fault(**f) for f in json.loads(paths[-1].with_suffix(".json").read_text())]
             bar.update(min(shard, len(raw) - start))
     parts = [datasets.Dataset.from_file(str(p)) for p in paths if p.exists()]
     return datasets.concatenate_datasets(parts), faults
 
+
 def _store_shard(rows, path, size, features, pool):
     making, faults, kept = path.with_suffix(".making"), [], 0
     writer = ArrowWriter(features=features, path=str(making), writer_batch_size=100)
-    for row, (_, made) in zip(rows, pool.imap(_decode, ((i, (r["image"], r["second_image"]), size) for i, r in enumerate(rows)), chunksize=8)):
-        if isinstance(made, ImageError): faults.append(asdict(Fault(row["study_id"], "damaged image", row["where"], str(made)))); continue
+    for row, (_, made) in zip(
+        rows,
+        pool.imap(
+            _decode, ((i, (r["image"], r["second_image"]), size) for i, r in enumerate(rows)), chunksize=8
+        ),
+    ):
+        if isinstance(made, ImageError):
+            faults.append(asdict(Fault(row["study_id"], "damaged image", row["where"], str(made))))
+            continue
         writer.write(row | dict(image=made[0], second_image=made[1]))
         kept += 1
-    if kept: writer.finalize(); os.replace(making, path)
-    temporary = path.with_suffix(".json.tmp")                       # written last: it says that the shard is whole
+    if kept:
+        writer.finalize()
+        os.replace(making, path)
+    temporary = path.with_suffix(".json.tmp")  # written last: it says that the shard is whole
     temporary.write_text(json.dumps(faults))
     os.replace(temporary, path.with_suffix(".json"))

@@ -15,11 +15,13 @@ from PIL import Image
 # %% ../../nbs/data/06_views.ipynb #f1a0c005
 SIDE = 24
 
+
 def contrast(films):
     "Films `(N, H, W)` as rows `(N, H·W)` of float32 with mean 0 and deviation 1 (a film of one value becomes 0)."
     rows = np.asarray(films, dtype=np.float32).reshape(len(films), -1)
     rows = rows - rows.mean(axis=1, keepdims=True)
     return rows / np.maximum(rows.std(axis=1, keepdims=True), 1e-6)
+
 
 def miniature(film):
     "A film, uint8 `(H, W)` or a `PIL.Image`, stretched to 24 × 24 pixels: uint8 `(24, 24)`."
@@ -27,27 +29,39 @@ def miniature(film):
     return np.asarray(image.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX, reducing_gap=4))
 
 # %% ../../nbs/data/06_views.ipynb #f1a0c008
-DOUBT = -2.     # log-odds of standing upright under which a film is "unsure": 1.6 % of real films, 88 to 99.9 % of turned or inverted ones
-FIVE_FOLD = dict(films=7426, wrong=44, unsure=117)     # how the classifier does on studies that it was not fitted on (last cell)
+DOUBT = -2.0  # log-odds of standing upright under which a film is "unsure": 1.6 % of real films, 88 to 99.9 % of turned or inverted ones
+FIVE_FOLD = dict(
+    films=7426, wrong=44, unsure=117
+)  # how the classifier does on studies that it was not fitted on (last cell)
+
 
 @lru_cache(1)
 def weights():
     "What was fitted (last cell): `view` and `upright`, each 576 weights and a bias `(577,)`, and `mean_frontal`, `mean_lateral`, the average miniatures `(24, 24)`."
-    with np.load(Path(find_spec("valor").origin).parent/"data"/"views.npz", allow_pickle=False) as stored: return dict(stored)
+    with np.load(Path(find_spec("valor").origin).parent / "data" / "views.npz", allow_pickle=False) as stored:
+        return dict(stored)
+
 
 def log_odds(miniatures, fitted):
     "Log-odds `(N,)` that a logistic regression `fitted (577,)` gives miniatures `(N, 24, 24)`."
     return contrast(miniatures) @ fitted[:-1] + fitted[-1]
 
+
 def views_of(miniatures):
     "The views of miniatures `(N, 24, 24)`: `frontal` or `lateral`, with `unsure ` before it where the film may be turned, inverted or no film at all."
-    if not len(miniatures): return []
+    if not len(miniatures):
+        return []
     frontal, upright = (log_odds(miniatures, weights()[name]) for name in ("view", "upright"))
-    return [("" if u > DOUBT else "unsure ") + ("frontal" if f > 0 else "lateral") for f, u in zip(frontal, upright)]
+    return [
+        ("" if u > DOUBT else "unsure ") + ("frontal" if f > 0 else "lateral")
+        for f, u in zip(frontal, upright)
+    ]
+
 
 def picture_view(film):
     "The view of one film, uint8 `(H, W)` or a `PIL.Image` (see `views_of`)."
     return views_of(miniature(film)[None])[0]
+
 
 def drawn_film(view, size=(192, 192), seed=None):
     "A made-up film that looks `frontal` or `lateral` and shows nobody: the mean of thousands, at `size` (width, height), with some noise by `seed`: uint8 `(H, W)`."
@@ -58,25 +72,34 @@ def drawn_film(view, size=(192, 192), seed=None):
 # %% ../../nbs/data/06_views.ipynb #f1a0c010
 class KnownViews:
     "Views that were read before, by path, size and time of the film's file, in an SQLite file in `folder`. Several processes may share it."
+
     def __init__(self, folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        self.db = sqlite3.connect(Path(folder)/"views.sqlite", timeout=60, isolation_level=None)
+        self.db = sqlite3.connect(Path(folder) / "views.sqlite", timeout=60, isolation_level=None)
         self.db.execute("CREATE TABLE IF NOT EXISTS views (film TEXT PRIMARY KEY, view TEXT) WITHOUT ROWID")
 
     def _name(self, path):
-        try: state = os.stat(path)
-        except OSError: return None
+        try:
+            state = os.stat(path)
+        except OSError:
+            return None
         return f"{READING} {Path(path).absolute()} {state.st_size} {state.st_mtime_ns}"
 
     def get(self, paths):
         "{path: view} of the files that are known and unchanged."
-        found = ((p, self.db.execute("SELECT view FROM views WHERE film = ?", (self._name(p),)).fetchone()) for p in paths)
+        found = (
+            (p, self.db.execute("SELECT view FROM views WHERE film = ?", (self._name(p),)).fetchone())
+            for p in paths
+        )
         return {p: row[0] for p, row in found if row}
 
     def put(self, views):
         "Keep {path: view}."
         self.db.execute("BEGIN IMMEDIATE")
-        self.db.executemany("INSERT OR REPLACE INTO views VALUES (?, ?)", [(self._name(p), v) for p, v in views.items()])
+        self.db.executemany(
+            "INSERT OR REPLACE INTO views VALUES (?, ?)", [(self._name(p), v) for p, v in views.items()]
+        )
         self.db.execute("COMMIT")
 
-READING = 1     # version of what `picture_view` does
+
+READING = 1  # version of what `picture_view` does

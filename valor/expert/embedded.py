@@ -24,6 +24,7 @@ from ..rewards.text import report_body
 # %% ../../nbs/expert/00_embedded.ipynb #7e979eb7
 class WordTokenizer:
     "Word-level tokenizer with open_clip's calling convention: texts -> (N, context_length) long tensor, zero-padded."
+
     def __init__(self, words, context_length):
         self.words, self.context_length = list(words), context_length
         self.ids = {w: i for i, w in enumerate(self.words, 2)}
@@ -35,55 +36,99 @@ class WordTokenizer:
         "Tokenizer over words that occur at least `min_count` times in `texts` (alphabetical); the context fits the longest text and a bit more, up to `max_length`."
         split = [cls.split(t) for t in texts]
         counts = Counter(w for words in split for w in words)
-        return cls(sorted(w for w, n in counts.items() if n >= min_count), min(max_length, max(map(len, split)) + 5))
+        return cls(
+            sorted(w for w, n in counts.items() if n >= min_count), min(max_length, max(map(len, split)) + 5)
+        )
 
     @staticmethod
-    def split(text): return re.findall(r"[a-z]+|[0-9]+|[.]", report_body(text).lower())
+    def split(text):
+        return re.findall(r"[a-z]+|[0-9]+|[.]", report_body(text).lower())
 
-    def cut(self, texts): return [len(self.split(t)) + 1 > self.context_length for t in texts]
+    def cut(self, texts):
+        return [len(self.split(t)) + 1 > self.context_length for t in texts]
 
     def __call__(self, texts):
         out = torch.zeros(len(texts), self.context_length, dtype=torch.long)
         for row, text in zip(out, texts):
-            ids = [self.ids.get(w, 1) for w in self.split(text)][:self.context_length - 1] + [self.end]
-            row[:len(ids)] = torch.tensor(ids)
+            ids = [self.ids.get(w, 1) for w in self.split(text)][: self.context_length - 1] + [self.end]
+            row[: len(ids)] = torch.tensor(ids)
         return out
 
 # %% ../../nbs/expert/00_embedded.ipynb #05a1f994
 def expert_config(tokenizer, size=96, width=16, text_width=64, embed_dim=128):
     "open_clip's model config of the embedded expert, about 1.5 M parameters. `size`: image side in pixels, a multiple of 32."
-    if size < 64 or size % 32: raise ValueError(f"size={size}: the expert's ResNet reads images of 64, 96, 128, … pixels (multiples of 32)")
-    return dict(embed_dim=embed_dim, custom_text=True, vision_cfg=dict(image_size=size, layers=[1, 1, 1, 1], width=width, head_width=32),
-                text_cfg=dict(context_length=tokenizer.context_length, vocab_size=tokenizer.vocab_size, width=text_width, heads=text_width // 32,
-                              layers=2, no_causal_mask=True))
+    if size < 64 or size % 32:
+        raise ValueError(
+            f"size={size}: the expert's ResNet reads images of 64, 96, 128, … pixels (multiples of 32)"
+        )
+    return dict(
+        embed_dim=embed_dim,
+        custom_text=True,
+        vision_cfg=dict(image_size=size, layers=[1, 1, 1, 1], width=width, head_width=32),
+        text_cfg=dict(
+            context_length=tokenizer.context_length,
+            vocab_size=tokenizer.vocab_size,
+            width=text_width,
+            heads=text_width // 32,
+            layers=2,
+            no_causal_mask=True,
+        ),
+    )
+
 
 def build_expert(texts, size=96, seed=101, min_count=1):
     "An untrained `Expert` for images of `size` pixels whose vocabulary comes from `texts`; weights fixed by `seed`."
     tokenizer = WordTokenizer.build(texts, min_count)
     config = expert_config(tokenizer, size)
-    with torch.random.fork_rng(devices=[]):                                    # the caller's random stream stays where it was
+    with torch.random.fork_rng(devices=[]):  # the caller's random stream stays where it was
         torch.manual_seed(seed)
         model = open_clip.CustomTextCLIP(**{k: v for k, v in config.items() if k != "custom_text"})
     return Expert(model, tokenizer, partial(as_batch, size=size), config)
 
-GREY = dict(mean=.45, std=.25)                                    # of phantom films, roughly
+
+GREY = dict(mean=0.45, std=0.25)  # of phantom films, roughly
+
 
 def as_batch(images, size):
     "Grey images (PIL or (H, W) uint8 arrays) as a normalised tensor (N, 3, size, size), resized one by one where needed."
+
     def one(image):
-        x = torch.tensor(np.asarray(image.convert("L") if isinstance(image, Image.Image) else image), dtype=torch.float32)[None, None] / 255
-        return x if x.shape[-2:] == (size, size) else F.interpolate(x, (size, size), mode="bilinear", antialias=True)
+        x = (
+            torch.tensor(
+                np.asarray(image.convert("L") if isinstance(image, Image.Image) else image),
+                dtype=torch.float32,
+            )[None, None]
+            / 255
+        )
+        return (
+            x
+            if x.shape[-2:] == (size, size)
+            else F.interpolate(x, (size, size), mode="bilinear", antialias=True)
+        )
+
     return ((torch.cat([one(im) for im in images]) - GREY["mean"]) / GREY["std"]).expand(-1, 3, -1, -1)
+
 
 class Expert:
     "A frozen open_clip `model` with its `tokenizer` (texts -> ids), `preprocess` (list of images -> tensor) and, for an embedded one, its `config`. Works where the model is; answers are on the CPU."
+
     def __init__(self, model, tokenizer, preprocess, config=None):
-        self.model, self.tokenizer, self.preprocess, self.config = model.eval().requires_grad_(False), tokenizer, preprocess, config
+        self.model, self.tokenizer, self.preprocess, self.config = (
+            model.eval().requires_grad_(False),
+            tokenizer,
+            preprocess,
+            config,
+        )
 
     def _features(self, encode, prepare, items, batch_size):
         device = next(self.model.parameters()).device
         with torch.inference_mode():
-            return torch.cat([encode(prepare(items[i:i + batch_size]).to(device), normalize=True).float().cpu() for i in range(0, len(items), batch_size)])
+            return torch.cat(
+                [
+                    encode(prepare(items[i : i + batch_size]).to(device), normalize=True).float().cpu()
+                    for i in range(0, len(items), batch_size)
+                ]
+            )
 
     def image_features(self, images, batch_size=128):
         "Unit vectors (N, D) of a list of images (PIL or uint8 arrays). Worth keeping: an image is fixed, its candidates are many."
@@ -91,7 +136,9 @@ class Expert:
 
     def text_features(self, texts, batch_size=256):
         "Unit vectors (N, D) of a list of reports, tags or not."
-        return self._features(self.model.encode_text, self.tokenizer, [report_body(t) for t in texts], batch_size)
+        return self._features(
+            self.model.encode_text, self.tokenizer, [report_body(t) for t in texts], batch_size
+        )
 
     def cut(self, texts):
         "For each report whether it is longer than the context, so that its end is not read."
@@ -102,10 +149,12 @@ class Expert:
         return (self.image_features(images) * self.text_features(texts)).sum(-1)
 
 # %% ../../nbs/expert/00_embedded.ipynb #76a49703
-KINDS = list(EDITS)                                               # flipped, dropped, added, moved
+KINDS = list(EDITS)  # flipped, dropped, added, moved
+
 
 class GrammarEdits:
     "Edited reports of phantom studies: `edits(i, kind, rng)` is study i's report after one edit, in fresh words, or None where that is impossible."
+
     def __init__(self, dataset):
         self.truth = [from_truth(t) for t in dataset["truth"]]
         self.sections = "both" if dataset["report"][0].startswith("findings:") else "findings"
@@ -114,8 +163,10 @@ class GrammarEdits:
         edited = EDITS[kind](self.truth[i], rng)
         return None if edited is None else compose_report(*write_report(edited, rng), self.sections)
 
+
 class SentenceEdits:
     "Edited reports of any text: `edits(i, kind, rng)` as for `GrammarEdits`. `labeler` says which observations a sentence asserts."
+
     def __init__(self, dataset, labeler):
         self.reports = [re.split(r"(?<=[.:])\s+", r) for r in dataset["report"]]
         sentences = sorted({s for r in self.reports for s in r})
@@ -134,10 +185,12 @@ class SentenceEdits:
             new = [s for s in rng.permutation(self.abnormal)[:20] if not self.says[s] & set(here)]
             at = int(rng.integers(len(sentences) + 1))
             return " ".join([*sentences[:at], str(new[0]), *sentences[at:]]) if new else None
-        if not here: return None
+        if not here:
+            return None
         gone = here[int(rng.integers(len(here)))]
         instead = f"no {OBSERVATIONS[gone].lower()}." if kind == "flipped" else ""
         return " ".join(t for s in sentences if (t := instead if gone in self.says[s] else s)) or None
+
 
 def edits_for(dataset, benchmark):
     "The edits that fit a benchmark: by the grammar on `phantom`, by sentences elsewhere."
@@ -151,37 +204,78 @@ def contrastive_loss(images, texts, edited, owner, same, scale):
     logits, target = scale * images @ texts.T + mask, torch.arange(len(images))
     rejected = scale * images @ edited.T
     loss = (F.cross_entropy(torch.cat([logits, rejected], 1), target) + F.cross_entropy(logits.T, target)) / 2
-    if len(edited) == 0: return loss
+    if len(edited) == 0:
+        return loss
     return loss + F.softplus(rejected[owner, torch.arange(len(edited))] - logits.diagonal()[owner]).mean()
 
 # %% ../../nbs/expert/00_embedded.ipynb #46114451
-def train_expert(dataset, edits, steps=400, seed=101, batch_size=32, n_edits=2, lr=1e-3, renderings=(), min_count=1, progress=True):
+def train_expert(
+    dataset,
+    edits,
+    steps=400,
+    seed=101,
+    batch_size=32,
+    n_edits=2,
+    lr=1e-3,
+    renderings=(),
+    min_count=1,
+    progress=True,
+):
     """A frozen `Expert` trained on the pairs of `dataset` for `steps` batches; the same parameters and number of threads give the same weights.
 
     `edits(i, kind, rng)`: reports with one edit (see `edits_for`), `n_edits` per study and visit. `renderings`: datasets with the same rows in other anatomies
     (`data.rerender`); every visit to a study draws one of them. `expert.losses` keeps the loss of every step."""
     expert = build_expert(dataset["report"], dataset[0]["image"].size[0], seed, min_count)
-    rng, model = np.random.default_rng(seed), expert.model.train().requires_grad_(True).to(memory_format=torch.channels_last)
+    rng, model = (
+        np.random.default_rng(seed),
+        expert.model.train().requires_grad_(True).to(memory_format=torch.channels_last),
+    )
     pixels = np.stack([[np.asarray(im) for im in d["image"]] for d in (dataset, *renderings)])
     truths = [from_truth(t) for t in dataset["truth"]]
     same = torch.tensor(np.unique([str(sorted(map(str, t))) for t in truths], return_inverse=True)[1])
     reports, n, weights = list(dataset["report"]), len(dataset), list(model.parameters())
-    optimizer = torch.optim.AdamW([dict(params=[p for p in weights if p.ndim > 1], weight_decay=.05), dict(params=[p for p in weights if p.ndim < 2], weight_decay=0)], lr, betas=(.9, .98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, max(steps, 2), pct_start=.1)
+    optimizer = torch.optim.AdamW(
+        [
+            dict(params=[p for p in weights if p.ndim > 1], weight_decay=0.05),
+            dict(params=[p for p in weights if p.ndim < 2], weight_decay=0),
+        ],
+        lr,
+        betas=(0.9, 0.98),
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, max(steps, 2), pct_start=0.1)
     expert.losses, order = [], []
     for _ in (bar := tqdm(range(steps), desc="expert", disable=not progress)):
-        while len(order) < batch_size: order += list(rng.permutation(n))
+        while len(order) < batch_size:
+            order += list(rng.permutation(n))
         rows, order = order[:batch_size], order[batch_size:]
         near = [(k, t) for k, i in enumerate(rows) for t in some_edits(edits, i, n_edits, rng)]
         owner = torch.tensor([k for k, _ in near], dtype=torch.long)
-        images = model.encode_image(expert.preprocess(pixels[rng.integers(len(pixels), size=len(rows)), rows]), normalize=True)
-        texts = model.encode_text(expert.tokenizer([reports[i] for i in rows] + [t for _, t in near]), normalize=True)
-        own, edited = texts[:len(rows)], texts[len(rows):]
-        loss = contrastive_loss(images, own, edited, owner, same[rows][:, None] == same[rows], model.logit_scale.exp().clamp(max=100))
-        optimizer.zero_grad(); loss.backward(); optimizer.step(); schedule.step()
-        expert.losses.append(loss.item()); bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
-    model.eval().requires_grad_(False).to(memory_format=torch.contiguous_format)   # as it will be when loaded: equal to the bit
+        images = model.encode_image(
+            expert.preprocess(pixels[rng.integers(len(pixels), size=len(rows)), rows]), normalize=True
+        )
+        texts = model.encode_text(
+            expert.tokenizer([reports[i] for i in rows] + [t for _, t in near]), normalize=True
+        )
+        own, edited = texts[: len(rows)], texts[len(rows) :]
+        loss = contrastive_loss(
+            images,
+            own,
+            edited,
+            owner,
+            same[rows][:, None] == same[rows],
+            model.logit_scale.exp().clamp(max=100),
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        expert.losses.append(loss.item())
+        bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+    model.eval().requires_grad_(False).to(
+        memory_format=torch.contiguous_format
+    )  # as it will be when loaded: equal to the bit
     return expert
+
 
 def some_edits(edits, i, n, rng):
     "Up to `n` reports of study `i` with one edit, of different kinds."
@@ -195,36 +289,64 @@ def retrieval(similarity, keys, rng, n=8):
     hits, anyhits, perfect = [], [], []
     for i in range(N):
         different, others = np.flatnonzero(ids != ids[i]), np.delete(np.arange(N), i)
-        if len(different) < n - 1: raise ValueError(f"n={n}: only {len(different)} of {N} studies have another truth; use more studies")
+        if len(different) < n - 1:
+            raise ValueError(
+                f"n={n}: only {len(different)} of {N} studies have another truth; use more studies"
+            )
         hits.append(similarity[i, i] > similarity[i, rng.choice(different, n - 1, replace=False)].max())
         some = rng.choice(others, n - 1, replace=False)
         anyhits.append(similarity[i, i] > similarity[i, some].max())
         perfect.append(1 / (1 + (ids[some] == ids[i]).sum()))
-    return {f"R@1 of {n}": float(np.mean(hits)), f"R@1 of {n}, any": float(np.mean(anyhits)), f"R@1 of {n}, any, perfect": float(np.mean(perfect))}
+    return {
+        f"R@1 of {n}": float(np.mean(hits)),
+        f"R@1 of {n}, any": float(np.mean(anyhits)),
+        f"R@1 of {n}, any, perfect": float(np.mean(perfect)),
+    }
+
 
 def quality(expert, dataset, edits, rng):
     "How well `expert` judges the studies of `dataset`: R@1 among 8 (see `retrieval`) and, per kind of edit, how often it prefers the true report, over how many pairs, and before a wrong image."
     images, texts = expert.image_features(dataset["image"]), expert.text_features(dataset["report"])
-    out = retrieval((texts @ images.T).numpy(), [sorted(map(str, from_truth(t))) for t in dataset["truth"]], rng)
+    out = retrieval(
+        (texts @ images.T).numpy(), [sorted(map(str, from_truth(t))) for t in dataset["truth"]], rng
+    )
     for kind in KINDS:
         edited = {i: t for i in range(len(dataset)) if (t := edits(i, kind, rng)) is not None}
         rows = list(edited)
         gain = texts[rows] - expert.text_features(list(edited.values()))
         prefers = lambda of: float(((images[of] * gain).sum(-1) > 0).float().mean())
-        out |= {kind: prefers(rows), f"{kind}, pairs": len(rows), f"{kind}, wrong image": prefers(np.roll(rows, 1))}
+        out |= {
+            kind: prefers(rows),
+            f"{kind}, pairs": len(rows),
+            f"{kind}, wrong image": prefers(np.roll(rows, 1)),
+        }
     return out
 
 # %% ../../nbs/expert/00_embedded.ipynb #b87816b3
 def save_expert(expert, path):
     "Writes an embedded expert to the folder `path`: open_clip's config and weights, and the vocabulary."
-    path = Path(path); path.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in expert.model.state_dict().items()}, path/"open_clip_model.safetensors")
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {k: v.contiguous() for k, v in expert.model.state_dict().items()},
+        path / "open_clip_model.safetensors",
+    )
     grey = {k: [v] * 3 for k, v in GREY.items()}
-    (path/"words.json").write_text(json.dumps(dict(words=expert.tokenizer.words, context_length=expert.tokenizer.context_length)))
-    (path/"open_clip_config.json").write_text(json.dumps(dict(model_cfg=expert.config, preprocess_cfg=grey), indent=1))
+    (path / "words.json").write_text(
+        json.dumps(dict(words=expert.tokenizer.words, context_length=expert.tokenizer.context_length))
+    )
+    (path / "open_clip_config.json").write_text(
+        json.dumps(dict(model_cfg=expert.config, preprocess_cfg=grey), indent=1)
+    )
+
 
 def load_embedded(path):
     "The frozen `Expert` that `save_expert` wrote to the folder `path`."
-    config = json.loads((Path(path)/"open_clip_config.json").read_text())["model_cfg"]
-    words = json.loads((Path(path)/"words.json").read_text())
-    return Expert(open_clip.create_model(f"local-dir:{path}"), WordTokenizer(**words), partial(as_batch, size=config["vision_cfg"]["image_size"]), config)
+    config = json.loads((Path(path) / "open_clip_config.json").read_text())["model_cfg"]
+    words = json.loads((Path(path) / "words.json").read_text())
+    return Expert(
+        open_clip.create_model(f"local-dir:{path}"),
+        WordTokenizer(**words),
+        partial(as_batch, size=config["vision_cfg"]["image_size"]),
+        config,
+    )

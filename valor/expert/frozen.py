@@ -30,9 +30,11 @@ def one_line(error):
     "Type and message of an error in at most 200 characters of one line."
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
+
 def image_key(image):
     "What a PIL image is kept under: a digest of its mode, size and pixels."
     return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()
+
 
 def fingerprint(model):
     "Sixteen hexadecimal digits of a torch model's weights: names, shapes and values."
@@ -46,10 +48,22 @@ def fingerprint(model):
 class FrozenExpert:
     """`inner` behind the common interface. It has `image_features(list of PIL images)` and `text_features(list of str)`, each (N, D) arrays or tensors, and may have `key` (names the
     model and its weights: then image features are kept in the folder `cache`), `cut(texts)` (which texts are too long for it) and `note` (a line about it). RewardError where it fails."""
-    def __init__(self, inner, name, cache=None, keep=2 ** 14):
-        self.inner, self.name, self.key, self.note = inner, str(name), getattr(inner, "key", None), getattr(inner, "note", "")
-        device = "cuda" if torch.cuda.is_available() else "cpu"                   # the last digits depend on it, and on the threads
-        self.store = Store(cache, f"image features 1 {self.key} {device} {torch.get_num_threads()}") if cache and self.key else None
+
+    def __init__(self, inner, name, cache=None, keep=2**14):
+        self.inner, self.name, self.key, self.note = (
+            inner,
+            str(name),
+            getattr(inner, "key", None),
+            getattr(inner, "note", ""),
+        )
+        device = (
+            "cuda" if torch.cuda.is_available() else "cpu"
+        )  # the last digits depend on it, and on the threads
+        self.store = (
+            Store(cache, f"image features 1 {self.key} {device} {torch.get_num_threads()}")
+            if cache and self.key
+            else None
+        )
         self.batch, self.keep, self.kept, self.computed = (64 if device == "cuda" else 1), keep, {}, 0
 
     def image_features(self, images):
@@ -58,16 +72,26 @@ class FrozenExpert:
         keys = [image_key(im) for im in images]
         wanted = dict(zip(keys, images))
         found = {k: self.kept[k] for k in wanted if k in self.kept}
-        if self.store: found |= {k: torch.frombuffer(bytearray(v), dtype=torch.float32) for k, v in self.store.get([k for k in wanted if k not in found]).items()}
+        if self.store:
+            found |= {
+                k: torch.frombuffer(bytearray(v), dtype=torch.float32)
+                for k, v in self.store.get([k for k in wanted if k not in found]).items()
+            }
         new = [k for k in wanted if k not in found]
         for at in tqdm(range(0, len(new), 64), desc="image features", leave=False, disable=len(new) <= 64):
-            some = new[at:at + 64]
-            vectors = [v for i in range(0, len(some), self.batch) for v in self._ask("image_features", [wanted[k] for k in some[i:i + self.batch]])]
-            if self.store: self.store.put({k: v.numpy().tobytes() for k, v in zip(some, vectors)})
+            some = new[at : at + 64]
+            vectors = [
+                v
+                for i in range(0, len(some), self.batch)
+                for v in self._ask("image_features", [wanted[k] for k in some[i : i + self.batch]])
+            ]
+            if self.store:
+                self.store.put({k: v.numpy().tobytes() for k, v in zip(some, vectors)})
             found |= zip(some, vectors)
         self.computed += len(new)
         self.kept |= found
-        while len(self.kept) > self.keep: del self.kept[next(iter(self.kept))]
+        while len(self.kept) > self.keep:
+            del self.kept[next(iter(self.kept))]
         return torch.stack([found[k] for k in keys])
 
     def text_features(self, texts):
@@ -82,41 +106,75 @@ class FrozenExpert:
         return (self.image_features(images) * self.text_features(texts)).sum(-1)
 
     @property
-    def counts(self): return hasattr(self.inner, "cut")
+    def counts(self):
+        return hasattr(self.inner, "cut")
 
     def cut(self, texts):
         "For each report whether the expert reads only its beginning; None where it does not say."
-        return [bool(c) for c in self.inner.cut([report_body(t) for t in texts])] if self.counts else [None] * len(texts)
+        return (
+            [bool(c) for c in self.inner.cut([report_body(t) for t in texts])]
+            if self.counts
+            else [None] * len(texts)
+        )
 
     def _ask(self, method, items):
         try:
             out = getattr(self.inner, method)(items)
-            out = (out.detach().cpu() if isinstance(out, torch.Tensor) else torch.tensor(np.asarray(out))).float()
-        except Exception as e: raise RewardError(f"expert={self.name!r}: {method} failed on {len(items)} item(s) ({one_line(e)})") from e
-        if out.ndim != 2 or len(out) != len(items): raise RewardError(f"expert={self.name!r}: {method} gave shape {tuple(out.shape)} for {len(items)} item(s); expected ({len(items)}, D)")
-        if not out.isfinite().all(): raise RewardError(f"expert={self.name!r}: {method} gave values that are not finite; expected numbers")
+            out = (
+                out.detach().cpu() if isinstance(out, torch.Tensor) else torch.tensor(np.asarray(out))
+            ).float()
+        except Exception as e:
+            raise RewardError(
+                f"expert={self.name!r}: {method} failed on {len(items)} item(s) ({one_line(e)})"
+            ) from e
+        if out.ndim != 2 or len(out) != len(items):
+            raise RewardError(
+                f"expert={self.name!r}: {method} gave shape {tuple(out.shape)} for {len(items)} item(s); expected ({len(items)}, D)"
+            )
+        if not out.isfinite().all():
+            raise RewardError(
+                f"expert={self.name!r}: {method} gave values that are not finite; expected numbers"
+            )
         return F.normalize(out, dim=-1)
 
 # %% ../../nbs/expert/01_frozen.ipynb #fecc2e8c
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
 
+
 def part_of(source, filename):
     "Path of a file of the model `source`: in that folder, or in the hub repository of that name, cached or downloaded. None where it is not to be had."
-    if Path(source).is_dir(): return Path(source)/filename if (Path(source)/filename).is_file() else None
+    if Path(source).is_dir():
+        return Path(source) / filename if (Path(source) / filename).is_file() else None
     from huggingface_hub import hf_hub_download
-    try: return Path(hf_hub_download(source, filename))
-    except Exception: return None
+
+    try:
+        return Path(hf_hub_download(source, filename))
+    except Exception:
+        return None
+
 
 def read_config(folder):
     "open_clip's configuration of a model folder. ValueError naming the file if it is none."
-    path = Path(folder)/"open_clip_config.json"
-    try: return (config := json.loads(path.read_text())), config["model_cfg"]["text_cfg"], config["model_cfg"]["vision_cfg"]
-    except (ValueError, KeyError, TypeError, OSError) as e: raise ValueError(f"{path}: not an open_clip configuration ({one_line(e)}); expected JSON with model_cfg.text_cfg and model_cfg.vision_cfg") from None
+    path = Path(folder) / "open_clip_config.json"
+    try:
+        return (
+            (config := json.loads(path.read_text())),
+            config["model_cfg"]["text_cfg"],
+            config["model_cfg"]["vision_cfg"],
+        )
+    except (ValueError, KeyError, TypeError, OSError) as e:
+        raise ValueError(
+            f"{path}: not an open_clip configuration ({one_line(e)}); expected JSON with model_cfg.text_cfg and model_cfg.vision_cfg"
+        ) from None
+
 
 def check_tokenizer_name(name, text):
     "Raise ValueError where open_clip would take another tokenizer than the text tower's."
     if text.get("hf_model_name") and not text.get("hf_tokenizer_name"):
-        raise ValueError(f"expert={name!r}: hf_tokenizer_name is empty in open_clip_config.json, and open_clip would take CLIP's vocabulary for {text['hf_model_name']}; expected the name of the text tower's tokenizer")
+        raise ValueError(
+            f"expert={name!r}: hf_tokenizer_name is empty in open_clip_config.json, and open_clip would take CLIP's vocabulary for {text['hf_model_name']}; expected the name of the text tower's tokenizer"
+        )
+
 
 def overlay(folder, into):
     """A copy by links, in the folder `into`, of an open_clip model's `folder` that loads without the hub: the text tower's `config.json` and tokenizer lie in it and are pointed to.
@@ -126,34 +184,60 @@ def overlay(folder, into):
     config, text, _ = read_config(folder)
     check_tokenizer_name(str(folder), text)
     if not any(p.suffix in (".safetensors", ".bin", ".pth") for p in folder.iterdir()):
-        raise ValueError(f"expert={str(folder)!r}: no weights there; expected open_clip_model.safetensors or open_clip_pytorch_model.bin beside open_clip_config.json")
-    for path in folder.iterdir(): (into/path.name).symlink_to(path)
-    vocabulary = [] if any((into/v).exists() for v in VOCABULARIES) else [*VOCABULARIES, "tokenizer_config.json"]
-    for source, files in ((text.get("hf_model_name"), ["config.json"]), (text.get("hf_tokenizer_name"), vocabulary)):
-        if not source or not (files := [f for f in files if not (into/f).exists()]): continue
+        raise ValueError(
+            f"expert={str(folder)!r}: no weights there; expected open_clip_model.safetensors or open_clip_pytorch_model.bin beside open_clip_config.json"
+        )
+    for path in folder.iterdir():
+        (into / path.name).symlink_to(path)
+    vocabulary = (
+        [] if any((into / v).exists() for v in VOCABULARIES) else [*VOCABULARIES, "tokenizer_config.json"]
+    )
+    for source, files in (
+        (text.get("hf_model_name"), ["config.json"]),
+        (text.get("hf_tokenizer_name"), vocabulary),
+    ):
+        if not source or not (files := [f for f in files if not (into / f).exists()]):
+            continue
         found = {f: p for f in files if (p := part_of(source, f))}
-        if not found: raise ValueError(f"expert={str(folder)!r}: {files[0]} of the text tower {source} is missing; put it there: hf download {source} {files[0]} --local-dir {folder}")
-        for file, path in found.items(): (into/file).symlink_to(path)
+        if not found:
+            raise ValueError(
+                f"expert={str(folder)!r}: {files[0]} of the text tower {source} is missing; put it there: hf download {source} {files[0]} --local-dir {folder}"
+            )
+        for file, path in found.items():
+            (into / file).symlink_to(path)
     for field in ("hf_model_name", "hf_tokenizer_name"):
-        if text.get(field): text[field] = str(into)
-    (into/"open_clip_config.json").unlink()
-    (into/"open_clip_config.json").write_text(json.dumps(config))
+        if text.get(field):
+            text[field] = str(into)
+    (into / "open_clip_config.json").unlink()
+    (into / "open_clip_config.json").write_text(json.dumps(config))
     return into
 
 # %% ../../nbs/expert/01_frozen.ipynb #714f5016
 class CountingTokenizer:
     "An open_clip tokenizer that can also say which texts it cuts."
-    def __init__(self, tokenizer): self.tokenizer, self.context_length = tokenizer, tokenizer.context_length
 
-    def __call__(self, texts): return self.tokenizer(texts)
+    def __init__(self, tokenizer):
+        self.tokenizer, self.context_length = tokenizer, tokenizer.context_length
+
+    def __call__(self, texts):
+        return self.tokenizer(texts)
 
     def cut(self, texts):
-        if not texts: return []
-        n = self.context_length - (getattr(self.tokenizer, "tokenizer_mode", "") == "clips")    # that mode keeps the last place for a class token
-        return (self.tokenizer(texts, context_length=self.context_length + 1)[:, :n] != self(texts)[:, :n]).any(1).tolist()
+        if not texts:
+            return []
+        n = self.context_length - (
+            getattr(self.tokenizer, "tokenizer_mode", "") == "clips"
+        )  # that mode keeps the last place for a class token
+        return (
+            (self.tokenizer(texts, context_length=self.context_length + 1)[:, :n] != self(texts)[:, :n])
+            .any(1)
+            .tolist()
+        )
 
     @property
-    def size(self): return len(getattr(self.tokenizer, "tokenizer", None) or range(self.tokenizer.vocab_size))
+    def size(self):
+        return len(getattr(self.tokenizer, "tokenizer", None) or range(self.tokenizer.vocab_size))
+
 
 def open_clip_expert(name):
     "The frozen `Expert` at `hf-hub:owner/name` or in an open_clip folder, on the GPU where there is one. ValueError, one line, where it cannot be loaded."
@@ -162,13 +246,31 @@ def open_clip_expert(name):
         source = name if hub else f"local-dir:{overlay(Path(name).expanduser(), links)}"
         try:
             check_tokenizer_name(name, open_clip.get_model_config(source)["text_cfg"])
-            (model, preprocess), tokenizer = open_clip.create_model_from_pretrained(source), CountingTokenizer(open_clip.get_tokenizer(source))
+            (model, preprocess), tokenizer = (
+                open_clip.create_model_from_pretrained(source),
+                CountingTokenizer(open_clip.get_tokenizer(source)),
+            )
         except Exception as e:
-            remedy = "it needs the hub, or its cache; or give a folder that holds it" if hub else "expected a folder of one open_clip model, whole"
-            raise ValueError(str(e) if str(e).startswith("expert=") else f"expert={name!r}: open_clip cannot load it ({one_line(e)}); {remedy}") from None
+            remedy = (
+                "it needs the hub, or its cache; or give a folder that holds it"
+                if hub
+                else "expected a folder of one open_clip model, whole"
+            )
+            raise ValueError(
+                str(e)
+                if str(e).startswith("expert=")
+                else f"expert={name!r}: open_clip cannot load it ({one_line(e)}); {remedy}"
+            ) from None
     rows = getattr(model, "text", model).vocab_size
-    if tokenizer.size > rows: raise ValueError(f"expert={name!r}: the tokenizer has {tokenizer.size} ids and the text tower {rows} rows; they do not belong together")
-    expert = Expert(model.to(resolve_device("auto")), tokenizer, lambda images: torch.stack([preprocess(im) for im in images]))
+    if tokenizer.size > rows:
+        raise ValueError(
+            f"expert={name!r}: the tokenizer has {tokenizer.size} ids and the text tower {rows} rows; they do not belong together"
+        )
+    expert = Expert(
+        model.to(resolve_device("auto")),
+        tokenizer,
+        lambda images: torch.stack([preprocess(im) for im in images]),
+    )
     expert.key = f"open_clip {fingerprint(model)} {hashlib.sha256(repr(preprocess).encode()).hexdigest()[:8]}"
     expert.note = f"reads {tokenizer.context_length} tokens of a text"
     return expert
@@ -177,19 +279,54 @@ def open_clip_expert(name):
 def miniature_biomedclip(folder, text_config=True, context_length=256, seed=0):
     "A made-up BiomedCLIP: the files and architecture of the true one, small, random weights. `text_config`: whether the text tower's config.json lies there too (on the hub it does not)."
     from transformers import BertConfig, BertTokenizer
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     BertTokenizer.from_pretrained(minilm_folder()).save_pretrained(folder)
-    BertConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, initializer_range=.2).save_pretrained(folder)
-    text = dict(hf_model_name=str(folder), hf_tokenizer_name=str(folder), hf_proj_type="mlp", hf_pooler_type="cls_last_hidden_state_pooler", context_length=context_length)
-    model_cfg = dict(embed_dim=32, vision_cfg=dict(timm_model_name="test_vit", timm_model_pretrained=False, timm_pool="", timm_proj="linear", image_size=160), text_cfg=text)
+    BertConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=128,
+        initializer_range=0.2,
+    ).save_pretrained(folder)
+    text = dict(
+        hf_model_name=str(folder),
+        hf_tokenizer_name=str(folder),
+        hf_proj_type="mlp",
+        hf_pooler_type="cls_last_hidden_state_pooler",
+        context_length=context_length,
+    )
+    model_cfg = dict(
+        embed_dim=32,
+        vision_cfg=dict(
+            timm_model_name="test_vit",
+            timm_model_pretrained=False,
+            timm_pool="",
+            timm_proj="linear",
+            image_size=160,
+        ),
+        text_cfg=text,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        state = open_clip.CustomTextCLIP(**model_cfg | dict(text_cfg=text | dict(hf_model_pretrained=False))).state_dict()
-    torch.save(state | {"text.transformer.embeddings.position_ids": torch.arange(512)[None]}, folder/"open_clip_pytorch_model.bin")
-    text |= {f"hf_{part}_name": "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract" for part in ("model", "tokenizer")}
+        state = open_clip.CustomTextCLIP(
+            **model_cfg | dict(text_cfg=text | dict(hf_model_pretrained=False))
+        ).state_dict()
+    torch.save(
+        state | {"text.transformer.embeddings.position_ids": torch.arange(512)[None]},
+        folder / "open_clip_pytorch_model.bin",
+    )
+    text |= {
+        f"hf_{part}_name": "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
+        for part in ("model", "tokenizer")
+    }
     preprocess = dict(mean=[0.48145466, 0.4578275, 0.40821073], std=[0.26862954, 0.26130258, 0.27577711])
-    (folder/"open_clip_config.json").write_text(json.dumps(dict(model_cfg=model_cfg, preprocess_cfg=preprocess), indent=1))
-    if not text_config: (folder/"config.json").unlink()
+    (folder / "open_clip_config.json").write_text(
+        json.dumps(dict(model_cfg=model_cfg, preprocess_cfg=preprocess), indent=1)
+    )
+    if not text_config:
+        (folder / "config.json").unlink()
     return folder
 
 # %% ../../nbs/expert/01_frozen.ipynb #a3bc4161
@@ -197,68 +334,117 @@ class LabelExpert:
     """A classifier as an expert: `classify(list of PIL images)` gives probabilities (N, C) of the `observations`, some of the 14; `labeler` labels reports (`valor.rewards.chexbert.LabelF1`, `RuleLabeler`).
 
     A vector is 2p − 1 over these observations; in a report, p is 1 where an observation is asserted, 0 where not, and where it is uncertain what the labeler's `uncertain` says ("class": ½)."""
-    def __init__(self, classify, observations, labeler, key=None, note=""):
-        self.classify, self.observations, self.labeler, self.key, self.note = classify, list(observations), labeler, key, note
-        counted = getattr(labeler, "counted", UNCERTAIN["positive"])
-        self.uncertain = {"present": 1., "uncertain": 0.}.get(counted.get("uncertain"), -1.)
 
-    def image_features(self, images): return 2 * self.classify(images) - 1
+    def __init__(self, classify, observations, labeler, key=None, note=""):
+        self.classify, self.observations, self.labeler, self.key, self.note = (
+            classify,
+            list(observations),
+            labeler,
+            key,
+            note,
+        )
+        counted = getattr(labeler, "counted", UNCERTAIN["positive"])
+        self.uncertain = {"present": 1.0, "uncertain": 0.0}.get(counted.get("uncertain"), -1.0)
+
+    def image_features(self, images):
+        return 2 * self.classify(images) - 1
 
     def text_features(self, texts):
         said = self.labeler.labels(texts)[self.observations].to_numpy()
-        return np.select([said == 1, said == -1], [1., self.uncertain], -1.)
+        return np.select([said == 1, said == -1], [1.0, self.uncertain], -1.0)
 
 # %% ../../nbs/expert/01_frozen.ipynb #0b84af69
 def build_classifier(size, classes, seed=0):
     "An untrained classifier of grey images of `size` pixels into `classes` logits; weights fixed by `seed`."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return open_clip.modified_resnet.ModifiedResNet([1, 1, 1, 1], output_dim=classes, heads=16, image_size=size, width=16)
+        return open_clip.modified_resnet.ModifiedResNet(
+            [1, 1, 1, 1], output_dim=classes, heads=16, image_size=size, width=16
+        )
+
 
 def train_classifier(images, labels, observations, out, steps=400, seed=101, batch_size=32, lr=1e-3):
     """Train on PIL `images` and `labels` (N, C), 1 where an observation is present, and write the folder `out`: weights and what they are.
 
     Observations that are never, or always, present cannot be learned and are left out. ValueError where none is left. The same parameters and number of threads give the same weights."""
     kept = np.flatnonzero((labels == 1).any(0) & (labels != 1).any(0))
-    if not len(kept): raise ValueError(f"labels of {len(labels)} studies: no observation is present in some and absent in others; expected at least one")
+    if not len(kept):
+        raise ValueError(
+            f"labels of {len(labels)} studies: no observation is present in some and absent in others; expected at least one"
+        )
     size, target = images[0].size[0], torch.tensor((labels[:, kept] == 1).astype(np.float32))
     model, rng = build_classifier(size, len(kept), seed).train(), np.random.default_rng(seed)
     pixels = torch.stack([as_batch([im], size)[0] for im in images])
-    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, max(steps, 2), pct_start=.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, max(steps, 2), pct_start=0.1)
     for _ in tqdm(range(steps), desc="classifier"):
         rows = rng.choice(len(pixels), min(batch_size, len(pixels)), replace=False)
         loss = F.binary_cross_entropy_with_logits(model(pixels[rows]), target[rows])
-        optimizer.zero_grad(); loss.backward(); optimizer.step(); schedule.step()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
     Path(out).mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, Path(out)/"classifier.safetensors")
-    (Path(out)/"classifier.json").write_text(json.dumps(dict(size=size, observations=[observations[i] for i in kept])))
+    save_file(
+        {k: v.contiguous() for k, v in model.state_dict().items()}, Path(out) / "classifier.safetensors"
+    )
+    (Path(out) / "classifier.json").write_text(
+        json.dumps(dict(size=size, observations=[observations[i] for i in kept]))
+    )
+
 
 def classifier_expert(folder, labeler):
     "The `LabelExpert` around a classifier that `train_classifier` wrote to `folder`."
-    about = json.loads((Path(folder)/"classifier.json").read_text())
+    about = json.loads((Path(folder) / "classifier.json").read_text())
     model = build_classifier(about["size"], len(about["observations"]))
-    model.load_state_dict(load_file(Path(folder)/"classifier.safetensors"))
+    model.load_state_dict(load_file(Path(folder) / "classifier.safetensors"))
     model.eval().requires_grad_(False).to(resolve_device("auto"))
+
     def classify(images):
-        with torch.inference_mode(): return model(as_batch(images, about["size"]).to(next(model.parameters()).device)).sigmoid().cpu()
-    return LabelExpert(classify, about["observations"], labeler, f"embedded-labels {fingerprint(model)}", f"a classifier trained here; knows {', '.join(about['observations'])}")
+        with torch.inference_mode():
+            return model(as_batch(images, about["size"]).to(next(model.parameters()).device)).sigmoid().cpu()
+
+    return LabelExpert(
+        classify,
+        about["observations"],
+        labeler,
+        f"embedded-labels {fingerprint(model)}",
+        f"a classifier trained here; knows {', '.join(about['observations'])}",
+    )
 
 # %% ../../nbs/expert/01_frozen.ipynb #ed34de0a
-STAND_INS = {"Lung Opacity": ("Infiltration",), "Lung Lesion": ("Nodule", "Mass"), "Pleural Effusion": ("Effusion",), "Pleural Other": ("Pleural_Thickening",)}
+STAND_INS = {
+    "Lung Opacity": ("Infiltration",),
+    "Lung Lesion": ("Nodule", "Mass"),
+    "Pleural Effusion": ("Effusion",),
+    "Pleural Other": ("Pleural_Thickening",),
+}
+
 
 def xrv():
     "The package torchxrayvision; importing it would silence all warnings of the process."
-    with warnings.catch_warnings(): import torchxrayvision
-    torchxrayvision.utils.warning_log["norm_check"] = True                          # else it doubts the scale of a dark image; ours is always right
+    with warnings.catch_warnings():
+        import torchxrayvision
+    torchxrayvision.utils.warning_log["norm_check"] = (
+        True  # else it doubts the scale of a dark image; ours is always right
+    )
     return torchxrayvision
+
 
 def xrv_columns(name):
     "{observation: columns of the model's output} of those that the model `name` knows."
     info = xrv().models.model_urls[name]
-    place = {label: i for i, (label, threshold) in enumerate(zip(info["labels"], info["op_threshs"])) if label and np.isfinite(threshold)}
-    columns = {o: [place[l] for l in ((o,) if o in place else STAND_INS.get(o, ())) if l in place] for o in OBSERVATIONS}
+    place = {
+        label: i
+        for i, (label, threshold) in enumerate(zip(info["labels"], info["op_threshs"]))
+        if label and np.isfinite(threshold)
+    }
+    columns = {
+        o: [place[l] for l in ((o,) if o in place else STAND_INS.get(o, ())) if l in place]
+        for o in OBSERVATIONS
+    }
     return {o: c for o, c in columns.items() if c}
+
 
 def prepared(image, size):
     "A PIL image as torchxrayvision's models want it: (1, size, size) float32 in [-1024, 1024], the centre square."
@@ -269,46 +455,87 @@ def prepared(image, size):
 # %% ../../nbs/expert/01_frozen.ipynb #5f9cd9eb
 class Shell:
     "Stands for any class of torch.nn or torchxrayvision in a pickle: keeps what was in it and can do nothing."
-    dump_patches = False
-    def __init__(self, *args): pass
-    def __setstate__(self, state): self.__dict__.update(state)
 
-HARMLESS = {("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor"), ("torch._utils", "_rebuild_parameter"), ("builtins", "set"), ("__builtin__", "set")}
+    dump_patches = False
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+
+
+HARMLESS = {
+    ("collections", "OrderedDict"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch._utils", "_rebuild_tensor"),
+    ("torch._utils", "_rebuild_parameter"),
+    ("builtins", "set"),
+    ("__builtin__", "set"),
+}
+
 
 class TensorsOnly(pickle.Unpickler):
     "Reads tensors and containers; a model's classes become shells and anything else is refused."
+
     def find_class(self, module, name):
-        if module.split(".")[0] == "torchxrayvision" or module.startswith("torch.nn."): return Shell
-        if (module, name) in HARMLESS: return super().find_class(module, name)
+        if module.split(".")[0] == "torchxrayvision" or module.startswith("torch.nn."):
+            return Shell
+        if (module, name) in HARMLESS:
+            return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no weights need")
 
     @staticmethod
-    def load_from(file, **kw): return TensorsOnly(file, **kw).load()
+    def load_from(file, **kw):
+        return TensorsOnly(file, **kw).load()
+
 
 class ShellPickle:
     "What torch.load wants of a pickle module."
+
     Unpickler, load, __name__ = TensorsOnly, TensorsOnly.load_from, "tensors only"
+
 
 def tensors_of(shell, prefix=""):
     "State dict of a model that was read as shells."
-    own = {prefix + n: t for group in ("_parameters", "_buffers") for n, t in vars(shell).get(group, {}).items() if t is not None}
-    return own | {k: v for n, child in vars(shell).get("_modules", {}).items() for k, v in tensors_of(child, f"{prefix}{n}.").items()}
+    own = {
+        prefix + n: t
+        for group in ("_parameters", "_buffers")
+        for n, t in vars(shell).get(group, {}).items()
+        if t is not None
+    }
+    return own | {
+        k: v
+        for n, child in vars(shell).get("_modules", {}).items()
+        for k, v in tensors_of(child, f"{prefix}{n}.").items()
+    }
+
 
 def read_module(path):
     "State dict of a whole pickled model, old or new file format, without running anything that the file names."
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                                            # torch compares old source code with our shell's
-        found = torch.load(path, map_location="cpu", weights_only=False, pickle_module=ShellPickle)   # the unpickler is `TensorsOnly`
-    if not isinstance(found, Shell): raise pickle.UnpicklingError(f"it holds a {type(found).__name__}, not a model")
+        warnings.simplefilter("ignore")  # torch compares old source code with our shell's
+        found = torch.load(
+            path, map_location="cpu", weights_only=False, pickle_module=ShellPickle
+        )  # the unpickler is `TensorsOnly`
+    if not isinstance(found, Shell):
+        raise pickle.UnpicklingError(f"it holds a {type(found).__name__}, not a model")
     return tensors_of(found)
+
 
 def read_weights(path):
     "State dict in a file that holds one, or a whole pickled model. ValueError, one line, for anything else."
-    try: state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:
-        try: state = read_module(path)
-        except Exception as e: raise ValueError(f"{path}: no weights of torchxrayvision ({one_line(e)}); expected a state dict or a pickled model") from None
-    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()): raise ValueError(f"{path}: holds a {type(state).__name__}; expected a state dict")
+        try:
+            state = read_module(path)
+        except Exception as e:
+            raise ValueError(
+                f"{path}: no weights of torchxrayvision ({one_line(e)}); expected a state dict or a pickled model"
+            ) from None
+    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise ValueError(f"{path}: holds a {type(state).__name__}; expected a state dict")
     return {k: t.detach() for k, t in state.items() if k != "op_threshs"}
 
 # %% ../../nbs/expert/01_frozen.ipynb #7fc1d814
@@ -317,69 +544,133 @@ def parse_xrv(expert):
     urls = xrv().models.model_urls
     rest = expert.removeprefix("xrv:")
     name, _, path = rest.partition(":")
-    if name not in urls: name, path = next((n for n in urls if "-res" in n and os.path.basename(urls[n]["weights_url"]) == os.path.basename(rest)), None), rest
-    if name is None: raise ValueError(f"expert={expert!r}: no model of torchxrayvision; expected xrv:NAME or xrv:NAME:/path/weights.pt with NAME one of {', '.join(n for n in urls if '-res' in n)}")
-    if path and not Path(path).expanduser().is_file(): raise ValueError(f"expert={expert!r}: {path}: no such file; expected the weights of {name} ({urls[name]['weights_url']})")
+    if name not in urls:
+        name, path = (
+            next(
+                (
+                    n
+                    for n in urls
+                    if "-res" in n and os.path.basename(urls[n]["weights_url"]) == os.path.basename(rest)
+                ),
+                None,
+            ),
+            rest,
+        )
+    if name is None:
+        raise ValueError(
+            f"expert={expert!r}: no model of torchxrayvision; expected xrv:NAME or xrv:NAME:/path/weights.pt with NAME one of {', '.join(n for n in urls if '-res' in n)}"
+        )
+    if path and not Path(path).expanduser().is_file():
+        raise ValueError(
+            f"expert={expert!r}: {path}: no such file; expected the weights of {name} ({urls[name]['weights_url']})"
+        )
     return name, Path(path).expanduser() if path else None
+
 
 def xrv_weights(name):
     "Path of the weights of the package's model `name` in its own cache, downloaded there where need be. ValueError saying what to get and where to put it."
     url = xrv().models.model_urls[name]["weights_url"]
-    try: return Path(xrv().models.get_weights(name))
+    try:
+        return Path(xrv().models.get_weights(name))
     except Exception as e:
-        raise ValueError(f"expert='xrv:{name}': its weights are not in torchxrayvision's cache and could not be downloaded ({type(e).__name__}); get {url} and give expert='xrv:{name}:/path/of/the/file'") from None
+        raise ValueError(
+            f"expert='xrv:{name}': its weights are not in torchxrayvision's cache and could not be downloaded ({type(e).__name__}); get {url} and give expert='xrv:{name}:/path/of/the/file'"
+        ) from None
+
 
 def xrv_model(name, path):
     "The package's model `name` with the weights in `path`, on the GPU where there is one."
     models, state = xrv().models, read_weights(path)
     info = models.model_urls[name]
     try:
-        if name.startswith("resnet"):                                              # its constructor loads the weights itself
-            with patch.object(models, "get_weights", return_value=""), patch.object(models.torch, "load", return_value=state): model = models.ResNet(weights=name)
+        if name.startswith("resnet"):  # its constructor loads the weights itself
+            with (
+                patch.object(models, "get_weights", return_value=""),
+                patch.object(models.torch, "load", return_value=state),
+            ):
+                model = models.ResNet(weights=name)
         else:
             model = models.DenseNet(num_classes=len(info["labels"]))
             model.load_state_dict(state)
-            model.targets, model.op_threshs, model.input_resolution = info["labels"], torch.tensor(info["op_threshs"]), info["input_resolution"]
-    except RuntimeError as e: raise ValueError(f"{path}: not the weights of {name} ({one_line(e)}); expected {info['weights_url']}") from None
+            model.targets, model.op_threshs, model.input_resolution = (
+                info["labels"],
+                torch.tensor(info["op_threshs"]),
+                info["input_resolution"],
+            )
+    except RuntimeError as e:
+        raise ValueError(
+            f"{path}: not the weights of {name} ({one_line(e)}); expected {info['weights_url']}"
+        ) from None
     return model.eval().requires_grad_(False).to(resolve_device("auto"))
+
 
 def xrv_expert(expert, labeler):
     "The `LabelExpert` that `xrv:…` names (see `parse_xrv`); `labeler` labels the reports."
     name, path = parse_xrv(expert)
     model = xrv_model(name, path or xrv_weights(name))
     columns, size, device = xrv_columns(name), model.input_resolution, next(model.parameters()).device
+
     @torch.inference_mode()
     def classify(images):
         p = model(torch.from_numpy(np.stack([prepared(im, size) for im in images])).to(device)).cpu()
         return torch.stack([p[:, c].amax(1) for c in columns.values()], 1)
+
     unknown = [o for o in OBSERVATIONS if o not in columns]
-    return LabelExpert(classify, columns, labeler, key=f"xrv {name} {fingerprint(model)} {xrv().__version__}",
-                       note=f"{name} of torchxrayvision: {len(columns)} observations count; unknown to it and left out: {', '.join(unknown)}")
+    return LabelExpert(
+        classify,
+        columns,
+        labeler,
+        key=f"xrv {name} {fingerprint(model)} {xrv().__version__}",
+        note=f"{name} of torchxrayvision: {len(columns)} observations count; unknown to it and left out: {', '.join(unknown)}",
+    )
 
 # %% ../../nbs/expert/01_frozen.ipynb #ea37258a
 OWN = re.compile(r"[A-Za-z_][\w.]*:\w+")
 
+
 def own_expert(name):
     "What `package.module:attribute` names: an expert, or a class or function without arguments that makes one. ValueError if it cannot be imported or made, or is no expert."
     module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path: sys.path.append(os.getcwd())                   # a command does not look there by itself
-    try: made = getattr(import_module(module), attribute)
-    except Exception as e: raise ValueError(f"expert={name!r}: cannot be imported ({one_line(e)}); expected package.module:attribute") from e
-    try: expert = made if hasattr(made, "image_features") and not inspect.isclass(made) else made()
-    except Exception as e: raise ValueError(f"expert={name!r}: cannot be made without arguments ({one_line(e)})") from e
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a command does not look there by itself
+    try:
+        made = getattr(import_module(module), attribute)
+    except Exception as e:
+        raise ValueError(
+            f"expert={name!r}: cannot be imported ({one_line(e)}); expected package.module:attribute"
+        ) from e
+    try:
+        expert = made if hasattr(made, "image_features") and not inspect.isclass(made) else made()
+    except Exception as e:
+        raise ValueError(f"expert={name!r}: cannot be made without arguments ({one_line(e)})") from e
     missing = [m for m in ("image_features", "text_features") if not callable(getattr(expert, m, None))]
-    if missing: raise ValueError(f"expert={name!r}: has no method {' and '.join(missing)}; expected image_features(list of images) and text_features(list of str), both (N, D)")
+    if missing:
+        raise ValueError(
+            f"expert={name!r}: has no method {' and '.join(missing)}; expected image_features(list of images) and text_features(list of str), both (N, D)"
+        )
     return expert
 
+
 def check_expert(name):
-    "Raise ValueError unless `name` can be an expert: \"embedded\", \"embedded-labels\", `hf-hub:owner/name`, `xrv:…`, a folder of open_clip, or `package.module:attribute`. Loads no weights."
-    if name in ("embedded", "embedded-labels") or re.fullmatch(r"hf-hub:[\w.-]+/[\w.-]+", name): return
-    if name.startswith("xrv:"): parse_xrv(name)
-    elif OWN.fullmatch(name): own_expert(name)
-    elif (Path(name).expanduser()/"open_clip_config.json").is_file(): check_tokenizer_name(name, read_config(Path(name).expanduser())[1])
+    'Raise ValueError unless `name` can be an expert: "embedded", "embedded-labels", `hf-hub:owner/name`, `xrv:…`, a folder of open_clip, or `package.module:attribute`. Loads no weights.'
+    if name in ("embedded", "embedded-labels") or re.fullmatch(r"hf-hub:[\w.-]+/[\w.-]+", name):
+        return
+    if name.startswith("xrv:"):
+        parse_xrv(name)
+    elif OWN.fullmatch(name):
+        own_expert(name)
+    elif (Path(name).expanduser() / "open_clip_config.json").is_file():
+        check_tokenizer_name(name, read_config(Path(name).expanduser())[1])
     else:
-        why = "no open_clip_config.json in that folder" if Path(name).expanduser().is_dir() else "no such folder"
-        raise ValueError(f"expert={name!r}: {why}; expected 'embedded', 'embedded-labels', a folder with open_clip_config.json, hf-hub:owner/name, xrv:NAME (torchxrayvision) or package.module:attribute")
+        why = (
+            "no open_clip_config.json in that folder"
+            if Path(name).expanduser().is_dir()
+            else "no such folder"
+        )
+        raise ValueError(
+            f"expert={name!r}: {why}; expected 'embedded', 'embedded-labels', a folder with open_clip_config.json, hf-hub:owner/name, xrv:NAME (torchxrayvision) or package.module:attribute"
+        )
+
 
 def load_expert(name, labeler=None, cache=None):
     """The `FrozenExpert` called `name` (a folder of `save_expert`, or see `check_expert`), on this process's GPU where there is one.
@@ -387,23 +678,37 @@ def load_expert(name, labeler=None, cache=None):
     `labeler`: labels reports for a classifier (default: the rules); `cache`: folder that keeps image features. ValueError where it cannot be loaded."""
     name = str(name)
     folder = Path(name).expanduser()
-    if (folder/"words.json").is_file():
+    if (folder / "words.json").is_file():
         inner = load_embedded(folder)
         inner.model.to(resolve_device("auto"))
-        inner.key, inner.note = f"embedded {fingerprint(inner.model)}", f"reads {inner.tokenizer.context_length} words of a text"
+        inner.key, inner.note = (
+            f"embedded {fingerprint(inner.model)}",
+            f"reads {inner.tokenizer.context_length} words of a text",
+        )
         return FrozenExpert(inner, "embedded", cache)
-    if (folder/"classifier.json").is_file(): return FrozenExpert(classifier_expert(folder, labeler or RuleLabeler()), "embedded-labels", cache)
-    if name in ("embedded", "embedded-labels"): raise ValueError(f"expert={name!r}: a run trains it and keeps it in its own folder; expected that folder (expert-…/model)")
+    if (folder / "classifier.json").is_file():
+        return FrozenExpert(classifier_expert(folder, labeler or RuleLabeler()), "embedded-labels", cache)
+    if name in ("embedded", "embedded-labels"):
+        raise ValueError(
+            f"expert={name!r}: a run trains it and keeps it in its own folder; expected that folder (expert-…/model)"
+        )
     check_expert(name)
-    if name.startswith("xrv:"): inner = xrv_expert(name, labeler or RuleLabeler())
-    elif OWN.fullmatch(name): inner = own_expert(name)
-    else: inner = open_clip_expert(name)
+    if name.startswith("xrv:"):
+        inner = xrv_expert(name, labeler or RuleLabeler())
+    elif OWN.fullmatch(name):
+        inner = own_expert(name)
+    else:
+        inner = open_clip_expert(name)
     return FrozenExpert(inner, name, cache)
+
 
 def try_expert(expert):
     "Send an image and the trial texts of `valor.rewards.guard` through `expert`. Raises RewardError for what fails or does not fit together."
     image = expert.image_features([np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1))])
     text = expert.text_features([t for t, _ in PROBES])
-    if image.shape[1] != text.shape[1]: raise RewardError(f"expert={expert.name!r}: image_features have {image.shape[1]} dimensions and text_features {text.shape[1]}; expected one space")
+    if image.shape[1] != text.shape[1]:
+        raise RewardError(
+            f"expert={expert.name!r}: image_features have {image.shape[1]} dimensions and text_features {text.shape[1]}; expected one space"
+        )
     expert.cut([t for t, _ in PROBES])
     return expert

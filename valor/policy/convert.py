@@ -26,47 +26,132 @@ from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneratio
 from transformers.utils import logging as hf_logging
 
 # %% ../../nbs/policy/02_convert.ipynb #32119618
-ORIGINAL = dict(architectures=["LlavaMistralForCausalLM"], model_type="llava_mistral", bos_token_id=1, eos_token_id=2, hidden_act="silu", image_aspect_ratio="pad",
-                max_position_embeddings=32768, mm_hidden_size=1024, mm_projector_type="mlp2x_gelu", mm_use_im_patch_token=False, mm_use_im_start_end=False,
-                mm_vision_select_feature="patch", mm_vision_select_layer=-2, mm_vision_tower="openai/clip-vit-large-patch14-336", rms_norm_eps=1e-5,
-                rope_theta=1e6, sliding_window=None, tie_word_embeddings=False, tokenizer_model_max_length=2048, torch_dtype="bfloat16")
+ORIGINAL = dict(
+    architectures=["LlavaMistralForCausalLM"],
+    model_type="llava_mistral",
+    bos_token_id=1,
+    eos_token_id=2,
+    hidden_act="silu",
+    image_aspect_ratio="pad",
+    max_position_embeddings=32768,
+    mm_hidden_size=1024,
+    mm_projector_type="mlp2x_gelu",
+    mm_use_im_patch_token=False,
+    mm_use_im_start_end=False,
+    mm_vision_select_feature="patch",
+    mm_vision_select_layer=-2,
+    mm_vision_tower="openai/clip-vit-large-patch14-336",
+    rms_norm_eps=1e-5,
+    rope_theta=1e6,
+    sliding_window=None,
+    tie_word_embeddings=False,
+    tokenizer_model_max_length=2048,
+    torch_dtype="bfloat16",
+)
 
-def original_shapes(vocab, width, inner, layers, heads, kv_heads, tower_width, tower_inner, tower_layers, image_size, patch=14):
+
+def original_shapes(
+    vocab, width, inner, layers, heads, kv_heads, tower_width, tower_inner, tower_layers, image_size, patch=14
+):
     "Every key of an original checkpoint with its shape."
     kv, tower = width // heads * kv_heads, "model.vision_tower.vision_tower.vision_model."
     shapes = {"model.embed_tokens.weight": (vocab, width)}
     for i in range(layers):
-        parts = {"self_attn.q_proj": (width, width), "self_attn.k_proj": (kv, width), "self_attn.v_proj": (kv, width), "self_attn.o_proj": (width, width), "mlp.gate_proj": (inner, width),
-                 "mlp.up_proj": (inner, width), "mlp.down_proj": (width, inner), "input_layernorm": (width,), "post_attention_layernorm": (width,)}
+        parts = {
+            "self_attn.q_proj": (width, width),
+            "self_attn.k_proj": (kv, width),
+            "self_attn.v_proj": (kv, width),
+            "self_attn.o_proj": (width, width),
+            "mlp.gate_proj": (inner, width),
+            "mlp.up_proj": (inner, width),
+            "mlp.down_proj": (width, inner),
+            "input_layernorm": (width,),
+            "post_attention_layernorm": (width,),
+        }
         shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in parts.items()}
-    shapes |= {"model.norm.weight": (width,), tower + "embeddings.class_embedding": (tower_width,), tower + "embeddings.patch_embedding.weight": (tower_width, 3, patch, patch),
-               tower + "embeddings.position_embedding.weight": ((image_size // patch) ** 2 + 1, tower_width)}
+    shapes |= {
+        "model.norm.weight": (width,),
+        tower + "embeddings.class_embedding": (tower_width,),
+        tower + "embeddings.patch_embedding.weight": (tower_width, 3, patch, patch),
+        tower + "embeddings.position_embedding.weight": ((image_size // patch) ** 2 + 1, tower_width),
+    }
     square, norm = (tower_width, tower_width), (tower_width,)
-    parts = {f"self_attn.{n}_proj": square for n in ("k", "v", "q", "out")} | {"layer_norm1": norm, "mlp.fc1": (tower_inner, tower_width), "mlp.fc2": (tower_width, tower_inner), "layer_norm2": norm}
-    blocks = {"pre_layrnorm": norm, "post_layernorm": norm} | {f"encoder.layers.{i}.{name}": shape for i in range(tower_layers) for name, shape in parts.items()}
-    for name, shape in blocks.items(): shapes |= {f"{tower}{name}.weight": shape, f"{tower}{name}.bias": shape[:1]}
-    for i, shape in ((0, (width, tower_width)), (2, (width, width))): shapes |= {f"model.mm_projector.{i}.weight": shape, f"model.mm_projector.{i}.bias": shape[:1]}
+    parts = {f"self_attn.{n}_proj": square for n in ("k", "v", "q", "out")} | {
+        "layer_norm1": norm,
+        "mlp.fc1": (tower_inner, tower_width),
+        "mlp.fc2": (tower_width, tower_inner),
+        "layer_norm2": norm,
+    }
+    blocks = {"pre_layrnorm": norm, "post_layernorm": norm} | {
+        f"encoder.layers.{i}.{name}": shape for i in range(tower_layers) for name, shape in parts.items()
+    }
+    for name, shape in blocks.items():
+        shapes |= {f"{tower}{name}.weight": shape, f"{tower}{name}.bias": shape[:1]}
+    for i, shape in ((0, (width, tower_width)), (2, (width, width))):
+        shapes |= {f"model.mm_projector.{i}.weight": shape, f"model.mm_projector.{i}.bias": shape[:1]}
     return shapes | {"lm_head.weight": (vocab, width)}
 
 # %% ../../nbs/policy/02_convert.ipynb #6c3a0178
-SENTENCES = [f"{a} {b} in the {side} {zone}{end}" for a in ("There is a small", "No definite", "A subtle", "Persistent") for b in ("opacity", "effusion", "pneumothorax", "nodule", "consolidation")
-             for side in ("left", "right") for zone in ("upper lobe", "lower zone", "costophrenic angle") for end in (".", ", unchanged.", "?")] 
-SENTENCES += ["[INST] Describe this chest X-ray. [/INST]", "The heart size is normal."] + [f"FINDINGS:{' ' * n}normal.{' ' * n}{'=' * n}" for n in range(2, 20)]
+SENTENCES = [
+    f"{a} {b} in the {side} {zone}{end}"
+    for a in ("There is a small", "No definite", "A subtle", "Persistent")
+    for b in ("opacity", "effusion", "pneumothorax", "nodule", "consolidation")
+    for side in ("left", "right")
+    for zone in ("upper lobe", "lower zone", "costophrenic angle")
+    for end in (".", ", unchanged.", "?")
+]
+SENTENCES += ["[INST] Describe this chest X-ray. [/INST]", "The heart size is normal."] + [
+    f"FINDINGS:{' ' * n}normal.{' ' * n}{'=' * n}" for n in range(2, 20)
+]
+
 
 def train_sentencepiece(vocab=420):
     "Bytes of a small sentencepiece model of Llama's kind (BPE, byte fallback, no normalisation) with `vocab` pieces."
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(SENTENCES), model_writer=model, model_type="bpe", vocab_size=vocab, byte_fallback=True, normalization_rule_name="identity",
-                                             remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, split_digits=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2, num_threads=1)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        minloglevel=2,
+        num_threads=1,
+    )
     return model.getvalue()
 
 # %% ../../nbs/policy/02_convert.ipynb #c54274f9
-def miniature_llava_med(folder, format="safetensors", shards=3, width=64, inner=128, layers=3, heads=4, kv_heads=2, tower_width=64, tower_inner=128, tower_layers=3, image_size=56,
-                        vocab=420, own_tower=True, dtype=torch.bfloat16, seed=0):
+def miniature_llava_med(
+    folder,
+    format="safetensors",
+    shards=3,
+    width=64,
+    inner=128,
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    tower_width=64,
+    tower_inner=128,
+    tower_layers=3,
+    image_size=56,
+    vocab=420,
+    own_tower=True,
+    dtype=torch.bfloat16,
+    seed=0,
+):
     "Write a checkpoint in LLaVA-Med's true on-disk format (`format` 'safetensors' or 'bin'), by default tiny, with random weights fixed by `seed`. Returns the folder."
     folder, g = Path(folder), torch.Generator().manual_seed(seed)
     folder.mkdir(parents=True)
-    shapes = original_shapes(vocab, width, inner, layers, heads, kv_heads, tower_width, tower_inner, tower_layers, image_size)
+    shapes = original_shapes(
+        vocab, width, inner, layers, heads, kv_heads, tower_width, tower_inner, tower_layers, image_size
+    )
     keys = [k for k in shapes if own_tower or "vision_tower" not in k]
     ends = torch.tensor([math.prod(shapes[k]) for k in keys]).cumsum(0)
     part = {k: min(int(shards * (e - 1) // ends[-1]), shards - 1) for k, e in zip(keys, ends)}
@@ -74,197 +159,475 @@ def miniature_llava_med(folder, format="safetensors", shards=3, width=64, inner=
     name = lambda i: f"{stem}-{i + 1:05d}-of-{shards:05d}.{end}" if shards > 1 else f"{stem}.{end}"
     for i in range(shards):
         tensors = {k: fabricated(k, shapes[k], g, dtype) for k in keys if part[k] == i}
-        if format == "safetensors": save_file(tensors, folder/name(i), metadata={"format": "pt"})
-        else: torch.save(tensors, folder/name(i))
+        if format == "safetensors":
+            save_file(tensors, folder / name(i), metadata={"format": "pt"})
+        else:
+            torch.save(tensors, folder / name(i))
     if shards > 1:
-        index = dict(metadata=dict(total_size=int(ends[-1]) * dtype.itemsize), weight_map={k: name(part[k]) for k in keys})
-        (folder/f"{stem}.{end}.index.json").write_text(json.dumps(index))
-    config = ORIGINAL | dict(vocab_size=vocab, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
-                             mm_hidden_size=tower_width, torch_dtype=str(dtype).removeprefix("torch."))
-    (folder/"config.json").write_text(json.dumps(config, indent=1))
-    (folder/"tokenizer.model").write_bytes(train_sentencepiece(vocab))
-    (folder/"tokenizer_config.json").write_text(json.dumps(dict(tokenizer_class="LlamaTokenizer", legacy=True, add_bos_token=True, bos_token="<s>", eos_token="</s>", unk_token="<unk>")))
+        index = dict(
+            metadata=dict(total_size=int(ends[-1]) * dtype.itemsize),
+            weight_map={k: name(part[k]) for k in keys},
+        )
+        (folder / f"{stem}.{end}.index.json").write_text(json.dumps(index))
+    config = ORIGINAL | dict(
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        mm_hidden_size=tower_width,
+        torch_dtype=str(dtype).removeprefix("torch."),
+    )
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    (folder / "tokenizer.model").write_bytes(train_sentencepiece(vocab))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            dict(
+                tokenizer_class="LlamaTokenizer",
+                legacy=True,
+                add_bos_token=True,
+                bos_token="<s>",
+                eos_token="</s>",
+                unk_token="<unk>",
+            )
+        )
+    )
     return folder
+
 
 def fabricated(key, shape, g, dtype):
     "A random tensor of a size that keeps activations near 1: norms about 1, matrices by their input."
     x = torch.randn(shape, generator=g)
-    if re.search(r"norm\d?\.weight", key): x = 1 + .1 * x
-    elif len(shape) > 1 and "embed" not in key: x *= 1.5 / math.prod(shape[1:]) ** .5
+    if re.search(r"norm\d?\.weight", key):
+        x = 1 + 0.1 * x
+    elif len(shape) > 1 and "embed" not in key:
+        x *= 1.5 / math.prod(shape[1:]) ** 0.5
     return x.to(dtype)
 
 # %% ../../nbs/policy/02_convert.ipynb #29c86731
 FETCH = "download it again: hf download microsoft/llava-med-v1.5-mistral-7b --local-dir FOLDER"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
+
 def read_json(path):
     "The JSON object in file `path`."
-    try: return json.loads(path.read_text())
-    except FileNotFoundError: raise ValueError(f"{path}: no such file; {FETCH}") from None
-    except ValueError as e: raise ValueError(f"{path}: not JSON ({e}); {FETCH}") from None
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; {FETCH}") from None
+    except ValueError as e:
+        raise ValueError(f"{path}: not JSON ({e}); {FETCH}") from None
+
 
 def safetensors_list(path):
     "{key: (shape, dtype)} from the header of a safetensors file; raises ValueError where the file is not as long as the header says."
     size = path.stat().st_size
     with open(path, "rb") as f:
         n = int.from_bytes(f.read(8), "little")
-        try: header = json.loads(f.read(n)) if n < min(size, 100e6) else {}
-        except ValueError: header = {}
+        try:
+            header = json.loads(f.read(n)) if n < min(size, 100e6) else {}
+        except ValueError:
+            header = {}
     header.pop("__metadata__", None)
     want = 8 + n + max((t["data_offsets"][1] for t in header.values()), default=0)
-    if not header or size != want: raise ValueError(f"{path}: truncated or damaged, {size:,} bytes" + (f" where its header announces {want:,}" if header else " without a readable header") + f"; {FETCH}")
+    if not header or size != want:
+        raise ValueError(
+            f"{path}: truncated or damaged, {size:,} bytes"
+            + (f" where its header announces {want:,}" if header else " without a readable header")
+            + f"; {FETCH}"
+        )
     return {k: (tuple(t["shape"]), DTYPES.get(t["dtype"])) for k, t in header.items()}
+
 
 def read_bin(path):
     "The dict of tensors in a `.bin` file, mapped and not loaded."
-    try: return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as e: raise ValueError(f"{path}: truncated, damaged or not a plain dict of tensors ({str(e).splitlines()[0][:100]}); {FETCH}") from None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as e:
+        raise ValueError(
+            f"{path}: truncated, damaged or not a plain dict of tensors ({str(e).splitlines()[0][:100]}); {FETCH}"
+        ) from None
 
 # %% ../../nbs/policy/02_convert.ipynb #f90dc7b9
 class Shards:
     "The tensors in a checkpoint folder (`model*.safetensors` or `pytorch_model*.bin`, one file or several with an index) by key; each is read from disk when asked for."
+
     def __init__(self, folder):
         self.folder, promised = Path(folder), {}
-        found = [self.folder/f"{stem}{end}" for end in (".index.json", "") for stem in ("model.safetensors", "pytorch_model.bin") if (self.folder/f"{stem}{end}").is_file()]
-        if not found: raise ValueError(f"{folder}: no model.safetensors or pytorch_model.bin, nor an index of several; expected the folder of a checkpoint; {FETCH}")
-        if found[0].suffix == ".json": promised = read_json(found[0])["weight_map"]
-        files = [self.folder/n for n in sorted(set(promised.values()))] or found[:1]
+        found = [
+            self.folder / f"{stem}{end}"
+            for end in (".index.json", "")
+            for stem in ("model.safetensors", "pytorch_model.bin")
+            if (self.folder / f"{stem}{end}").is_file()
+        ]
+        if not found:
+            raise ValueError(
+                f"{folder}: no model.safetensors or pytorch_model.bin, nor an index of several; expected the folder of a checkpoint; {FETCH}"
+            )
+        if found[0].suffix == ".json":
+            promised = read_json(found[0])["weight_map"]
+        files = [self.folder / n for n in sorted(set(promised.values()))] or found[:1]
         for p in files:
-            if not p.is_file(): raise ValueError(f"{p}: no such file; {found[0].name} lists {len(files)} files; {FETCH}")
+            if not p.is_file():
+                raise ValueError(f"{p}: no such file; {found[0].name} lists {len(files)} files; {FETCH}")
         self.where, self.shapes, self.dtypes = {}, {}, {}
         for p in files:
-            for k, (shape, dtype) in self.listed(p).items(): self.where[k], self.shapes[k], self.dtypes[k] = p, shape, dtype
+            for k, (shape, dtype) in self.listed(p).items():
+                self.where[k], self.shapes[k], self.dtypes[k] = p, shape, dtype
         for k, n in promised.items():
-            if self.where.get(k, Path()).name != n: raise ValueError(f"{self.folder/n}: no tensor {k}, which {found[0].name} places there; {FETCH}")
+            if self.where.get(k, Path()).name != n:
+                raise ValueError(
+                    f"{self.folder / n}: no tensor {k}, which {found[0].name} places there; {FETCH}"
+                )
 
-    def listed(self, path): return safetensors_list(path) if path.suffix == ".safetensors" else {k: (tuple(t.shape), t.dtype) for k, t in read_bin(path).items()}
+    def listed(self, path):
+        return (
+            safetensors_list(path)
+            if path.suffix == ".safetensors"
+            else {k: (tuple(t.shape), t.dtype) for k, t in read_bin(path).items()}
+        )
 
     def __getitem__(self, key):
         path = self.where[key]
-        if path.suffix != ".safetensors": return read_bin(path)[key]
-        with safe_open(path, "pt") as f: return f.get_tensor(key)
+        if path.suffix != ".safetensors":
+            return read_bin(path)[key]
+        with safe_open(path, "pt") as f:
+            return f.get_tensor(key)
 
 # %% ../../nbs/policy/02_convert.ipynb #b185f236
 TOWER = "model.vision_tower.vision_tower.vision_model."
-RENAME = [(re.escape(TOWER), "vision_tower.vision_model."), (r"model\.mm_projector\.0\.", "multi_modal_projector.linear_1."), (r"model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
-          (r"model\.(?=(?:embed_tokens|layers|norm)\.)", "language_model.model."), (r"lm_head\.", "language_model.lm_head.")]
-MODULES = [(r"model\.language_model\.", "language_model.model."), (r"model\.vision_tower\.(?:vision_model\.)?", "vision_tower.vision_model."), (r"model\.multi_modal_projector\.", "multi_modal_projector."), (r"lm_head\.", "language_model.lm_head.")]
+RENAME = [
+    (re.escape(TOWER), "vision_tower.vision_model."),
+    (r"model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
+    (r"model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
+    (r"model\.(?=(?:embed_tokens|layers|norm)\.)", "language_model.model."),
+    (r"lm_head\.", "language_model.lm_head."),
+]
+MODULES = [
+    (r"model\.language_model\.", "language_model.model."),
+    (r"model\.vision_tower\.(?:vision_model\.)?", "vision_tower.vision_model."),
+    (r"model\.multi_modal_projector\.", "multi_modal_projector."),
+    (r"lm_head\.", "language_model.lm_head."),
+]
 BUFFERS = re.compile(r"\.(?:position_ids|rotary_emb\.inv_freq)$")
+
 
 def rename(key, rules):
     "`key` by the first of `rules` (pattern of its beginning, replacement) that fits; None if none does."
-    return next((new + key[m.end():] for old, new in rules if (m := re.match(old, key))), None)
+    return next((new + key[m.end() :] for old, new in rules if (m := re.match(old, key))), None)
 
 # %% ../../nbs/policy/02_convert.ipynb #e30b0e88
-ELSEWHERE = {"llava": "this is a transformers LLaVA, which needs no conversion: use the folder as it is", "llava_llama": "LLaVA 1.5 is on the hub converted: llava-hf/llava-1.5-7b-hf"}
+ELSEWHERE = {
+    "llava": "this is a transformers LLaVA, which needs no conversion: use the folder as it is",
+    "llava_llama": "LLaVA 1.5 is on the hub converted: llava-hf/llava-1.5-7b-hf",
+}
+
 
 def read_config(folder):
     "The original `config.json`, checked; raises ValueError where the checkpoint is of another kind."
-    path = Path(folder)/"config.json"
+    path = Path(folder) / "config.json"
     config = read_json(path)
     if config.get("model_type") != "llava_mistral":
-        raise ValueError(f"{path}: model_type={config.get('model_type')!r}; expected 'llava_mistral', as in microsoft/llava-med-v1.5-mistral-7b; {ELSEWHERE.get(config.get('model_type'), 'this converter knows no other')}")
-    for name in ("mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature", "mm_use_im_start_end", "mm_use_im_patch_token", "hidden_act", "tie_word_embeddings"):
-        if config.get(name, ORIGINAL[name]) != ORIGINAL[name]: raise ValueError(f"{path}: {name}={config[name]!r}; expected {ORIGINAL[name]!r}, LLaVA-Med v1.5's; this converter knows no other")
+        raise ValueError(
+            f"{path}: model_type={config.get('model_type')!r}; expected 'llava_mistral', as in microsoft/llava-med-v1.5-mistral-7b; {ELSEWHERE.get(config.get('model_type'), 'this converter knows no other')}"
+        )
+    for name in (
+        "mm_projector_type",
+        "mm_vision_select_layer",
+        "mm_vision_select_feature",
+        "mm_use_im_start_end",
+        "mm_use_im_patch_token",
+        "hidden_act",
+        "tie_word_embeddings",
+    ):
+        if config.get(name, ORIGINAL[name]) != ORIGINAL[name]:
+            raise ValueError(
+                f"{path}: {name}={config[name]!r}; expected {ORIGINAL[name]!r}, LLaVA-Med v1.5's; this converter knows no other"
+            )
     return config
+
 
 def tower_config(shapes):
     "CLIP's configuration from the shapes of its tensors (keys without prefix): a head of CLIP is 64 wide, and its activation the quick GELU."
     width, _, patch, _ = shapes["embeddings.patch_embedding.weight"]
-    return dict(model_type="clip_vision_model", hidden_size=width, intermediate_size=shapes["encoder.layers.0.mlp.fc1.weight"][0], num_attention_heads=width // 64, patch_size=patch,
-                num_hidden_layers=sum(k.endswith("layer_norm1.weight") for k in shapes), image_size=patch * math.isqrt(shapes["embeddings.position_embedding.weight"][0] - 1),
-                hidden_act="quick_gelu", layer_norm_eps=1e-5, projection_dim=768)
+    return dict(
+        model_type="clip_vision_model",
+        hidden_size=width,
+        intermediate_size=shapes["encoder.layers.0.mlp.fc1.weight"][0],
+        num_attention_heads=width // 64,
+        patch_size=patch,
+        num_hidden_layers=sum(k.endswith("layer_norm1.weight") for k in shapes),
+        image_size=patch * math.isqrt(shapes["embeddings.position_embedding.weight"][0] - 1),
+        hidden_act="quick_gelu",
+        layer_norm_eps=1e-5,
+        projection_dim=768,
+    )
 
 # %% ../../nbs/policy/02_convert.ipynb #311966eb
-TEXT = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_theta",
-        "sliding_window", "initializer_range", "attention_dropout", "head_dim", "bos_token_id", "eos_token_id", "tie_word_embeddings")
+TEXT = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "sliding_window",
+    "initializer_range",
+    "attention_dropout",
+    "head_dim",
+    "bos_token_id",
+    "eos_token_id",
+    "tie_word_embeddings",
+)
+
 
 def new_config(original, tower, dtype):
     "Contents of the converted `config.json` and `generation_config.json`."
     image, pad, dtype = original["vocab_size"], original["vocab_size"] + 1, str(dtype).removeprefix("torch.")
     text = {k: original.get(k, ORIGINAL.get(k)) for k in TEXT if k in original or k in ORIGINAL}
-    text |= dict(model_type="mistral", architectures=["MistralForCausalLM"], vocab_size=pad + 1, pad_token_id=pad, torch_dtype=dtype)
+    text |= dict(
+        model_type="mistral",
+        architectures=["MistralForCausalLM"],
+        vocab_size=pad + 1,
+        pad_token_id=pad,
+        torch_dtype=dtype,
+    )
     ends = dict(bos_token_id=text["bos_token_id"], eos_token_id=text["eos_token_id"], pad_token_id=pad)
-    config = dict(architectures=["LlavaForConditionalGeneration"], model_type="llava", image_token_index=image, image_seq_length=(tower["image_size"] // tower["patch_size"]) ** 2, projector_hidden_act="gelu",
-                  multimodal_projector_bias=True, vision_feature_layer=-2, vision_feature_select_strategy="default", tie_word_embeddings=False, torch_dtype=dtype, text_config=text, vision_config=tower)
-    return config | ends, ends | dict(suppress_tokens=[image, pad])   # neither is ever an answer
+    config = dict(
+        architectures=["LlavaForConditionalGeneration"],
+        model_type="llava",
+        image_token_index=image,
+        image_seq_length=(tower["image_size"] // tower["patch_size"]) ** 2,
+        projector_hidden_act="gelu",
+        multimodal_projector_bias=True,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+        torch_dtype=dtype,
+        text_config=text,
+        vision_config=tower,
+    )
+    return config | ends, ends | dict(suppress_tokens=[image, pad])  # neither is ever an answer
 
 # %% ../../nbs/policy/02_convert.ipynb #89968f84
 SPECIAL = re.compile(r"(<s>|</s>|<unk>|<image>|<pad>)")
 
+
 def load_sentencepiece(folder, original):
     "The folder's `tokenizer.model`, checked against the original configuration."
-    path = Path(folder)/"tokenizer.model"
-    if not path.is_file(): raise ValueError(f"{path}: no such file; expected the sentencepiece model of the checkpoint; {FETCH}")
-    try: sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as e: raise ValueError(f"{path}: not a sentencepiece model ({str(e).splitlines()[0][:80]}); {FETCH}") from None
+    path = Path(folder) / "tokenizer.model"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected the sentencepiece model of the checkpoint; {FETCH}")
+    try:
+        sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as e:
+        raise ValueError(
+            f"{path}: not a sentencepiece model ({str(e).splitlines()[0][:80]}); {FETCH}"
+        ) from None
     ends = sp.bos_id(), sp.eos_id(), sp.unk_id()
-    if len(sp) != original["vocab_size"] or ends != (1, 2, 0): raise ValueError(f"{path}: {len(sp)} pieces and bos, eos, unk = {ends}; expected vocab_size={original['vocab_size']} pieces, as config.json says, and (1, 2, 0); take tokenizer.model from the checkpoint's own folder")
+    if len(sp) != original["vocab_size"] or ends != (1, 2, 0):
+        raise ValueError(
+            f"{path}: {len(sp)} pieces and bos, eos, unk = {ends}; expected vocab_size={original['vocab_size']} pieces, as config.json says, and (1, 2, 0); take tokenizer.model from the checkpoint's own folder"
+        )
     return sp
+
 
 def original_ids(sp, text):
     "Token ids of `text` as LLaVA-Med's code makes them, `<s>` first; the image token is the first id after the vocabulary."
     special = {"<unk>": 0, "<s>": 1, "</s>": 2, "<image>": len(sp), "<pad>": len(sp) + 1}
-    return [1] + [i for part in SPECIAL.split(text) if part for i in ([special[part]] if part in special else sp.encode(part))]
+    return [1] + [
+        i
+        for part in SPECIAL.split(text)
+        if part
+        for i in ([special[part]] if part in special else sp.encode(part))
+    ]
 
 # %% ../../nbs/policy/02_convert.ipynb #b2ff473d
 def merges_of(sp):
     "Byte-pair merges, best first, that rebuild what the sentencepiece model `sp` does."
     vocab = {sp.id_to_piece(i): i for i in range(len(sp))}
-    normal = [i for i in range(len(sp)) if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i) or sp.is_unused(i))]
-    pairs = [(-sp.get_score(vocab[p]), -n, p[:n], p[n:]) for p in map(sp.id_to_piece, normal) for n in range(1, len(p)) if p[:n] in vocab and p[n:] in vocab]
-    return [pair[2:] for pair in sorted(pairs)]   # of two ways to make one piece, the longer left half first: a long run of blanks shows it
+    normal = [
+        i
+        for i in range(len(sp))
+        if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i) or sp.is_unused(i))
+    ]
+    pairs = [
+        (-sp.get_score(vocab[p]), -n, p[:n], p[n:])
+        for p in map(sp.id_to_piece, normal)
+        for n in range(1, len(p))
+        if p[:n] in vocab and p[n:] in vocab
+    ]
+    return [
+        pair[2:] for pair in sorted(pairs)
+    ]  # of two ways to make one piece, the longer left half first: a long run of blanks shows it
+
 
 def new_tokenizer(sp):
     "A `tokenizers.Tokenizer` with the ids of `original_ids`, image and padding token included."
-    t = Tokenizer(models.BPE(vocab={sp.id_to_piece(i): i for i in range(len(sp))}, merges=merges_of(sp), unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    t = Tokenizer(
+        models.BPE(
+            vocab={sp.id_to_piece(i): i for i in range(len(sp))},
+            merges=merges_of(sp),
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
     t.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    t.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    t.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
-    t.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in ("<unk>", "<s>", "</s>", "<image>", "<pad>")])
+    t.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    t.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    t.add_special_tokens(
+        [AddedToken(s, special=True, normalized=False) for s in ("<unk>", "<s>", "</s>", "<image>", "<pad>")]
+    )
     return t
 
-PROMPTS = ["", " ", "\n", "No effusion.", " leading blank", "   three", "trailing blank ", "two  inside", "tab\there", "line\nbreak\n\n", "\r\n", "Röntgen: 3 cm × 4 µm, 正常 🫁", "e\u0301 \u00a0 \u200b",
-           "[INST] <image>\nDescribe this chest X-ray. [/INST]", "<image>\n Where?", "<image>word", "a<image> b <image>  c", "[INST] <image>\nq [/INST] a</s>[INST]  next [/INST]", "▁ the mark itself ▁",
-           "no.1,2;3:4(5)[6]{7}", "<report> text </report>", "<0x0A> spelled out", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "THE LUNGS ARE CLEAR", "1234567890 3.14 -5%",
-           *(f"a{' ' * n}b{'=' * n}" for n in range(2, 40))]
+
+PROMPTS = [
+    "",
+    " ",
+    "\n",
+    "No effusion.",
+    " leading blank",
+    "   three",
+    "trailing blank ",
+    "two  inside",
+    "tab\there",
+    "line\nbreak\n\n",
+    "\r\n",
+    "Röntgen: 3 cm × 4 µm, 正常 🫁",
+    "e\u0301 \u00a0 \u200b",
+    "[INST] <image>\nDescribe this chest X-ray. [/INST]",
+    "<image>\n Where?",
+    "<image>word",
+    "a<image> b <image>  c",
+    "[INST] <image>\nq [/INST] a</s>[INST]  next [/INST]",
+    "▁ the mark itself ▁",
+    "no.1,2;3:4(5)[6]{7}",
+    "<report> text </report>",
+    "<0x0A> spelled out",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+    "THE LUNGS ARE CLEAR",
+    "1234567890 3.14 -5%",
+    *(f"a{' ' * n}b{'=' * n}" for n in range(2, 40)),
+]
 
 # %% ../../nbs/policy/02_convert.ipynb #ab83513a
-CHAT = ("<s>{% for m in messages %}{% if m['role'] == 'user' %}[INST] {% if m['content'] is string %}{{ m['content'] }}{% else %}"
-        "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% else %}{{ '<image>\n' }}{% endif %}{% endfor %}{% endif %} [/INST]"
-        "{% elif m['role'] == 'assistant' %} {% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endif %}</s>"
-        "{% else %}{{ raise_exception('LLaVA-Med knows the roles user and assistant; put what the system should say into the first question') }}{% endif %}{% endfor %}")
+CHAT = (
+    "<s>{% for m in messages %}{% if m['role'] == 'user' %}[INST] {% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% else %}{{ '<image>\n' }}{% endif %}{% endfor %}{% endif %} [/INST]"
+    "{% elif m['role'] == 'assistant' %} {% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endif %}</s>"
+    "{% else %}{{ raise_exception('LLaVA-Med knows the roles user and assistant; put what the system should say into the first question') }}{% endif %}{% endfor %}"
+)
+
 
 def processor_files(original, tower):
     "{file name: contents} of tokenizer and processor, `tokenizer.json` excepted."
     side = tower["image_size"]
-    tokens = dict(tokenizer_class="PreTrainedTokenizerFast", processor_class="LlavaProcessor", bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>", image_token="<image>", add_bos_token=True, add_eos_token=False,
-                  padding_side="left", clean_up_tokenization_spaces=False, model_max_length=original.get("max_position_embeddings", ORIGINAL["max_position_embeddings"]))
-    images = dict(image_processor_type="LlavaImageProcessor", processor_class="LlavaProcessor", do_convert_rgb=True, do_pad=original.get("image_aspect_ratio", "pad") == "pad", do_resize=True, size=dict(shortest_edge=side), resample=3, do_center_crop=True,
-                  crop_size=dict(height=side, width=side), do_rescale=True, rescale_factor=1 / 255, do_normalize=True, image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711])
-    processor = dict(processor_class="LlavaProcessor", image_token="<image>", patch_size=tower["patch_size"], num_additional_image_tokens=1, vision_feature_select_strategy="default")
-    return {"tokenizer_config.json": tokens, "preprocessor_config.json": images, "processor_config.json": processor, "chat_template.jinja": CHAT}
+    tokens = dict(
+        tokenizer_class="PreTrainedTokenizerFast",
+        processor_class="LlavaProcessor",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        image_token="<image>",
+        add_bos_token=True,
+        add_eos_token=False,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=original.get("max_position_embeddings", ORIGINAL["max_position_embeddings"]),
+    )
+    images = dict(
+        image_processor_type="LlavaImageProcessor",
+        processor_class="LlavaProcessor",
+        do_convert_rgb=True,
+        do_pad=original.get("image_aspect_ratio", "pad") == "pad",
+        do_resize=True,
+        size=dict(shortest_edge=side),
+        resample=3,
+        do_center_crop=True,
+        crop_size=dict(height=side, width=side),
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        do_normalize=True,
+        image_mean=[0.48145466, 0.4578275, 0.40821073],
+        image_std=[0.26862954, 0.26130258, 0.27577711],
+    )
+    processor = dict(
+        processor_class="LlavaProcessor",
+        image_token="<image>",
+        patch_size=tower["patch_size"],
+        num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
+    )
+    return {
+        "tokenizer_config.json": tokens,
+        "preprocessor_config.json": images,
+        "processor_config.json": processor,
+        "chat_template.jinja": CHAT,
+    }
 
 # %% ../../nbs/policy/02_convert.ipynb #4d9038c0
-Piece = namedtuple("Piece", "key shards source shape rows")   # rows: the last ones of `shape` are new and get the mean of the others
+Piece = namedtuple(
+    "Piece", "key shards source shape rows"
+)  # rows: the last ones of `shape` are new and get the mean of the others
 HUB_TOWER = "openai/clip-vit-large-patch14-336"
+
 
 def find_tower(vision_tower):
     "Folder of the CLIP model `vision_tower`: a folder, or 'openai' (or its hub name) for the hub's cache, downloaded if need be."
-    if Path(vision_tower).is_dir(): return Path(vision_tower)
-    if vision_tower not in ("openai", HUB_TOWER): raise ValueError(f"vision_tower={vision_tower!r}: no such folder; allowed are 'own', 'openai' and the folder of a CLIP model")
+    if Path(vision_tower).is_dir():
+        return Path(vision_tower)
+    if vision_tower not in ("openai", HUB_TOWER):
+        raise ValueError(
+            f"vision_tower={vision_tower!r}: no such folder; allowed are 'own', 'openai' and the folder of a CLIP model"
+        )
     from huggingface_hub import snapshot_download
-    try: return Path(snapshot_download(HUB_TOWER, allow_patterns=["config.json", "model.safetensors", "pytorch_model.bin"]))
-    except Exception as e: raise ValueError(f"vision_tower={vision_tower!r}: {HUB_TOWER} is not in the hub's cache and cannot be fetched ({type(e).__name__}); download it elsewhere and give its folder: --vision-tower PATH") from None
+
+    try:
+        return Path(
+            snapshot_download(
+                HUB_TOWER, allow_patterns=["config.json", "model.safetensors", "pytorch_model.bin"]
+            )
+        )
+    except Exception as e:
+        raise ValueError(
+            f"vision_tower={vision_tower!r}: {HUB_TOWER} is not in the hub's cache and cannot be fetched ({type(e).__name__}); download it elsewhere and give its folder: --vision-tower PATH"
+        ) from None
+
 
 def other_tower(folder):
     "(configuration, {key without prefix: (shards, source key)}) of the CLIP model in `folder`."
-    config, shards = read_json(folder/"config.json"), Shards(folder)
-    if config.get("model_type") not in ("clip", "clip_vision_model"): raise ValueError(f"{folder}/config.json: model_type={config.get('model_type')!r}; expected 'clip' or 'clip_vision_model'; LLaVA-Med's tower is a CLIP: --vision-tower openai")
-    found = {m[1]: (shards, k) for k in shards.where if (m := re.match(r"(?:vision_model\.)?((?:embeddings\.(?:class|patch|pos)|pre_layrnorm|encoder|post_layernorm).*)", k)) and not BUFFERS.search(k)}
+    config, shards = read_json(folder / "config.json"), Shards(folder)
+    if config.get("model_type") not in ("clip", "clip_vision_model"):
+        raise ValueError(
+            f"{folder}/config.json: model_type={config.get('model_type')!r}; expected 'clip' or 'clip_vision_model'; LLaVA-Med's tower is a CLIP: --vision-tower openai"
+        )
+    found = {
+        m[1]: (shards, k)
+        for k in shards.where
+        if (
+            m := re.match(
+                r"(?:vision_model\.)?((?:embeddings\.(?:class|patch|pos)|pre_layrnorm|encoder|post_layernorm).*)",
+                k,
+            )
+        )
+        and not BUFFERS.search(k)
+    }
     sizes = tower_config({k: s.shapes[source] for k, (s, source) in found.items()})
     stated = config.get("vision_config", config)
-    return sizes | {k: stated[k] for k in ("num_attention_heads", "hidden_act", "layer_norm_eps") if k in stated}, found
+    return sizes | {
+        k: stated[k] for k in ("num_attention_heads", "hidden_act", "layer_norm_eps") if k in stated
+    }, found
 
 # %% ../../nbs/policy/02_convert.ipynb #daeedcee
 def make_plan(src, vision_tower="own"):
@@ -272,33 +635,69 @@ def make_plan(src, vision_tower="own"):
     original, shards = read_config(src), Shards(src)
     kept = {k: rename(k, RENAME) for k in shards.where if not BUFFERS.search(k)}
     strange = [k for k, new in kept.items() if new is None]
-    if strange: raise ValueError(f"{shards.where[strange[0]]}: unknown tensor {strange[0]}" + f" and {len(strange) - 1} more" * (len(strange) > 1) + "; expected only LLaVA-Med's (vision tower, mm_projector, Mistral, lm_head); adapters are to be merged first")
+    if strange:
+        raise ValueError(
+            f"{shards.where[strange[0]]}: unknown tensor {strange[0]}"
+            + f" and {len(strange) - 1} more" * (len(strange) > 1)
+            + "; expected only LLaVA-Med's (vision tower, mm_projector, Mistral, lm_head); adapters are to be merged first"
+        )
     own = {k.removeprefix(TOWER): shards.shapes[k] for k in kept if k.startswith(TOWER)}
     if vision_tower != "own":
         tower, found = other_tower(find_tower(vision_tower))
         kept = {k: new for k, new in kept.items() if not k.startswith(TOWER)}
-    elif "embeddings.patch_embedding.weight" in own and "encoder.layers.0.mlp.fc1.weight" in own: tower, found = tower_config(own), {}
-    else: raise ValueError(f"{src}: no vision tower ({TOWER}*) in the checkpoint; expected LLaVA-Med's own; take OpenAI's CLIP instead: --vision-tower openai")
+    elif "embeddings.patch_embedding.weight" in own and "encoder.layers.0.mlp.fc1.weight" in own:
+        tower, found = tower_config(own), {}
+    else:
+        raise ValueError(
+            f"{src}: no vision tower ({TOWER}*) in the checkpoint; expected LLaVA-Med's own; take OpenAI's CLIP instead: --vision-tower openai"
+        )
     grown = ("model.embed_tokens.weight", "lm_head.weight")
-    files = [[Piece(kept[k], shards, k, (s[0] + 2, *s[1:]) if k in grown else s, 2 * (k in grown)) for k, s in shards.shapes.items() if shards.where[k] == p and k in kept] for p in sorted(set(shards.where.values()))]
-    files.append([Piece(f"vision_tower.vision_model.{k}", s, source, s.shapes[source], 0) for k, (s, source) in found.items()])
+    files = [
+        [
+            Piece(kept[k], shards, k, (s[0] + 2, *s[1:]) if k in grown else s, 2 * (k in grown))
+            for k, s in shards.shapes.items()
+            if shards.where[k] == p and k in kept
+        ]
+        for p in sorted(set(shards.where.values()))
+    ]
+    files.append(
+        [
+            Piece(f"vision_tower.vision_model.{k}", s, source, s.shapes[source], 0)
+            for k, (s, source) in found.items()
+        ]
+    )
     files = [f for f in files if f]
     check_plan(src, original, tower, files)
     return original, tower, files
 
+
 def check_plan(src, original, tower, files):
     "Raise ValueError unless the pieces in `files` are, key for key and shape for shape, the model that the new configuration describes."
     config = new_config(original, tower, torch.float32)[0]
-    with torch.device("meta"): model = LlavaForConditionalGeneration(AutoConfig.for_model(**config))
-    want, have = {rename(k, MODULES): tuple(t.shape) for k, t in model.state_dict().items()}, {p.key: p for f in files for p in f}
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(AutoConfig.for_model(**config))
+    want, have = (
+        {rename(k, MODULES): tuple(t.shape) for k, t in model.state_dict().items()},
+        {p.key: p for f in files for p in f},
+    )
     for k in want:
-        if k not in have: raise ValueError(f"{src}: no tensor for {k}, and {len(want.keys() - have.keys()) - 1} more missing; config.json asks for it; {FETCH}")
+        if k not in have:
+            raise ValueError(
+                f"{src}: no tensor for {k}, and {len(want.keys() - have.keys()) - 1} more missing; config.json asks for it; {FETCH}"
+            )
     for k, p in have.items():
-        if k not in want: raise ValueError(f"{p.shards.where[p.source]}: left over tensor {p.source}; config.json describes a model without it; take config.json and weights from one checkpoint")
-        if p.shape != want[k]: raise ValueError(f"{p.shards.where[p.source]}: {p.source} has shape {p.shards.shapes[p.source]}; expected {(want[k][0] - p.rows, *want[k][1:])} by config.json; take config.json and weights from one checkpoint")
+        if k not in want:
+            raise ValueError(
+                f"{p.shards.where[p.source]}: left over tensor {p.source}; config.json describes a model without it; take config.json and weights from one checkpoint"
+            )
+        if p.shape != want[k]:
+            raise ValueError(
+                f"{p.shards.where[p.source]}: {p.source} has shape {p.shards.shapes[p.source]}; expected {(want[k][0] - p.rows, *want[k][1:])} by config.json; take config.json and weights from one checkpoint"
+            )
 
 # %% ../../nbs/policy/02_convert.ipynb #cc93ceaa
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
 
 def read_piece(piece, dtype):
     "The tensor of `piece` as it goes into the new folder."
@@ -308,24 +707,42 @@ def read_piece(piece, dtype):
         x = torch.cat([x, mean.to(x.dtype).expand(piece.rows, -1)])
     return x.to(dtype)
 
+
 def write_shard(path, pieces, dtype, bar):
     "Write `pieces` to a safetensors file in `dtype`, holding one at a time; `bar` moves by bytes."
     header, at = {"__metadata__": {"format": "pt"}}, 0
     for p in pieces:
-        header[p.key] = dict(dtype=NAMES[dtype], shape=p.shape, data_offsets=[at, at := at + math.prod(p.shape) * dtype.itemsize])
+        header[p.key] = dict(
+            dtype=NAMES[dtype],
+            shape=p.shape,
+            data_offsets=[at, at := at + math.prod(p.shape) * dtype.itemsize],
+        )
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
-        for p in pieces: bar.update(f.write(read_piece(p, dtype).contiguous().view(-1).view(torch.uint8).numpy()))
+        for p in pieces:
+            bar.update(f.write(read_piece(p, dtype).contiguous().view(-1).view(torch.uint8).numpy()))
+
 
 def write_weights(folder, files, dtype, bar):
     "Write the planned `files` and their index to `folder`."
-    name = lambda i: f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
-    for i, pieces in enumerate(files): write_shard(folder/name(i), pieces, dtype, bar)
+    name = lambda i: (
+        f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
+    )
+    for i, pieces in enumerate(files):
+        write_shard(folder / name(i), pieces, dtype, bar)
     if len(files) > 1:
         total = sum(math.prod(p.shape) for f in files for p in f) * dtype.itemsize
-        (folder/"model.safetensors.index.json").write_text(json.dumps(dict(metadata=dict(total_size=total), weight_map={p.key: name(i) for i, f in enumerate(files) for p in f}), indent=1))
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps(
+                dict(
+                    metadata=dict(total_size=total),
+                    weight_map={p.key: name(i) for i, f in enumerate(files) for p in f},
+                ),
+                indent=1,
+            )
+        )
 
 # %% ../../nbs/policy/02_convert.ipynb #d657b267
 def clip_by_hand(read, tower, pixels):
@@ -334,18 +751,29 @@ def clip_by_hand(read, tower, pixels):
     norm = lambda x, name: F.layer_norm(x, x.shape[-1:], read(name + ".weight"), read(name + ".bias"), eps)
     linear = lambda x, name: F.linear(x, read(name + ".weight"), read(name + ".bias"))
     split = lambda x: x.unflatten(-1, (heads, -1)).transpose(1, 2)
-    x = F.conv2d(pixels, read("embeddings.patch_embedding.weight"), stride=tower["patch_size"]).flatten(2).transpose(1, 2)
-    x = torch.cat([read("embeddings.class_embedding").expand(len(x), 1, -1), x], 1) + read("embeddings.position_embedding.weight")
+    x = (
+        F.conv2d(pixels, read("embeddings.patch_embedding.weight"), stride=tower["patch_size"])
+        .flatten(2)
+        .transpose(1, 2)
+    )
+    x = torch.cat([read("embeddings.class_embedding").expand(len(x), 1, -1), x], 1) + read(
+        "embeddings.position_embedding.weight"
+    )
     x = norm(x, "pre_layrnorm")
     for i in range(tower["num_hidden_layers"] - 1):
         at = f"encoder.layers.{i}."
         h = norm(x, at + "layer_norm1")
-        h = F.scaled_dot_product_attention(*(split(linear(h, f"{at}self_attn.{n}_proj")) for n in "qkv")).transpose(1, 2).flatten(2)
+        h = (
+            F.scaled_dot_product_attention(*(split(linear(h, f"{at}self_attn.{n}_proj")) for n in "qkv"))
+            .transpose(1, 2)
+            .flatten(2)
+        )
         x = x + linear(h, at + "self_attn.out_proj")
         h = linear(norm(x, at + "layer_norm2"), at + "mlp.fc1")
         h = h * torch.sigmoid(1.702 * h) if tower["hidden_act"] == "quick_gelu" else F.gelu(h)
         x = x + linear(h, at + "mlp.fc2")
     return x[:, 1:]
+
 
 def rotate(x, theta):
     "Rotary position embedding of `(B, heads, T, D)`: halves rotated, Llama's way."
@@ -357,20 +785,31 @@ def rotate(x, theta):
 # %% ../../nbs/policy/02_convert.ipynb #dd6ad8a8
 def mistral_by_hand(read, original, x, layers):
     "The first `layers` layers of Mistral and its final norm. `(B, T, D)` → `(B, T, D)`."
-    heads, groups, theta = original["num_attention_heads"], original["num_attention_heads"] // original["num_key_value_heads"], original["rope_theta"]
-    norm = lambda x, name: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + original["rms_norm_eps"]) * read(name + ".weight")
+    heads, groups, theta = (
+        original["num_attention_heads"],
+        original["num_attention_heads"] // original["num_key_value_heads"],
+        original["rope_theta"],
+    )
+    norm = lambda x, name: (
+        x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + original["rms_norm_eps"]) * read(name + ".weight")
+    )
     linear = lambda x, name: F.linear(x, read(name + ".weight"))
     split = lambda x, n: x.unflatten(-1, (n, -1)).transpose(1, 2)
     for i in range(layers):
         at = f"layers.{i}."
         h = norm(x, at + "input_layernorm")
-        q, k, v = (split(linear(h, f"{at}self_attn.{n}_proj"), heads if n == "q" else heads // groups) for n in "qkv")
+        q, k, v = (
+            split(linear(h, f"{at}self_attn.{n}_proj"), heads if n == "q" else heads // groups) for n in "qkv"
+        )
         k, v = rotate(k, theta).repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         h = F.scaled_dot_product_attention(rotate(q, theta), k, v, is_causal=True).transpose(1, 2).flatten(2)
         x = x + linear(h, at + "self_attn.o_proj")
         h = norm(x, at + "post_attention_layernorm")
-        x = x + linear(F.silu(linear(h, at + "mlp.gate_proj")) * linear(h, at + "mlp.up_proj"), at + "mlp.down_proj")
+        x = x + linear(
+            F.silu(linear(h, at + "mlp.gate_proj")) * linear(h, at + "mlp.up_proj"), at + "mlp.down_proj"
+        )
     return norm(x, "norm")
+
 
 @torch.inference_mode()
 def logits_by_hand(files, original, tower, dtype, ids, pixels, layers):
@@ -378,11 +817,13 @@ def logits_by_hand(files, original, tower, dtype, ids, pixels, layers):
     source = {p.key: p for f in files for p in f}
     read = lambda key: source[key].shards[source[key].source].to(dtype).float()
     x = clip_by_hand(lambda n: read("vision_tower.vision_model." + n), tower, pixels)
-    linear = lambda x, name: F.linear(x, read(f"multi_modal_projector.{name}.weight"), read(f"multi_modal_projector.{name}.bias"))
+    linear = lambda x, name: F.linear(
+        x, read(f"multi_modal_projector.{name}.weight"), read(f"multi_modal_projector.{name}.bias")
+    )
     image, at = linear(F.gelu(linear(x, "linear_1")), "linear_2"), ids.index(original["vocab_size"])
     p = source["language_model.model.embed_tokens.weight"]
     embed = lambda ids: p.shards[p.source][torch.tensor(ids, dtype=torch.long)].to(dtype).float()[None]
-    x = torch.cat([embed(ids[:at]), image, embed(ids[at + 1:])], 1)
+    x = torch.cat([embed(ids[:at]), image, embed(ids[at + 1 :])], 1)
     x = mistral_by_hand(lambda n: read("language_model.model." + n), original, x, layers)
     return F.linear(x, read("language_model.lm_head.weight"))[0]
 
@@ -391,45 +832,83 @@ def check_tensors(folder, files, dtype, bar):
     "Raise ValueError unless each tensor in `folder` equals the one it came from."
     written = Shards(folder)
     for p in (p for f in files for p in f):
-        if not torch.equal(written[p.key], read_piece(p, dtype)): raise ValueError(f"{written.where[p.key]}: {p.key} is not what was written; expected a copy of {p.source}; check the disk and convert again")
+        if not torch.equal(written[p.key], read_piece(p, dtype)):
+            raise ValueError(
+                f"{written.where[p.key]}: {p.key} is not what was written; expected a copy of {p.source}; check the disk and convert again"
+            )
         bar.update(math.prod(p.shape) * dtype.itemsize)
+
 
 def check_tokens(folder, sp):
     "Raise ValueError unless the tokenizer of `folder`, loaded as a user would, gives the original's ids on `PROMPTS`."
     tokenizer = AutoProcessor.from_pretrained(folder).tokenizer
     for prompt in PROMPTS:
-        if tokenizer(prompt).input_ids != original_ids(sp, prompt): raise ValueError(f"{folder}: token ids of {prompt!r} are {tokenizer(prompt).input_ids}; expected {original_ids(sp, prompt)}; is tokenizer.model a BPE model with byte fallback, as Mistral's?")
+        if tokenizer(prompt).input_ids != original_ids(sp, prompt):
+            raise ValueError(
+                f"{folder}: token ids of {prompt!r} are {tokenizer(prompt).input_ids}; expected {original_ids(sp, prompt)}; is tokenizer.model a BPE model with byte fallback, as Mistral's?"
+            )
+
 
 def probe_image(width=500, height=400):
     "A made-up picture that is not square."
     return Image.linear_gradient("L").resize((width, height)).convert("RGB")
 
+
 @contextlib.contextmanager
 def quiet():
     "Transformers without warnings and bars: that a cut model leaves tensors over is meant."
     before = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error(); hf_logging.disable_progress_bar()
-    try: yield
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
     finally:
         hf_logging.set_verbosity(before[0])
-        if before[1]: hf_logging.enable_progress_bar()
+        if before[1]:
+            hf_logging.enable_progress_bar()
+
 
 @torch.inference_mode()
 def check_logits(folder, sp, files, original, tower, dtype, layers=1, tolerance=1e-4):
     "Relative gap between the logits of `folder`, cut to `layers` Mistral layers, and those by hand; raises ValueError where it is above `tolerance`."
     processor, config = AutoProcessor.from_pretrained(folder), AutoConfig.from_pretrained(folder)
-    turn = [dict(role="user", content=[dict(type="image"), dict(type="text", text="Is there a pleural effusion?")])]
+    turn = [
+        dict(
+            role="user", content=[dict(type="image"), dict(type="text", text="Is there a pleural effusion?")]
+        )
+    ]
     prompt = processor.apply_chat_template(turn, add_generation_prompt=True)
     inputs = processor(images=probe_image(), text=prompt, add_special_tokens=False, return_tensors="pt")
     layers = config.text_config.num_hidden_layers = min(layers, config.text_config.num_hidden_layers)
-    with quiet(): model, info = LlavaForConditionalGeneration.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
+    with quiet():
+        model, info = LlavaForConditionalGeneration.from_pretrained(
+            folder, config=config, dtype=dtype, output_loading_info=True
+        )
     left = [k for k in info["unexpected_keys"] if not re.search(r"language_model.*layers\.\d+\.", k)]
-    if info["missing_keys"] or left: raise ValueError(f"{folder}: transformers misses {sorted(info['missing_keys'])[:2]} and leaves over {left[:2]}; expected neither; use the versions of constraints.txt")
-    new = model.float()(**inputs).logits[0, :, :original["vocab_size"]]
+    if info["missing_keys"] or left:
+        raise ValueError(
+            f"{folder}: transformers misses {sorted(info['missing_keys'])[:2]} and leaves over {left[:2]}; expected neither; use the versions of constraints.txt"
+        )
+    new = model.float()(**inputs).logits[0, :, : original["vocab_size"]]
     del model
-    by_hand = logits_by_hand(files, original, tower, dtype, original_ids(sp, prompt.removeprefix("<s>")), inputs.pixel_values, layers)
-    gap = float((new - by_hand).abs().max() / by_hand.abs().max()) if new.shape == by_hand.shape else float("nan")
-    if not gap < tolerance: raise ValueError(f"{folder}: logits differ from the original's by {gap:.1e} of the largest; expected less than {tolerance:.0e}; the versions of constraints.txt are known to agree")
+    by_hand = logits_by_hand(
+        files,
+        original,
+        tower,
+        dtype,
+        original_ids(sp, prompt.removeprefix("<s>")),
+        inputs.pixel_values,
+        layers,
+    )
+    gap = (
+        float((new - by_hand).abs().max() / by_hand.abs().max())
+        if new.shape == by_hand.shape
+        else float("nan")
+    )
+    if not gap < tolerance:
+        raise ValueError(
+            f"{folder}: logits differ from the original's by {gap:.1e} of the largest; expected less than {tolerance:.0e}; the versions of constraints.txt are known to agree"
+        )
     return gap
 
 # %% ../../nbs/policy/02_convert.ipynb #aecaa721
@@ -440,21 +919,32 @@ def building(dst):
     work.mkdir(parents=True, exist_ok=True)
     lock = os.open(work, os.O_RDONLY)
     try:
-        try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise ValueError(f"{dst}: another process is converting to it; expected to be alone; wait for it") from None
         try:
-            for left in work.iterdir(): left.unlink()
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{dst}: another process is converting to it; expected to be alone; wait for it"
+            ) from None
+        try:
+            for left in work.iterdir():
+                left.unlink()
             yield work
             work.rename(dst)
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise
-    finally: os.close(lock)
+    finally:
+        os.close(lock)
+
 
 def check_room(dst, need):
     "Raise ValueError where the disk of `dst` has less than `need` bytes free."
     free = shutil.disk_usage(next(p for p in dst.absolute().parents if p.exists())).free
-    if free < need: raise ValueError(f"{dst}: {free / 1e9:.1f} GB free on its disk; expected {need / 1e9:.1f} GB; make room or convert to another disk")
+    if free < need:
+        raise ValueError(
+            f"{dst}: {free / 1e9:.1f} GB free on its disk; expected {need / 1e9:.1f} GB; make room or convert to another disk"
+        )
+
 
 def convert_llava_med(src, dst, vision_tower="own", dtype="auto"):
     """Convert the original LLaVA-Med v1.5 checkpoint in folder `src` to a transformers LLaVA in the new folder `dst`, checked; memory: below the largest file of `src`.
@@ -462,27 +952,48 @@ def convert_llava_med(src, dst, vision_tower="own", dtype="auto"):
     `vision_tower`: 'own', 'openai' or the folder of a CLIP; `dtype`: 'auto' (as in `src`), 'bfloat16', 'float16' or 'float32'.
     Returns what was checked: tensors, bytes, prompts, logit_gap, dtype, folder. Raises ValueError, one line, where `src` is not what it should be; `dst` is then not there."""
     src, dst = Path(src), Path(dst)
-    if dtype not in ("auto", "bfloat16", "float16", "float32"): raise ValueError(f"dtype={dtype!r}: allowed are 'auto', 'bfloat16', 'float16' and 'float32'")
-    if dst.exists(): raise ValueError(f"{dst}: is there already; expected a folder to be made; remove it or give another name")
+    if dtype not in ("auto", "bfloat16", "float16", "float32"):
+        raise ValueError(f"dtype={dtype!r}: allowed are 'auto', 'bfloat16', 'float16' and 'float32'")
+    if dst.exists():
+        raise ValueError(
+            f"{dst}: is there already; expected a folder to be made; remove it or give another name"
+        )
     original, tower, files = make_plan(src, vision_tower)
     sp = load_sentencepiece(src, original)
     dtype = getattr(torch, original.get("torch_dtype", "bfloat16") if dtype == "auto" else dtype)
     size = sum(math.prod(p.shape) for f in files for p in f) * dtype.itemsize
-    check_room(dst, size + 2 ** 26)
-    with building(dst) as work, tqdm(total=2 * size, unit="B", unit_scale=True, desc="write and compare") as bar:
+    check_room(dst, size + 2**26)
+    with (
+        building(dst) as work,
+        tqdm(total=2 * size, unit="B", unit_scale=True, desc="write and compare") as bar,
+    ):
         write_weights(work, files, dtype, bar)
         config, generation = new_config(original, tower, dtype)
-        contents = {"config.json": config, "generation_config.json": generation} | processor_files(original, tower)
-        for name, content in contents.items(): (work/name).write_text(content if isinstance(content, str) else json.dumps(content, indent=1))
-        new_tokenizer(sp).save(str(work/"tokenizer.json"))
+        contents = {"config.json": config, "generation_config.json": generation} | processor_files(
+            original, tower
+        )
+        for name, content in contents.items():
+            (work / name).write_text(content if isinstance(content, str) else json.dumps(content, indent=1))
+        new_tokenizer(sp).save(str(work / "tokenizer.json"))
         check_tensors(work, files, dtype, bar)
         check_tokens(work, sp)
         gap = check_logits(work, sp, files, original, tower, dtype)
-    return dict(tensors=sum(map(len, files)), bytes=size, prompts=len(PROMPTS), logit_gap=gap, dtype=str(dtype).removeprefix("torch."), folder=str(dst))
+    return dict(
+        tensors=sum(map(len, files)),
+        bytes=size,
+        prompts=len(PROMPTS),
+        logit_gap=gap,
+        dtype=str(dtype).removeprefix("torch."),
+        folder=str(dst),
+    )
 
 # %% ../../nbs/policy/02_convert.ipynb #2e1c89e2
 def run_command(args, options):
     "Run `valor convert-llava-med` with parsed arguments."
-    try: done = convert_llava_med(args.src, args.dst, args.vision_tower, args.dtype)
-    except (ValueError, OSError) as e: sys.exit(f"valor: {e}")
-    print(f"{Path(done['folder']).name}: {done['tensors']} tensors, {done['bytes'] / 1e9:.2f} GB, {done['dtype']}; all equal to the original's; token ids equal on {done['prompts']} prompts; logits of the probe within {done['logit_gap']:.0e}")
+    try:
+        done = convert_llava_med(args.src, args.dst, args.vision_tower, args.dtype)
+    except (ValueError, OSError) as e:
+        sys.exit(f"valor: {e}")
+    print(
+        f"{Path(done['folder']).name}: {done['tensors']} tensors, {done['bytes'] / 1e9:.2f} GB, {done['dtype']}; all equal to the original's; token ids equal on {done['prompts']} prompts; logits of the probe within {done['logit_gap']:.0e}"
+    )

@@ -21,31 +21,51 @@ from ..rewards.text import is_well_formed, report_body
 def load_adapter(model, adapter):
     "`model` with the PEFT adapter in the folder `adapter` beside its weights, a `PeftModel`. Raises `ValueError` where the folder holds none, or one for another base."
     from peft import PeftModel
-    if not (Path(adapter)/"adapter_config.json").is_file(): raise ValueError(f"adapter={str(adapter)!r}: no adapter_config.json in it; expected a folder that PEFT saved, such as a run's stage2-…/adapter")
+
+    if not (Path(adapter) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"adapter={str(adapter)!r}: no adapter_config.json in it; expected a folder that PEFT saved, such as a run's stage2-…/adapter"
+        )
     from peft import load_peft_weights
-    bare = {n.rpartition(".")[0]: n for n in json.loads((Path(adapter)/"adapter_config.json").read_text()).get("target_parameters") or []}     # a projector without a linear layer, such as Gemma 3's
-    weights, shapes = load_peft_weights(str(adapter), device="cpu"), {n: tuple(p.shape) for n, p in model.named_parameters()}
+
+    bare = {
+        n.rpartition(".")[0]: n
+        for n in json.loads((Path(adapter) / "adapter_config.json").read_text()).get("target_parameters")
+        or []
+    }  # a projector without a linear layer, such as Gemma 3's
+    weights, shapes = (
+        load_peft_weights(str(adapter), device="cpu"),
+        {n: tuple(p.shape) for n, p in model.named_parameters()},
+    )
     for name, w in weights.items():
-        if ".lora_A." not in name: continue
+        if ".lora_A." not in name:
+            continue
         path = name.removeprefix("base_model.model.").split(".lora_A.")[0]
         base = bare.get(path, path + ".weight")
         if base not in shapes or w.shape[1] not in (shapes[base][1:] if path not in bare else shapes[base]):
-            raise ValueError(f"adapter={str(adapter)!r}: made for another base: it changes {base} with {w.shape[1]} inputs, this model has {shapes.get(base, 'no such weight')}; give the base it was trained on")
+            raise ValueError(
+                f"adapter={str(adapter)!r}: made for another base: it changes {base} with {w.shape[1]} inputs, this model has {shapes.get(base, 'no such weight')}; give the base it was trained on"
+            )
     return PeftModel.from_pretrained(model, str(adapter))
+
 
 def with_adapter(model, adapter, said=print):
     "`model` as the policy that was trained with the adapter in the folder `adapter`: merged where its weights keep it, otherwise beside them (`valor.policy.adapter.with_policy`). Raises as `load_adapter` does."
     return with_policy(load_adapter(model, adapter), said)
 
+
 MERGED = ("float32", "bfloat16", "float16")
+
 
 def merge(base, adapter, out, dtype="float32"):
     """Write `base` with `adapter` merged, and its processor, as one transformers folder `out`, by way of a temporary one: nothing half-written is left. Returns what it says of the weights.
 
     Added in float32, written in `dtype`, one of `MERGED`. Raises `ValueError` where `out` exists, the adapter is none or for another base, or `dtype` would not keep it."""
     out = Path(out)
-    if dtype not in MERGED: raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(MERGED)}")
-    if out.exists(): raise ValueError(f"out={str(out)!r} exists; choose another name or move it away")
+    if dtype not in MERGED:
+        raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(MERGED)}")
+    if out.exists():
+        raise ValueError(f"out={str(out)!r} exists; choose another name or move it away")
     model, processor = load_policy(base)
     adapted = load_adapter(model, adapter)
     share = merged_share(adapted, getattr(torch, dtype), None)
@@ -57,71 +77,132 @@ def merge(base, adapter, out, dtype="float32"):
     os.replace(making, out)
     return f"written in {dtype}, which keeps {share:.3f} of the adapter"
 
+
 def for_older_readers(folder):
     "transformers 5 writes `rope_parameters` alone; readers that know the flat `rope_theta` only would silently take 10,000. Write both."
-    config = json.loads((folder/"config.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
     for part in (config, config.get("text_config", {})):
-        if theta := (part.get("rope_parameters") or {}).get("rope_theta"): part.setdefault("rope_theta", theta)
-    (folder/"config.json").write_text(json.dumps(config, indent=2))
+        if theta := (part.get("rope_parameters") or {}).get("rope_theta"):
+            part.setdefault("rope_theta", theta)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 # %% ../../nbs/policy/04_generate.ipynb #7e18c3b0
 ENDINGS = (".png", ".jpg", ".jpeg", ".dcm")
 
+
 def listed_images(images):
     "`[(id, path), …]` of a folder, an image file or a JSONL list. Raises `ValueError` naming file and line for what is missing, broken, empty or doubled."
     images = Path(images).expanduser()
-    if images.is_dir(): found = [(str(p.relative_to(images)), p) for p in sorted(images.rglob("*")) if p.suffix.lower() in ENDINGS]
-    elif images.name.endswith((".jsonl", ".jsonl.gz")) and images.is_file(): found = [_line(images, n, entry) for n, entry in json_lines(images, "a JSON object with image (and id)")]
-    elif images.is_file(): found = [(images.name, images)]
-    else: raise ValueError(f"images={str(images)!r}: no such folder or file; expected a folder, an image or a .jsonl list")
-    if not found: raise ValueError(f"images={str(images)!r}: no image in it; expected {', '.join(ENDINGS)} files or lines with id and image")
+    if images.is_dir():
+        found = [
+            (str(p.relative_to(images)), p) for p in sorted(images.rglob("*")) if p.suffix.lower() in ENDINGS
+        ]
+    elif images.name.endswith((".jsonl", ".jsonl.gz")) and images.is_file():
+        found = [
+            _line(images, n, entry) for n, entry in json_lines(images, "a JSON object with image (and id)")
+        ]
+    elif images.is_file():
+        found = [(images.name, images)]
+    else:
+        raise ValueError(
+            f"images={str(images)!r}: no such folder or file; expected a folder, an image or a .jsonl list"
+        )
+    if not found:
+        raise ValueError(
+            f"images={str(images)!r}: no image in it; expected {', '.join(ENDINGS)} files or lines with id and image"
+        )
     ids = [i for i, _ in found]
-    if twice := next((i for i in ids if ids.count(i) > 1), None) if len(set(ids)) < len(ids) else None: raise ValueError(f"{images}: id {twice!r} occurs twice")
+    if twice := next((i for i in ids if ids.count(i) > 1), None) if len(set(ids)) < len(ids) else None:
+        raise ValueError(f"{images}: id {twice!r} occurs twice")
     return found
 
+
 def _line(path, n, entry):
-    try: return str(entry.get("id") or entry["image"]), path.parent/entry["image"]
-    except (KeyError, TypeError, AttributeError) as e: raise ValueError(f"{path}:{n}: {str(entry)[:60]!r}; expected a JSON object with image (and id)") from e
+    try:
+        return str(entry.get("id") or entry["image"]), path.parent / entry["image"]
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ValueError(
+            f"{path}:{n}: {str(entry)[:60]!r}; expected a JSON object with image (and id)"
+        ) from e
 
 # %% ../../nbs/policy/04_generate.ipynb #028d718f
 def made_with(out):
     "What `valor generate` made the JSONL file `out` with, as kept beside it; None for a file that is new or empty. Raises `ValueError`, and changes nothing, where nothing is kept: then the file may be somebody's."
     kept = out.with_name(out.name + ".made.json")
-    if not out.exists() or not out.stat().st_size: return None
-    try: return dict(json_value(kept.read_bytes()))
+    if not out.exists() or not out.stat().st_size:
+        return None
+    try:
+        return dict(json_value(kept.read_bytes()))
     except (OSError, ValueError, TypeError):
-        raise ValueError(f"{out}: holds something, and {kept.name}, which valor generate keeps beside its file, is not there or not whole; nothing was changed, choose another file or move this one away") from None
+        raise ValueError(
+            f"{out}: holds something, and {kept.name}, which valor generate keeps beside its file, is not there or not whole; nothing was changed, choose another file or move this one away"
+        ) from None
+
 
 def begin_or_go_on(out, settings):
     "The ids that the JSONL file `out` has; `settings`, what it is made with, are kept beside it. Raises `ValueError`, and changes nothing, where it was made with others or holds a line that is no report."
     then = made_with(out)
-    if then is None: out.with_name(out.name + ".made.json").write_text(json.dumps(settings, indent=1) + "\n")
+    if then is None:
+        out.with_name(out.name + ".made.json").write_text(json.dumps(settings, indent=1) + "\n")
     else:
-        other = [f"{name} {then.get(name)!r}, now {value!r}" for name, value in settings.items() if name != "model" and then.get(name) != value]
-        if other: raise ValueError(f"{out}: was made with {'; '.join(other)} (model {then.get('model')!r}, now {settings['model']!r}); nothing was changed, choose another file or move it away")
+        other = [
+            f"{name} {then.get(name)!r}, now {value!r}"
+            for name, value in settings.items()
+            if name != "model" and then.get(name) != value
+        ]
+        if other:
+            raise ValueError(
+                f"{out}: was made with {'; '.join(other)} (model {then.get('model')!r}, now {settings['model']!r}); nothing was changed, choose another file or move it away"
+            )
     lines = own_lines(out, '{"id": ')
-    if broken := next((n for n, line in lines if not {"report", "error"} & set(line)), None): raise ValueError(f"{out}:{broken}: no report of valor generate; choose another file or move it away")
+    if broken := next((n for n, line in lines if not {"report", "error"} & set(line)), None):
+        raise ValueError(f"{out}:{broken}: no report of valor generate; choose another file or move it away")
     return {line["id"] for _, line in lines}
 
+
 def _read(path, size):
-    try: return square(read_image(path), size), None
-    except ImageError as e: return None, str(e)
+    try:
+        return square(read_image(path), size), None
+    except ImageError as e:
+        return None, str(e)
+
 
 def write_reports(model, processor, images, out, max_new_tokens=256, batch_size=8, size=None, name=""):
     """Append a line for each `(id, path)` of `images` that is not in the JSONL file `out` yet. Returns `(written, failed)` counts.
 
     `name`: what the model is called in messages; it is told by its weights. Raises `ValueError` where `out` was begun by another model or with other settings, or is somebody's."""
     from valor.expert.frozen import fingerprint
+
     out, size = Path(out), size or film_side(processor)
-    done = begin_or_go_on(out, dict(model=name, weights=fingerprint(model), max_new_tokens=max_new_tokens, size=size))
+    done = begin_or_go_on(
+        out, dict(model=name, weights=fingerprint(model), max_new_tokens=max_new_tokens, size=size)
+    )
     todo, failed = [i for i in images if i[0] not in done], 0
-    with closed_to_others(), open(out, "a") as f, tqdm(total=len(images), initial=len(images) - len(todo), desc="reports") as bar:
+    with (
+        closed_to_others(),
+        open(out, "a") as f,
+        tqdm(total=len(images), initial=len(images) - len(todo), desc="reports") as bar,
+    ):
         for start in range(0, len(todo), batch_size):
-            part = [(i, path, *_read(path, size)) for i, path in todo[start:start + batch_size]]
-            written = iter(generate(model, processor, [im for *_, im, error in part if not error], max_new_tokens, batch_size=batch_size))
+            part = [(i, path, *_read(path, size)) for i, path in todo[start : start + batch_size]]
+            written = iter(
+                generate(
+                    model,
+                    processor,
+                    [im for *_, im, error in part if not error],
+                    max_new_tokens,
+                    batch_size=batch_size,
+                )
+            )
             for i, path, _, error in part:
                 text = None if error else next(written)
-                line = dict(id=i, image=str(path)) | (dict(error=error) if error else dict(report=report_body(text), completion=text, well_formed=bool(is_well_formed(text))))
+                line = dict(id=i, image=str(path)) | (
+                    dict(error=error)
+                    if error
+                    else dict(
+                        report=report_body(text), completion=text, well_formed=bool(is_well_formed(text))
+                    )
+                )
                 f.write(json.dumps(line) + "\n")
                 failed += bool(error)
             f.flush()
@@ -134,16 +215,40 @@ def run_merge(args, settings):
     print(f"{args.out}: {merge(args.base, args.adapter, args.out, args.dtype)}", file=sys.stderr)
     print(args.out)
 
+
 def run_generate(args, settings):
     "Run `valor generate` with parsed arguments."
     images = listed_images(args.images)
     if repository := repository_of(args.out):
-        print(f"{args.out}: lies in a repository ({repository}); nobody has said whose films these are: reports of restricted ones must not be committed", file=sys.stderr)
+        print(
+            f"{args.out}: lies in a repository ({repository}); nobody has said whose films these are: reports of restricted ones must not be committed",
+            file=sys.stderr,
+        )
     made_with(Path(args.out))
-    if args.model.startswith(("/", ".", "~")) and not Path(args.model).expanduser().is_dir(): raise ValueError(f"model={args.model!r}: no such folder; expected a transformers folder or a hub name")
-    model, processor = load_policy(args.model, dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-    if args.adapter: model = with_adapter(model, args.adapter)
+    if args.model.startswith(("/", ".", "~")) and not Path(args.model).expanduser().is_dir():
+        raise ValueError(
+            f"model={args.model!r}: no such folder; expected a transformers folder or a hub name"
+        )
+    model, processor = load_policy(
+        args.model, dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    )
+    if args.adapter:
+        model = with_adapter(model, args.adapter)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    if film_side(processor) is None: print(f"{args.model}: does not say on what size of films it was trained (no valor.json of valor's SFT); they are shown at their own size", file=sys.stderr)
-    written, failed = write_reports(model, processor, images, args.out, args.max_new_tokens, args.batch_size, name=f"{args.model}{' + ' + args.adapter if args.adapter else ''}")
-    print(f"{args.out}: {written:,} reports written, {failed:,} images could not be read (lines with error), {len(images) - written - failed:,} were there before")
+    if film_side(processor) is None:
+        print(
+            f"{args.model}: does not say on what size of films it was trained (no valor.json of valor's SFT); they are shown at their own size",
+            file=sys.stderr,
+        )
+    written, failed = write_reports(
+        model,
+        processor,
+        images,
+        args.out,
+        args.max_new_tokens,
+        args.batch_size,
+        name=f"{args.model}{' + ' + args.adapter if args.adapter else ''}",
+    )
+    print(
+        f"{args.out}: {written:,} reports written, {failed:,} images could not be read (lines with error), {len(images) - written - failed:,} were there before"
+    )

@@ -16,26 +16,70 @@ import torch
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, CLIPImageProcessor, CLIPVisionConfig, Gemma3Config, Gemma3ForConditionalGeneration, Gemma3ImageProcessor,
-                          Gemma3Processor, GenerationConfig, GemmaTokenizer, LlamaTokenizer, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor,
-                          Qwen2Tokenizer, Qwen2VLImageProcessor, Qwen2VLVideoProcessor, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor, Qwen3VLVideoProcessor, set_seed)
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT_MODELS
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3ImageProcessor,
+    Gemma3Processor,
+    GenerationConfig,
+    GemmaTokenizer,
+    LlamaTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+    set_seed,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT_MODELS,
+)
 
 # %% ../../nbs/policy/01_models.ipynb #7b16d4d5
-_CHATML = ("{% for m in messages %}SYSTEM<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-           "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+_CHATML = (
+    "{% for m in messages %}SYSTEM<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 CHATS = {
     "llava": "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for c in m['content'] | selectattr('type', 'equalto', 'image') %}<image>\n{% endfor %}"
-             "{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{{ c['text'] + ' ' }}{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}",
-    "qwen2_5_vl": _CHATML.replace("SYSTEM", "{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"), "qwen3_vl": _CHATML.replace("SYSTEM", ""),
+    "{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{{ c['text'] + ' ' }}{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}",
+    "qwen2_5_vl": _CHATML.replace(
+        "SYSTEM",
+        "{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}",
+    ),
+    "qwen3_vl": _CHATML.replace("SYSTEM", ""),
     "gemma3": "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{% if m['content'] is string %}{{ m['content'] | trim }}{% else %}{% for c in m['content'] %}"
-              "{% if c['type'] == 'image' %}<start_of_image>{% else %}{{ c['text'] | trim }}{% endif %}{% endfor %}{% endif %}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"}
-_SAID = ["<report> findings: the heart is enlarged. no pleural effusion or pneumothorax. impression: cardiomegaly. </report>", "You are a helpful assistant. Describe this chest X-ray.", "USER: ASSISTANT: user model system\n",
-         *(end.join(map(chr, range(32, 127))) for end in ("", " "))]
+    "{% if c['type'] == 'image' %}<start_of_image>{% else %}{{ c['text'] | trim }}{% endif %}{% endfor %}{% endif %}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+}
+_SAID = [
+    "<report> findings: the heart is enlarged. no pleural effusion or pneumothorax. impression: cardiomegaly. </report>",
+    "You are a helpful assistant. Describe this chest X-ray.",
+    "USER: ASSISTANT: user model system\n",
+    *(end.join(map(chr, range(32, 127))) for end in ("", " ")),
+]
+
 
 def trained_tokenizer(cls, tokens, texts=(), **special):
     "A tokenizer of class `cls` over all printable ASCII, trained on `texts`, that knows the special tokens `tokens`; `special` as for `cls`."
-    parts = json.loads(cls().train_new_from_iterator([*texts, *_SAID] * 3, 700, show_progress=False).backend_tokenizer.to_str())["model"]
+    parts = json.loads(
+        cls()
+        .train_new_from_iterator([*texts, *_SAID] * 3, 700, show_progress=False)
+        .backend_tokenizer.to_str()
+    )["model"]
     made = cls(vocab=parts["vocab"], merges=[tuple(m) for m in parts["merges"]], **special)
     made.add_tokens(tokens, special_tokens=True)
     return made
@@ -46,124 +90,315 @@ def miniature(kind, folder, texts=(), width=32, layers=2, size=56, seed=0):
 
     Random weights, fixed by `seed`; `width` of the language model (4 heads, 2 of keys), `size` of the images in pixels."""
     set_seed(seed)
-    tower = dict(hidden_size=width, intermediate_size=2 * width, image_size=size, patch_size=14, num_hidden_layers=layers, num_attention_heads=4)
-    qwen = dict(depth=layers, hidden_size=width, intermediate_size=2 * width, num_heads=4, out_hidden_size=width, spatial_merge_size=2)
-    text = dict(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, head_dim=width // 4, initializer_range=.2)
-    model, processor = dict(llava=_llava, qwen2_5_vl=_qwen2_5_vl, qwen3_vl=_qwen3_vl, gemma3=_gemma3)[kind](text, tower, qwen, list(texts), size)
+    tower = dict(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        image_size=size,
+        patch_size=14,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+    )
+    qwen = dict(
+        depth=layers,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_heads=4,
+        out_hidden_size=width,
+        spatial_merge_size=2,
+    )
+    text = dict(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=width // 4,
+        initializer_range=0.2,
+    )
+    model, processor = dict(llava=_llava, qwen2_5_vl=_qwen2_5_vl, qwen3_vl=_qwen3_vl, gemma3=_gemma3)[kind](
+        text, tower, qwen, list(texts), size
+    )
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return Path(folder)
 
+
 def _ends(model, tokenizer, *stops):
-    model.generation_config.update(pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=[tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, stops)])
+    model.generation_config.update(
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=[tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, stops)],
+    )
     return model
 
-def _llava(text, tower, qwen, texts, size):
-    t = trained_tokenizer(LlamaTokenizer, ["<image>", "<pad>"], texts, pad_token="<pad>", add_bos_token=True, extra_special_tokens=dict(image_token="<image>"))
-    text = dict(text, model_type="llama", vocab_size=len(t), pad_token_id=t.pad_token_id, bos_token_id=1, eos_token_id=2)
-    config = LlavaConfig(vision_config=CLIPVisionConfig(**tower), text_config=text, image_token_index=t.convert_tokens_to_ids("<image>"), pad_token_id=t.pad_token_id)
-    images = CLIPImageProcessor(size=dict(shortest_edge=size), crop_size=dict(height=size, width=size))
-    return _ends(LlavaForConditionalGeneration(config), t), LlavaProcessor(images, t, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=CHATS["llava"])
 
-_QWEN = {n: f"<|{n}|>" for n in ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")}
+def _llava(text, tower, qwen, texts, size):
+    t = trained_tokenizer(
+        LlamaTokenizer,
+        ["<image>", "<pad>"],
+        texts,
+        pad_token="<pad>",
+        add_bos_token=True,
+        extra_special_tokens=dict(image_token="<image>"),
+    )
+    text = dict(
+        text,
+        model_type="llama",
+        vocab_size=len(t),
+        pad_token_id=t.pad_token_id,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**tower),
+        text_config=text,
+        image_token_index=t.convert_tokens_to_ids("<image>"),
+        pad_token_id=t.pad_token_id,
+    )
+    images = CLIPImageProcessor(size=dict(shortest_edge=size), crop_size=dict(height=size, width=size))
+    return _ends(LlavaForConditionalGeneration(config), t), LlavaProcessor(
+        images,
+        t,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHATS["llava"],
+    )
+
+
+_QWEN = {
+    n: f"<|{n}|>"
+    for n in (
+        "endoftext",
+        "im_start",
+        "im_end",
+        "vision_start",
+        "vision_end",
+        "vision_pad",
+        "image_pad",
+        "video_pad",
+    )
+}
+
 
 def _qwen_parts(config, text, tower, texts, **options):
-    t = trained_tokenizer(Qwen2Tokenizer, list(_QWEN.values()), texts, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    t = trained_tokenizer(
+        Qwen2Tokenizer, list(_QWEN.values()), texts, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
     ids = dict(zip(_QWEN, t.convert_tokens_to_ids(list(_QWEN.values()))))
-    text |= dict(vocab_size=len(t) + 8, rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[2, 1, 1], **options), bos_token_id=ids["endoftext"], eos_token_id=ids["im_end"], pad_token_id=ids["endoftext"])
-    return t, config(text_config=text, vision_config=tower, image_token_id=ids["image_pad"], video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"])
+    text |= dict(
+        vocab_size=len(t) + 8,
+        rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[2, 1, 1], **options),
+        bos_token_id=ids["endoftext"],
+        eos_token_id=ids["im_end"],
+        pad_token_id=ids["endoftext"],
+    )
+    return t, config(
+        text_config=text,
+        vision_config=tower,
+        image_token_id=ids["image_pad"],
+        video_token_id=ids["video_pad"],
+        vision_start_token_id=ids["vision_start"],
+        vision_end_token_id=ids["vision_end"],
+    )
+
 
 def _qwen2_5_vl(text, tower, qwen, texts, size):
-    t, config = _qwen_parts(Qwen2_5_VLConfig, text, dict(qwen, patch_size=14, window_size=112, fullatt_block_indexes=[1]), texts)
+    t, config = _qwen_parts(
+        Qwen2_5_VLConfig, text, dict(qwen, patch_size=14, window_size=112, fullatt_block_indexes=[1]), texts
+    )
     images = Qwen2VLImageProcessor(size=dict(shortest_edge=56 * 56, longest_edge=12845056), patch_size=14)
-    return _ends(Qwen2_5_VLForConditionalGeneration(config), t, "<|endoftext|>"), Qwen2_5_VLProcessor(images, t, Qwen2VLVideoProcessor(), chat_template=CHATS["qwen2_5_vl"])
+    return _ends(Qwen2_5_VLForConditionalGeneration(config), t, "<|endoftext|>"), Qwen2_5_VLProcessor(
+        images, t, Qwen2VLVideoProcessor(), chat_template=CHATS["qwen2_5_vl"]
+    )
+
 
 def _qwen3_vl(text, tower, qwen, texts, size):
-    t, config = _qwen_parts(Qwen3VLConfig, text, dict(qwen, patch_size=16, num_position_embeddings=16, deepstack_visual_indexes=[0]), texts, mrope_interleaved=True)
-    images = Qwen2VLImageProcessor(size=dict(shortest_edge=64 * 64, longest_edge=16777216), patch_size=16, image_mean=[.5] * 3, image_std=[.5] * 3)
-    return _ends(Qwen3VLForConditionalGeneration(config), t, "<|endoftext|>"), Qwen3VLProcessor(images, t, Qwen3VLVideoProcessor(), chat_template=CHATS["qwen3_vl"])
+    t, config = _qwen_parts(
+        Qwen3VLConfig,
+        text,
+        dict(qwen, patch_size=16, num_position_embeddings=16, deepstack_visual_indexes=[0]),
+        texts,
+        mrope_interleaved=True,
+    )
+    images = Qwen2VLImageProcessor(
+        size=dict(shortest_edge=64 * 64, longest_edge=16777216),
+        patch_size=16,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    return _ends(Qwen3VLForConditionalGeneration(config), t, "<|endoftext|>"), Qwen3VLProcessor(
+        images, t, Qwen3VLVideoProcessor(), chat_template=CHATS["qwen3_vl"]
+    )
+
 
 def _gemma3(text, tower, qwen, texts, size):
     named = dict(image_token="<image_soft_token>", boi_token="<start_of_image>", eoi_token="<end_of_image>")
-    t = trained_tokenizer(GemmaTokenizer, ["<start_of_turn>", "<end_of_turn>"], texts, add_bos_token=True, extra_special_tokens=named)
-    text |= dict(vocab_size=len(t), sliding_window=64, query_pre_attn_scalar=8, layer_types=["sliding_attention", "full_attention"] * 9)
-    text["layer_types"] = text["layer_types"][:text["num_hidden_layers"]]
-    config = Gemma3Config(text_config=text, vision_config=tower | dict(model_type="siglip_vision_model", vision_use_head=False), mm_tokens_per_image=4, **{f"{n.removesuffix('_token')}_token_index": t.convert_tokens_to_ids(v) for n, v in named.items()})
+    t = trained_tokenizer(
+        GemmaTokenizer,
+        ["<start_of_turn>", "<end_of_turn>"],
+        texts,
+        add_bos_token=True,
+        extra_special_tokens=named,
+    )
+    text |= dict(
+        vocab_size=len(t),
+        sliding_window=64,
+        query_pre_attn_scalar=8,
+        layer_types=["sliding_attention", "full_attention"] * 9,
+    )
+    text["layer_types"] = text["layer_types"][: text["num_hidden_layers"]]
+    config = Gemma3Config(
+        text_config=text,
+        vision_config=tower | dict(model_type="siglip_vision_model", vision_use_head=False),
+        mm_tokens_per_image=4,
+        **{f"{n.removesuffix('_token')}_token_index": t.convert_tokens_to_ids(v) for n, v in named.items()},
+    )
     images = Gemma3ImageProcessor(size=dict(height=size, width=size))
-    return _ends(Gemma3ForConditionalGeneration(config), t, "<end_of_turn>"), Gemma3Processor(images, t, chat_template=CHATS["gemma3"], image_seq_length=4)
+    return _ends(Gemma3ForConditionalGeneration(config), t, "<end_of_turn>"), Gemma3Processor(
+        images, t, chat_template=CHATS["gemma3"], image_seq_length=4
+    )
+
 
 KINDS = ("llava", "qwen2_5_vl", "qwen3_vl", "gemma3")
 
 # %% ../../nbs/policy/01_models.ipynb #587ba56c
 MODULES = ("language", "language+projector", "language+projector+vision")
 
+
 def parts(model):
     "{part: its path in `model`, '' where it has none}, by transformers' own look-up."
     paths = {id(m): n for n, m in model.named_modules()}
-    found = dict(language=model.get_decoder(), vision=model.get_encoder("image"), audio=model.get_encoder("audio"), output=model.get_output_embeddings())
+    found = dict(
+        language=model.get_decoder(),
+        vision=model.get_encoder("image"),
+        audio=model.get_encoder("audio"),
+        output=model.get_output_embeddings(),
+    )
     return {part: paths.get(id(module), "") for part, module in found.items()}
+
 
 def groups(model):
     "{'language': names of linear layers, 'projector': …, 'vision': …}; a projector that is a bare matrix is named as the parameter it is."
     where, out = parts(model), dict(language=[], projector=[], vision=[], audio=[], output=[])
-    def owner(name): return max((p for p, path in where.items() if path and f"{name}.".startswith(f"{path}.")), key=lambda p: len(where[p]), default="projector")
+
+    def owner(name):
+        return max(
+            (p for p, path in where.items() if path and f"{name}.".startswith(f"{path}.")),
+            key=lambda p: len(where[p]),
+            default="projector",
+        )
+
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear): out[owner(name)].append(name)
-    if not out["projector"]: out["projector"] = [n for n, p in model.named_parameters() if p.ndim == 2 and not n.endswith(".weight") and owner(n) == "projector"]
-    if not out["projector"]: out["projector"], out["vision"] = _after_layers(model, where["vision"], out["vision"])
+        if isinstance(module, nn.Linear):
+            out[owner(name)].append(name)
+    if not out["projector"]:
+        out["projector"] = [
+            n
+            for n, p in model.named_parameters()
+            if p.ndim == 2 and not n.endswith(".weight") and owner(n) == "projector"
+        ]
+    if not out["projector"]:
+        out["projector"], out["vision"] = _after_layers(model, where["vision"], out["vision"])
     return {g: out[g] for g in ("language", "projector", "vision")}
+
 
 def _after_layers(model, path, names):
     "`names`, linear layers of the encoder at `path`, as those that come after its layers (the list of modules that holds most of them) and the others."
-    lists = [f"{path}.{n}." for n, m in model.get_submodule(path).named_modules() if isinstance(m, nn.ModuleList)] if path else []
-    if not lists: return [], names
+    lists = (
+        [f"{path}.{n}." for n, m in model.get_submodule(path).named_modules() if isinstance(m, nn.ModuleList)]
+        if path
+        else []
+    )
+    if not lists:
+        return [], names
     layers = max(lists, key=lambda l: sum(n.startswith(l) for n in names))
     inside = [n for n in names if n.startswith(layers)]
-    after = names[names.index(inside[-1]) + 1:] if inside else []
+    after = names[names.index(inside[-1]) + 1 :] if inside else []
     return after, [n for n in names if n not in after]
 
 # %% ../../nbs/policy/01_models.ipynb #8907b2c4
-def _numbered(names): return sorted({re.sub(r"\.\d+(?=\.|$)", ".#", n) for n in names})
+def _numbered(names):
+    return sorted({re.sub(r"\.\d+(?=\.|$)", ".#", n) for n in names})
+
 
 def _pattern(names, every):
     "A regular expression that matches `names` and nothing else of `every`: numbers in a path stand for any, unless that would match more."
     shapes = {}
-    for n in names: shapes.setdefault(_numbered([n])[0], []).append(n)
+    for n in names:
+        shapes.setdefault(_numbered([n])[0], []).append(n)
     loose = {shape: re.escape(shape).replace(r"\#", r"\d+") for shape in shapes}
-    return "|".join(loose[s] if set(shapes[s]) == {n for n in every if re.fullmatch(loose[s], n)} else "|".join(map(re.escape, own)) for s, own in sorted(shapes.items()))
+    return "|".join(
+        loose[s]
+        if set(shapes[s]) == {n for n in every if re.fullmatch(loose[s], n)}
+        else "|".join(map(re.escape, own))
+        for s, own in sorted(shapes.items())
+    )
+
 
 def lora_config(model, modules, r, alpha):
     "PEFT configuration of an adapter for `model` on `modules` (one of `MODULES`). Raises `ValueError` where the model has no layer of a group that is named."
     found = groups(model)
     for g in modules.split("+"):
-        if not found.get(g): raise ValueError(f"modules={modules!r}: {type(model).__name__} has no {g} layers that could be found; its linear layers are {', '.join(_numbered(n for n, m in model.named_modules() if isinstance(m, nn.Linear)))[:300]}")
+        if not found.get(g):
+            raise ValueError(
+                f"modules={modules!r}: {type(model).__name__} has no {g} layers that could be found; its linear layers are {', '.join(_numbered(n for n, m in model.named_modules() if isinstance(m, nn.Linear)))[:300]}"
+            )
     names = [n for g in modules.split("+") for n in found[g]]
     bare = [n for n, _ in model.named_parameters() if n in names]
     pattern = _pattern([n for n in names if n not in bare], [n for n, _ in model.named_modules()])
-    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules=pattern, target_parameters=bare or None, task_type="CAUSAL_LM")
+    return LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        target_modules=pattern,
+        target_parameters=bare or None,
+        task_type="CAUSAL_LM",
+    )
+
 
 def freeze_vision(model):
     "No gradient for the image encoder of `model`; its projector, wherever it is, and the language model keep theirs."
     path = parts(model)["vision"]
-    merger = {".".join(n.split(".")[:path.count(".") + 2]) for n in groups(model)["projector"]}
+    merger = {".".join(n.split(".")[: path.count(".") + 2]) for n in groups(model)["projector"]}
     for name, p in model.named_parameters():
-        if name.startswith(f"{path}.") and not name.startswith(tuple(f"{m}." for m in merger)): p.requires_grad_(False)
+        if name.startswith(f"{path}.") and not name.startswith(tuple(f"{m}." for m in merger)):
+            p.requires_grad_(False)
 
 # %% ../../nbs/policy/01_models.ipynb #c8ca072a
 def image_tokens(model, processor):
     "{id: token} of all tokens that stand for or around images, video and sound, ascending."
-    declared = {v for k, v in model.config.to_dict().items() if re.fullmatch(r"(\w+_)?(image|video|vision|audio|boi|eoi|boa|eoa)(_\w+)?_(token_id|token_index)", k) and isinstance(v, int)}
-    added = {i for i, t in processor.tokenizer.added_tokens_decoder.items() if re.search(r"image|img|video|vision|audio", t.content)}
+    declared = {
+        v
+        for k, v in model.config.to_dict().items()
+        if re.fullmatch(r"(\w+_)?(image|video|vision|audio|boi|eoi|boa|eoa)(_\w+)?_(token_id|token_index)", k)
+        and isinstance(v, int)
+    }
+    added = {
+        i
+        for i, t in processor.tokenizer.added_tokens_decoder.items()
+        if re.search(r"image|img|video|vision|audio", t.content)
+    }
     own = {i for i in (*_ids(model.generation_config.eos_token_id), processor.tokenizer.pad_token_id)}
-    return {i: processor.tokenizer.convert_ids_to_tokens(i) for i in sorted((declared | added) - own) if i < model.config.get_text_config().vocab_size}
+    return {
+        i: processor.tokenizer.convert_ids_to_tokens(i)
+        for i in sorted((declared | added) - own)
+        if i < model.config.get_text_config().vocab_size
+    }
 
-def _ids(ids): return [] if ids is None else ids if isinstance(ids, list) else [ids]
+
+def _ids(ids):
+    return [] if ids is None else ids if isinstance(ids, list) else [ids]
+
 
 def check_completions(texts, model, processor):
     "Raise `ValueError`, naming the row, where one of the completions `texts` has an image token in it: the model would look for an image there."
     tokens = [t for t in image_tokens(model, processor).values() if t]
     for i, text in enumerate(texts):
-        if found := next((t for t in tokens if t in text), None): raise ValueError(f"completion {i}: {text[:60]!r} has the image token {found} in it; expected a report's text alone; take it out")
+        if found := next((t for t in tokens if t in text), None):
+            raise ValueError(
+                f"completion {i}: {text[:60]!r} has the image token {found} in it; expected a report's text alone; take it out"
+            )
 
 # %% ../../nbs/policy/01_models.ipynb #24152f5b
 def _begun(processor):
@@ -171,15 +406,21 @@ def _begun(processor):
 
     A tokenizer that adds it to rendered prompts as well shifts what TRL's GRPO knows of their tokens by one (Gemma 3's image places). `save_policy` gives it its habit back."""
     t = processor.tokenizer
-    if t.bos_token_id is None or t("x").input_ids[0] != t.bos_token_id: return
-    if not rendered(processor).startswith(t.bos_token): processor.chat_template = "{{ bos_token }}" + processor.chat_template
+    if t.bos_token_id is None or t("x").input_ids[0] != t.bos_token_id:
+        return
+    if not rendered(processor).startswith(t.bos_token):
+        processor.chat_template = "{{ bos_token }}" + processor.chat_template
     t.habit = t.backend_tokenizer.post_processor
     t.backend_tokenizer.post_processor = None
 
+
 def rendered(processor, *said, images=1, question="?", **kw):
     "A conversation through the chat template of `processor`, as text: the question with its images, then, if given, the answer `said`."
-    turns = [dict(role="user", content=[dict(type="image")] * images + [dict(type="text", text=question)])] + [dict(role="assistant", content=[dict(type="text", text=s)]) for s in said]
+    turns = [
+        dict(role="user", content=[dict(type="image")] * images + [dict(type="text", text=question)])
+    ] + [dict(role="assistant", content=[dict(type="text", text=s)]) for s in said]
     return processor.apply_chat_template(turns, **kw)
+
 
 def ending(model, processor):
     "What a report must end with so that a model tuned on it learns to stop: '' where the chat template sees to that, else the end-of-text token."
@@ -194,52 +435,92 @@ def load_policy(path, dtype=torch.float32, attention="auto", trust_remote_code=F
     `attention`: "auto" or one of transformers' (`"sdpa"`, `"eager"`, `"flash_attention_2"`, …); `kw` (see `frozen_weights`) goes to the model's `from_pretrained`. Raises `ValueError`, one line that names folder or parameter and
     the remedy, where the model is of another kind, damaged, or cannot be loaded so."""
     processor = check_policy(path, trust_remote_code)
-    if attention != "auto": kw["attn_implementation"] = attention
-    try: model, info = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **kw)
-    except (ImportError, ValueError, RuntimeError, OSError, SafetensorError) as e: raise ValueError(f"model={str(path)!r}: transformers could not load it with attention={attention!r}: {reason(e)[:300]}") from e
-    if info["missing_keys"]: raise ValueError(f"model={str(path)!r}: {len(info['missing_keys'])} weights are missing, such as {min(info['missing_keys'])}; expected every weight that config.json asks for; download or save it again")
+    if attention != "auto":
+        kw["attn_implementation"] = attention
+    try:
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **kw
+        )
+    except (ImportError, ValueError, RuntimeError, OSError, SafetensorError) as e:
+        raise ValueError(
+            f"model={str(path)!r}: transformers could not load it with attention={attention!r}: {reason(e)[:300]}"
+        ) from e
+    if info["missing_keys"]:
+        raise ValueError(
+            f"model={str(path)!r}: {len(info['missing_keys'])} weights are missing, such as {min(info['missing_keys'])}; expected every weight that config.json asks for; download or save it again"
+        )
     check_image_token(path, model, processor)
     model.generation_config = own_generation(model, image_tokens(model, processor))
     return model, processor
+
 
 def own_generation(model, never=()):
     """A complete generation configuration for `model`: of the checkpoint's it keeps the tokens that pad, begin and end a text and those that are never written, to which `never` (ids) are added.
 
     Nothing else of a checkpoint's `generation_config.json` (temperature, top_k, top_p, repetition_penalty, lengths, beams, …) reaches what is sampled: who samples says how."""
     theirs = model.generation_config
-    kept = {name: getattr(theirs, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id", "begin_suppress_tokens")}
+    kept = {
+        name: getattr(theirs, name, None)
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "begin_suppress_tokens")
+    }
     return GenerationConfig(**kept, suppress_tokens=sorted({*(theirs.suppress_tokens or []), *never}) or None)
+
 
 def frozen_weights(held):
     "Arguments of `load_policy` by which a policy's frozen weights are held as 'float32', 'bfloat16' or 'nf4' (4 bits, as in QLoRA). Raises `ValueError` for 'nf4' where bitsandbytes is not installed."
-    if held != "nf4": return dict(dtype=getattr(torch, held))
-    if not find_spec("bitsandbytes"): raise ValueError("policy_weights='nf4': the package bitsandbytes is not installed; expected it (pip install 'valor[gpu]'), or policy_weights='bfloat16'")
-    return dict(dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                                                             bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_quant_storage=torch.bfloat16))
+    if held != "nf4":
+        return dict(dtype=getattr(torch, held))
+    if not find_spec("bitsandbytes"):
+        raise ValueError(
+            "policy_weights='nf4': the package bitsandbytes is not installed; expected it (pip install 'valor[gpu]'), or policy_weights='bfloat16'"
+        )
+    return dict(
+        dtype=torch.bfloat16,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_quant_storage=torch.bfloat16,
+        ),
+    )
+
 
 LOADING = ("attention", "trust_remote_code")
-KEPT_WITH = "valor.json"       # in a policy's folder: what is to be known of its training, {"film_side": pixels}
+KEPT_WITH = "valor.json"  # in a policy's folder: what is to be known of its training, {"film_side": pixels}
+
 
 def loading(cfg):
     "What of the configuration `cfg` concerns `load_policy`, by name."
     return {f: getattr(cfg, f) for f in LOADING}
 
+
 def save_policy(model, processor, path, **kw):
     "Write `model` and `processor`, and the side of the films that it was trained on (`film_side`), as one transformers folder; `kw` goes to the model's `save_pretrained`."
     model.save_pretrained(path, **kw)
     t = processor.tokenizer
-    if hasattr(t, "habit"): t.backend_tokenizer.post_processor = t.habit
+    if hasattr(t, "habit"):
+        t.backend_tokenizer.post_processor = t.habit
     processor.save_pretrained(path)
-    if side := getattr(processor, "film_side", None): (Path(path)/KEPT_WITH).write_text(json.dumps(dict(film_side=side)) + "\n")
-    if hasattr(t, "habit"): t.backend_tokenizer.post_processor = None
+    if side := getattr(processor, "film_side", None):
+        (Path(path) / KEPT_WITH).write_text(json.dumps(dict(film_side=side)) + "\n")
+    if hasattr(t, "habit"):
+        t.backend_tokenizer.post_processor = None
+
 
 def film_side(processor):
     """The side in pixels of the square films that the policy of `processor` was trained on, kept in its folder by `save_policy`; otherwise that of the images that the processor makes; None where it takes any.
 
     Whoever shows the policy a film prepares it by `valor.data.images.square` with this side."""
-    if side := getattr(processor, "film_side", None): return side
+    if side := getattr(processor, "film_side", None):
+        return side
     size = dict(processor.image_processor.size or {})
-    return size.get("height") or size.get("shortest_edge") if not {"longest_edge", "max_pixels"} & {k for k, v in size.items() if v} else None
+    return (
+        size.get("height") or size.get("shortest_edge")
+        if not {"longest_edge", "max_pixels"} & {k for k, v in size.items() if v}
+        else None
+    )
+
 
 def reason(error):
     "The first line of what an exception says, or its name."
@@ -249,13 +530,47 @@ def reason(error):
 def check_kind(path, trust_remote_code=False):
     "Raise `ValueError` unless `path` holds, or names, an image-text-to-text model that transformers knows."
     said = f"model={str(path)!r}"
-    if Path(path).is_dir() and not (Path(path)/"config.json").is_file(): raise ValueError(f"{said}: no config.json in it; expected a folder that transformers' save_pretrained wrote" + ("; it holds an adapter: give the base it was trained on, or what valor merge makes of both" if (Path(path)/"adapter_config.json").is_file() else ""))
-    kind = json.loads((Path(path)/"config.json").read_text()).get("model_type") if Path(path).is_dir() else None
-    if kind in ("llava_mistral", "llava_llama"): raise ValueError(f"{said}: model_type={kind!r} is LLaVA's original format; " + ("run valor convert-llava-med on it and give the folder that makes" if kind == "llava_mistral" else "take the converted checkpoint, such as llava-hf/llava-1.5-7b-hf"))
-    try: config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError) as e: raise ValueError(f"{said}: {reason(e)[:300]}" + ("; trust_remote_code=true runs the checkpoint's own code" if "trust_remote_code" in str(e) else "")) from e
-    if config.model_type not in IMAGE_TEXT_MODELS and not (trust_remote_code and "AutoModelForImageTextToText" in getattr(config, "auto_map", {})):
-        raise ValueError(f"{said}: model_type={config.model_type!r} reads no images and writes text; expected an image-text-to-text model such as {', '.join(k for k in ('llava', 'qwen2_5_vl', 'qwen3_vl', 'gemma3') if k in IMAGE_TEXT_MODELS)}")
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise ValueError(
+            f"{said}: no config.json in it; expected a folder that transformers' save_pretrained wrote"
+            + (
+                "; it holds an adapter: give the base it was trained on, or what valor merge makes of both"
+                if (Path(path) / "adapter_config.json").is_file()
+                else ""
+            )
+        )
+    kind = (
+        json.loads((Path(path) / "config.json").read_text()).get("model_type")
+        if Path(path).is_dir()
+        else None
+    )
+    if kind in ("llava_mistral", "llava_llama"):
+        raise ValueError(
+            f"{said}: model_type={kind!r} is LLaVA's original format; "
+            + (
+                "run valor convert-llava-med on it and give the folder that makes"
+                if kind == "llava_mistral"
+                else "take the converted checkpoint, such as llava-hf/llava-1.5-7b-hf"
+            )
+        )
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as e:
+        raise ValueError(
+            f"{said}: {reason(e)[:300]}"
+            + (
+                "; trust_remote_code=true runs the checkpoint's own code"
+                if "trust_remote_code" in str(e)
+                else ""
+            )
+        ) from e
+    if config.model_type not in IMAGE_TEXT_MODELS and not (
+        trust_remote_code and "AutoModelForImageTextToText" in getattr(config, "auto_map", {})
+    ):
+        raise ValueError(
+            f"{said}: model_type={config.model_type!r} reads no images and writes text; expected an image-text-to-text model such as {', '.join(k for k in ('llava', 'qwen2_5_vl', 'qwen3_vl', 'gemma3') if k in IMAGE_TEXT_MODELS)}"
+        )
+
 
 def check_policy(path, trust_remote_code=False):
     "The processor at `path`; raises `ValueError` for all that can be known to be wrong with what `load_policy` would load before it loads it."
@@ -263,46 +578,90 @@ def check_policy(path, trust_remote_code=False):
     check_files(path)
     return load_processor(path, trust_remote_code)
 
+
 def check_files(path):
     "Raise `ValueError`, naming the file, where weights in the folder `path` are missing or cut off; only headers are read. Names are left to transformers."
     folder = Path(path)
-    if not folder.is_dir(): return
+    if not folder.is_dir():
+        return
     again = "download or copy it again"
     index = next(iter(folder.glob("*.index.json")), None)
     listed = json.loads(index.read_text())["weight_map"] if index else {}
-    files = sorted({folder/n for n in listed.values()}) or sorted([*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")])
-    if not files: raise ValueError(f"{folder}: no weights in it; expected model.safetensors or several with an index; {again}")
+    files = sorted({folder / n for n in listed.values()}) or sorted(
+        [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    )
+    if not files:
+        raise ValueError(
+            f"{folder}: no weights in it; expected model.safetensors or several with an index; {again}"
+        )
     for p in files:
-        if not p.is_file(): raise ValueError(f"{p}: no such file; {index.name} lists {len(files)} files; {again}")
-        try: there = set(safe_open(p, "pt").keys()) if p.suffix == ".safetensors" else set(torch.load(p, map_location="cpu", weights_only=True, mmap=True))
-        except Exception as e: raise ValueError(f"{p}: truncated or damaged ({reason(e)[:300]}); {again}") from e
-        if lost := next((k for k, n in listed.items() if n == p.name and k not in there), None): raise ValueError(f"{p}: no tensor {lost}, which {index.name} places there; {again}")
+        if not p.is_file():
+            raise ValueError(f"{p}: no such file; {index.name} lists {len(files)} files; {again}")
+        try:
+            there = (
+                set(safe_open(p, "pt").keys())
+                if p.suffix == ".safetensors"
+                else set(torch.load(p, map_location="cpu", weights_only=True, mmap=True))
+            )
+        except Exception as e:
+            raise ValueError(f"{p}: truncated or damaged ({reason(e)[:300]}); {again}") from e
+        if lost := next((k for k, n in listed.items() if n == p.name and k not in there), None):
+            raise ValueError(f"{p}: no tensor {lost}, which {index.name} places there; {again}")
+
 
 def load_processor(path, trust_remote_code=False):
     "The processor at `path`, padding on the left. Raises `ValueError` where it has no images, no tokenizer or no chat template."
     said = f"model={str(path)!r}"
-    try: processor = AutoProcessor.from_pretrained(path, padding_side="left", trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError) as e: raise ValueError(f"{said}: its processor could not be loaded ({reason(e)[:300]}); expected processor_config.json or preprocessor_config.json and a tokenizer beside the weights") from e
-    if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None: raise ValueError(f"{said}: holds a {type(processor).__name__}, no processor of images and text; expected processor_config.json or preprocessor_config.json and a tokenizer beside the weights")
-    if not processor.chat_template: raise ValueError(f"{said}: its processor has no chat template; put the model's chat_template.jinja into the folder")
+    try:
+        processor = AutoProcessor.from_pretrained(
+            path, padding_side="left", trust_remote_code=trust_remote_code
+        )
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError) as e:
+        raise ValueError(
+            f"{said}: its processor could not be loaded ({reason(e)[:300]}); expected processor_config.json or preprocessor_config.json and a tokenizer beside the weights"
+        ) from e
+    if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
+        raise ValueError(
+            f"{said}: holds a {type(processor).__name__}, no processor of images and text; expected processor_config.json or preprocessor_config.json and a tokenizer beside the weights"
+        )
+    if not processor.chat_template:
+        raise ValueError(
+            f"{said}: its processor has no chat template; put the model's chat_template.jinja into the folder"
+        )
     _begun(processor)
-    kept = Path(path)/KEPT_WITH
+    kept = Path(path) / KEPT_WITH
     processor.film_side = json.loads(kept.read_text()).get("film_side") if kept.is_file() else None
     return processor
 
+
 def check_image_token(path, model, processor):
     "Raise `ValueError` unless a prompt with an image, through template and tokenizer, holds the token that `model` takes for an image."
-    ids, token = processor.tokenizer(rendered(processor), add_special_tokens=False).input_ids, getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
+    ids, token = (
+        processor.tokenizer(rendered(processor), add_special_tokens=False).input_ids,
+        getattr(processor, "boi_token", None) or getattr(processor, "image_token", None),
+    )
     known, wanted = token in processor.tokenizer.get_vocab(), getattr(model.config, "image_token_id", None)
-    if not known: raise ValueError(f"model={str(path)!r}: its tokenizer has no image token {token!r}; expected the tokenizer that came with the model (resize nothing: take its files again)")
-    if token not in rendered(processor): raise ValueError(f"model={str(path)!r}: its chat template writes no image token {token!r} for an image; put the model's own chat_template.jinja into the folder")
-    if wanted is not None and wanted not in set(getattr(processor, "image_token_ids", ids)) | set(ids): raise ValueError(f"model={str(path)!r}: its tokenizer gives image token {token!r} the id {processor.tokenizer.convert_tokens_to_ids(token)}, config.json {wanted}; expected one; take tokenizer and config.json from one checkpoint")
+    if not known:
+        raise ValueError(
+            f"model={str(path)!r}: its tokenizer has no image token {token!r}; expected the tokenizer that came with the model (resize nothing: take its files again)"
+        )
+    if token not in rendered(processor):
+        raise ValueError(
+            f"model={str(path)!r}: its chat template writes no image token {token!r} for an image; put the model's own chat_template.jinja into the folder"
+        )
+    if wanted is not None and wanted not in set(getattr(processor, "image_token_ids", ids)) | set(ids):
+        raise ValueError(
+            f"model={str(path)!r}: its tokenizer gives image token {token!r} the id {processor.tokenizer.convert_tokens_to_ids(token)}, config.json {wanted}; expected one; take tokenizer and config.json from one checkpoint"
+        )
 
 # %% ../../nbs/policy/01_models.ipynb #4a49831c
 @contextmanager
 def memory_line(what, **parameters):
     "Turn an out-of-memory error of torch into a `MemoryError` of one line that says what can be lowered: `parameters`, name → value."
-    try: yield
+    try:
+        yield
     except torch.OutOfMemoryError as e:
         lower = ", ".join(f"{k}={v}" for k, v in parameters.items() if v is not None)
-        raise MemoryError(f"{what}: out of memory ({reason(e)[:300].split('. ')[0]}); lower one of {lower}, raise gradient_accumulation_steps, or hold frozen weights in policy_weights=bfloat16 or nf4; what is finished stays and is resumed") from e
+        raise MemoryError(
+            f"{what}: out of memory ({reason(e)[:300].split('. ')[0]}); lower one of {lower}, raise gradient_accumulation_steps, or hold frozen weights in policy_weights=bfloat16 or nf4; what is finished stays and is resumed"
+        ) from e

@@ -19,77 +19,146 @@ from .generate import with_adapter
 
 # %% ../../nbs/policy/05_server.ipynb #16034909
 @torch.inference_mode()
-def complete(model, processor, messages, images, max_tokens=256, temperature=0., seed=0):
+def complete(model, processor, messages, images, max_tokens=256, temperature=0.0, seed=0):
     """Answer a conversation: `messages` as a chat template reads them (`[{"role", "content": [{"type": "image"} | {"type": "text", "text"}]}]`), `images` its PIL images in order.
 
     Greedy at `temperature` 0. Returns `(text, finish_reason, usage)`; the reason is "stop" or, cut off at `max_tokens`, "length"."""
     set_seed(seed)
     model.eval()
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
-    inputs = processor(images=[[im.convert("RGB") for im in images]] if images else None, text=[text], return_tensors="pt", add_special_tokens=False).to(model.device)
-    sampling = dict(do_sample=True, temperature=temperature, top_k=0) if temperature else dict(do_sample=False)
-    ids = model.generate(**inputs, max_new_tokens=max_tokens, suppress_tokens=list(image_tokens(model, processor)), **sampling)
-    written = ids[0, inputs.input_ids.shape[1]:]
+    inputs = processor(
+        images=[[im.convert("RGB") for im in images]] if images else None,
+        text=[text],
+        return_tensors="pt",
+        add_special_tokens=False,
+    ).to(model.device)
+    sampling = (
+        dict(do_sample=True, temperature=temperature, top_k=0) if temperature else dict(do_sample=False)
+    )
+    ids = model.generate(
+        **inputs, max_new_tokens=max_tokens, suppress_tokens=list(image_tokens(model, processor)), **sampling
+    )
+    written = ids[0, inputs.input_ids.shape[1] :]
     ends = set(torch.tensor(model.generation_config.eos_token_id).flatten().tolist())
-    usage = dict(prompt_tokens=inputs.input_ids.shape[1], completion_tokens=len(written), total_tokens=ids.shape[1])
-    return processor.batch_decode([written], skip_special_tokens=True)[0], "stop" if ends & set(written.tolist()) else "length", usage
+    usage = dict(
+        prompt_tokens=inputs.input_ids.shape[1], completion_tokens=len(written), total_tokens=ids.shape[1]
+    )
+    return (
+        processor.batch_decode([written], skip_special_tokens=True)[0],
+        "stop" if ends & set(written.tolist()) else "length",
+        usage,
+    )
 
 # %% ../../nbs/policy/05_server.ipynb #0174354b
 class RequestError(Exception):
     "What the client is told: an HTTP `status` and a message."
-    def __init__(self, status, message): self.status = status; super().__init__(message)
+
+    def __init__(self, status, message):
+        self.status = status
+        super().__init__(message)
+
 
 # the limits of a request; `valor serve --help` states them
-MOST_BYTES, MOST_CHARACTERS, MOST_PIXELS = 64 * 2 ** 20, 20_000, 50_000_000
-SECONDS = 30                 # in which a whole request must have come
-CONNECTIONS, WAITING = 32, 8 # at once; requests that wait for the model
-COLDEST = .01                # the least temperature that samples
+MOST_BYTES, MOST_CHARACTERS, MOST_PIXELS = 64 * 2**20, 20_000, 50_000_000
+SECONDS = 30  # in which a whole request must have come
+CONNECTIONS, WAITING = 32, 8  # at once; requests that wait for the model
+COLDEST = 0.01  # the least temperature that samples
+
 
 def _check_pixels(data):
     try:
-        with warnings.catch_warnings(action="ignore"): w, h = Image.open(io.BytesIO(data)).size      # the header alone; what this cannot read, read_image judges
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError): return
-    if w * h > MOST_PIXELS: raise RequestError(413, f"image_url: {w:,} x {h:,} pixels; expected at most {MOST_PIXELS:,}")
+        with warnings.catch_warnings(action="ignore"):
+            w, h = Image.open(
+                io.BytesIO(data)
+            ).size  # the header alone; what this cannot read, read_image judges
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return
+    if w * h > MOST_PIXELS:
+        raise RequestError(413, f"image_url: {w:,} x {h:,} pixels; expected at most {MOST_PIXELS:,}")
+
 
 def data_image(url, size=None):
     "The PIL image in a `data:` URL, square."
-    if not isinstance(url, str) or not url.startswith("data:") or ";base64," not in url: raise RequestError(400, "image_url: expected data:image/png;base64,…; this server fetches nothing")
+    if not isinstance(url, str) or not url.startswith("data:") or ";base64," not in url:
+        raise RequestError(400, "image_url: expected data:image/png;base64,…; this server fetches nothing")
     try:
         data = base64.b64decode(url.split(";base64,", 1)[1], validate=True)
         _check_pixels(data)
         return square(read_image(data), size)
-    except ValueError as e: raise RequestError(400, f"image_url: {e}") from None
+    except ValueError as e:
+        raise RequestError(400, f"image_url: {e}") from None
+
 
 def _part(part, images, size):
     kind = part.get("type")
-    if kind == "text": return dict(type="text", text=str(part["text"]))
-    if kind != "image_url": raise RequestError(400, f"content of type {kind!r}; expected text or image_url")
+    if kind == "text":
+        return dict(type="text", text=str(part["text"]))
+    if kind != "image_url":
+        raise RequestError(400, f"content of type {kind!r}; expected text or image_url")
     images.append(data_image(part["image_url"]["url"], size))
     return dict(type="image")
+
 
 def conversation(body, size=None):
     "`(messages, images)` for `complete` from the body of a request."
     try:
         images, listed = [], [(m["role"], m["content"]) for m in body["messages"]]
-        turns = [dict(role=role, content=[_part(p, images, size) for p in ([dict(type="text", text=said)] if isinstance(said, str) else said)]) for role, said in listed]
+        turns = [
+            dict(
+                role=role,
+                content=[
+                    _part(p, images, size)
+                    for p in ([dict(type="text", text=said)] if isinstance(said, str) else said)
+                ],
+            )
+            for role, said in listed
+        ]
         length = sum(len(str(p.get("text", ""))) for t in turns for p in t["content"])
-        if length > MOST_CHARACTERS: raise RequestError(413, f"messages: {length:,} characters of text; expected at most {MOST_CHARACTERS:,}")
-    except (KeyError, TypeError, AttributeError) as e: raise RequestError(400, f"messages: {type(e).__name__} {e}; expected [{{role, content}}, …]") from None
-    if not turns or turns[-1]["role"] != "user": raise RequestError(400, "messages: expected a list that ends with the user's turn")
+        if length > MOST_CHARACTERS:
+            raise RequestError(
+                413, f"messages: {length:,} characters of text; expected at most {MOST_CHARACTERS:,}"
+            )
+    except (KeyError, TypeError, AttributeError) as e:
+        raise RequestError(
+            400, f"messages: {type(e).__name__} {e}; expected [{{role, content}}, …]"
+        ) from None
+    if not turns or turns[-1]["role"] != "user":
+        raise RequestError(400, "messages: expected a list that ends with the user's turn")
     return turns, images
 
-KNOWN = ("model", "messages", "max_tokens", "max_completion_tokens", "temperature", "seed", "n", "stream", "user")
+
+KNOWN = (
+    "model",
+    "messages",
+    "max_tokens",
+    "max_completion_tokens",
+    "temperature",
+    "seed",
+    "n",
+    "stream",
+    "user",
+)
+
 
 def settings_of(body, limit):
     "max_tokens, temperature and seed of a request."
-    if unknown := [k for k in body if k not in KNOWN]: raise RequestError(400, f"{', '.join(unknown)}: not supported; expected some of {', '.join(KNOWN)}")
-    if body.get("stream") or body.get("n", 1) != 1: raise RequestError(400, "stream and n > 1 are not supported")
-    out = dict(max_tokens=body.get("max_completion_tokens", body.get("max_tokens", limit)), temperature=body.get("temperature", 0.), seed=body.get("seed", 0))
+    if unknown := [k for k in body if k not in KNOWN]:
+        raise RequestError(400, f"{', '.join(unknown)}: not supported; expected some of {', '.join(KNOWN)}")
+    if body.get("stream") or body.get("n", 1) != 1:
+        raise RequestError(400, "stream and n > 1 are not supported")
+    out = dict(
+        max_tokens=body.get("max_completion_tokens", body.get("max_tokens", limit)),
+        temperature=body.get("temperature", 0.0),
+        seed=body.get("seed", 0),
+    )
     whole = lambda n, low, high=math.inf: type(n) is int and low <= n < high
     heat = out["temperature"]
     warm = type(heat) in (int, float) and (heat == 0 or COLDEST <= heat <= 100)
-    if not (whole(out["max_tokens"], 1) and warm and whole(out["seed"], 0, 2 ** 32)):
-        raise RequestError(400, f"{out}: expected max_tokens from 1, temperature 0 or from {COLDEST} to 100, and a whole seed from 0 to {2 ** 32 - 1}")
+    if not (whole(out["max_tokens"], 1) and warm and whole(out["seed"], 0, 2**32)):
+        raise RequestError(
+            400,
+            f"{out}: expected max_tokens from 1, temperature 0 or from {COLDEST} to 100, and a whole seed from 0 to {2**32 - 1}",
+        )
     return out | dict(max_tokens=min(out["max_tokens"], limit))
 
 # %% ../../nbs/policy/05_server.ipynb #440eb925
@@ -97,116 +166,215 @@ def settings_of(body, limit):
 def fingerprint(model):
     "Eight hex digits that change with any weight's sum, name or shape."
     seen = hashlib.sha256()
-    for name, p in sorted(model.named_parameters()): seen.update(f"{name} {tuple(p.shape)} {p.double().sum().item()!r}".encode())
+    for name, p in sorted(model.named_parameters()):
+        seen.update(f"{name} {tuple(p.shape)} {p.double().sum().item()!r}".encode())
     return seen.hexdigest()[:8]
 
 # %% ../../nbs/policy/05_server.ipynb #9192b1be
 class PolicyServer(ThreadingHTTPServer):
     "Serves `(model, processor)` at `/v1/models` and `/v1/chat/completions`; `url` is what clients call the base URL, `asked` counts answered questions. Port 0 takes a free one."
+
     daemon_threads = True
+
     def __init__(self, model, processor, name="policy", host="127.0.0.1", port=0, limit=512, key=None):
-        self.model, self.processor, self.limit, self.key, self.lock, self.asked = model, processor, limit, key, threading.Lock(), 0
+        self.model, self.processor, self.limit, self.key, self.lock, self.asked = (
+            model,
+            processor,
+            limit,
+            key,
+            threading.Lock(),
+            0,
+        )
         self.id, self.size = f"{name}@{fingerprint(model)}", film_side(processor)
-        self.host, self.waiting, self.connections = host, threading.BoundedSemaphore(WAITING), threading.BoundedSemaphore(CONNECTIONS)
+        self.host, self.waiting, self.connections = (
+            host,
+            threading.BoundedSemaphore(WAITING),
+            threading.BoundedSemaphore(CONNECTIONS),
+        )
         super().__init__((host, port), Handler)
         self.url = f"http://{host}:{self.server_address[1]}/v1"
 
     def answer(self, body):
         "The reply to the body of a chat request, a dict. Raises `RequestError`."
-        if body.get("model") != self.id: raise RequestError(404, f"model {body.get('model')!r} is not served here; expected {self.id!r}")
+        if body.get("model") != self.id:
+            raise RequestError(404, f"model {body.get('model')!r} is not served here; expected {self.id!r}")
         settings, (turns, images) = settings_of(body, self.limit), conversation(body, self.size)
-        if not self.waiting.acquire(blocking=False): raise RequestError(503, f"{WAITING} requests wait already; ask again later")
-        try: return self._answer(turns, images, settings)
-        finally: self.waiting.release()
+        if not self.waiting.acquire(blocking=False):
+            raise RequestError(503, f"{WAITING} requests wait already; ask again later")
+        try:
+            return self._answer(turns, images, settings)
+        finally:
+            self.waiting.release()
 
     def _answer(self, turns, images, settings):
         with self.lock:
             self.asked += 1
-            try: text, finish, usage = complete(self.model, self.processor, turns, images, **settings)
-            except (ValueError, TemplateError) as e: raise RequestError(400, f"messages: the model's chat template or processor refuses them ({e})") from None
-        choice = dict(index=0, message=dict(role="assistant", content=text, refusal=None), finish_reason=finish, logprobs=None)
-        return dict(id=f"chatcmpl-{uuid.uuid4().hex}", object="chat.completion", created=int(time.time()), model=self.id, choices=[choice], usage=usage)
+            try:
+                text, finish, usage = complete(self.model, self.processor, turns, images, **settings)
+            except (ValueError, TemplateError) as e:
+                raise RequestError(
+                    400, f"messages: the model's chat template or processor refuses them ({e})"
+                ) from None
+        choice = dict(
+            index=0,
+            message=dict(role="assistant", content=text, refusal=None),
+            finish_reason=finish,
+            logprobs=None,
+        )
+        return dict(
+            id=f"chatcmpl-{uuid.uuid4().hex}",
+            object="chat.completion",
+            created=int(time.time()),
+            model=self.id,
+            choices=[choice],
+            usage=usage,
+        )
 
     def process_request(self, request, client):
-        if self.connections.acquire(blocking=False): super().process_request(request, client)
-        else: self.shutdown_request(request)                                                # one too many
+        if self.connections.acquire(blocking=False):
+            super().process_request(request, client)
+        else:
+            self.shutdown_request(request)  # one too many
+
     def process_request_thread(self, request, client):
-        try: super().process_request_thread(request, client)
-        finally: self.connections.release()
-    def handle_error(self, request, client): pass                                           # a client that went; what it asked is patients' text
+        try:
+            super().process_request_thread(request, client)
+        finally:
+            self.connections.release()
+
+    def handle_error(self, request, client):
+        pass  # a client that went; what it asked is patients' text
 
     def __enter__(self):
-        threading.Thread(target=self.serve_forever, args=(.05,), daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
         return self
+
     def __exit__(self, *error):
         self.shutdown()
         self.server_close()
 
+
 class Handler(BaseHTTPRequestHandler):
     "One request of `PolicyServer`: key, path, JSON in and out."
+
     protocol_version, timeout = "HTTP/1.1", SECONDS
 
     def handle_one_request(self):
-        self.watch = threading.Timer(self.timeout, self.stop_reading)                       # for all of it, however slowly it comes
+        self.watch = threading.Timer(
+            self.timeout, self.stop_reading
+        )  # for all of it, however slowly it comes
         self.watch.daemon = True
         self.watch.start()
-        try: super().handle_one_request()
-        finally: self.watch.cancel()
+        try:
+            super().handle_one_request()
+        finally:
+            self.watch.cancel()
 
     def stop_reading(self):
-        try: self.connection.shutdown(socket.SHUT_RD)
-        except OSError: pass                                                                # it has gone by itself
+        try:
+            self.connection.shutdown(socket.SHUT_RD)
+        except OSError:
+            pass  # it has gone by itself
 
     def body(self):
         "The bytes of a request's body. Raises `RequestError` where its length is not told, not sound or too large, or where it does not come."
-        self.close_connection, told = True, self.headers.get("Content-Length")              # until the body is read, what follows is no request
-        if self.headers.get("Transfer-Encoding") or told is None: raise RequestError(411, "expected a Content-Length; bodies in chunks are not read")
-        if not (told.isascii() and told.isdigit()): raise RequestError(400, "Content-Length: expected a whole number from 0")
-        if len(told) > 12 or int(told) > MOST_BYTES: raise RequestError(413, f"the body is too large; expected at most {MOST_BYTES:,} bytes")
-        try: data = self.rfile.read(int(told))
-        except TimeoutError: data = b""
+        self.close_connection, told = (
+            True,
+            self.headers.get("Content-Length"),
+        )  # until the body is read, what follows is no request
+        if self.headers.get("Transfer-Encoding") or told is None:
+            raise RequestError(411, "expected a Content-Length; bodies in chunks are not read")
+        if not (told.isascii() and told.isdigit()):
+            raise RequestError(400, "Content-Length: expected a whole number from 0")
+        if len(told) > 12 or int(told) > MOST_BYTES:
+            raise RequestError(413, f"the body is too large; expected at most {MOST_BYTES:,} bytes")
+        try:
+            data = self.rfile.read(int(told))
+        except TimeoutError:
+            data = b""
         self.watch.cancel()
-        if len(data) < int(told): raise RequestError(408, f"the body did not come whole; expected it within {self.timeout} seconds")
+        if len(data) < int(told):
+            raise RequestError(408, f"the body did not come whole; expected it within {self.timeout} seconds")
         self.close_connection = self.headers.get("Connection", "").lower() == "close"
         return data
 
     def check_origin(self):
         "Raise `RequestError` for what a page in somebody's browser would send: where no key is asked for, that is all that keeps it out."
-        if self.server.key: return
+        if self.server.key:
+            return
         host = self.headers.get("Host", "").rsplit(":", 1)[0]
-        if host not in ("localhost", "127.0.0.1", "[::1]", self.server.host): raise RequestError(403, "Host: not a name of this server; expected localhost or 127.0.0.1")
-        if self.headers.get("Origin"): raise RequestError(403, "Origin: pages of a browser are not answered")
-    def log_message(self, *args): pass                                                      # what is asked and answered is patients' text
-    def do_GET(self): self.reply(self.listed)
-    def do_POST(self): self.reply(self.chat)
+        if host not in ("localhost", "127.0.0.1", "[::1]", self.server.host):
+            raise RequestError(403, "Host: not a name of this server; expected localhost or 127.0.0.1")
+        if self.headers.get("Origin"):
+            raise RequestError(403, "Origin: pages of a browser are not answered")
+
+    def log_message(self, *args):
+        pass  # what is asked and answered is patients' text
+
+    def do_GET(self):
+        self.reply(self.listed)
+
+    def do_POST(self):
+        self.reply(self.chat)
 
     def listed(self):
-        if self.path != "/v1/models": raise RequestError(404, f"{self.path}: expected /v1/models")
-        return dict(object="list", data=[dict(id=self.server.id, object="model", created=0, owned_by="valor")])
+        if self.path != "/v1/models":
+            raise RequestError(404, f"{self.path}: expected /v1/models")
+        return dict(
+            object="list", data=[dict(id=self.server.id, object="model", created=0, owned_by="valor")]
+        )
 
     def chat(self):
         raw = self.body()
         kind = self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-        if kind != "application/json": raise RequestError(415, "Content-Type: expected application/json")
-        if self.path != "/v1/chat/completions": raise RequestError(404, f"{self.path}: expected /v1/chat/completions")
-        try: body = json.loads(raw)
-        except (ValueError, RecursionError): body = None
-        if not isinstance(body, dict): raise RequestError(400, "the body is no JSON object")
+        if kind != "application/json":
+            raise RequestError(415, "Content-Type: expected application/json")
+        if self.path != "/v1/chat/completions":
+            raise RequestError(404, f"{self.path}: expected /v1/chat/completions")
+        try:
+            body = json.loads(raw)
+        except (ValueError, RecursionError):
+            body = None
+        if not isinstance(body, dict):
+            raise RequestError(400, "the body is no JSON object")
         return self.server.answer(body)
 
     def reply(self, f):
         try:
-            if self.server.key and not hmac.compare_digest(self.headers.get("Authorization", "").encode(), f"Bearer {self.server.key}".encode()): self.close_connection = True; raise RequestError(401, "the key is missing or wrong")
+            if self.server.key and not hmac.compare_digest(
+                self.headers.get("Authorization", "").encode(), f"Bearer {self.server.key}".encode()
+            ):
+                self.close_connection = True
+                raise RequestError(401, "the key is missing or wrong")
             self.check_origin()
             self.send(200, f())
-        except RequestError as e: self.send(e.status, dict(error=dict(message=str(e), type="invalid_request_error", code=None, param=None)))
-        except ConnectionError: self.close_connection = True                                # the client has gone
-        except Exception as e: self.send(500, dict(error=dict(message=f"{type(e).__name__} while answering", type="server_error", code=None, param=None)))
+        except RequestError as e:
+            self.send(
+                e.status,
+                dict(error=dict(message=str(e), type="invalid_request_error", code=None, param=None)),
+            )
+        except ConnectionError:
+            self.close_connection = True  # the client has gone
+        except Exception as e:
+            self.send(
+                500,
+                dict(
+                    error=dict(
+                        message=f"{type(e).__name__} while answering",
+                        type="server_error",
+                        code=None,
+                        param=None,
+                    )
+                ),
+            )
 
     def send(self, status, body, **headers):
         data = json.dumps(body).encode()
         self.send_response(status)
-        for name, value in dict({"Content-Type": "application/json", "Content-Length": len(data)}, **headers).items(): self.send_header(name, str(value))
+        for name, value in dict(
+            {"Content-Type": "application/json", "Content-Length": len(data)}, **headers
+        ).items():
+            self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(data)
 
@@ -214,15 +382,31 @@ class Handler(BaseHTTPRequestHandler):
 def run_serve(args, settings):
     "Run `valor serve` with parsed arguments, until it is interrupted."
     key = os.environ.get(args.key_env) if args.key_env else None
-    if args.key_env and not key: raise ValueError(f"key_env={args.key_env!r}: no such environment variable, or an empty one; expected the key in it")
-    if not key and args.host not in ("127.0.0.1", "localhost"): raise ValueError(f"host={args.host!r}: others could ask; expected --key-env NAME with it")
-    if not 0 <= args.port <= 65535: raise ValueError(f"port={args.port}: expected a number from 0 to 65535")
-    if args.max_new_tokens < 1: raise ValueError(f"max_new_tokens={args.max_new_tokens}: expected a number from 1")
-    if args.model.startswith(("/", ".", "~")) and not Path(args.model).expanduser().is_dir(): raise ValueError(f"model={args.model!r}: no such folder; expected a transformers folder or a hub name")
-    model, processor = load_policy(args.model, dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-    if args.adapter: model = with_adapter(model, args.adapter)
+    if args.key_env and not key:
+        raise ValueError(
+            f"key_env={args.key_env!r}: no such environment variable, or an empty one; expected the key in it"
+        )
+    if not key and args.host not in ("127.0.0.1", "localhost"):
+        raise ValueError(f"host={args.host!r}: others could ask; expected --key-env NAME with it")
+    if not 0 <= args.port <= 65535:
+        raise ValueError(f"port={args.port}: expected a number from 0 to 65535")
+    if args.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={args.max_new_tokens}: expected a number from 1")
+    if args.model.startswith(("/", ".", "~")) and not Path(args.model).expanduser().is_dir():
+        raise ValueError(
+            f"model={args.model!r}: no such folder; expected a transformers folder or a hub name"
+        )
+    model, processor = load_policy(
+        args.model, dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    )
+    if args.adapter:
+        model = with_adapter(model, args.adapter)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    with PolicyServer(model, processor, Path(args.model).resolve().name, args.host, args.port, args.max_new_tokens, key) as server:
+    with PolicyServer(
+        model, processor, Path(args.model).resolve().name, args.host, args.port, args.max_new_tokens, key
+    ) as server:
         print(f"{server.id} at {server.url}  (Ctrl-C ends it)", flush=True)
-        try: threading.Event().wait()
-        except KeyboardInterrupt: pass
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            pass

@@ -18,20 +18,44 @@ from accelerate import PartialState
 from peft import PeftModel
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm.auto import tqdm
-from transformers import (CLIPImageProcessor, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, MistralConfig, PreTrainedTokenizerFast,
-                          PrinterCallback, TrainerCallback, set_seed)
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    TrainerCallback,
+    set_seed,
+)
 from trl import SFTConfig, SFTTrainer
 
 from .adapter import KEPT, beside, merged_share
 from ..config import write_whole
-from .models import MODULES, check_completions, ending, freeze_vision, frozen_weights, image_tokens, load_policy, lora_config, memory_line, save_policy
+from valor.policy.models import (
+    MODULES,
+    check_completions,
+    ending,
+    freeze_vision,
+    frozen_weights,
+    image_tokens,
+    load_policy,
+    lora_config,
+    memory_line,
+    save_policy,
+)
 
 # %% ../../nbs/policy/00_tiny.ipynb #f95956b2
 PROMPT = "Describe this chest X-ray."
 SPECIALS = ["<pad>", "<unk>", "<s>", "</s>", "<image>"]
-TEMPLATE = ("{% for m in messages %}{% if m['role'] == 'user' %}<s>[INST]"
-            "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %} {{ c['text'] }}{% endif %}{% endfor %} [/INST]"
-            "{% else %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}</s>{% endif %}{% endfor %}")
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}<s>[INST]"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %} {{ c['text'] }}{% endif %}{% endfor %} [/INST]"
+    "{% else %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}</s>{% endif %}{% endfor %}"
+)
+
 
 def build_tokenizer(texts, min_count=1):
     "Word-level tokenizer over `texts` (words seen at least `min_count` times); decoding is exact for known words."
@@ -41,135 +65,273 @@ def build_tokenizer(texts, min_count=1):
     words = sorted({w for w, n in counts.items() if n >= min_count} | set(always))
     tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(SPECIALS + words)}, unk_token="<unk>"))
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.Split(Regex(word), "isolated"), decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
-                                   additional_special_tokens=["<image>"], padding_side="left")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=["<image>"],
+        padding_side="left",
+    )
 
 # %% ../../nbs/policy/00_tiny.ipynb #0d952705
 def build_policy(texts, image_size=96, patch_size=16, width=128, seed=0, min_count=1):
     "Tiny `(model, processor)`: CLIP tower `width`×4 layers, Mistral `width`×3 layers, vocabulary from `texts`; fixed by `seed`."
     set_seed(seed)
     tokenizer = build_tokenizer(texts, min_count)
-    images = CLIPImageProcessor(size={"height": image_size, "width": image_size}, do_center_crop=False, do_convert_rgb=True)
-    processor = LlavaProcessor(images, tokenizer, patch_size=patch_size, vision_feature_select_strategy="default",
-                               chat_template=TEMPLATE, num_additional_image_tokens=1)
-    vision = CLIPVisionConfig(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=4, num_attention_heads=4,
-                              image_size=image_size, patch_size=patch_size)
-    text = MistralConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=3,
-                         num_attention_heads=4, num_key_value_heads=4, head_dim=width // 4, sliding_window=None, initializer_range=0.08,
-                         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
-                         eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=False)
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-                         vision_feature_layer=-1, vision_feature_select_strategy="default", initializer_range=0.08,
-                         pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=False)
+    images = CLIPImageProcessor(
+        size={"height": image_size, "width": image_size}, do_center_crop=False, do_convert_rgb=True
+    )
+    processor = LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=patch_size,
+        vision_feature_select_strategy="default",
+        chat_template=TEMPLATE,
+        num_additional_image_tokens=1,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=image_size,
+        patch_size=patch_size,
+    )
+    text = MistralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=width // 4,
+        sliding_window=None,
+        initializer_range=0.08,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=False,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        initializer_range=0.08,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+    )
     model = LlavaForConditionalGeneration(config)
-    model.generation_config.update(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-                                   bos_token_id=tokenizer.bos_token_id)
+    model.generation_config.update(
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
     return model, processor
 
 # %% ../../nbs/policy/00_tiny.ipynb #4fb5f0e4
-def as_prompt(): return [{"role": "user", "content": PROMPT}]
+def as_prompt():
+    return [{"role": "user", "content": PROMPT}]
+
 
 def render_prompt(processor, n_images=1):
     "The prompt with `n_images` images as text, through the model's own chat template."
     turn = [{"role": "user", "content": [{"type": "image"}] * n_images + [{"type": "text", "text": PROMPT}]}]
     return processor.apply_chat_template(turn, add_generation_prompt=True)
 
+
 def image_lists(dataset):
     "What the policy is shown of each row: `[image]`, or `[image, second_image]` where there is a second one."
-    if "second_image" not in dataset.column_names: return [[image] for image in dataset["image"]]
-    return [[image] if second is None else [image, second] for image, second in zip(dataset["image"], dataset["second_image"])]
+    if "second_image" not in dataset.column_names:
+        return [[image] for image in dataset["image"]]
+    return [
+        [image] if second is None else [image, second]
+        for image, second in zip(dataset["image"], dataset["second_image"])
+    ]
+
 
 @torch.inference_mode()
-def generate(model, processor, images, max_new_tokens=96, temperature=None, batch_size=50, seed=0, desc="reports"):
+def generate(
+    model, processor, images, max_new_tokens=96, temperature=None, batch_size=50, seed=0, desc="reports"
+):
     "One completion per item of `images` (a PIL image of any mode, or a list of them): greedy, or sampled at `temperature`. Returns a list of str, tags included."
     set_seed(seed)
     was_training, out = model.training, []
     model.eval()
-    sampling = dict(do_sample=False) if temperature is None else dict(do_sample=True, temperature=temperature, top_k=0)
-    for i in tqdm(range(0, len(images), batch_size), desc=desc, leave=False, disable=len(images) <= batch_size):
-        chunk = [[im.convert("RGB") for im in (row if isinstance(row, list) else [row])] for row in images[i:i + batch_size]]
-        inputs = processor(images=chunk, text=[render_prompt(processor, len(row)) for row in chunk], return_tensors="pt", padding=True,
-                           add_special_tokens=False).to(model.device)
-        with memory_line(desc, batch_size=batch_size, max_new_tokens=max_new_tokens): ids = model.generate(**inputs, max_new_tokens=max_new_tokens, suppress_tokens=list(image_tokens(model, processor)), **sampling)
-        out += processor.batch_decode(ids[:, inputs.input_ids.shape[1]:], skip_special_tokens=True)
+    sampling = (
+        dict(do_sample=False)
+        if temperature is None
+        else dict(do_sample=True, temperature=temperature, top_k=0)
+    )
+    for i in tqdm(
+        range(0, len(images), batch_size), desc=desc, leave=False, disable=len(images) <= batch_size
+    ):
+        chunk = [
+            [im.convert("RGB") for im in (row if isinstance(row, list) else [row])]
+            for row in images[i : i + batch_size]
+        ]
+        inputs = processor(
+            images=chunk,
+            text=[render_prompt(processor, len(row)) for row in chunk],
+            return_tensors="pt",
+            padding=True,
+            add_special_tokens=False,
+        ).to(model.device)
+        with memory_line(desc, batch_size=batch_size, max_new_tokens=max_new_tokens):
+            ids = model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                suppress_tokens=list(image_tokens(model, processor)),
+                **sampling,
+            )
+        out += processor.batch_decode(ids[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
     model.train(was_training)
     return out
 
 # %% ../../nbs/policy/00_tiny.ipynb #e4868d45
-SEAL = "sha256.json"                    # in a checkpoint: the digest of every other file in it, written last
+SEAL = "sha256.json"  # in a checkpoint: the digest of every other file in it, written last
+
 
 def _digests(folder):
     "{path below `folder`: SHA-256} of all its files but the seal."
-    files = sorted(p for p in Path(folder).rglob("*") if p.is_file() and p.name != SEAL and p.suffix != ".tmp")
+    files = sorted(
+        p for p in Path(folder).rglob("*") if p.is_file() and p.name != SEAL and p.suffix != ".tmp"
+    )
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
 
 def seal(checkpoint):
     "Declare the folder `checkpoint` complete: its files are as they shall be."
     digests = json.dumps(_digests(checkpoint), indent=1)
     write_whole(Path(checkpoint) / SEAL, lambda p: p.write_text(digests))
 
+
 def fault_of(checkpoint):
     "Why the folder `checkpoint` cannot be gone on from, in words; None where it is whole."
-    try: sealed = dict(json.loads((Path(checkpoint) / SEAL).read_text()))
-    except (OSError, ValueError, TypeError): return "was not written to its end"
+    try:
+        sealed = dict(json.loads((Path(checkpoint) / SEAL).read_text()))
+    except (OSError, ValueError, TypeError):
+        return "was not written to its end"
     found = _digests(checkpoint)
     broken = [name for name in sealed if found.get(name) != sealed[name]]
     return f"{broken[0]} is missing or is not what was written" if broken else None
 
+
 def last_complete_checkpoint(folder):
     "Path of the newest whole `checkpoint-NUMBER` below `folder`, or None. A broken one is passed over for the one before, and a line says so."
-    numbered = {int(p.name.split("-")[1]): p for p in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)}
+    numbered = {
+        int(p.name.split("-")[1]): p
+        for p in Path(folder).glob("checkpoint-*")
+        if re.fullmatch(r"checkpoint-\d+", p.name)
+    }
     passed = []
     for _, checkpoint in sorted(numbered.items(), reverse=True):
-        if not (fault := fault_of(checkpoint)): break
+        if not (fault := fault_of(checkpoint)):
+            break
         passed.append(f"{checkpoint} cannot be gone on from: {fault}")
-    else: checkpoint = None
-    goes_on = f"going on from {checkpoint.name}" if checkpoint else "no older one is whole: starting from the beginning"
-    if passed and int(os.environ.get("RANK", 0)) == 0: print("; ".join([*passed, goes_on]), flush=True)
+    else:
+        checkpoint = None
+    goes_on = (
+        f"going on from {checkpoint.name}"
+        if checkpoint
+        else "no older one is whole: starting from the beginning"
+    )
+    if passed and int(os.environ.get("RANK", 0)) == 0:
+        print("; ".join([*passed, goes_on]), flush=True)
     return str(checkpoint) if checkpoint else None
+
 
 class SealCheckpoints(TrainerCallback):
     "Seals every checkpoint of a trainer when all processes have written their part of it."
+
     def on_save(self, args, state, control, **kw):
         PartialState().wait_for_everyone()
-        if state.is_world_process_zero: seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        if state.is_world_process_zero:
+            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
 
 class TrainingError(RuntimeError):
     "Training ended before its last update; the message says how many were made."
 
+
 def disk_line(trainer, desc, copies=1):
     "What training by `trainer` will take of the disk, in words: its result `copies` times, and the checkpoints (result and optimizer, three of them while one is being replaced). Empty under 1 GB."
     moved = sum(p.numel() * p.element_size() for p in trainer.model.parameters() if p.requires_grad)
-    result = moved if isinstance(trainer.model, PeftModel) else sum(p.numel() * p.element_size() for p in trainer.model.parameters())
+    result = (
+        moved
+        if isinstance(trainer.model, PeftModel)
+        else sum(p.numel() * p.element_size() for p in trainer.model.parameters())
+    )
     need = copies * result + 3 * (result + 2 * moved)
-    if need < 1e9: return ""
-    free = shutil.disk_usage(next(p for p in Path(trainer.args.output_dir).absolute().parents if p.exists())).free
+    if need < 1e9:
+        return ""
+    free = shutil.disk_usage(
+        next(p for p in Path(trainer.args.output_dir).absolute().parents if p.exists())
+    ).free
     return f"{desc}: training will take up to {need / 1e9:.1f} GB of the disk, {result / 1e6:,.0f} MB each time it is kept; {free / 1e9:.1f} GB are free"
+
 
 def train_to_end(trainer, desc, copies=1):
     """Train `trainer` from its newest whole checkpoint, if there is one, to its last update; what it will take of the disk is said first (`copies`: how often the result is kept).
 
     Raises `TrainingError` where fewer updates were made: the data gave no batch for them."""
-    if trainer.is_world_process_zero() and (line := disk_line(trainer, desc, copies)): print(line, flush=True)
+    if trainer.is_world_process_zero() and (line := disk_line(trainer, desc, copies)):
+        print(line, flush=True)
     trainer.add_callback(SealCheckpoints())
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(trainer.args.output_dir))
     made, wanted = trainer.state.global_step, trainer.state.max_steps
-    if made != wanted or not made: raise TrainingError(f"{desc}: {made} of {wanted} updates were made, so nothing is kept of it; expected data for at least one whole batch (they have {len(trainer.train_dataset)} rows)")
+    if made != wanted or not made:
+        raise TrainingError(
+            f"{desc}: {made} of {wanted} updates were made, so nothing is kept of it; expected data for at least one whole batch (they have {len(trainer.train_dataset)} rows)"
+        )
+
 
 def trainer_args(folder, seed, save_steps, checkpointing="auto", **kw):
     "Arguments that every phase shares: CPU or GPU as found, a log line per update, checkpoints to go on from. `checkpointing` of activations: 'on', 'off', or 'auto' (on a GPU)."
     gpu = torch.cuda.is_available()
-    return dict(output_dir=str(folder), seed=seed, data_seed=seed, logging_steps=1, logging_nan_inf_filter=False, save_strategy="steps",
-                save_steps=save_steps, save_total_limit=2, report_to=[], disable_tqdm=True, bf16=gpu, gradient_checkpointing=gpu if checkpointing == "auto" else checkpointing == "on",
-                dataloader_pin_memory=gpu, optim="adamw_torch", remove_unused_columns=False, **kw)
+    return dict(
+        output_dir=str(folder),
+        seed=seed,
+        data_seed=seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=save_steps,
+        save_total_limit=2,
+        report_to=[],
+        disable_tqdm=True,
+        bf16=gpu,
+        gradient_checkpointing=gpu if checkpointing == "auto" else checkpointing == "on",
+        dataloader_pin_memory=gpu,
+        optim="adamw_torch",
+        remove_unused_columns=False,
+        **kw,
+    )
+
 
 class Progress(TrainerCallback):
     "A tqdm bar with an estimate of what is left, in terminals and notebooks alike."
-    def __init__(self, desc): self.desc = desc
+
+    def __init__(self, desc):
+        self.desc = desc
+
     def on_train_begin(self, args, state, control, **kw):
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.desc, leave=False, disable=not state.is_world_process_zero)
-    def on_step_end(self, args, state, control, **kw): self.bar.update(state.global_step - self.bar.n)
-    def on_train_end(self, args, state, control, **kw): self.bar.close()
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self.desc,
+            leave=False,
+            disable=not state.is_world_process_zero,
+        )
+
+    def on_step_end(self, args, state, control, **kw):
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_train_end(self, args, state, control, **kw):
+        self.bar.close()
 
 # %% ../../nbs/policy/00_tiny.ipynb #12895454
 def conversations(dataset, completions=None):
@@ -181,28 +343,40 @@ def conversations(dataset, completions=None):
         data = data.add_column("completion", [[{"role": "assistant", "content": c}] for c in completions])
     return data.with_transform(partial(_both, drop=completions is not None)) if two else data
 
+
 def _both(rows, drop):
     "Rows with `images` instead of `second_image` (and, if `drop`, of `image`, which TRL's SFT would take for the only one)."
     images = [[a] if b is None else [a, b] for a, b in zip(rows["image"], rows["second_image"])]
-    return {k: v for k, v in rows.items() if k not in ("second_image", "image")[:1 + drop]} | dict(images=images)
+    return {k: v for k, v in rows.items() if k not in ("second_image", "image")[: 1 + drop]} | dict(
+        images=images
+    )
+
 
 class ResumableSFT(SFTTrainer):
     """TRL's trainer, loading a full checkpoint through `load_policy`.
 
     The stock loader compares parameter names literally; a saved LLaVA carries its on-disk names, so it would load nothing and say so only in a warning."""
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if isinstance(self.model, PeftModel): return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if isinstance(self.model, PeftModel):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.model.load_state_dict(load_policy(resume_from_checkpoint, **self.loading)[0].state_dict())
+
 
 def shard_by_layer(model, parts=1):
     """Tell accelerate which layers of `model` FSDP shards one by one: those of the model's own list that are in it.
 
     The list of a composed model also names layers that it lacks (LLaVA's names CLIP's text side), which accelerate refuses. A `fsdp_transformer_layer_cls_to_wrap` of the user's stays.
     Raises `ValueError` for an update in `parts` under FSDP: two CPU processes gave another update than the whole (torch 2.15, accelerate 1.15, adapter on the projector)."""
-    if os.environ.get("ACCELERATE_USE_FSDP") != "true": return                             # nothing is left in the environment for the next model
-    if parts > 1: raise ValueError(f"gradient_accumulation_steps={parts}: an update in parts is not the same update under FSDP; expected 1 (use more processes, or smaller batches)")
+    if os.environ.get("ACCELERATE_USE_FSDP") != "true":
+        return  # nothing is left in the environment for the next model
+    if parts > 1:
+        raise ValueError(
+            f"gradient_accumulation_steps={parts}: an update in parts is not the same update under FSDP; expected 1 (use more processes, or smaller batches)"
+        )
     inside = {type(m).__name__ for m in model.modules()} & set(model._no_split_modules or ())
     os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(sorted(inside)))
+
 
 def keep_sft(trainer, processor, base, out, mode, dtype=torch.float32, **loading):
     """Write what `trainer` made of the policy in folder `base` as the one folder `out`; every process takes part.
@@ -210,18 +384,40 @@ def keep_sft(trainer, processor, base, out, mode, dtype=torch.float32, **loading
     Weights may be spread over processes or held in 4 bits: they are gathered first, and an adapter is merged, in float32, into `base` as it is on disk. `dtype`: of what is written; float32 where
     `dtype` would keep less than `KEPT` of the adapter, which is said."""
     state = None if mode == "lora" else trainer.accelerator.get_state_dict(trainer.model)
-    if mode == "lora": trainer.save_model(adapter := str(Path(trainer.args.output_dir) / "adapter"))
-    if not trainer.is_world_process_zero(): return
+    if mode == "lora":
+        trainer.save_model(adapter := str(Path(trainer.args.output_dir) / "adapter"))
+    if not trainer.is_world_process_zero():
+        return
     if mode == "lora":
         adapted = PeftModel.from_pretrained(load_policy(base, **loading)[0], adapter)
         if (share := merged_share(adapted, dtype)) < KEPT:
-            tqdm.write(f"SFT: {dtype} weights would keep {share:.2f} of its adapter: {out} is written in float32; policy_weights='float32' would train on all of it")
+            tqdm.write(
+                f"SFT: {dtype} weights would keep {share:.2f} of its adapter: {out} is written in float32; policy_weights='float32' would train on all of it"
+            )
             dtype = torch.float32
         save_policy(adapted.merge_and_unload().to(dtype), processor, out)
     else:
         save_policy(trainer.model, processor, out, state_dict=state)
 
-def sft(base, data, out, mode="full", epochs=1, lr=1e-3, batch_size=32, lora_r=16, lora_alpha=32, seed=0, save_steps=10, desc="SFT", parts=1, checkpointing="auto", weights="float32", **loading):
+
+def sft(
+    base,
+    data,
+    out,
+    mode="full",
+    epochs=1,
+    lr=1e-3,
+    batch_size=32,
+    lora_r=16,
+    lora_alpha=32,
+    seed=0,
+    save_steps=10,
+    desc="SFT",
+    parts=1,
+    checkpointing="auto",
+    weights="float32",
+    **loading,
+):
     """Fine-tune the policy in folder `base` on `data` (see `conversations`) by Eq. 2 and write the merged result to `out`.
 
     `batch_size` is of one process, computed in `parts` one after the other; for `checkpointing`, `weights` and `loading` see `trainer_args`, `frozen_weights` and `load_policy`.
@@ -232,20 +428,48 @@ def sft(base, data, out, mode="full", epochs=1, lr=1e-3, batch_size=32, lora_r=1
     model, processor = load_policy(base, **frozen_weights(weights), **loading)
     said = [c[-1]["content"] for c in data.with_format(None)["completion"]]
     check_completions(said, model, processor)
-    if stop := ending(model, processor): data = _ended(data, [s + stop for s in said])
+    if stop := ending(model, processor):
+        data = _ended(data, [s + stop for s in said])
     freeze_vision(model)
     shard_by_layer(model, parts)
-    args = trainer_args(Path(out) / "checkpoints", seed, save_steps, checkpointing, per_device_train_batch_size=batch_size // parts, gradient_accumulation_steps=parts, num_train_epochs=epochs,
-                        learning_rate=lr, lr_scheduler_type="cosine", warmup_steps=0.05, weight_decay=0.01)
-    trainer = ResumableSFT(model, args=SFTConfig(**args, max_length=None, completion_only_loss=True), train_dataset=data,
-                         processing_class=processor, callbacks=[Progress(desc)],
-                         peft_config=lora_config(model, "language+projector", lora_r, lora_alpha) if mode == "lora" else None)
+    args = trainer_args(
+        Path(out) / "checkpoints",
+        seed,
+        save_steps,
+        checkpointing,
+        per_device_train_batch_size=batch_size // parts,
+        gradient_accumulation_steps=parts,
+        num_train_epochs=epochs,
+        learning_rate=lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        weight_decay=0.01,
+    )
+    trainer = ResumableSFT(
+        model,
+        args=SFTConfig(**args, max_length=None, completion_only_loss=True),
+        train_dataset=data,
+        processing_class=processor,
+        callbacks=[Progress(desc)],
+        peft_config=lora_config(model, "language+projector", lora_r, lora_alpha) if mode == "lora" else None,
+    )
     trainer.remove_callback(PrinterCallback)
     trainer.loading, processor.film_side = loading, _side_of(data)
-    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled): beside(trainer.model)
-    with memory_line(desc, sft_batch_size=batch_size): train_to_end(trainer, desc)
-    keep_sft(trainer, processor, base, out, mode, torch.float32 if weights == "float32" else torch.bfloat16, **loading)
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        beside(trainer.model)
+    with memory_line(desc, sft_batch_size=batch_size):
+        train_to_end(trainer, desc)
+    keep_sft(
+        trainer,
+        processor,
+        base,
+        out,
+        mode,
+        torch.float32 if weights == "float32" else torch.bfloat16,
+        **loading,
+    )
     return trainer.state.log_history
+
 
 def _side_of(data):
     "The side of the square films in `data` (see `conversations`), or None where they are not square."
@@ -253,9 +477,14 @@ def _side_of(data):
     width, height = (row["images"][0] if "images" in row else row["image"]).size
     return width if width == height else None
 
+
 def _ended(data, said):
     "`data` with the texts `said` as completions."
-    plain = data.with_format(None).remove_columns("completion").add_column("completion", [[{"role": "assistant", "content": s}] for s in said])
+    plain = (
+        data.with_format(None)
+        .remove_columns("completion")
+        .add_column("completion", [[{"role": "assistant", "content": s}] for s in said])
+    )
     return plain.with_transform(partial(_both, drop=True)) if "second_image" in plain.column_names else plain
 
 # %% ../../nbs/policy/00_tiny.ipynb #94924e24
@@ -265,17 +494,21 @@ def finding_targets(truths):
     names = sorted(set().union(*keys))
     return torch.tensor([[float(n in k) for n in names] for k in keys]), names
 
+
 class QueryHead(torch.nn.Module):
     "One learned query per class: it attends to the patches and reads its class off what it attends to. `(B, P, D)` → `(B, C)`."
+
     def __init__(self, width, classes):
         super().__init__()
         self.norm = torch.nn.LayerNorm(width)
         self.query = torch.nn.Parameter(0.1 * torch.randn(classes, width))
         self.read = torch.nn.Linear(width, classes)
+
     def forward(self, patches):
         patches = self.norm(patches)
         seen = (patches @ self.query.T).softmax(1).transpose(1, 2) @ patches
         return (seen * self.read.weight).sum(-1) + self.read.bias
+
 
 def warm_up_vision(model, processor, images, targets, epochs=6, lr=1e-3, batch_size=32, seed=0, kept=None):
     """Train the vision tower of `model` in place to tell `targets` `(N, C)` from `images`; the head is thrown away. Returns the last loss.
@@ -284,41 +517,58 @@ def warm_up_vision(model, processor, images, targets, epochs=6, lr=1e-3, batch_s
     set_seed(seed)
     tower = model.model.vision_tower
     batch_size = min(batch_size, len(images))
-    pixels = torch.cat([processor.image_processor(im.convert("RGB"), return_tensors="pt").pixel_values for im in images])
+    pixels = torch.cat(
+        [processor.image_processor(im.convert("RGB"), return_tensors="pt").pixel_values for im in images]
+    )
     head = QueryHead(tower.config.hidden_size, targets.shape[1])
     weights = [*tower.parameters(), *head.parameters()]
     opt = torch.optim.AdamW(weights, lr=lr, weight_decay=0.01)
-    order = torch.cat([torch.randperm(len(pixels))[:len(pixels) // batch_size * batch_size] for _ in range(epochs)]).split(batch_size)
+    order = torch.cat(
+        [torch.randperm(len(pixels))[: len(pixels) // batch_size * batch_size] for _ in range(epochs)]
+    ).split(batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=len(order), pct_start=0.1)
     parts = dict(tower=tower, head=head, optimizer=opt, schedule=schedule)
     done, last = restore(kept, parts) if kept else (0, None)
-    for step in tqdm(range(done, len(order)), initial=done, total=len(order), desc="vision warm-up", leave=False):
+    for step in tqdm(
+        range(done, len(order)), initial=done, total=len(order), desc="vision warm-up", leave=False
+    ):
         patches = tower(pixels[order[step]]).last_hidden_state[:, 1:]
         loss = torch.nn.functional.binary_cross_entropy_with_logits(head(patches), targets[order[step]])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        opt.step(); schedule.step(); opt.zero_grad()
+        opt.step()
+        schedule.step()
+        opt.zero_grad()
         last = loss.item()
-        if kept and (step + 1) % (len(order) // epochs) == 0: keep(kept, step + 1, parts, last)
+        if kept and (step + 1) % (len(order) // epochs) == 0:
+            keep(kept, step + 1, parts, last)
     settle_projector(model, pixels[:256])
     return last
+
 
 def keep(folder, step, parts, extra=None):
     "Write the sealed checkpoint `folder/checkpoint-{step}` of `parts` (name → module, optimizer or schedule) and `extra` (numbers, lists of them), then drop older ones."
     checkpoint = Path(folder) / f"checkpoint-{step}"
     checkpoint.mkdir(parents=True, exist_ok=True)
-    torch.save(dict(extra=extra) | {name: part.state_dict() for name, part in parts.items()}, checkpoint / "state.pt")
+    torch.save(
+        dict(extra=extra) | {name: part.state_dict() for name, part in parts.items()}, checkpoint / "state.pt"
+    )
     seal(checkpoint)
     for older in Path(folder).glob("checkpoint-*"):
-        if older != checkpoint: shutil.rmtree(older)
+        if older != checkpoint:
+            shutil.rmtree(older)
+
 
 def restore(folder, parts):
     "Load into `parts` what `keep` wrote last to `folder`; returns `(step, extra)`, `(0, None)` where there is nothing whole."
     checkpoint = last_complete_checkpoint(folder)
-    if checkpoint is None: return 0, None
+    if checkpoint is None:
+        return 0, None
     state = torch.load(Path(checkpoint) / "state.pt", weights_only=True)
-    for name, part in parts.items(): part.load_state_dict(state[name])
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
     return int(Path(checkpoint).name.split("-")[1]), state["extra"]
+
 
 @torch.no_grad()
 def settle_projector(model, pixels):

@@ -27,21 +27,34 @@ from ..data.restricted import kept, safe_name
 @dataclass(frozen=True)
 class Mention:
     "Characters `start:end` of a report state the finding `what` (a finding of the phantom, or an observation)."
+
     start: int
     end: int
     what: str
 
+
 def stated(report):
     "Mentions in the phantom's words, or in the layman's, in order."
     said = [Mention(start, end, f.what) for f, start, end, denied in phantom._mentions(report) if not denied]
-    lay = [Mention(*m.span(), what) for what, phrase in phantom._LAY.items() for m in re.finditer(rf"\b{phrase}\b", report)]
+    lay = [
+        Mention(*m.span(), what)
+        for what, phrase in phantom._LAY.items()
+        for m in re.finditer(rf"\b{phrase}\b", report)
+    ]
     return sorted(said + lay, key=lambda m: m.start)
+
 
 def observed(report):
     "Mentions of the 14 observations that the rules read as present."
-    return [Mention(start, end, o) for o, said, start, end in sorted(mentions(report), key=lambda m: m[2]) if said == "present"]
+    return [
+        Mention(start, end, o)
+        for o, said, start, end in sorted(mentions(report), key=lambda m: m[2])
+        if said == "present"
+    ]
 
-MENTIONS = {"phantom": stated}        # every other benchmark: `observed`
+
+MENTIONS = {"phantom": stated}  # every other benchmark: `observed`
+
 
 def boxes_of(what, truth):
     "The boxes of `what` in a study's `truth`: of the finding or device with that name, or of every finding under that observation."
@@ -58,13 +71,15 @@ def extent_of(image_processor, size):
         scale = [short / min(shown)] * 2 if short else [to["width"] / shown[0], to["height"] / shown[1]]
         shown = [crop["width"] / scale[0], crop["height"] / scale[1]]
     half_x, half_y = shown[0] / size[0] / 2, shown[1] / size[1] / 2
-    return .5 - half_x, .5 - half_y, .5 + half_x, .5 + half_y
+    return 0.5 - half_x, 0.5 - half_y, 0.5 + half_x, 0.5 + half_y
+
 
 def overlap(lo, hi, cells, size):
     "Share of each of `cells` equal cells over [lo, hi] that lies in each of `size` pixels over [0, 1]: `(size, cells)`."
     cell, pixel = np.linspace(lo, hi, cells + 1), np.linspace(0, 1, size + 1)
     both = np.minimum(cell[None, 1:], pixel[1:, None]) - np.maximum(cell[None, :-1], pixel[:-1, None])
     return both.clip(0) * cells / (hi - lo)
+
 
 def to_image(grids, extent, size=96):
     """`(…, h, w)` values of cells over `extent` as `(…, size, size)` float32 over the whole image, whatever its shape.
@@ -80,52 +95,85 @@ def token_grid(model, inputs, images):
     merge, grids, at = getattr(model.config.vision_config, "spatial_merge_size", 1), [], 0
     for ids, n in zip(inputs["input_ids"], images):
         here = (ids == model.config.image_token_id).nonzero()[:, 0]
-        if "image_grid_thw" in inputs: h, w = (inputs["image_grid_thw"][at, 1:] // merge).tolist()
-        else: h = w = math.isqrt(len(here) // n)
-        if len(here) == 0 or "image_grid_thw" not in inputs and n * h * w != len(here): raise ValueError(f"{len(here)} image tokens for {n} image(s) of {type(model).__name__}; expected a square grid for each, or image_grid_thw")
-        grids.append((here[:h * w], (h, w)))
+        if "image_grid_thw" in inputs:
+            h, w = (inputs["image_grid_thw"][at, 1:] // merge).tolist()
+        else:
+            h = w = math.isqrt(len(here) // n)
+        if len(here) == 0 or "image_grid_thw" not in inputs and n * h * w != len(here):
+            raise ValueError(
+                f"{len(here)} image tokens for {n} image(s) of {type(model).__name__}; expected a square grid for each, or image_grid_thw"
+            )
+        grids.append((here[: h * w], (h, w)))
         at += n
     return grids
 
 # %% ../../nbs/results/02_attention.ipynb #f05352cc
 def teacher_inputs(processor, images, reports):
     "Model inputs of prompt + report for each study (`images`: a PIL image or a list of them each), and per token the characters `(B, T, 2)` of the report that it stands for, negative before it."
-    if not getattr(processor.tokenizer, "is_fast", False): raise ValueError(f"tokenizer {type(processor.tokenizer).__name__} does not tell which characters a token stands for; expected a fast one")
+    if not getattr(processor.tokenizer, "is_fast", False):
+        raise ValueError(
+            f"tokenizer {type(processor.tokenizer).__name__} does not tell which characters a token stands for; expected a fast one"
+        )
     shown = [[im.convert("RGB") for im in (row if isinstance(row, list) else [row])] for row in images]
     for report in reports:
-        if processor.image_token in report: raise ValueError(f"report {report[:60]!r}: contains the image token {processor.image_token}; expected plain text")
+        if processor.image_token in report:
+            raise ValueError(
+                f"report {report[:60]!r}: contains the image token {processor.image_token}; expected plain text"
+            )
     text = [render_prompt(processor, len(row)) + report.rstrip() for row, report in zip(shown, reports)]
-    inputs = processor(images=shown, text=text, return_tensors="pt", padding=True, add_special_tokens=False, return_offsets_mapping=True)
+    inputs = processor(
+        images=shown,
+        text=text,
+        return_tensors="pt",
+        padding=True,
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+    )
     spans = inputs.pop("offset_mapping")
     starts = spans[..., 1].amax(1) - torch.tensor([len(r.rstrip()) for r in reports])
     return inputs, spans - starts[:, None, None]
 
+
 def rows_for(spans, mention):
     "Positions `(n,)` whose output are the tokens of `mention`; `spans` `(T, 2)` as from `teacher_inputs`."
-    return ((spans[:, 0] < mention.end) & (spans[:, 1] > max(mention.start, 0)) & (spans[:, 1] > spans[:, 0])).nonzero()[:, 0] - 1
+    return (
+        (spans[:, 0] < mention.end) & (spans[:, 1] > max(mention.start, 0)) & (spans[:, 1] > spans[:, 0])
+    ).nonzero()[:, 0] - 1
 
 # %% ../../nbs/results/02_attention.ipynb #70cbc08c
 VARIANTS = ("raw", "rollout", "gradient")
 
+
 def chosen(name, value, n):
     'Indices below `n`: "all", a number (the last ones) or a list (negative ones count from the end). ValueError for anything else.'
     whole = lambda v: isinstance(v, int) and not isinstance(v, bool)
-    if value == "all": return list(range(n))
-    if whole(value) and 1 <= value <= n: return list(range(n - value, n))
-    if isinstance(value, (list, tuple)) and value and all(whole(i) and -n <= i < n for i in value): return sorted({i % n for i in value})
-    raise ValueError(f"{name}={value!r} is not allowed; expected 'all', a number from 1 to {n} (the last ones) or a list of indices below {n}")
+    if value == "all":
+        return list(range(n))
+    if whole(value) and 1 <= value <= n:
+        return list(range(n - value, n))
+    if isinstance(value, (list, tuple)) and value and all(whole(i) and -n <= i < n for i in value):
+        return sorted({i % n for i in value})
+    raise ValueError(
+        f"{name}={value!r} is not allowed; expected 'all', a number from 1 to {n} (the last ones) or a list of indices below {n}"
+    )
+
 
 @contextlib.contextmanager
 def watched(model, layers, keep):
     "While it lasts the language model attends in plain arithmetic; what `keep` makes of the weights `(B, H, T, T)` of `layers` is appended, in order, to the list that it yields."
     blocks, kept, before = model.get_decoder().layers, [], model.config.get_text_config()._attn_implementation
-    hooks = [blocks[i].self_attn.register_forward_hook(lambda module, args, out: kept.append(keep(out[1]))) for i in chosen("layers", layers, len(blocks))]
+    hooks = [
+        blocks[i].self_attn.register_forward_hook(lambda module, args, out: kept.append(keep(out[1])))
+        for i in chosen("layers", layers, len(blocks))
+    ]
     training = model.training
     model.eval()
     model.set_attn_implementation({"text_config": "eager"})
-    try: yield kept
+    try:
+        yield kept
     finally:
-        for hook in hooks: hook.remove()
+        for hook in hooks:
+            hook.remove()
         model.set_attn_implementation({"text_config": before})
         model.train(training)
 
@@ -135,38 +183,62 @@ def token_attention(model, inputs, rows, variant="raw", layers="all", heads="all
 
     `rows`: per study and mention the positions from `rows_for`. One forward pass for all; `gradient` adds one backward pass for the first mentions of all studies, one for the second, …
     Raises ValueError for an unknown variant, layer or head."""
-    if variant not in VARIANTS: raise ValueError(f"variant={variant!r} is unknown; expected one of {', '.join(VARIANTS)}")
+    if variant not in VARIANTS:
+        raise ValueError(f"variant={variant!r} is unknown; expected one of {', '.join(VARIANTS)}")
     take = chosen("heads", heads, model.config.get_text_config().num_attention_heads)
     pick = lambda flow, b, at: flow[b, at].mean(0)
-    if variant == "gradient": return _gradient(model, inputs, rows, layers, take, pick)
-    with torch.inference_mode(), watched(model, layers, lambda a: a[:, take].float().mean(1)) as kept: model(**inputs, use_cache=False, logits_to_keep=1)
+    if variant == "gradient":
+        return _gradient(model, inputs, rows, layers, take, pick)
+    with torch.inference_mode(), watched(model, layers, lambda a: a[:, take].float().mean(1)) as kept:
+        model(**inputs, use_cache=False, logits_to_keep=1)
     flow = torch.stack(kept).mean(0) if variant == "raw" else _rollout(kept)
     return [torch.stack([pick(flow, b, at) for at in each]) for b, each in enumerate(rows)]
+
 
 def _rollout(kept):
     "Attention and residual stream, half and half, from the first layer to the last: `(B, T, T)`."
     flow = torch.eye(kept[0].shape[-1], device=kept[0].device).expand_as(kept[0])
-    for a in kept: flow = (a @ flow + flow) / 2
+    for a in kept:
+        flow = (a @ flow + flow) / 2
     return flow
+
 
 def _gradient(model, inputs, rows, layers, take, pick):
     "Attention times the gradient of each mention's log-probability, where positive."
-    model.enable_input_require_grads()                                       # a graph even where every weight is frozen
+    model.enable_input_require_grads()  # a graph even where every weight is frozen
     try:
         with torch.enable_grad(), watched(model, layers, lambda a: a) as kept:
             logp = model(**inputs, use_cache=False).logits.float().log_softmax(-1)
             score = lambda b, at: logp[b, at, inputs["input_ids"][b, at + 1]].sum()
             out = [[] for _ in rows]
-            for k in range(max(map(len, rows))):                             # studies are independent: one pass for the k-th mention of each
+            for k in range(
+                max(map(len, rows))
+            ):  # studies are independent: one pass for the k-th mention of each
                 some = [b for b, each in enumerate(rows) if k < len(each)]
                 grads = torch.autograd.grad(sum(score(b, rows[b][k]) for b in some), kept, retain_graph=True)
-                flow = sum((a.detach()[:, take] * g[:, take]).float().relu().mean(1) for a, g in zip(kept, grads)) / len(kept)
-                for b in some: out[b].append(pick(flow, b, rows[b][k]))
-    finally: model.disable_input_require_grads()
+                flow = sum(
+                    (a.detach()[:, take] * g[:, take]).float().relu().mean(1) for a, g in zip(kept, grads)
+                ) / len(kept)
+                for b in some:
+                    out[b].append(pick(flow, b, rows[b][k]))
+    finally:
+        model.disable_input_require_grads()
     return [torch.stack(each) for each in out]
 
 # %% ../../nbs/results/02_attention.ipynb #ce1a27b3
-def attention_maps(model, processor, images, reports, find=stated, variant="raw", layers="all", heads="all", size=96, batch_size=16, desc="attention"):
+def attention_maps(
+    model,
+    processor,
+    images,
+    reports,
+    find=stated,
+    variant="raw",
+    layers="all",
+    heads="all",
+    size=96,
+    batch_size=16,
+    desc="attention",
+):
     """Where every mention in `reports` looks: `(frame, maps)`.
 
     `images`: per report a PIL image or a list of them (the map is of the first). `frame` has a row per mention: `row` (which report), `start`, `end`, `what`, `words`, `tokens`,
@@ -175,40 +247,68 @@ def attention_maps(model, processor, images, reports, find=stated, variant="raw"
     found = [find(r) for r in reports]
     wanted, rows, maps = [i for i, f in enumerate(found) if f], [], [np.zeros((0, size, size), np.float32)]
     for k in tqdm(range(0, len(wanted), batch_size), desc=desc, leave=False, disable=len(wanted) < 50):
-        chunk = wanted[k:k + batch_size]
+        chunk = wanted[k : k + batch_size]
         inputs, spans = teacher_inputs(processor, [images[i] for i in chunk], [reports[i] for i in chunk])
         inputs = inputs.to(model.device)
-        grids = token_grid(model, inputs, [len(images[i]) if isinstance(images[i], list) else 1 for i in chunk])
+        grids = token_grid(
+            model, inputs, [len(images[i]) if isinstance(images[i], list) else 1 for i in chunk]
+        )
         at = [[rows_for(span, m).to(model.device) for m in found[i]] for i, span in zip(chunk, spans)]
-        for i, flow, (positions, shape), n in zip(chunk, token_attention(model, inputs, at, variant, layers, heads), grids, at):
+        for i, flow, (positions, shape), n in zip(
+            chunk, token_attention(model, inputs, at, variant, layers, heads), grids, at
+        ):
             seen = flow[:, positions].double().cpu().numpy()
             first = images[i][0] if isinstance(images[i], list) else images[i]
-            rows += [dict(row=i, start=m.start, end=m.end, what=m.what, words=reports[i][m.start:m.end], tokens=len(p), cells="{}x{}".format(*shape),
-                          **{"image share": np.nan if variant == "gradient" else s.sum()}) for m, s, p in zip(found[i], seen, n)]
-            maps.append(_unit(to_image(seen.reshape(-1, *shape), extent_of(processor.image_processor, first.size), size)))
+            rows += [
+                dict(
+                    row=i,
+                    start=m.start,
+                    end=m.end,
+                    what=m.what,
+                    words=reports[i][m.start : m.end],
+                    tokens=len(p),
+                    cells="{}x{}".format(*shape),
+                    **{"image share": np.nan if variant == "gradient" else s.sum()},
+                )
+                for m, s, p in zip(found[i], seen, n)
+            ]
+            maps.append(
+                _unit(
+                    to_image(seen.reshape(-1, *shape), extent_of(processor.image_processor, first.size), size)
+                )
+            )
     columns = ["row", "start", "end", "what", "words", "tokens", "cells", "image share"]
     return pd.DataFrame(rows, columns=columns), np.concatenate(maps)
+
 
 def _unit(maps):
     total = maps.sum((-2, -1), keepdims=True)
     return np.divide(maps, total, out=np.zeros_like(maps), where=total > 0)
 
 # %% ../../nbs/results/02_attention.ipynb #fa38c42c
-TOLERANCE = .03
+TOLERANCE = 0.03
 
-def inside(boxes, size=96, tolerance=0.):
+
+def inside(boxes, size=96, tolerance=0.0):
     "Share `(size, size)` of every pixel that lies in one of `boxes` (x0, y0, x1, y1 in units of the image), each grown by `tolerance`."
     edges, out = np.linspace(0, 1, size + 1), np.zeros((size, size))
-    part = lambda lo, hi: (np.minimum(edges[1:], hi + tolerance) - np.maximum(edges[:-1], lo - tolerance)).clip(0) * size
-    for x0, y0, x1, y1 in boxes: out = np.maximum(out, np.outer(part(y0, y1), part(x0, x1)))
+    part = lambda lo, hi: (
+        (np.minimum(edges[1:], hi + tolerance) - np.maximum(edges[:-1], lo - tolerance)).clip(0) * size
+    )
+    for x0, y0, x1, y1 in boxes:
+        out = np.maximum(out, np.outer(part(y0, y1), part(x0, x1)))
     return out
 
-def _or_uniform(maps): return np.where(maps.sum((-2, -1), keepdims=True) > 0, maps, 1.)
+
+def _or_uniform(maps):
+    return np.where(maps.sum((-2, -1), keepdims=True) > 0, maps, 1.0)
+
 
 def energy(maps, masks):
     "Share of each map `(…, s, s)` that lies in its mask (see `inside`)."
     maps = _or_uniform(maps)
     return (maps * masks).sum((-2, -1)) / maps.sum((-2, -1))
+
 
 def pointing(maps, masks):
     "Chance that a maximum of each map lies in its mask; all pixels within 1e-6 of the maximum share it."
@@ -216,16 +316,18 @@ def pointing(maps, masks):
     top = maps >= maps.max((-2, -1), keepdims=True) * (1 - 1e-6)
     return (top * masks).sum((-2, -1)) / top.sum((-2, -1))
 
+
 def half(maps):
     "The smallest share of the image that holds half of each map."
     maps = _or_uniform(maps).astype(float)
     ranked = -np.sort(-maps.reshape(*maps.shape[:-2], maps.shape[-2] * maps.shape[-1]), axis=-1)
-    return ((ranked.cumsum(-1) < .5 * ranked.sum(-1, keepdims=True) - 1e-9).sum(-1) + 1) / ranked.shape[-1]
+    return ((ranked.cumsum(-1) < 0.5 * ranked.sum(-1, keepdims=True) - 1e-9).sum(-1) + 1) / ranked.shape[-1]
 
 # %% ../../nbs/results/02_attention.ipynb #6f5f6385
-def centred(size=96, sd=.2):
-    x = ((np.arange(size) + .5) / size - .5) / sd
+def centred(size=96, sd=0.2):
+    x = ((np.arange(size) + 0.5) / size - 0.5) / sd
     return np.exp(-(x[:, None] ** 2 + x[None] ** 2) / 2)
+
 
 def usual_places(truths, whats, size=96):
     "{what: mean of its boxes `(size, size)` over the studies of `truths` that have it}; the uniform map where none has."
@@ -235,6 +337,7 @@ def usual_places(truths, whats, size=96):
         out[what] = np.mean(masks, 0) if masks else np.ones((size, size))
     return out
 
+
 def best_cell(mask, shape):
     "A map with everything in the cell of an `(h, w)` grid over the image that overlaps `mask` most."
     size, best = len(mask), np.zeros(shape)
@@ -242,17 +345,23 @@ def best_cell(mask, shape):
     best[np.unravel_index(cells.argmax(), shape)] = 1
     return to_image(best, (0, 0, 1, 1), size)
 
+
 def control_maps(frame, masks, places, seed=0):
     "{control: maps `(N, s, s)`} for the mentions of `frame` (of `attention_maps`); `masks` `(N, s, s)` of their boxes, `places` of `usual_places`."
     size, rng = masks.shape[-1], np.random.default_rng(seed)
     shapes = [tuple(map(int, c.split("x"))) for c in frame["cells"]]
     whole, stack = (0, 0, 1, 1), lambda maps: np.stack(maps) if len(frame) else np.zeros((0, size, size))
-    return {"uniform": np.ones_like(masks), "random": stack([to_image(rng.exponential(size=s), whole, size) for s in shapes]),
-            "centred": np.ones_like(masks) * centred(size), "usual place": stack([places[w] for w in frame["what"]]),
-            "best cells": stack([best_cell(m, s) for m, s in zip(masks, shapes)])}
+    return {
+        "uniform": np.ones_like(masks),
+        "random": stack([to_image(rng.exponential(size=s), whole, size) for s in shapes]),
+        "centred": np.ones_like(masks) * centred(size),
+        "usual place": stack([places[w] for w in frame["what"]]),
+        "best cells": stack([best_cell(m, s) for m, s in zip(masks, shapes)]),
+    }
 
 # %% ../../nbs/results/02_attention.ipynb #be2afa8d
 SCORES = ("pointing", "energy", "pointing, other's box", "energy, other's box", "half")
+
 
 def score(frame, maps, dataset, tolerance=TOLERANCE, seed=0):
     """`frame` (of `attention_maps`; `row` counts the rows of `dataset`) with `study_id`, `present` and `SCORES` added.
@@ -260,31 +369,56 @@ def score(frame, maps, dataset, tolerance=TOLERANCE, seed=0):
     Other's box: of the same finding in another study, drawn by `seed` (NaN where no other study has it)."""
     rng, size, truths = np.random.default_rng(seed), maps.shape[-1], dataset["truth"]
     have = {w: [i for i, t in enumerate(truths) if boxes_of(w, t)] for w in set(frame["what"])}
-    others = [rng.choice(rest) if (rest := [i for i in have[w] if i != r]) else None for r, w in zip(frame["row"], frame["what"])]
+    others = [
+        rng.choice(rest) if (rest := [i for i in have[w] if i != r]) else None
+        for r, w in zip(frame["row"], frame["what"])
+    ]
     own = [boxes_of(w, truths[r]) for r, w in zip(frame["row"], frame["what"])]
     else_ = [boxes_of(w, truths[o]) if o is not None else [] for o, w in zip(others, frame["what"])]
-    out = frame.assign(study_id=[dataset["study_id"][r] for r in frame["row"]] if len(frame) else [], present=np.array([bool(b) for b in own], bool))
+    out = frame.assign(
+        study_id=[dataset["study_id"][r] for r in frame["row"]] if len(frame) else [],
+        present=np.array([bool(b) for b in own], bool),
+    )
     for suffix, boxes in (("", own), (", other's box", else_)):
         out["pointing" + suffix] = pointing(maps, _masks(boxes, size, tolerance))
         out["energy" + suffix] = energy(maps, _masks(boxes, size))
-        if suffix: out.loc[[not b or not o for b, o in zip(boxes, own)], ["pointing" + suffix, "energy" + suffix]] = np.nan
+        if suffix:
+            out.loc[
+                [not b or not o for b, o in zip(boxes, own)], ["pointing" + suffix, "energy" + suffix]
+            ] = np.nan
     return out.assign(half=half(maps))
 
-def _masks(boxes, size, tolerance=0.): return np.stack([inside(b, size, tolerance) for b in boxes]) if boxes else np.zeros((0, size, size))
+
+def _masks(boxes, size, tolerance=0.0):
+    return np.stack([inside(b, size, tolerance) for b in boxes]) if boxes else np.zeros((0, size, size))
 
 # %% ../../nbs/results/02_attention.ipynb #c62d3745
 def _sums(frame, column, studies):
     "A row per study of `studies`: the `sum` of `column` over its mentions, and their number `count`."
-    return frame[frame[column].notna()].groupby("study_id")[column].agg(["sum", "count"]).reindex(studies, fill_value=0).astype(float)
+    return (
+        frame[frame[column].notna()]
+        .groupby("study_id")[column]
+        .agg(["sum", "count"])
+        .reindex(studies, fill_value=0)
+        .astype(float)
+    )
+
 
 def _means(frames, column, studies, n_boot, seed):
     "(value, draws): the mean over mentions, averaged over the seeds of `frames` {seed: frame}, and the same in each bootstrap draw `(n_boot,)`."
-    return ev.drawn({s: _sums(f, column, studies) for s, f in frames.items()}, {column: (ev.share("sum", "count"), "")}, n_boot, seed)[column]
+    return ev.drawn(
+        {s: _sums(f, column, studies) for s, f in frames.items()},
+        {column: (ev.share("sum", "count"), "")},
+        n_boot,
+        seed,
+    )[column]
+
 
 def estimate(frames, column, studies, n_boot=1000, seed=0):
     "(value, lo, hi) of the mean of `column` over mentions; `frames`: {seed: frame of `score`}, `studies`: all that could have one. NaN where there is no mention."
     value, draws = _means(frames, column, studies, n_boot, seed)
     return (value, *map(float, ev.interval(draws)))
+
 
 def difference(frames, a, b, column, studies, n_boot=1000, seed=0):
     "(a − b, lo, hi) of two systems of `frames` {system: {seed: frame}} on the same draws of seeds and studies."
@@ -295,10 +429,15 @@ def difference(frames, a, b, column, studies, n_boot=1000, seed=0):
 def overlay(ax, image, heat=None, boxes=(), title="", colour="#ffd400"):
     "Draw `image` (PIL) on `ax`, the map `heat` `(s, s)` over it in cells, and `boxes` as frames."
     ax.imshow(image, cmap="gray", vmin=0, vmax=255, extent=(0, 1, 1, 0))
-    if heat is not None and heat.max() > 0: ax.imshow(heat, cmap="inferno", alpha=.75 * heat / heat.max(), extent=(0, 1, 1, 0), interpolation="nearest")
-    for x0, y0, x1, y1 in boxes: ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color=colour, lw=1.2))
+    if heat is not None and heat.max() > 0:
+        ax.imshow(
+            heat, cmap="inferno", alpha=0.75 * heat / heat.max(), extent=(0, 1, 1, 0), interpolation="nearest"
+        )
+    for x0, y0, x1, y1 in boxes:
+        ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color=colour, lw=1.2))
     ax.set(xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[])
     ax.set_title(title)
+
 
 def write_maps(folder, frame, maps, studies, benchmark):
     "Write `{study_id}.npy` (of a strange id its `safe_name`; (float32, `(s, s)`, sum 1) for each of `studies` to `folder`: the mean over the mentions of its report; studies without a mention get no file. Returns the paths."
@@ -313,20 +452,34 @@ def write_maps(folder, frame, maps, studies, benchmark):
 # %% ../../nbs/results/02_attention.ipynb #8562628d
 READINGS = ("own", "reference")
 
+
 def system_maps(cfg, system, reading="own", n=None, **choices):
     """`(frame, maps)` of `attention_maps` for the first `n` test studies (None: all) under the policy of `system` (a row of `SYSTEMS`); phases that are missing are run.
 
     `choices`: `variant`, `layers`, `heads`, `size`, `batch_size`. ValueError for an unknown system or reading."""
-    if system not in SYSTEMS: raise ValueError(f"system={system!r} is unknown; expected one of {', '.join(SYSTEMS)}")
-    if reading not in READINGS: raise ValueError(f"reading={reading!r} is unknown; expected one of {', '.join(READINGS)}")
+    if system not in SYSTEMS:
+        raise ValueError(f"system={system!r} is unknown; expected one of {', '.join(SYSTEMS)}")
+    if reading not in READINGS:
+        raise ValueError(f"reading={reading!r} is unknown; expected one of {', '.join(READINGS)}")
     phase, change = SYSTEMS[system]
     cfg = dataclasses.replace(cfg, **change)
     folder = ensure(phase, cfg)
     test = test_studies(cfg, n)
-    reports = read_reports(folder, "test")[:len(test)] if reading == "own" else [target(r) for r in test["report"]]
+    reports = (
+        read_reports(folder, "test")[: len(test)] if reading == "own" else [target(r) for r in test["report"]]
+    )
     model, processor = policy_of(phase.removeprefix("eval_"), cfg)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return attention_maps(model, processor, image_lists(test), reports, MENTIONS.get(cfg.benchmark, observed), desc=f"{system}, {reading} words", **choices)
+    return attention_maps(
+        model,
+        processor,
+        image_lists(test),
+        reports,
+        MENTIONS.get(cfg.benchmark, observed),
+        desc=f"{system}, {reading} words",
+        **choices,
+    )
+
 
 def test_studies(cfg, n=None):
     "The first `n` test studies of the run `cfg` (None: all)."

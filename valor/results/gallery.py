@@ -31,6 +31,7 @@ from ..data.sources import terms_of
 # %% ../../nbs/results/03_gallery.ipynb #fbeef08d
 KINDS = ("right", "mislocated", "wrong", "missing")
 
+
 def outcomes(said, truth):
     """Findings by KINDS, {kind: [Finding]}: stated and there; there, but stated in the wrong place (the true one is listed); stated and not there; there and not stated.
 
@@ -38,53 +39,84 @@ def outcomes(said, truth):
     wanted, rest, out = list(truth), [], {k: [] for k in KINDS}
     for p in said:
         hit = next((t for t in wanted if t.where == p.where), None)
-        if hit is None: rest.append(p)
-        else: wanted.remove(hit); out["right"].append(hit)
+        if hit is None:
+            rest.append(p)
+        else:
+            wanted.remove(hit)
+            out["right"].append(hit)
     for p in rest:
         near = next((t for t in wanted if t.what == p.what), None)
-        if near is None: out["wrong"].append(p)
-        else: wanted.remove(near); out["mislocated"].append(near)
+        if near is None:
+            out["wrong"].append(p)
+        else:
+            wanted.remove(near)
+            out["mislocated"].append(near)
     return out | dict(missing=wanted)
 
 # %% ../../nbs/results/03_gallery.ipynb #7124c3b1
 HEADING = re.compile(r"\b(findings|impression)\s*:\s*", re.I)
 
+
 def segments(text, marks):
-    "`text` as a list of [piece, kind]; `marks` are (start, end, kind), \"\" is plain text and \"part\" a heading. Where marks overlap, the first counts."
-    cuts, out, at = sorted([*marks, *((m.start(), m.end(), "part") for m in HEADING.finditer(text))], key=lambda m: m[0]), [], 0
+    '`text` as a list of [piece, kind]; `marks` are (start, end, kind), "" is plain text and "part" a heading. Where marks overlap, the first counts.'
+    cuts, out, at = (
+        sorted([*marks, *((m.start(), m.end(), "part") for m in HEADING.finditer(text))], key=lambda m: m[0]),
+        [],
+        0,
+    )
     for start, end, kind in cuts:
         start = max(start, at)
-        if start >= end: continue
+        if start >= end:
+            continue
         out += [[text[at:start], ""], [text[start:end], kind]]
         at = end
-    pieces = [[" ".join(p.rstrip(": ").split()) if kind == "part" else p, kind] for p, kind in [*out, [text[at:], ""]]]
+    pieces = [
+        [" ".join(p.rstrip(": ").split()) if kind == "part" else p, kind]
+        for p, kind in [*out, [text[at:], ""]]
+    ]
     return [p for p in pieces if p[0].strip() or p[0] and p[1] == ""]
 
 # %% ../../nbs/results/03_gallery.ipynb #b884cd58
 @dataclass(frozen=True)
 class Judged:
     "One report judged: `pieces` (see `segments`), `kinds` {kind: [(name, description)]} and `said`, equal for reports that state the same findings."
+
     pieces: list
     kinds: dict
     said: str
 
+
 VERDICTS = {"correct": "right", "wrong": "wrong", "mislocated": "mislocated"}
 
-def _named(f): return f.what, ev.describe(f)
+
+def _named(f):
+    return f.what, ev.describe(f)
+
 
 def planted(text, truth):
     "`text` judged against planted findings."
     said = parse_report(text)
     marks = [(start, end, VERDICTS[v]) for start, end, v in spans(text, truth)]
-    return Judged(segments(text, marks), {k: [_named(f) for f in v] for k, v in outcomes(said, truth).items()}, str(sorted(map(str, (f.where for f in said)))))
+    return Judged(
+        segments(text, marks),
+        {k: [_named(f) for f in v] for k, v in outcomes(said, truth).items()},
+        str(sorted(map(str, (f.where for f in said)))),
+    )
+
 
 ABNORMAL = [o for o in OBSERVATIONS if o != "No Finding"]
 
-def _stated(row): return {o for o in ABNORMAL if row[o] in (1, -1)}, {o for o in ABNORMAL if row[o] == 0}
+
+def _stated(row):
+    return {o for o in ABNORMAL if row[o] in (1, -1)}, {o for o in ABNORMAL if row[o] == 0}
+
 
 def labelled(texts, references, labeler):
     "`texts` judged by `labeler` (`.labels`, as `valor.rewards.rules.RuleLabeler`) against one reference each; every text and sentence is labelled once."
-    cut = [[(t[places[0][0]:places[-1][1]], places[0][0], places[-1][1]) for _, places in sentences(t)] for t in texts]
+    cut = [
+        [(t[places[0][0] : places[-1][1]], places[0][0], places[-1][1]) for _, places in sentences(t)]
+        for t in texts
+    ]
     unique = list(dict.fromkeys([*texts, *references, *(s for row in cut for s, *_ in row)]))
     label = dict(zip(unique, map(_stated, labeler.labels(unique).to_dict("records"))))
     out = []
@@ -92,43 +124,67 @@ def labelled(texts, references, labeler):
         (said, _), (true, _), marks = label[text], label[reference], []
         for sentence, start, end in row:
             states, denies = label[sentence]
-            if states - true or denies & true: marks.append((start, end, "wrong"))
-            elif states: marks.append((start, end, "right"))
+            if states - true or denies & true:
+                marks.append((start, end, "wrong"))
+            elif states:
+                marks.append((start, end, "right"))
         kinds = dict(right=said & true, mislocated=set(), wrong=said - true, missing=true - said)
-        out.append(Judged(segments(text, marks), {k: [(o, o) for o in OBSERVATIONS if o in v] for k, v in kinds.items()}, str(sorted(said))))
+        out.append(
+            Judged(
+                segments(text, marks),
+                {k: [(o, o) for o in OBSERVATIONS if o in v] for k, v in kinds.items()},
+                str(sorted(said)),
+            )
+        )
     return out
 
 # %% ../../nbs/results/03_gallery.ipynb #1153cef0
 @dataclass
 class System:
     "The reports of one system: `texts` {study_id: completion}, `references` where its file has them, `data` the folder of the data phase, `frame` the scores that the run kept, or None."
+
     name: str
     texts: dict
     references: dict
     data: Path
     frame: Path | None = None
 
+
 def run_record(folder):
     "The `config.json` of a phase folder."
-    try: record = json.loads((folder/"config.json").read_text()); record["config"]["phase"]; return record
-    except (OSError, ValueError, KeyError, TypeError): raise ValueError(f"{folder}: not a phase of a run (no config.json of one in it); expected a folder such as runs/eval_stage2-…") from None
+    try:
+        record = json.loads((folder / "config.json").read_text())
+        record["config"]["phase"]
+        return record
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{folder}: not a phase of a run (no config.json of one in it); expected a folder such as runs/eval_stage2-…"
+        ) from None
+
 
 def config_of(folder):
     "The `Config` that a phase was made under, as far as this version knows its fields."
     known = {f.name for f in fields(Config)}
     return Config(**{k: v for k, v in run_record(folder)["full"].items() if k in known})
 
+
 def data_of(folder):
     "The folder of the data phase that the phase in `folder` goes back to."
     record = run_record(folder)["config"]
-    if record["phase"] == "data": return folder
+    if record["phase"] == "data":
+        return folder
     after = record["after"]
-    return data_of(folder.parent/next(after[p] for p in ("data", "expert", *after) if p in after))
+    return data_of(folder.parent / next(after[p] for p in ("data", "expert", *after) if p in after))
+
 
 def row_name(folder):
     "The name in SYSTEMS of the evaluation in `folder`: of the rows of its phase, the one that changes most of what the run has."
     record, phase = run_record(folder)["full"], run_record(folder)["config"]["phase"]
-    rows = [(len(change), name) for name, (p, change) in SYSTEMS.items() if p == phase and all(record.get(k) == v for k, v in change.items())]
+    rows = [
+        (len(change), name)
+        for name, (p, change) in SYSTEMS.items()
+        if p == phase and all(record.get(k) == v for k, v in change.items())
+    ]
     return max(rows, default=(0, folder.name))[1]
 
 # %% ../../nbs/results/03_gallery.ipynb #edc4c05a
@@ -137,28 +193,50 @@ def read_lines(path):
     texts, references = {}, {}
     for n, row in report_lines(path):
         key = row["id"]
-        if key in texts: raise ValueError(f"{path}:{n}: id {key!r} occurs twice; expected each study once")
+        if key in texts:
+            raise ValueError(f"{path}:{n}: id {key!r} occurs twice; expected each study once")
         texts[key] = row["candidate"]
-        if "reference" in row: references[key] = str(row["reference"])
+        if "reference" in row:
+            references[key] = str(row["reference"])
     return texts, references
+
 
 def read_system(spec, data=None):
     "The `System` that `spec` names: `[NAME=]PATH`. `data`: folder of a data phase, for JSONL files. Raises ValueError where there is none."
     name, equals, path = spec.partition("=")
-    if not equals or Path(spec).exists(): name, path = None, spec
+    if not equals or Path(spec).exists():
+        name, path = None, spec
     path = Path(path).expanduser()
-    if not path.exists(): raise ValueError(f"{path}: no such run; expected a folder such as runs/eval_stage2-…, a 'reports ….csv' in one, or a .jsonl of reports")
+    if not path.exists():
+        raise ValueError(
+            f"{path}: no such run; expected a folder such as runs/eval_stage2-…, a 'reports ….csv' in one, or a .jsonl of reports"
+        )
     if path.name.endswith((".jsonl", ".jsonl.gz")):
-        if data is None: raise ValueError(f"{path}: which studies are these? Give --data, the folder of a run's data phase (runs/data-…)")
+        if data is None:
+            raise ValueError(
+                f"{path}: which studies are these? Give --data, the folder of a run's data phase (runs/data-…)"
+            )
         return System(name or Path(path.name.removesuffix(".gz")).stem, *read_lines(path), Path(data))
-    folder, condition = (path.parent, path.stem.removeprefix("reports ")) if path.suffix == ".csv" else (path, "test")
-    reports = folder/f"reports {condition}.csv"
+    folder, condition = (
+        (path.parent, path.stem.removeprefix("reports ")) if path.suffix == ".csv" else (path, "test")
+    )
+    reports = folder / f"reports {condition}.csv"
     run_record(folder)
-    if not (folder/"done.json").exists(): raise ValueError(f"{folder}: not finished; start `valor run` again, it goes on where it stopped")
-    if not reports.exists(): raise ValueError(f"{folder}: no {reports.name!r}, so it is no evaluation; expected a folder such as runs/eval_stage2-…, or one of its 'reports ….csv'")
-    table, frame = pd.read_csv(reports, keep_default_na=False, dtype=str), folder/f"frame {condition}.csv"
+    if not (folder / "done.json").exists():
+        raise ValueError(f"{folder}: not finished; start `valor run` again, it goes on where it stopped")
+    if not reports.exists():
+        raise ValueError(
+            f"{folder}: no {reports.name!r}, so it is no evaluation; expected a folder such as runs/eval_stage2-…, or one of its 'reports ….csv'"
+        )
+    table, frame = pd.read_csv(reports, keep_default_na=False, dtype=str), folder / f"frame {condition}.csv"
     own = row_name(folder) if condition == "test" else condition
-    return System(name or own, dict(zip(table["study_id"], table["completion"])), {}, Path(data or data_of(folder)), frame if frame.exists() else None)
+    return System(
+        name or own,
+        dict(zip(table["study_id"], table["completion"])),
+        {},
+        Path(data or data_of(folder)),
+        frame if frame.exists() else None,
+    )
 
 # %% ../../nbs/results/03_gallery.ipynb #e6fb9363
 def read_systems(specs, data=None):
@@ -166,114 +244,229 @@ def read_systems(specs, data=None):
     systems = [read_system(s, data) for s in specs]
     names = [s.name for s in systems]
     for spec, name in zip(specs, names):
-        if names.count(name) > 1: raise ValueError(f"{spec}: {names.count(name)} systems are called {name!r}; give names: NAME={spec.rpartition('=')[2]}")
+        if names.count(name) > 1:
+            raise ValueError(
+                f"{spec}: {names.count(name)} systems are called {name!r}; give names: NAME={spec.rpartition('=')[2]}"
+            )
     cfgs = [config_of(s.data) for s in systems]
     for spec, s, cfg in zip(specs, systems, cfgs):
-        if cfg.benchmark != cfgs[0].benchmark: raise ValueError(f"{spec}: {s.name!r} is on benchmark {cfg.benchmark!r}, {names[0]!r} on {cfgs[0].benchmark!r}; expected one benchmark")
+        if cfg.benchmark != cfgs[0].benchmark:
+            raise ValueError(
+                f"{spec}: {s.name!r} is on benchmark {cfg.benchmark!r}, {names[0]!r} on {cfgs[0].benchmark!r}; expected one benchmark"
+            )
     for folder in {s.data for s in systems}:
-        if not (folder/"dataset").is_dir(): raise ValueError(f"{folder}: no dataset in it; expected the data phase that the reports were written for (--data names another place)")
+        if not (folder / "dataset").is_dir():
+            raise ValueError(
+                f"{folder}: no dataset in it; expected the data phase that the reports were written for (--data names another place)"
+            )
     test = load_data(systems[0].data)["test"]
-    for spec, s in zip(specs, systems): _check_studies(spec, s, test)
+    for spec, s in zip(specs, systems):
+        _check_studies(spec, s, test)
     return systems, test, cfgs[0]
+
 
 def _check_studies(spec, system, test):
     absent = sorted(set(test["study_id"]).symmetric_difference(system.texts))
-    if absent: raise ValueError(f"{spec}: {system.name!r} and the test set have {len(absent)} ids that the other lacks, such as {', '.join(absent[:3])}; expected a report for every study of the same test set")
+    if absent:
+        raise ValueError(
+            f"{spec}: {system.name!r} and the test set have {len(absent)} ids that the other lacks, such as {', '.join(absent[:3])}; expected a report for every study of the same test set"
+        )
     theirs, words = load_data(system.data)["test"], lambda t: report_body(t).lower().split()
-    given, own = dict(zip(theirs["study_id"], theirs["report"])) | system.references, dict(zip(test["study_id"], test["report"]))
+    given, own = (
+        dict(zip(theirs["study_id"], theirs["report"])) | system.references,
+        dict(zip(test["study_id"], test["report"])),
+    )
     other = [i for i, r in own.items() if words(given.get(i, "")) != words(r)]
-    if other: raise ValueError(f"{spec}: {system.name!r} has other references for {len(other)} studies, such as {', '.join(other[:3])}; expected the same test set")
+    if other:
+        raise ValueError(
+            f"{spec}: {system.name!r} has other references for {len(other)} studies, such as {', '.join(other[:3])}; expected the same test set"
+        )
 
 # %% ../../nbs/results/03_gallery.ipynb #b1d58444
 def data_url(image, side=384, quality=82):
     "A PIL image as a `data:` URL: WebP, its longer side at most `side` pixels."
-    image, buffer = image.convert("L") if image.mode in ("L", "1", "I", "F", "I;16") else image.convert("RGB"), io.BytesIO()
+    image, buffer = (
+        image.convert("L") if image.mode in ("L", "1", "I", "F", "I;16") else image.convert("RGB"),
+        io.BytesIO(),
+    )
     image.thumbnail((side, side), Image.LANCZOS)
     image.save(buffer, "WEBP", quality=quality, method=2)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
+
 def attention_map(path, side=24):
     "The float map in the .npy file `path` as dict(width, height, values): bytes in base64, 255 its maximum. ValueError unless it is a finite 2-D array with a positive value."
-    try: m = np.load(path, allow_pickle=False).astype(np.float32)
-    except (ValueError, OSError, EOFError) as e: raise ValueError(f"{path}: cannot be read as a .npy array ({e}); expected a 2-D float map") from None
-    if m.ndim != 2 or not m.size or not np.isfinite(m).all() or m.max() <= 0: raise ValueError(f"{path}: array of shape {m.shape} with values from {m.min() if m.size else 'none'} to {m.max() if m.size else 'none'}; expected a finite 2-D map with a positive value")
-    small = np.asarray(Image.fromarray(m).resize((min(side, m.shape[1]), min(side, m.shape[0])), Image.BOX)).clip(0)
-    return dict(width=small.shape[1], height=small.shape[0], values=base64.b64encode((small / small.max() * 255).round().astype(np.uint8).tobytes()).decode())
+    try:
+        m = np.load(path, allow_pickle=False).astype(np.float32)
+    except (ValueError, OSError, EOFError) as e:
+        raise ValueError(f"{path}: cannot be read as a .npy array ({e}); expected a 2-D float map") from None
+    if m.ndim != 2 or not m.size or not np.isfinite(m).all() or m.max() <= 0:
+        raise ValueError(
+            f"{path}: array of shape {m.shape} with values from {m.min() if m.size else 'none'} to {m.max() if m.size else 'none'}; expected a finite 2-D map with a positive value"
+        )
+    small = np.asarray(
+        Image.fromarray(m).resize((min(side, m.shape[1]), min(side, m.shape[0])), Image.BOX)
+    ).clip(0)
+    return dict(
+        width=small.shape[1],
+        height=small.shape[0],
+        values=base64.b64encode((small / small.max() * 255).round().astype(np.uint8).tobytes()).decode(),
+    )
+
 
 def attention_of(folder, ids):
     "[map or None] for the studies `ids` from `folder`. ValueError where it holds none of them."
-    paths = [Path(folder)/f"{safe_name(i)}.npy" for i in ids]
-    if not any(p.exists() for p in paths): raise ValueError(f"{folder}: no attention map of these studies; expected files such as {paths[0].name}")
+    paths = [Path(folder) / f"{safe_name(i)}.npy" for i in ids]
+    if not any(p.exists() for p in paths):
+        raise ValueError(
+            f"{folder}: no attention map of these studies; expected files such as {paths[0].name}"
+        )
     return [attention_map(p) if p.exists() else None for p in paths]
 
 # %% ../../nbs/results/03_gallery.ipynb #3a40e5d4
 def measures_of(benchmark):
     "The measures that a page shows for each report, by their names in `valor.metrics.statistics.METRICS`."
-    return ["BLEU-4", "ROUGE-L", "label micro F1", *{"phantom": ["located F1"], "openi_rendered": ["finding F1"]}.get(benchmark, []), "words"]
+    return [
+        "BLEU-4",
+        "ROUGE-L",
+        "label micro F1",
+        *{"phantom": ["located F1"], "openi_rendered": ["finding F1"]}.get(benchmark, []),
+        "words",
+    ]
+
 
 def per_study(frame, names):
     "Array (N, len(names)) of measures of every study alone; NaN where one does not apply."
     sums = {c: frame[c].to_numpy(float) for c in frame} | {"studies": np.ones(len(frame))}
-    with np.errstate(all="ignore"): return np.stack([np.asarray(ev.METRICS[n][0](sums), float) for n in names], axis=1)
+    with np.errstate(all="ignore"):
+        return np.stack([np.asarray(ev.METRICS[n][0](sums), float) for n in names], axis=1)
+
 
 def judge(systems, test, benchmark, label):
     "({system name: [Judged]}, [findings of each study as (name, description)]): against planted findings on `phantom`, else against the reference's labels."
     texts = {s.name: [report_body(s.texts[i]) for i in test["study_id"]] for s in systems}
     if benchmark == "phantom":
         truth = [from_truth(t) for t in test["truth"]]
-        return {n: [planted(t, true) for t, true in zip(ts, truth)] for n, ts in texts.items()}, [[_named(f) for f in t] for t in truth]
+        return {n: [planted(t, true) for t, true in zip(ts, truth)] for n, ts in texts.items()}, [
+            [_named(f) for f in t] for t in truth
+        ]
     references = list(test["report"])
-    return {n: labelled(ts, references, label) for n, ts in texts.items()}, [j.kinds["right"] for j in labelled(references, references, label)]
+    return {n: labelled(ts, references, label) for n, ts in texts.items()}, [
+        j.kinds["right"] for j in labelled(references, references, label)
+    ]
 
-OTHERS = ["#4477aa", "#ccbb44", "#aa3377", "#66ccee", "#228833", "#ee6677", "#bbbbbb"]                          # for systems that no table knows
+
+OTHERS = [
+    "#4477aa",
+    "#ccbb44",
+    "#aa3377",
+    "#66ccee",
+    "#228833",
+    "#ee6677",
+    "#bbbbbb",
+]  # for systems that no table knows
+
 
 def payload(systems, test, cfg, attention=(), side=384):
     "All that the page shows, as one JSON-able dict. `attention`: {system name: folder of maps}."
     ids, names, label = list(test["study_id"]), measures_of(cfg.benchmark), labeler(cfg)
     judged, findings = judge(systems, test, cfg.benchmark, label)
     maps = {name: attention_of(folder, ids) for name, folder in dict(attention).items()}
+
     def scores(s):
-        frame = pd.read_csv(s.frame, index_col=0) if s.frame else ev.score_reports([s.texts[i] for i in ids], test, cfg.benchmark, labeler=label)
+        frame = (
+            pd.read_csv(s.frame, index_col=0)
+            if s.frame
+            else ev.score_reports([s.texts[i] for i in ids], test, cfg.benchmark, labeler=label)
+        )
         return per_study(frame.set_axis(frame.index.astype(str)).loc[ids], names)
+
     tables = {s.name: scores(s) for s in systems}
+
     def result(name, i):
         j = judged[name][i]
-        return dict(report=j.pieces, **j.kinds, said=j.said, measures=[None if np.isnan(v) else round(float(v), 3) for v in tables[name][i]], attention=maps[name][i] if name in maps else None)
-    films = ([data_url(image, side) for image in row] for row in tqdm(image_lists(test), desc="images", disable=len(ids) < 500, leave=False))
+        return dict(
+            report=j.pieces,
+            **j.kinds,
+            said=j.said,
+            measures=[None if np.isnan(v) else round(float(v), 3) for v in tables[name][i]],
+            attention=maps[name][i] if name in maps else None,
+        )
+
+    films = (
+        [data_url(image, side) for image in row]
+        for row in tqdm(image_lists(test), desc="images", disable=len(ids) < 500, leave=False)
+    )
     boxes = [[[round(float(v), 4) for v in t["box"]] for t in row or () if t["box"]] for row in test["truth"]]
-    studies = [dict(id=i, images=images, findings=f, boxes=b, reference=segments(r, []), systems=[result(s.name, n) for s in systems])
-               for n, (i, images, f, b, r) in enumerate(zip(ids, films, findings, boxes, test["report"]))]
+    studies = [
+        dict(
+            id=i,
+            images=images,
+            findings=f,
+            boxes=b,
+            reference=segments(r, []),
+            systems=[result(s.name, n) for s in systems],
+        )
+        for n, (i, images, f, b, r) in enumerate(zip(ids, films, findings, boxes, test["report"]))
+    ]
     colours = {s.name: COLOURS.get(s.name, OTHERS[k % len(OTHERS)]) for k, s in enumerate(systems)}
-    return dict(systems=[dict(name=s.name, colour=colours[s.name]) for s in systems], measures=names, planted=cfg.benchmark == "phantom", studies=studies)
+    return dict(
+        systems=[dict(name=s.name, colour=colours[s.name]) for s in systems],
+        measures=names,
+        planted=cfg.benchmark == "phantom",
+        studies=studies,
+    )
 
 # %% ../../nbs/results/03_gallery.ipynb #b8cbd288
-JUDGED = {"phantom": "Colours mark each mention of a finding, judged against the planted findings: right agrees in finding, side and zone; mislocated names a finding that is there in another place; wrong states what is not there or "
-                     "denies what is. Counts take each finding once; severity is not judged."}
-BY_LABELS = ("Colours mark sentences, judged by the labels ({labeler}) of the reference: right states an observation that the reference has; wrong states one that it has not, or denies one that it has. Missing are the reference's "
-             "observations that a report does not state. Places are not judged.")
+JUDGED = {
+    "phantom": "Colours mark each mention of a finding, judged against the planted findings: right agrees in finding, side and zone; mislocated names a finding that is there in another place; wrong states what is not there or "
+    "denies what is. Counts take each finding once; severity is not judged."
+}
+BY_LABELS = (
+    "Colours mark sentences, judged by the labels ({labeler}) of the reference: right states an observation that the reference has; wrong states one that it has not, or denies one that it has. Missing are the reference's "
+    "observations that a report does not state. Places are not judged."
+)
+
 
 def embed(obj):
     "JSON that cannot end or open anything in the HTML around it."
-    return json.dumps(obj, separators=(",", ":"), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    return (
+        json.dumps(obj, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        .replace("<", "\\u003c")
+        .replace("\u2028", "\\u2028")
+        .replace("\u2029", "\\u2029")
+    )
+
 
 def policy(template):
     "Content-security policy for `template`: its own script and style by digest, images from `data:` URLs, nothing else."
-    digest = lambda pattern: "'sha256-" + base64.b64encode(hashlib.sha256(re.search(pattern, template, re.S)[1].encode()).digest()).decode() + "'"
+    digest = lambda pattern: (
+        "'sha256-"
+        + base64.b64encode(hashlib.sha256(re.search(pattern, template, re.S)[1].encode()).digest()).decode()
+        + "'"
+    )
     return f"default-src 'none'; script-src {digest('<script>(.*?)</script>')}; style-src {digest('<style>(.*?)</style>')}; img-src data:; base-uri 'none'; form-action 'none'"
+
 
 def to_html(data, title, note, judged, restricted=None):
     "The page as text. `restricted`: what its head says of the terms of restricted data."
-    template = (files("valor.results")/"gallery.html").read_text(encoding="utf-8")
+    template = (files("valor.results") / "gallery.html").read_text(encoding="utf-8")
     given = {k: html.escape(v) for k, v in dict(title=title, note=note, judged=judged).items()}
-    given |= dict(policy=policy(template), data=embed(data), terms=f'<p class="restricted">{html.escape(restricted)}</p>' if restricted else "")
+    given |= dict(
+        policy=policy(template),
+        data=embed(data),
+        terms=f'<p class="restricted">{html.escape(restricted)}</p>' if restricted else "",
+    )
     return re.sub(r"{{(\w+)}}", lambda m: given[m[1]], template)
 
 # %% ../../nbs/results/03_gallery.ipynb #82b0275f
 def check_page_place(benchmark, out):
     "Raise ValueError where a page with restricted data would lie in a repository, or where its folder is missing."
     here = Path(out).expanduser().resolve().parent
-    if not here.is_dir(): raise ValueError(f"out={str(out)!r}: no folder {here}; make it first")
+    if not here.is_dir():
+        raise ValueError(f"out={str(out)!r}: no folder {here}; make it first")
     check_place(out, benchmark)
+
 
 def gallery(runs, out, data=None, attention=(), title=None, n=None, side=384):
     """Write the page for `runs` (`[NAME=]PATH`, see `read_system`) to `out`; returns its path.
@@ -282,20 +475,46 @@ def gallery(runs, out, data=None, attention=(), title=None, n=None, side=384):
     systems, test, cfg = read_systems(runs, data)
     check_page_place(cfg.benchmark, out)
     for name in dict(attention):
-        if name not in [s.name for s in systems]: raise ValueError(f"attention={name!r}: no such system; expected some of {', '.join(s.name for s in systems)}")
-    if n is not None and n < 1: raise ValueError(f"n={n}: expected at least 1 study")
+        if name not in [s.name for s in systems]:
+            raise ValueError(
+                f"attention={name!r}: no such system; expected some of {', '.join(s.name for s in systems)}"
+            )
+    if n is not None and n < 1:
+        raise ValueError(f"n={n}: expected at least 1 study")
     test, terms = test.select(range(min(n or len(test), len(test)))), terms_of(cfg.benchmark)
-    licence = "made-up studies, images and reports" if cfg.benchmark == "phantom" else f"{terms.name}, {terms.licence}" + ("" if cfg.benchmark != "openi_rendered" else "; real text, images rendered from its codes")
-    restricted = f"Restricted: this page holds report text and images of {terms.name} ({terms.licence}). Keep it where those may be kept and pass it to nobody who may not have them." if terms.restricted else None
-    page = to_html(payload(systems, test, cfg, attention, side), title or f"Reading room: {cfg.benchmark}", f"{len(test):,} test studies, {len(systems)} system{'s' * (len(systems) > 1)}; {licence}",
-                   JUDGED.get(cfg.benchmark, BY_LABELS.format(labeler=cfg.chexbert)), restricted)
+    licence = (
+        "made-up studies, images and reports"
+        if cfg.benchmark == "phantom"
+        else f"{terms.name}, {terms.licence}"
+        + ("" if cfg.benchmark != "openi_rendered" else "; real text, images rendered from its codes")
+    )
+    restricted = (
+        f"Restricted: this page holds report text and images of {terms.name} ({terms.licence}). Keep it where those may be kept and pass it to nobody who may not have them."
+        if terms.restricted
+        else None
+    )
+    page = to_html(
+        payload(systems, test, cfg, attention, side),
+        title or f"Reading room: {cfg.benchmark}",
+        f"{len(test):,} test studies, {len(systems)} system{'s' * (len(systems) > 1)}; {licence}",
+        JUDGED.get(cfg.benchmark, BY_LABELS.format(labeler=cfg.chexbert)),
+        restricted,
+    )
     out = Path(out).expanduser()
     making = out.with_name(out.name + ".making")
-    with kept(out, cfg.benchmark): making.write_text(page, encoding="utf-8")
+    with kept(out, cfg.benchmark):
+        making.write_text(page, encoding="utf-8")
     return making.replace(out)
 
 # %% ../../nbs/results/03_gallery.ipynb #ddbeee17
-def made_up_runs(folder, n=12, size=96, seed=0, rates={"base": .2, "SFT": .55, "VALOR w/o visual": .7, "VALOR": .85}, reports=None):
+def made_up_runs(
+    folder,
+    n=12,
+    size=96,
+    seed=0,
+    rates={"base": 0.2, "SFT": 0.55, "VALOR w/o visual": 0.7, "VALOR": 0.85},
+    reports=None,
+):
     """Folders of a made-up run on `phantom`, {system: phase folder}, as `valor run` leaves them: of each study a system reports the truth with the chance `rates` gives, else an edited truth.
 
     `reports`: {(system, index): completion} to put in place of those. For trying the page and testing it; no model was run."""
@@ -303,34 +522,59 @@ def made_up_runs(folder, n=12, size=96, seed=0, rates={"base": .2, "SFT": .55, "
     from valor.config import preset
     from valor.runs.experiment import phase_config, phase_key
     from valor.data.phantom import EDITS, compose_report, make_phantom, write_report
-    folder, cfgs = Path(folder), {s: preset("smoke", n_test=n, image_size=size, data_seed=seed, **SYSTEMS[s][1]) for s in rates}
+
+    folder, cfgs = (
+        Path(folder),
+        {s: preset("smoke", n_test=n, image_size=size, data_seed=seed, **SYSTEMS[s][1]) for s in rates},
+    )
     test, rng = make_phantom(n, seed, "test", size=size), np.random.default_rng(seed)
+
     def phase(name, cfg):
-        at = folder/phase_key(name, cfg)
+        at = folder / phase_key(name, cfg)
         at.mkdir(parents=True, exist_ok=True)
-        (at/"config.json").write_text(json.dumps(dict(config=phase_config(name, cfg), full=vars(cfg))))
-        (at/"done.json").write_text("{}")
+        (at / "config.json").write_text(json.dumps(dict(config=phase_config(name, cfg), full=vars(cfg))))
+        (at / "done.json").write_text("{}")
         return at
+
     def write(truth, rate):
-        for edit in [e for e in EDITS.values() if rng.random() > rate]: truth = edit(truth, rng) or truth
+        for edit in [e for e in EDITS.values() if rng.random() > rate]:
+            truth = edit(truth, rng) or truth
         return ev.as_completion(compose_report(*write_report(truth, rng)))
+
     out, given = {}, reports or {}
     for system, cfg in cfgs.items():
-        DatasetDict(test=test).save_to_disk(phase("data", cfg)/"dataset")
+        DatasetDict(test=test).save_to_disk(phase("data", cfg) / "dataset")
         phase("expert", cfg)
-        written = [given[system, i] if (system, i) in given else write(from_truth(t), rates[system]) for i, t in enumerate(test["truth"])]
+        written = [
+            given[system, i] if (system, i) in given else write(from_truth(t), rates[system])
+            for i, t in enumerate(test["truth"])
+        ]
         out[system] = phase(SYSTEMS[system][0], cfg)
-        pd.DataFrame(dict(study_id=test["study_id"], completion=written)).to_csv(out[system]/"reports test.csv", index=False)
+        pd.DataFrame(dict(study_id=test["study_id"], completion=written)).to_csv(
+            out[system] / "reports test.csv", index=False
+        )
     return out
 
 # %% ../../nbs/results/03_gallery.ipynb #595106fd
 def _pair(text):
     name, equals, folder = text.partition("=")
-    if not equals: raise ValueError(f"--attention {text}: expected NAME=FOLDER")
+    if not equals:
+        raise ValueError(f"--attention {text}: expected NAME=FOLDER")
     return name, folder
+
 
 def run_gallery(args, settings):
     "Run `valor gallery` with parsed arguments."
-    try: out = gallery(args.runs, args.out, args.data, dict(map(_pair, args.attention)), args.title, args.first, args.image_side)
-    except (ValueError, OSError) as e: sys.exit(f"valor gallery: {e}")
+    try:
+        out = gallery(
+            args.runs,
+            args.out,
+            args.data,
+            dict(map(_pair, args.attention)),
+            args.title,
+            args.first,
+            args.image_side,
+        )
+    except (ValueError, OSError) as e:
+        sys.exit(f"valor gallery: {e}")
     print(f"{out}: {out.stat().st_size / 1e6:.2f} MB, opens in a browser from disk")

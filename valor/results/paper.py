@@ -9,9 +9,12 @@ from io import StringIO
 import pandas as pd
 
 # %% ../../nbs/results/01_paper.ipynb #f87d5359
-def _read(text, rows=1): return pd.read_csv(StringIO(text), sep=r"\s*\|\s*", engine="python", index_col=list(range(rows)))
+def _read(text, rows=1):
+    return pd.read_csv(StringIO(text), sep=r"\s*\|\s*", engine="python", index_col=list(range(rows)))
 
-TABLE1 = _read("""data|system|BLEU|ROUGE-L|METEOR|F1|GREEN|RaTEScore
+
+TABLE1 = _read(
+    """data|system|BLEU|ROUGE-L|METEOR|F1|GREEN|RaTEScore
 IU X-Ray|LLaVA-Med v1.5|8.55|7.58|4.56|40.6|0.14|0.18
 IU X-Ray|+ SFT|14.56|10.31|10.95|38.8|0.11|0.16
 IU X-Ray|+ DPO|16.09|12.95|17.13|40.5|0.12|0.16
@@ -25,10 +28,13 @@ MIMIC-CXR|+ DPO|11.20|9.45|7.81|50.4|0.11|0.16
 MIMIC-CXR|+ GRPO|12.26|10.58|9.22|51.2|0.13|0.19
 MIMIC-CXR|MMedPO|12.02|10.96|9.88|58.7|0.22|0.34
 MIMIC-CXR|VALOR (w/o visual alignment)|12.90|10.30|9.65|61.9|0.26|0.40
-MIMIC-CXR|VALOR|13.52|10.85|9.95|63.7|0.29|0.46""", rows=2)
+MIMIC-CXR|VALOR|13.52|10.85|9.95|63.7|0.29|0.46""",
+    rows=2,
+)
 
 # %% ../../nbs/results/01_paper.ipynb #2d84f684
-TABLE2 = _read("""data|system|BLEU|ROUGE-L|METEOR
+TABLE2 = _read(
+    """data|system|BLEU|ROUGE-L|METEOR
 IU X-Ray|GPT-4o|15.32|18.80|11.50
 IU X-Ray|GPT-4.1|16.48|19.95|12.34
 IU X-Ray|Gemini-2.5 Pro|17.26|21.10|13.05
@@ -42,30 +48,49 @@ MIMIC-CXR|Gemini-2.5 Pro|13.42|18.76|11.48
 MIMIC-CXR|MedFlamingo|11.76|21.95|19.84
 MIMIC-CXR|MAIRA-2|18.40|28.90|30.10
 MIMIC-CXR|HuatuoGPT-V-8B|17.12|27.35|28.44
-MIMIC-CXR|VALOR|24.30|31.50|34.20""", rows=2)
+MIMIC-CXR|VALOR|24.30|31.50|34.20""",
+    rows=2,
+)
 
 # %% ../../nbs/results/01_paper.ipynb #1e8dbd30
-TABLE3 = _read("""data|lambda_vis|BLEU|F1
+TABLE3 = _read(
+    """data|lambda_vis|BLEU|F1
 IU X-Ray|0.0|25.61|55.8
 IU X-Ray|0.5|27.03|57.2
 IU X-Ray|1.0||
 MIMIC-CXR|0.0|12.90|61.9
 MIMIC-CXR|0.5|13.52|63.7
-MIMIC-CXR|1.0||""", rows=2)
-TABLE4 = _read("""data|k_clin|BLEU|F1
+MIMIC-CXR|1.0||""",
+    rows=2,
+)
+TABLE4 = _read(
+    """data|k_clin|BLEU|F1
 IU X-Ray|dense||
 IU X-Ray|moderate|27.03|57.2
 IU X-Ray|rare|26.30|55.1
 MIMIC-CXR|dense||
 MIMIC-CXR|moderate|13.52|63.7
-MIMIC-CXR|rare|12.14|62.4""", rows=2)
+MIMIC-CXR|rare|12.14|62.4""",
+    rows=2,
+)
 K_CLIN = {"dense": 1, "moderate": 4, "rare": 16}
 
 # %% ../../nbs/results/01_paper.ipynb #29e8a4e6
-CLAIMS = pd.DataFrame([("§1", "over baseline and preference alignment, generation quality", 20., "%"), ("§1", "over baseline and preference alignment, clinical accuracy", 25., "%"), ("§1", "zero-shot, over medical and proprietary models", 17., "%"),
-                       ("§5.2", "F1 of LLaVA-Med, IU X-Ray", 38.6, ""), ("§5.2", "F1 of MMedPO, IU X-Ray", 49.8, ""), ("§5.2", "F1 of VALOR, IU X-Ray", 57.2, ""), ("§5.2", "F1 over LLaVA-Med and MMedPO, more than", 10., "%"),
-                       ("§5.2", "GREEN and RaTEScore, on average more than", 15., "%"), ("§5.2", "generation quality over GPT-4 and Gemini", 10., "%"), ("§5.2", "generation quality over medical models, on average", 12., "%")],
-                      columns=["where", "claim", "number", "unit"])
+CLAIMS = pd.DataFrame(
+    [
+        ("§1", "over baseline and preference alignment, generation quality", 20.0, "%"),
+        ("§1", "over baseline and preference alignment, clinical accuracy", 25.0, "%"),
+        ("§1", "zero-shot, over medical and proprietary models", 17.0, "%"),
+        ("§5.2", "F1 of LLaVA-Med, IU X-Ray", 38.6, ""),
+        ("§5.2", "F1 of MMedPO, IU X-Ray", 49.8, ""),
+        ("§5.2", "F1 of VALOR, IU X-Ray", 57.2, ""),
+        ("§5.2", "F1 over LLaVA-Med and MMedPO, more than", 10.0, "%"),
+        ("§5.2", "GREEN and RaTEScore, on average more than", 15.0, "%"),
+        ("§5.2", "generation quality over GPT-4 and Gemini", 10.0, "%"),
+        ("§5.2", "generation quality over medical models, on average", 12.0, "%"),
+    ],
+    columns=["where", "claim", "number", "unit"],
+)
 
 # %% ../../nbs/results/01_paper.ipynb #07a886b7
 CAPABILITIES = _read("""system|preference pairs|retrieval|clinical metric in the objective|image in the objective|grounding per disease
@@ -78,39 +103,92 @@ VALOR w/o visual|no|no|every k_clin steps|no|no
 VALOR|no|no|every k_clin steps|by rank of similarity|yes""")
 
 # %% ../../nbs/results/01_paper.ipynb #2f4869bb
-SYSTEM_NAMES = {"LLaVA-Med v1.5": "base", "+ SFT": "SFT", "+ DPO": "DPO", "+ GRPO": "GRPO", "MMedPO": "MMedPO", "VALOR (w/o visual alignment)": "VALOR w/o visual", "VALOR": "VALOR"}
-METRIC_NAMES = {"BLEU": ("BLEU-4", 100), "ROUGE-L": ("ROUGE-L", 100), "METEOR": ("METEOR", 100), "F1": ("label micro F1", 100), "GREEN": ("GREEN", 1), "RaTEScore": ("RaTEScore", 1)}   # ours, and ours × this = theirs
+SYSTEM_NAMES = {
+    "LLaVA-Med v1.5": "base",
+    "+ SFT": "SFT",
+    "+ DPO": "DPO",
+    "+ GRPO": "GRPO",
+    "MMedPO": "MMedPO",
+    "VALOR (w/o visual alignment)": "VALOR w/o visual",
+    "VALOR": "VALOR",
+}
+METRIC_NAMES = {
+    "BLEU": ("BLEU-4", 100),
+    "ROUGE-L": ("ROUGE-L", 100),
+    "METEOR": ("METEOR", 100),
+    "F1": ("label micro F1", 100),
+    "GREEN": ("GREEN", 1),
+    "RaTEScore": ("RaTEScore", 1),
+}  # ours, and ours × this = theirs
+
 
 def _cell(row, factor):
     value, lo, hi = (x * factor for x in (row.value, row.lo, row.hi))
     return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(value, lo, hi, d=1 if factor == 100 else 2)
 
-def beside(reported, measured, where, names=SYSTEM_NAMES, metrics=METRIC_NAMES, paper="LLaVA-Med, IU X-Ray", command="papermill nbs/09_main_results.ipynb out.ipynb", missing={}):
+
+def beside(
+    reported,
+    measured,
+    where,
+    names=SYSTEM_NAMES,
+    metrics=METRIC_NAMES,
+    paper="LLaVA-Med, IU X-Ray",
+    command="papermill nbs/09_main_results.ipynb out.ipynb",
+    missing={},
+):
     """`(table, footnotes)`: the paper's rows `reported` (one data set of `TABLE1` … `TABLE4`) each followed by ours, then ours that the paper lacks; index (system, source), cells are text.
 
     `measured`: tidy, with columns system, metric, value, lo, hi; `where`: what it was measured on, for the label. `names`: {their row: our system}, `metrics`: {their column: (our metric, factor)}.
     `command`: runs what is missing, one for all or {our system: command}; `missing`: {our system or metric: why it has no number}. ValueError for a reported row or column without a name of ours."""
     for given, known, what in ((reported.index, names, "names"), (reported.columns, metrics, "metrics")):
-        if strange := [x for x in given if x not in known]: raise ValueError(f"{what}: nothing of ours is named for {', '.join(map(repr, strange))} of the paper; expected an entry each")
+        if strange := [x for x in given if x not in known]:
+            raise ValueError(
+                f"{what}: nothing of ours is named for {', '.join(map(repr, strange))} of the paper; expected an entry each"
+            )
     at, notes, rows = measured.set_index(["system", "metric"]).sort_index(), [], {}
+
     def mark(text):
-        if text not in notes: notes.append(text)
+        if text not in notes:
+            notes.append(text)
         return f" [{notes.index(text) + 1}]"
+
     def ours(system):
         if system not in at.index.get_level_values("system"):
             run = command if isinstance(command, str) else command.get(system, "")
-            return "not run" + mark(f"{system}: not run{': ' + missing[system] if system in missing else ''}; `{run}` runs it")
-        found = {theirs: at.loc[(system, m)] if (system, m) in at.index else None for theirs, (m, _) in metrics.items()}
-        return {t: _cell(row, metrics[t][1]) if row is not None and pd.notna(row.value) else "n/a" + (mark(f"{metrics[t][0]}: {missing[metrics[t][0]]}") if metrics[t][0] in missing else "") for t, row in found.items()}
+            return "not run" + mark(
+                f"{system}: not run{': ' + missing[system] if system in missing else ''}; `{run}` runs it"
+            )
+        found = {
+            theirs: at.loc[(system, m)] if (system, m) in at.index else None
+            for theirs, (m, _) in metrics.items()
+        }
+        return {
+            t: _cell(row, metrics[t][1])
+            if row is not None and pd.notna(row.value)
+            else "n/a"
+            + (mark(f"{metrics[t][0]}: {missing[metrics[t][0]]}") if metrics[t][0] in missing else "")
+            for t, row in found.items()
+        }
+
     theirs, mine = f"reported (paper, {paper})", f"measured ({where})"
     for name, row in reported.iterrows():
-        rows[names[name], theirs] = {c: "−X" if pd.isna(v) else f"{v:.2f}" if metrics[c][1] == 1 or c != "F1" else f"{v:.1f}" for c, v in row.items()}
+        rows[names[name], theirs] = {
+            c: "−X" if pd.isna(v) else f"{v:.2f}" if metrics[c][1] == 1 or c != "F1" else f"{v:.1f}"
+            for c, v in row.items()
+        }
         got = ours(names[name])
         rows[names[name], mine] = dict.fromkeys(reported.columns, got) if isinstance(got, str) else got
     for system in dict.fromkeys(measured.system):
-        if system not in names.values(): rows[system, mine] = ours(system)
+        if system not in names.values():
+            rows[system, mine] = ours(system)
     return pd.DataFrame(rows).T[list(reported.columns)].fillna("–").rename_axis(["system", "source"]), notes
+
 
 def with_footnotes(table, notes):
     "`table` as Markdown with its footnotes below."
-    return table.reset_index().to_markdown(index=False) + "".join(f"\n\n[{i}] {n}" for i, n in enumerate(notes, 1)) + "\n"
+    return (
+        table.reset_index().to_markdown(index=False)
+        + "".join(f"\n\n[{i}] {n}" for i, n in enumerate(notes, 1))
+        + "\n"
+    )

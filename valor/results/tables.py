@@ -15,7 +15,17 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from ..metrics import evaluate as judging
 from ..metrics import statistics as ev
 from ..config import BENCHMARKS, preset as configure
-from ..runs.experiment import RunError, SYSTEMS, ensure, load_data, locked, phase_folder, phase_of, read_frame, read_reports
+from valor.runs.experiment import (
+    RunError,
+    SYSTEMS,
+    ensure,
+    load_data,
+    locked,
+    phase_folder,
+    phase_of,
+    read_frame,
+    read_reports,
+)
 from ..figures import COLOURS, PAGE
 from ..rewards.guard import RewardError
 from ..policy.models import reason
@@ -23,54 +33,143 @@ from ..rewards.text import report_body
 from ..data.sources import DataError
 
 # %% ../../nbs/results/00_tables.ipynb #1832fc26
-def false_labels(s): return ev.ratio(sum(s[f"fp {o}"] for o in ev.PATHOLOGIES), s["studies"])
+def false_labels(s):
+    return ev.ratio(sum(s[f"fp {o}"] for o in ev.PATHOLOGIES), s["studies"])
 
-GAUGED = {metric: gauge for gauge in ("meteor", "cider", "bertscore", "radgraph", "ratescore", "green") for metric in judging.MEASURES[gauge]}
-METRICS = {**ev.METRICS, **{m: f for gauge in judging.MEASURES for m, f in judging.MEASURES[gauge].items() if m in GAUGED or m.endswith("(5)")}, "false labels": (false_labels, "↓")}
-SHOWN = ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "BERTScore", "label micro F1", "label macro F1", "label micro F1 (5)", "label macro F1 (5)", "RadGraph partial",
-         "RaTEScore", "GREEN", "abnormal recall", "false labels", "R@1 of 8", "words"]
-TRUTH = {"phantom": ["located F1", "finding F1", "hallucinated", "missed", "mislocated"], "openi_rendered": ["finding F1", "hallucinated", "missed"]}   # against planted truth
 
-def shown_metrics(benchmark): return SHOWN + TRUTH.get(benchmark, [])
+GAUGED = {
+    metric: gauge
+    for gauge in ("meteor", "cider", "bertscore", "radgraph", "ratescore", "green")
+    for metric in judging.MEASURES[gauge]
+}
+METRICS = {
+    **ev.METRICS,
+    **{
+        m: f
+        for gauge in judging.MEASURES
+        for m, f in judging.MEASURES[gauge].items()
+        if m in GAUGED or m.endswith("(5)")
+    },
+    "false labels": (false_labels, "↓"),
+}
+SHOWN = [
+    "BLEU-1",
+    "BLEU-2",
+    "BLEU-3",
+    "BLEU-4",
+    "METEOR",
+    "ROUGE-L",
+    "CIDEr",
+    "BERTScore",
+    "label micro F1",
+    "label macro F1",
+    "label micro F1 (5)",
+    "label macro F1 (5)",
+    "RadGraph partial",
+    "RaTEScore",
+    "GREEN",
+    "abnormal recall",
+    "false labels",
+    "R@1 of 8",
+    "words",
+]
+TRUTH = {
+    "phantom": ["located F1", "finding F1", "hallucinated", "missed", "mislocated"],
+    "openi_rendered": ["finding F1", "hallucinated", "missed"],
+}  # against planted truth
+
+
+def shown_metrics(benchmark):
+    return SHOWN + TRUTH.get(benchmark, [])
 
 # %% ../../nbs/results/00_tables.ipynb #e043ffb0
-ROWS = ["base", "SFT", "DPO", "GRPO", "MMedPO", "VALOR w/o visual", "VALOR"]                # of the paper's Table 1
+ROWS = ["base", "SFT", "DPO", "GRPO", "MMedPO", "VALOR w/o visual", "VALOR"]  # of the paper's Table 1
 
-FAULTS = (ValueError, RuntimeError, RewardError, DataError, OSError, MemoryError)         # what may cost a row, and no more than that
+FAULTS = (
+    ValueError,
+    RuntimeError,
+    RewardError,
+    DataError,
+    OSError,
+    MemoryError,
+)  # what may cost a row, and no more than that
+
 
 def finished(phase, cfg, missing):
     "Folder of an evaluation; with `missing='skip'` `RunError` where it is not there yet."
-    if missing not in ("run", "skip"): raise ValueError(f"missing={missing!r}: expected 'run' or 'skip'")
-    if missing == "skip" and not (phase_folder(phase, cfg) / "done.json").exists(): raise RunError(f"seed {cfg.seed} has no run {phase_folder(phase, cfg).name}")
+    if missing not in ("run", "skip"):
+        raise ValueError(f"missing={missing!r}: expected 'run' or 'skip'")
+    if missing == "skip" and not (phase_folder(phase, cfg) / "done.json").exists():
+        raise RunError(f"seed {cfg.seed} has no run {phase_folder(phase, cfg).name}")
     return ensure(phase, cfg)
+
 
 def rows_of(cfgs, systems=ROWS, missing="run", controls=True):
     "`({row: {seed: (folder, condition)}}, {system: why it is not there})` for runs `cfgs` (one per seed); with `controls` also those of the test set and VALOR on wrong images."
     rows, why = {}, {}
     for system in systems:
         for cfg in cfgs:
-            try: rows.setdefault(system, {})[cfg.seed] = finished(*phase_of(system, cfg), missing), "test"
-            except FAULTS as e: why[system] = reason(e)
+            try:
+                rows.setdefault(system, {})[cfg.seed] = finished(*phase_of(system, cfg), missing), "test"
+            except FAULTS as e:
+                why[system] = reason(e)
     rows = {s: by_seed for s, by_seed in rows.items() if by_seed}
     if controls:
-        for condition in ("shuffled images", "blank image"): rows |= {f"VALOR, {condition}": {seed: (folder, condition) for seed, (folder, _) in rows["VALOR"].items()}} if "VALOR" in rows else {}
-        try: rows |= {p.stem.removeprefix("frame "): {0: (p.parent, p.stem.removeprefix("frame "))} for p in sorted(finished("controls", cfgs[0], missing).glob("frame *.csv"))}
-        except FAULTS as e: why["controls"] = reason(e)
+        for condition in ("shuffled images", "blank image"):
+            rows |= (
+                {
+                    f"VALOR, {condition}": {
+                        seed: (folder, condition) for seed, (folder, _) in rows["VALOR"].items()
+                    }
+                }
+                if "VALOR" in rows
+                else {}
+            )
+        try:
+            rows |= {
+                p.stem.removeprefix("frame "): {0: (p.parent, p.stem.removeprefix("frame "))}
+                for p in sorted(finished("controls", cfgs[0], missing).glob("frame *.csv"))
+            }
+        except FAULTS as e:
+            why["controls"] = reason(e)
     return rows, why
 
 # %% ../../nbs/results/00_tables.ipynb #b583d710
 def options_of(cfg, models):
     "Which models the gauges use: the run's own, and `models` (such as ratescore=FOLDER, green=FOLDER, see `valor evaluate`)."
-    if strange := [n for n in models if n not in judging.DEFAULTS]: raise ValueError(f"models: {strange[0]!r} is unknown; expected some of {', '.join(judging.DEFAULTS)}")
-    return judging.DEFAULTS | {n: getattr(cfg, n) for n in ("chexbert", "chexbert_uncertain", "radgraph", "radgraph_type", "radgraph_encoder", "bertscore_model", "bertscore_layer")} | models
+    if strange := [n for n in models if n not in judging.DEFAULTS]:
+        raise ValueError(f"models: {strange[0]!r} is unknown; expected some of {', '.join(judging.DEFAULTS)}")
+    return (
+        judging.DEFAULTS
+        | {
+            n: getattr(cfg, n)
+            for n in (
+                "chexbert",
+                "chexbert_uncertain",
+                "radgraph",
+                "radgraph_type",
+                "radgraph_encoder",
+                "bertscore_model",
+                "bertscore_layer",
+            )
+        }
+        | models
+    )
+
 
 def gauges_for(metrics, options):
     "`({gauge: (function, key)}, {metric: why it cannot be had})` of what `metrics` need."
-    gauges, why = {}, {m: f"unknown metric; known are {', '.join(METRICS)}" for m in metrics if m not in METRICS}
+    gauges, why = (
+        {},
+        {m: f"unknown metric; known are {', '.join(METRICS)}" for m in metrics if m not in METRICS},
+    )
     for gauge in dict.fromkeys(GAUGED[m] for m in metrics if m in GAUGED and GAUGED[m] != "cider"):
-        try: gauges[gauge] = judging.GAUGES[gauge](options)
-        except (judging.NotRun, ValueError, OSError, ImportError) as e: why |= {m: f"not run; wants {e}" for m in metrics if GAUGED.get(m) == gauge}
+        try:
+            gauges[gauge] = judging.GAUGES[gauge](options)
+        except (judging.NotRun, ValueError, OSError, ImportError) as e:
+            why |= {m: f"not run; wants {e}" for m in metrics if GAUGED.get(m) == gauge}
     return gauges, why
+
 
 def with_gauges(frame, written, references, gauges, cider, folder):
     "`frame` with the columns of the `gauges` (and of CIDEr), from the reports as `written`; what was scored before is read from `folder`."
@@ -78,15 +177,34 @@ def with_gauges(frame, written, references, gauges, cider, folder):
     parts = [frame.reset_index(drop=True)]
     with locked(folder):
         folder.mkdir(exist_ok=True)
-        parts += [judging.gauged(name, *gauge, list(zip(said, references)), folder / f"{name}.jsonl", chunk=1024 if name == "meteor" else 64) for name, gauge in gauges.items()]
-    if cider: parts.append(judging.cider_column(pd.DataFrame(dict(candidate=said, reference=references))))
+        parts += [
+            judging.gauged(
+                name,
+                *gauge,
+                list(zip(said, references)),
+                folder / f"{name}.jsonl",
+                chunk=1024 if name == "meteor" else 64,
+            )
+            for name, gauge in gauges.items()
+        ]
+    if cider:
+        parts.append(judging.cider_column(pd.DataFrame(dict(candidate=said, reference=references))))
     return pd.concat(parts, axis=1).set_axis(frame.index)
+
 
 def scored(rows, cfg, metrics, models={}):
     "`({row: {seed: frame}}, {metric: why not})`: every row's frame with all that `metrics` need. References are those of the test set of `cfg`."
     gauges, why = gauges_for(metrics, options_of(cfg, models))
     references, cider = list(load_data(phase_folder("data", cfg))["test"]["report"]), "CIDEr" in metrics
-    return {row: {seed: with_gauges(read_frame(folder, c), read_reports(folder, c), references, gauges, cider, folder / "scores") for seed, (folder, c) in by_seed.items()} for row, by_seed in rows.items()}, why
+    return {
+        row: {
+            seed: with_gauges(
+                read_frame(folder, c), read_reports(folder, c), references, gauges, cider, folder / "scores"
+            )
+            for seed, (folder, c) in by_seed.items()
+        }
+        for row, by_seed in rows.items()
+    }, why
 
 # %% ../../nbs/results/00_tables.ipynb #5d38a59e
 def compare(frames, metrics, against="VALOR", n=20_000, seed=0):
@@ -98,63 +216,145 @@ def compare(frames, metrics, against="VALOR", n=20_000, seed=0):
     for system, by_seed in frames.items():
         both = [s for s in by_seed if s in frames.get(against, {})]
         partial = against in frames and len(by_seed) > 1 and set(by_seed) != set(frames[against])
-        ours, theirs = [ev.drawn({s: frames[x][s] for s in both}, chosen, n, seed) if partial and both else seen.get(x) for x in (system, against)]
+        ours, theirs = [
+            ev.drawn({s: frames[x][s] for s in both}, chosen, n, seed) if partial and both else seen.get(x)
+            for x in (system, against)
+        ]
         for m in metrics:
             (value, draws), row = seen[system][m], {}
             if theirs and system != against:
                 gaps = ours[m][1] - theirs[m][1]
-                row = dict(zip(("difference", "difference_lo", "difference_hi", "p"), (ours[m][0] - theirs[m][0], *ev.interval(gaps), ev.p_value(gaps))))
-            rows.append(dict(zip(("system", "metric", "value", "lo", "hi", "seeds", "studies"), (system, m, value, *ev.interval(draws), len(by_seed), len(next(iter(by_seed.values())))))) | row)
+                row = dict(
+                    zip(
+                        ("difference", "difference_lo", "difference_hi", "p"),
+                        (ours[m][0] - theirs[m][0], *ev.interval(gaps), ev.p_value(gaps)),
+                    )
+                )
+            rows.append(
+                dict(
+                    zip(
+                        ("system", "metric", "value", "lo", "hi", "seeds", "studies"),
+                        (
+                            system,
+                            m,
+                            value,
+                            *ev.interval(draws),
+                            len(by_seed),
+                            len(next(iter(by_seed.values()))),
+                        ),
+                    )
+                )
+                | row
+            )
     table = pd.DataFrame(rows)
-    if "p" in table: table["p_holm"] = judging.holm(table.p)
+    if "p" in table:
+        table["p_holm"] = judging.holm(table.p)
     return table
 
 # %% ../../nbs/results/00_tables.ipynb #d305a7cf
-def main_table(cfgs, systems=ROWS, metrics=None, missing="run", models={}, n=20_000, against="VALOR", controls=True):
-    "`(tidy, parts, why, runs)` of the runs `cfgs` (one per seed): `compare` on all studies; the same on those that are not leaked and on those that are (`data.leaked`: report word for word in train, or patient there; {\"unleaked\": …, \"leaked\": …}; {} where a part has less than two); {system or metric: why there is no number}; the evaluations' folders."
+def main_table(
+    cfgs, systems=ROWS, metrics=None, missing="run", models={}, n=20_000, against="VALOR", controls=True
+):
+    '`(tidy, parts, why, runs)` of the runs `cfgs` (one per seed): `compare` on all studies; the same on those that are not leaked and on those that are (`data.leaked`: report word for word in train, or patient there; {"unleaked": …, "leaked": …}; {} where a part has less than two); {system or metric: why there is no number}; the evaluations\' folders.'
     cfg, metrics = cfgs[0], list(metrics or shown_metrics(cfgs[0].benchmark))
     rows, why = rows_of(cfgs, systems, missing, controls)
-    if not rows: return pd.DataFrame(columns=["system", "metric", "value", "lo", "hi", "seeds", "studies"]), {}, why, []
+    if not rows:
+        return (
+            pd.DataFrame(columns=["system", "metric", "value", "lo", "hi", "seeds", "studies"]),
+            {},
+            why,
+            [],
+        )
     frames, lacking = scored(rows, cfg, metrics, models)
     known = [m for m in metrics if m not in lacking]
     new = next(iter(next(iter(frames.values())).values())).fresh == 1
-    parts = {name: compare({r: {s: f[part.to_numpy()] for s, f in by_seed.items()} for r, by_seed in frames.items()}, known, against, n) for name, part in (("unleaked", new), ("leaked", ~new)) if min(new.sum(), (~new).sum()) > 1}
-    return compare(frames, known, against, n), parts, why | lacking, sorted({f for by_seed in rows.values() for f, _ in by_seed.values()})
+    parts = {
+        name: compare(
+            {r: {s: f[part.to_numpy()] for s, f in by_seed.items()} for r, by_seed in frames.items()},
+            known,
+            against,
+            n,
+        )
+        for name, part in (("unleaked", new), ("leaked", ~new))
+        if min(new.sum(), (~new).sum()) > 1
+    }
+    return (
+        compare(frames, known, against, n),
+        parts,
+        why | lacking,
+        sorted({f for by_seed in rows.values() for f, _ in by_seed.values()}),
+    )
+
 
 def command_for(cfgs, notebook="09_main_results"):
     "The command line that makes the whole table of the runs `cfgs`; what is there is not run again."
     here, data = asdict(cfgs[0]), ("benchmark", "data_root", "data_options")
     usual = asdict(configure(cfgs[0].preset, **{n: here[n] for n in data}))
-    told = dict(preset=here["preset"], seeds=[c.seed for c in cfgs]) | {n: here[n] for n in data if here[n]} | ({} if here["base"] == "embedded" else dict(base=here["base"]))
+    told = (
+        dict(preset=here["preset"], seeds=[c.seed for c in cfgs])
+        | {n: here[n] for n in data if here[n]}
+        | ({} if here["base"] == "embedded" else dict(base=here["base"]))
+    )
     settings = {n: v for n, v in here.items() if v != usual[n] and n not in {*told, "seed"}}
     return f"papermill nbs/{notebook}.ipynb out.ipynb -y {shlex.quote(yaml.safe_dump(told | ({'settings': settings} if settings else {}), default_flow_style=True, sort_keys=False, width=10_000).strip())}"
 
+
 def wide(tidy, systems=(), why={}):
     "Metrics as rows, systems as columns, cells `value [lo, hi]`; * marks a Holm-corrected p < 0.05 against VALOR, `not run` a system or metric that `why` tells of."
+
     def cell(r):
-        if pd.isna(r.value): return "n/a"
-        d = 1 if r.metric == "words" else 2 if r.metric in ("hallucinated", "missed", "mislocated", "duplicates", "false labels") else 3
-        return f"{r.value:.{d}f} [{r.lo:.{d}f}, {r.hi:.{d}f}]" + ("*" if getattr(r, "p_holm", 1) < .05 else "")
-    table = tidy.assign(cell=[cell(r) for r in tidy.itertuples()]).pivot(index="metric", columns="system", values="cell").loc[tidy.metric.drop_duplicates(), tidy.system.drop_duplicates()] if len(tidy) else pd.DataFrame()
+        if pd.isna(r.value):
+            return "n/a"
+        d = (
+            1
+            if r.metric == "words"
+            else 2
+            if r.metric in ("hallucinated", "missed", "mislocated", "duplicates", "false labels")
+            else 3
+        )
+        return f"{r.value:.{d}f} [{r.lo:.{d}f}, {r.hi:.{d}f}]" + (
+            "*" if getattr(r, "p_holm", 1) < 0.05 else ""
+        )
+
+    table = (
+        tidy.assign(cell=[cell(r) for r in tidy.itertuples()])
+        .pivot(index="metric", columns="system", values="cell")
+        .loc[tidy.metric.drop_duplicates(), tidy.system.drop_duplicates()]
+        if len(tidy)
+        else pd.DataFrame()
+    )
     for m in why:
-        if m in METRICS: table.loc[m] = "not run"
+        if m in METRICS:
+            table.loc[m] = "not run"
     for s in systems:
-        if s not in table: table[s] = "not run"
+        if s not in table:
+            table[s] = "not run"
     first = [s for s in systems if s in table]
     table = table[first + [s for s in table if s not in first]]
     table.index = [f"{m} {METRICS[m][1]}".strip() for m in table.index]
     return table.rename_axis(None).rename_axis(None, axis=1)
 
+
 def plot_systems(tidy, metrics, title=None):
     "Fig. 2's left side: a panel a metric, every system's value with its interval, in the order of `tidy`."
     metrics = [m for m in metrics if tidy.query("metric == @m").value.notna().any()]
     systems, columns = list(tidy.system.drop_duplicates()), min(3, len(metrics))
-    fig, axes = plt.subplots(-(-len(metrics) // columns), columns, figsize=(PAGE, .3 + (.17 * len(systems) + .5) * -(-len(metrics) // columns)), sharey=True, squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(
+        -(-len(metrics) // columns),
+        columns,
+        figsize=(PAGE, 0.3 + (0.17 * len(systems) + 0.5) * -(-len(metrics) // columns)),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
     for ax, m in zip(axes.flat, metrics):
         for i, r in enumerate(tidy.query("metric == @m").set_index("system").loc[systems].itertuples()):
             ax.plot([r.lo, r.hi], [i, i], color=COLOURS.get(r.Index, "black"), lw=2)
             ax.plot(r.value, i, "o", color=COLOURS.get(r.Index, "black"), ms=4.5)
-        ax.set(title=f"{m} {METRICS[m][1]}", yticks=range(len(systems)), yticklabels=systems); ax.grid(axis="x")
-    for ax in axes.flat[len(metrics):]: ax.axis("off")
-    axes[0, 0].invert_yaxis(); fig.suptitle(title)
+        ax.set(title=f"{m} {METRICS[m][1]}", yticks=range(len(systems)), yticklabels=systems)
+        ax.grid(axis="x")
+    for ax in axes.flat[len(metrics) :]:
+        ax.axis("off")
+    axes[0, 0].invert_yaxis()
+    fig.suptitle(title)
     return fig

@@ -36,125 +36,212 @@ from ..data.sources import check_endpoint, is_local
 from .tables import compare
 
 # %% ../../nbs/results/04_zeroshot.ipynb #7abdcbb5
-ZERO_SHOT = ("You are a radiologist. Write the report of this chest X-ray: the findings, then the impression, in full sentences of the kind that stands in a hospital's reports. "
-             "Plain text alone: no headings, no lists, no remarks about yourself or about the limits of the image.")
+ZERO_SHOT = (
+    "You are a radiologist. Write the report of this chest X-ray: the findings, then the impression, in full sentences of the kind that stands in a hospital's reports. "
+    "Plain text alone: no headings, no lists, no remarks about yourself or about the limits of the image."
+)
+
 
 class EndpointError(ValueError):
     "An endpoint cannot be asked; the message says which, why and what to do. What it has answered is kept."
 
+
 @dataclass(frozen=True)
 class Endpoint:
-    "A model behind an OpenAI-compatible chat endpoint. `model=None` is the only one that it lists. Times in seconds; `prices` in US dollars per million tokens: `{\"input\": …, \"output\": …}`."
+    'A model behind an OpenAI-compatible chat endpoint. `model=None` is the only one that it lists. Times in seconds; `prices` in US dollars per million tokens: `{"input": …, "output": …}`.'
+
     model: str | None
     base_url: str = "https://api.openai.com/v1"
-    key_env: str = "OPENAI_API_KEY"        # the environment variable that holds the key
+    key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the key
     prompt: str = ZERO_SHOT
     parameters: dict = field(default_factory=lambda: dict(max_completion_tokens=512, temperature=0))
     prices: dict | None = None
-    image_tokens: int | None = None        # what one image costs, for the estimate; None: by OpenAI's rule for tiles
-    timeout: float = 120.
+    image_tokens: int | None = (
+        None  # what one image costs, for the estimate; None: by OpenAI's rule for tiles
+    )
+    timeout: float = 120.0
     attempts: int = 6
-    backoff: float = 1.
+    backoff: float = 1.0
     concurrency: int = 4
+
 
 def client_of(endpoint):
     "An `openai` client for `endpoint`. Raises `EndpointError` where the key or a price is missing."
     key = os.environ.get(endpoint.key_env)
-    if not key and not is_local(endpoint.base_url): raise EndpointError(f"key_env={endpoint.key_env!r}: not set; expected the key of {endpoint.base_url} in this environment variable")
+    if not key and not is_local(endpoint.base_url):
+        raise EndpointError(
+            f"key_env={endpoint.key_env!r}: not set; expected the key of {endpoint.base_url} in this environment variable"
+        )
     if endpoint.prices is not None and not _are_prices(endpoint.prices):
-        raise EndpointError(f"prices={endpoint.prices!r}; expected {{'input': …, 'output': …}}, US dollars per million tokens, numbers from 0")
-    for name in ("openai", "httpx", "httpx2", "httpcore"): logging.getLogger(name).setLevel(logging.WARNING)     # below, they log what is asked and answered
-    return openai.OpenAI(api_key=key or "none", base_url=endpoint.base_url, max_retries=0, timeout=endpoint.timeout, http_client=http_client_of(endpoint.base_url))
+        raise EndpointError(
+            f"prices={endpoint.prices!r}; expected {{'input': …, 'output': …}}, US dollars per million tokens, numbers from 0"
+        )
+    for name in ("openai", "httpx", "httpx2", "httpcore"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # below, they log what is asked and answered
+    return openai.OpenAI(
+        api_key=key or "none",
+        base_url=endpoint.base_url,
+        max_retries=0,
+        timeout=endpoint.timeout,
+        http_client=http_client_of(endpoint.base_url),
+    )
+
 
 def _are_prices(prices):
-    return set(prices) == {"input", "output"} and all(isinstance(v, (int, float)) and 0 <= v < math.inf for v in prices.values())
+    return set(prices) == {"input", "output"} and all(
+        isinstance(v, (int, float)) and 0 <= v < math.inf for v in prices.values()
+    )
+
 
 def http_client_of(base_url):
     """What carries questions to `base_url`. It follows no redirect, which could lead images and key to a host that nobody has permitted; to an endpoint on this machine it goes
     directly, past `HTTP_PROXY` and its like."""
     return openai.DefaultHttpxClient(trust_env=not is_local(base_url), follow_redirects=False)
 
+
 def proxy_of(base_url):
     "The host of the proxy that the environment names for `base_url`, or None; for an endpoint on this machine there is none."
     parts, proxies = urlsplit(base_url), urllib.request.getproxies()
     url = proxies.get(parts.scheme) or proxies.get("all")
-    if not url or is_local(base_url) or urllib.request.proxy_bypass(parts.netloc.rpartition("@")[2]): return None
+    if not url or is_local(base_url) or urllib.request.proxy_bypass(parts.netloc.rpartition("@")[2]):
+        return None
     return urlsplit(url if "//" in url else f"//{url}").hostname
+
 
 def named(endpoint, client):
     "`endpoint` with its model's name: given, or the only one that it lists."
-    if endpoint.model is not None: return endpoint
-    def ids(): return [m.id for m in within(endpoint.timeout, lambda: client.models.list().data)]
-    try: found, _ = once(ids, endpoint)
+    if endpoint.model is not None:
+        return endpoint
+
+    def ids():
+        return [m.id for m in within(endpoint.timeout, lambda: client.models.list().data)]
+
+    try:
+        found, _ = once(ids, endpoint)
     except (openai.OpenAIError, Malformed, ValueError, TypeError, AttributeError) as e:
-        if isinstance(e, EndpointError): raise
-        raise EndpointError(f"model=None: {endpoint.base_url} does not list its models ({error_line(e)}); name one") from None
-    if len(found) != 1: raise EndpointError(f"model=None: {endpoint.base_url} lists {', '.join(found) or 'none'}; name one")
+        if isinstance(e, EndpointError):
+            raise
+        raise EndpointError(
+            f"model=None: {endpoint.base_url} does not list its models ({error_line(e)}); name one"
+        ) from None
+    if len(found) != 1:
+        raise EndpointError(f"model=None: {endpoint.base_url} lists {', '.join(found) or 'none'}; name one")
     return replace(endpoint, model=found[0])
 
 # %% ../../nbs/results/04_zeroshot.ipynb #d575f011
-def images_of(row): return [row["image"]] + ([] if row.get("second_image") is None else [row["second_image"]])
+def images_of(row):
+    return [row["image"]] + ([] if row.get("second_image") is None else [row["second_image"]])
 
-def settings_of(endpoint): return dict(model=endpoint.model, prompt=endpoint.prompt, parameters=endpoint.parameters)
+
+def settings_of(endpoint):
+    return dict(model=endpoint.model, prompt=endpoint.prompt, parameters=endpoint.parameters)
+
 
 def question_key(settings, images):
     seen = hashlib.sha256(key_of(settings).encode())
-    for im in images: seen.update(f"{im.mode} {im.size} ".encode() + im.tobytes())
+    for im in images:
+        seen.update(f"{im.mode} {im.size} ".encode() + im.tobytes())
     return seen.hexdigest()[:32]
+
 
 def messages_of(prompt, images):
     "The question as the protocol has it: every image as PNG in a `data:` URL, then the text."
+
     def url(image):
         file = io.BytesIO()
         image.save(file, "PNG")
         return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-    return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url(im)}} for im in images] + [{"type": "text", "text": prompt}]}]
+
+    return [
+        {
+            "role": "user",
+            "content": [{"type": "image_url", "image_url": {"url": url(im)}} for im in images]
+            + [{"type": "text", "text": prompt}],
+        }
+    ]
 
 # %% ../../nbs/results/04_zeroshot.ipynb #19412a3a
 STATUSES = ("ok", "refusal", "empty", "error")
-REFUSAL = re.compile(r"\W*(i['’]?m (very |so )?(sorry|unable)|i am (very |so )?(sorry|unable|not able)|(i )?(apologi[sz]e|regret)|sorry\b|i (can(no|['’])t|won['’]t|do not|don['’]t|am not) (\w+ )?(assist|help|provide|interpret|analy[sz]e|give|diagnose|write|view|see))", re.I)
+REFUSAL = re.compile(
+    r"\W*(i['’]?m (very |so )?(sorry|unable)|i am (very |so )?(sorry|unable|not able)|(i )?(apologi[sz]e|regret)|sorry\b|i (can(no|['’])t|won['’]t|do not|don['’]t|am not) (\w+ )?(assist|help|provide|interpret|analy[sz]e|give|diagnose|write|view|see))",
+    re.I,
+)
 
 FINISHES = ("stop", "length", "content_filter", "tool_calls", "function_call")
 
-class Malformed(ValueError): "What came back is no answer in the protocol's form."
 
-class Late(Malformed): "The answer did not come, or not whole, within the endpoint's timeout."
+class Malformed(ValueError):
+    "What came back is no answer in the protocol's form."
+
+
+class Late(Malformed):
+    "The answer did not come, or not whole, within the endpoint's timeout."
+
 
 def text_of(content):
     "The text of a message's `content`: a text, None, or a list of parts, of which those of type text are joined. Raises `Malformed` for anything else."
-    if content is None: return ""
+    if content is None:
+        return ""
     if isinstance(content, list):
-        if not all(isinstance(part, (str, dict)) for part in content): raise Malformed("content with a part that is neither a text nor an object")
-        parts = [part if isinstance(part, str) else part.get("text") for part in content if isinstance(part, str) or part.get("type") in ("text", "output_text")]
-        if not all(isinstance(part, str) for part in parts): raise Malformed("a part of type text without a text")
+        if not all(isinstance(part, (str, dict)) for part in content):
+            raise Malformed("content with a part that is neither a text nor an object")
+        parts = [
+            part if isinstance(part, str) else part.get("text")
+            for part in content
+            if isinstance(part, str) or part.get("type") in ("text", "output_text")
+        ]
+        if not all(isinstance(part, str) for part in parts):
+            raise Malformed("a part of type text without a text")
         content = "".join(parts)
-    if not isinstance(content, str): raise Malformed(f"content is of type {type(content).__name__}, expected a text or a list of parts")
-    return content.encode("utf-8", "replace").decode()              # half a surrogate pair could not be written to a table
+    if not isinstance(content, str):
+        raise Malformed(f"content is of type {type(content).__name__}, expected a text or a list of parts")
+    return content.encode(
+        "utf-8", "replace"
+    ).decode()  # half a surrogate pair could not be written to a table
+
 
 def usage_of(usage):
-    "`{\"input\", \"output\"}` tokens by an answer's `usage`; {} where that is not given in whole numbers from 0."
+    '`{"input", "output"}` tokens by an answer\'s `usage`; {} where that is not given in whole numbers from 0.'
     names = ("prompt_tokens", "completion_tokens", "total_tokens")
     read, written, total = (usage.get(n) for n in names) if isinstance(usage, dict) else (None,) * 3
-    if any(n is not None and not (type(n) is int and n >= 0) for n in (read, written, total)) or read is None: return {}
-    if written is None and total is None: return {}
-    return dict(input=read, output=max(written or 0, (total or 0) - read))       # what a model reasons may stand in the total alone
+    if any(n is not None and not (type(n) is int and n >= 0) for n in (read, written, total)) or read is None:
+        return {}
+    if written is None and total is None:
+        return {}
+    return dict(
+        input=read, output=max(written or 0, (total or 0) - read)
+    )  # what a model reasons may stand in the total alone
+
 
 def outcome(answer):
     """`status`, `candidate` (what it said, empty unless ok), `said` (where that is something else), `finish`, `usage` and `model` of a chat completion, given as parsed JSON.
 
     An answer that is all reasoning (see `report_body`) is empty. Raises `Malformed`."""
     choices = answer.get("choices") if isinstance(answer, dict) else None
-    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict): raise Malformed("an answer without choices")
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        raise Malformed("an answer without choices")
     choice, message = choices[0], choices[0].get("message")
-    if not isinstance(message, dict): raise Malformed("a choice without a message")
-    text, refusal, finish = text_of(message.get("content")), text_of(message.get("refusal")), choice.get("finish_reason")
+    if not isinstance(message, dict):
+        raise Malformed("a choice without a message")
+    text, refusal, finish = (
+        text_of(message.get("content")),
+        text_of(message.get("refusal")),
+        choice.get("finish_reason"),
+    )
     status = "refusal" if refusal or finish == "content_filter" else status_of(text)
     said = {"said": refusal or text} if status == "refusal" else {}
-    return dict(status=status, candidate=text if status == "ok" else "", **said, finish=finish if finish in FINISHES else None,
-                usage=usage_of(answer.get("usage")), model=answer["model"] if isinstance(answer.get("model"), str) else None)
+    return dict(
+        status=status,
+        candidate=text if status == "ok" else "",
+        **said,
+        finish=finish if finish in FINISHES else None,
+        usage=usage_of(answer.get("usage")),
+        model=answer["model"] if isinstance(answer.get("model"), str) else None,
+    )
+
 
 def status_of(text):
-    "Whether what a model said is a report (\"ok\"), a refusal or empty; its reasoning does not count."
+    'Whether what a model said is a report ("ok"), a refusal or empty; its reasoning does not count.'
     report = report_body(text)
     return "refusal" if REFUSAL.match(report) else "ok" if report else "empty"
 
@@ -164,126 +251,227 @@ def tile_tokens(width, height):
     scale *= min(1, 768 / (scale * min(width, height)))
     return 85 + 170 * math.ceil(width * scale / 512) * math.ceil(height * scale / 512)
 
+
 def most_used(endpoint, images):
-    "The tokens that one question may use: `{\"input\", \"output\"}`."
-    shown = [tile_tokens(*im.size) if endpoint.image_tokens is None else endpoint.image_tokens for im in images]
-    return dict(input=math.ceil(len(endpoint.prompt) / 4) + 10 + sum(shown), output=next((endpoint.parameters[k] for k in ("max_completion_tokens", "max_tokens") if k in endpoint.parameters), 4096))
+    'The tokens that one question may use: `{"input", "output"}`.'
+    shown = [
+        tile_tokens(*im.size) if endpoint.image_tokens is None else endpoint.image_tokens for im in images
+    ]
+    return dict(
+        input=math.ceil(len(endpoint.prompt) / 4) + 10 + sum(shown),
+        output=next(
+            (
+                endpoint.parameters[k]
+                for k in ("max_completion_tokens", "max_tokens")
+                if k in endpoint.parameters
+            ),
+            4096,
+        ),
+    )
+
 
 def cost(used, prices):
     "US dollars; NaN where nothing is known of prices."
     return math.nan if prices is None else sum(used.get(k, 0) * prices[k] for k in ("input", "output")) / 1e6
 
+
 class Purse:
     "A budget in US dollars that several threads spend: `take` what a question may cost, `settle` what it did cost. None has no bottom."
-    def __init__(self, budget, spent=0.): self.budget, self.spent, self.held, self.lock = budget, spent, 0., threading.Lock()
+
+    def __init__(self, budget, spent=0.0):
+        self.budget, self.spent, self.held, self.lock = budget, spent, 0.0, threading.Lock()
+
     def take(self, amount):
         with self.lock:
-            if self.budget is not None and self.spent + self.held + amount > self.budget: return False
+            if self.budget is not None and self.spent + self.held + amount > self.budget:
+                return False
             self.held += amount
             return True
+
     def settle(self, amount, actual):
-        with self.lock: self.held -= amount; self.spent += actual
+        with self.lock:
+            self.held -= amount
+            self.spent += actual
 
 # %% ../../nbs/results/04_zeroshot.ipynb #f691a606
-LONGEST = 600   # seconds that Retry-After is obeyed for
+LONGEST = 600  # seconds that Retry-After is obeyed for
+
 
 def retry_after(error):
     "Seconds that the server asks to wait, or None."
     header = error.response.headers.get("retry-after") if isinstance(error, openai.APIStatusError) else None
-    if header is None: return None
-    try: return max(0., float(header))
-    except ValueError: pass
-    try: return max(0., parsedate_to_datetime(header).timestamp() - time.time())
-    except ValueError: return None
+    if header is None:
+        return None
+    try:
+        return max(0.0, float(header))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
+    except ValueError:
+        return None
 
-def is_fatal(error): return isinstance(error, openai.APIStatusError) and (300 <= error.status_code < 400 or error.status_code in (401, 402, 403, 404) or error.code == "insufficient_quota")
+
+def is_fatal(error):
+    return isinstance(error, openai.APIStatusError) and (
+        300 <= error.status_code < 400
+        or error.status_code in (401, 402, 403, 404)
+        or error.code == "insufficient_quota"
+    )
+
 
 def is_transient(error):
-    if is_fatal(error) or (retry_after(error) or 0) > LONGEST: return False
-    if isinstance(error, openai.APIStatusError): return error.status_code in (408, 409, 429) or error.status_code >= 500
-    return isinstance(error, (openai.APIConnectionError, Malformed))                       # a time-out is a connection error
+    if is_fatal(error) or (retry_after(error) or 0) > LONGEST:
+        return False
+    if isinstance(error, openai.APIStatusError):
+        return error.status_code in (408, 409, 429) or error.status_code >= 500
+    return isinstance(error, (openai.APIConnectionError, Malformed))  # a time-out is a connection error
+
 
 def once(f, endpoint):
     "`(f(), errors)`: what f gives, tried again after transient errors, and those; the last error is raised, with `errors` on it."
     grows, errors = wait_random_exponential(multiplier=endpoint.backoff, max=60), []
+
     def pause(state):
         asked = retry_after(errors[-1])
         return grows(state) if asked is None else asked
+
     def attempt():
-        try: return f()
-        except Exception as e: errors.append(e); raise
-    try: return Retrying(stop=stop_after_attempt(endpoint.attempts), retry=retry_if_exception(is_transient), wait=pause, reraise=True)(attempt), errors
+        try:
+            return f()
+        except Exception as e:
+            errors.append(e)
+            raise
+
+    try:
+        return Retrying(
+            stop=stop_after_attempt(endpoint.attempts),
+            retry=retry_if_exception(is_transient),
+            wait=pause,
+            reraise=True,
+        )(attempt), errors
     except Exception as e:
         e.errors = errors
-        if is_fatal(e): raise EndpointError(fatal_line(e, endpoint)) from None
+        if is_fatal(e):
+            raise EndpointError(fatal_line(e, endpoint)) from None
         if name := refused_parameter(e, endpoint.parameters):
-            raise EndpointError(f"{endpoint.base_url}: {e.status_code}, {endpoint.model} refuses parameters={{{name!r}: {endpoint.parameters[name]!r}}}; change or leave out this parameter") from None
+            raise EndpointError(
+                f"{endpoint.base_url}: {e.status_code}, {endpoint.model} refuses parameters={{{name!r}: {endpoint.parameters[name]!r}}}; change or leave out this parameter"
+            ) from None
         raise
+
 
 def refused_parameter(error, parameters):
     "Which of our `parameters` a server refuses with 400 or 422, or None. Its words are only searched for our own names."
-    if not isinstance(error, openai.APIStatusError) or error.status_code not in (400, 422): return None
-    names = [n for n in parameters if n == error.param] + [n for n in parameters if re.search(rf"\b{re.escape(n)}\b", str(error.message))]
+    if not isinstance(error, openai.APIStatusError) or error.status_code not in (400, 422):
+        return None
+    names = [n for n in parameters if n == error.param] + [
+        n for n in parameters if re.search(rf"\b{re.escape(n)}\b", str(error.message))
+    ]
     return names[0] if names else None
+
 
 def within(seconds, f):
     "What `f()` gives or raises; `Late` where it has not ended after `seconds`, whatever it waits for. It then goes on alone, in a thread that ends with the program."
     ended = queue.SimpleQueue()
+
     def run():
-        try: ended.put((f(), None))
-        except Exception as e: ended.put((None, e))
+        try:
+            ended.put((f(), None))
+        except Exception as e:
+            ended.put((None, e))
+
     threading.Thread(target=run, daemon=True).start()
-    try: value, error = ended.get(timeout=seconds)
-    except queue.Empty: raise Late("no whole answer in time") from None
-    if error is not None: raise error
+    try:
+        value, error = ended.get(timeout=seconds)
+    except queue.Empty:
+        raise Late("no whole answer in time") from None
+    if error is not None:
+        raise error
     return value
 
-def fate_unknown(error): return not isinstance(error, openai.APIStatusError)     # it may have been answered, and paid for
+
+def fate_unknown(error):
+    return not isinstance(error, openai.APIStatusError)  # it may have been answered, and paid for
+
 
 def fatal_line(error, endpoint):
-    why = {401: f"the key in {endpoint.key_env} is not accepted", 403: f"the key in {endpoint.key_env} has no access", 404: f"no model {endpoint.model!r} there"}.get(error.status_code, "the account is empty")
-    if 300 <= error.status_code < 400: why = "it sends questions on to another address, which is not followed; give base_url the address that answers"
+    why = {
+        401: f"the key in {endpoint.key_env} is not accepted",
+        403: f"the key in {endpoint.key_env} has no access",
+        404: f"no model {endpoint.model!r} there",
+    }.get(error.status_code, "the account is empty")
+    if 300 <= error.status_code < 400:
+        why = "it sends questions on to another address, which is not followed; give base_url the address that answers"
     return f"{endpoint.base_url}: {error.status_code}, {why}"
+
 
 def error_line(error):
     "What is kept of an error: its kind and status, in our words. Never the server's, not even its code: they may repeat what was asked, or the key."
     return " ".join(str(p) for p in (type(error).__name__, getattr(error, "status_code", None)) if p)
 
-LONGEST_ANSWER = 2 ** 24   # bytes
+
+LONGEST_ANSWER = 2**24  # bytes
+
 
 def answer_of(client, endpoint, messages):
     "What `endpoint` answers to `messages`, as parsed JSON. `endpoint.timeout` is for the whole answer, however slowly it comes. Raises `Malformed`, `Late` and openai's errors."
     end = time.monotonic() + endpoint.timeout
+
     def read():
         data = bytearray()
-        with client.chat.completions.with_streaming_response.create(model=endpoint.model, messages=messages, **endpoint.parameters) as response:
+        with client.chat.completions.with_streaming_response.create(
+            model=endpoint.model, messages=messages, **endpoint.parameters
+        ) as response:
             parts = response.iter_bytes()
             while True:
-                try: part = next(parts, None)
-                except Exception as e: raise openai.APIConnectionError(request=response.http_request) from e     # the library names only what fails before
-                if part is None: return bytes(data)
+                try:
+                    part = next(parts, None)
+                except Exception as e:
+                    raise openai.APIConnectionError(
+                        request=response.http_request
+                    ) from e  # the library names only what fails before
+                if part is None:
+                    return bytes(data)
                 data += part
-                if time.monotonic() > end: raise Late("no whole answer in time")
-                if len(data) > LONGEST_ANSWER: raise Malformed(f"an answer of more than {LONGEST_ANSWER:,} bytes")
+                if time.monotonic() > end:
+                    raise Late("no whole answer in time")
+                if len(data) > LONGEST_ANSWER:
+                    raise Malformed(f"an answer of more than {LONGEST_ANSWER:,} bytes")
+
     data = within(endpoint.timeout, read)
-    try: return json.loads(data)
-    except (ValueError, RecursionError): raise Malformed("an answer that is no JSON") from None
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        raise Malformed("an answer that is no JSON") from None
+
 
 def question(client, endpoint, images):
     """One study asked: a line for the file, less its id and key. Raises `EndpointError` where asking on is no use.
 
     `unknown` counts the attempts whose cost nobody knows (no answer, or none with a sound `usage`); each is counted as `most`."""
     messages = messages_of(endpoint.prompt, images)
-    try: answer, errors = once(lambda: outcome(answer_of(client, endpoint, messages)), endpoint)
-    except (openai.OpenAIError, Malformed) as e: answer, errors = dict(status="error", candidate="", error=error_line(e)), e.errors
+    try:
+        answer, errors = once(lambda: outcome(answer_of(client, endpoint, messages)), endpoint)
+    except (openai.OpenAIError, Malformed) as e:
+        answer, errors = dict(status="error", candidate="", error=error_line(e)), e.errors
     answered = answer["status"] != "error"
     unknown = sum(map(fate_unknown, errors)) + (answered and not answer["usage"])
-    counts = dict(attempts=len(errors) + answered, unknown=unknown, most=most_used(endpoint, images)) if errors or unknown else {}
+    counts = (
+        dict(attempts=len(errors) + answered, unknown=unknown, most=most_used(endpoint, images))
+        if errors or unknown
+        else {}
+    )
     return without_key(answer, client.api_key) | counts
+
 
 def without_key(line, key):
     "`line` with the key taken out of its texts: a server may say it back."
-    return line if key == "none" else {n: v.replace(key, "[key]") if isinstance(v, str) else v for n, v in line.items()}
+    return (
+        line
+        if key == "none"
+        else {n: v.replace(key, "[key]") if isinstance(v, str) else v for n, v in line.items()}
+    )
 
 # %% ../../nbs/results/04_zeroshot.ipynb #46d52855
 def kept_answers(path, settings):
@@ -292,15 +480,40 @@ def kept_answers(path, settings):
     kept, others, asked = {}, {}, {}
     for n, line in own_lines(path, '{"settings": '):
         try:
-            if "asked" in line: asked[line["settings"]] = line["asked"]
-            elif line["settings"] != key_of(settings): others[line["settings"]] = others.get(line["settings"], 0) + 1
-            elif line["status"] not in STATUSES or not isinstance(line["candidate"], str): raise ValueError("no such status")
-            elif line["status"] != "error": kept[line["key"]] = line
-        except (ValueError, KeyError, TypeError): raise ValueError(f"{path}:{n}: no answer that this program kept; move the file away and start again") from None
-    def differs(settled): return " and ".join(k for k, v in settings.items() if asked.get(settled, {}).get(k) != v)
-    return kept, "; ".join(f"{path.name}: {count:,} answers are to another {differs(settled)}; kept, not used" for settled, count in others.items())
+            if "asked" in line:
+                asked[line["settings"]] = line["asked"]
+            elif line["settings"] != key_of(settings):
+                others[line["settings"]] = others.get(line["settings"], 0) + 1
+            elif line["status"] not in STATUSES or not isinstance(line["candidate"], str):
+                raise ValueError("no such status")
+            elif line["status"] != "error":
+                kept[line["key"]] = line
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"{path}:{n}: no answer that this program kept; move the file away and start again"
+            ) from None
 
-def collect(dataset, path, settings, answer, workers=1, limit_of=lambda images: 0., paid=lambda line: 0., purse=None, desc="answers", give_up=5):
+    def differs(settled):
+        return " and ".join(k for k, v in settings.items() if asked.get(settled, {}).get(k) != v)
+
+    return kept, "; ".join(
+        f"{path.name}: {count:,} answers are to another {differs(settled)}; kept, not used"
+        for settled, count in others.items()
+    )
+
+
+def collect(
+    dataset,
+    path,
+    settings,
+    answer,
+    workers=1,
+    limit_of=lambda images: 0.0,
+    paid=lambda line: 0.0,
+    purse=None,
+    desc="answers",
+    give_up=5,
+):
     """Have `answer(images) -> line` for each study of `dataset` (rows with study_id, image[, second_image]) whose answer is not in the file `path`; equal images are asked for once.
 
     `limit_of(images)` is taken from `purse` before a question, `paid(line)` after it. Stops, all that was answered kept, when the purse does not allow the next, and raises `EndpointError`
@@ -309,39 +522,76 @@ def collect(dataset, path, settings, answer, workers=1, limit_of=lambda images: 
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path):
         kept, note = kept_answers(path, settings)
-        if note: print(note)
+        if note:
+            print(note)
         keys = [(row["study_id"], question_key(settings, images_of(row))) for row in dataset]
-        todo = [i for i, first in pd.Series([k for _, k in keys]).drop_duplicates().items() if first not in kept]
-        with path.open("a") as file: _ask_all(todo, dataset, keys, kept, file, key_of(settings), settings, answer, workers, limit_of, paid, purse, desc, give_up)
+        todo = [
+            i for i, first in pd.Series([k for _, k in keys]).drop_duplicates().items() if first not in kept
+        ]
+        with path.open("a") as file:
+            _ask_all(
+                todo,
+                dataset,
+                keys,
+                kept,
+                file,
+                key_of(settings),
+                settings,
+                answer,
+                workers,
+                limit_of,
+                paid,
+                purse,
+                desc,
+                give_up,
+            )
     blank = dict(status="not asked", candidate="")
     frame = pd.DataFrame([dict(kept.get(key, blank), id=i, key=key) for i, key in keys])
     frame.attrs["note"] = note
     return frame
 
-def _ask_all(todo, dataset, keys, kept, file, tag, settings, answer, workers, limit_of, paid, purse, desc, give_up):
+
+def _ask_all(
+    todo, dataset, keys, kept, file, tag, settings, answer, workers, limit_of, paid, purse, desc, give_up
+):
     lock, failed, end = threading.Lock(), [], []
-    def write(line): file.write(json.dumps(line) + "\n"); file.flush()
+
+    def write(line):
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+
     def work(i, images, limit):
         line = dict(settings=tag, id=keys[i][0], key=keys[i][1]) | answer(images)
-        with lock:                                                     # the line is on disk before anything else can happen to it
-            write(line); kept[line["key"]] = line; bar.update()
+        with lock:  # the line is on disk before anything else can happen to it
+            write(line)
+            kept[line["key"]] = line
+            bar.update()
         purse.settle(limit, paid(line))
         with lock:
             failed[:] = failed + [line["error"]] if line["status"] == "error" else []
-            if len(failed) >= give_up: end.append(EndpointError(f"{desc}: {len(failed)} errors in a row, the last: {failed[-1]}"))
-    if todo: write(dict(settings=tag, asked=settings))
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(keys), initial=len(keys) - len(todo), desc=desc, leave=False, disable=not todo) as bar:
+            if len(failed) >= give_up:
+                end.append(EndpointError(f"{desc}: {len(failed)} errors in a row, the last: {failed[-1]}"))
+
+    if todo:
+        write(dict(settings=tag, asked=settings))
+    with (
+        ThreadPoolExecutor(workers) as pool,
+        tqdm(total=len(keys), initial=len(keys) - len(todo), desc=desc, leave=False, disable=not todo) as bar,
+    ):
         waiting, running = deque(todo), set()
         while True:
             while waiting and len(running) < workers and not end:
                 images = images_of(dataset[waiting[0]])
                 limit = limit_of(images)
-                if not purse.take(limit): break                        # what runs may cost less than it holds: look again when it has ended
+                if not purse.take(limit):
+                    break  # what runs may cost less than it holds: look again when it has ended
                 running.add(pool.submit(work, waiting.popleft(), images, limit))
-            if not running: break
+            if not running:
+                break
             finished, running = wait(running, return_when=FIRST_COMPLETED)
             end += [e for f in finished if (e := f.exception())]
-    if end: raise end[0]
+    if end:
+        raise end[0]
 
 # %% ../../nbs/results/04_zeroshot.ipynb #1c0980c9
 def ask(endpoint, dataset, path, *, budget, benchmark, permitted=(), give_up=5):
@@ -352,97 +602,212 @@ def ask(endpoint, dataset, path, *, budget, benchmark, permitted=(), give_up=5):
     check_endpoint(benchmark, endpoint.base_url, permitted)
     check_place(path, benchmark)
     client = client_of(endpoint)
-    if budget is not None and not 0 <= budget: raise EndpointError(f"budget={budget!r}; expected US dollars from 0, or None")
-    if endpoint.prices is None and budget is not None: raise EndpointError(f"prices=None: what {endpoint.model} at {endpoint.base_url} costs is not known, so budget={budget} cannot be kept; give prices={{'input': …, 'output': …}} (US dollars per million tokens) or budget=None")
-    if proxy := proxy_of(endpoint.base_url): print(f"{endpoint.base_url}: asked through the proxy {proxy} that the environment names")
+    if budget is not None and not 0 <= budget:
+        raise EndpointError(f"budget={budget!r}; expected US dollars from 0, or None")
+    if endpoint.prices is None and budget is not None:
+        raise EndpointError(
+            f"prices=None: what {endpoint.model} at {endpoint.base_url} costs is not known, so budget={budget} cannot be kept; give prices={{'input': …, 'output': …}} (US dollars per million tokens) or budget=None"
+        )
+    if proxy := proxy_of(endpoint.base_url):
+        print(f"{endpoint.base_url}: asked through the proxy {proxy} that the environment names")
     endpoint = named(endpoint, client)
     free, settings = endpoint.prices is None, settings_of(endpoint)
-    charged = lambda used: 0. if free else cost(used, endpoint.prices)
+    charged = lambda used: 0.0 if free else cost(used, endpoint.prices)
     limit_of = lambda images: charged(most_used(endpoint, images))
-    paid = lambda line: charged(line.get("usage") or {}) + line.get("unknown", 0) * charged(line.get("most") or {})
+    paid = lambda line: (
+        charged(line.get("usage") or {}) + line.get("unknown", 0) * charged(line.get("most") or {})
+    )
     before = written(path, settings)
     spent = sum(map(paid, before))
-    print(estimate(endpoint, dataset, {l["key"] for l in before if l["status"] != "error"}, settings, budget, spent))
+    print(
+        estimate(
+            endpoint, dataset, {l["key"] for l in before if l["status"] != "error"}, settings, budget, spent
+        )
+    )
     purse = Purse(budget, spent)
-    with kept(path, benchmark): out = collect(dataset, path, settings, lambda images: question(client, endpoint, images), endpoint.concurrency, limit_of, paid, purse, endpoint.model, give_up)
+    with kept(path, benchmark):
+        out = collect(
+            dataset,
+            path,
+            settings,
+            lambda images: question(client, endpoint, images),
+            endpoint.concurrency,
+            limit_of,
+            paid,
+            purse,
+            endpoint.model,
+            give_up,
+        )
     left = (out.status == "not asked").sum()
     counts = ", ".join(f"{n:,} {status}" for status, n in out.status.value_counts().items())
-    print(f"{endpoint.model}: {counts}" + ("" if free else f"; {purse.spent:.4f} USD spent") + (f"; the budget of {budget} USD stops here, a larger one goes on" if left else ""))
+    print(
+        f"{endpoint.model}: {counts}"
+        + ("" if free else f"; {purse.spent:.4f} USD spent")
+        + (f"; the budget of {budget} USD stops here, a larger one goes on" if left else "")
+    )
     return out
+
 
 def written(path, settings):
     "All lines of the file `path` under `settings`, errors included."
-    return [line for _, line in own_lines(path, '{"settings": ', mend=False) if line.get("settings") == key_of(settings) and "asked" not in line]
+    return [
+        line
+        for _, line in own_lines(path, '{"settings": ', mend=False)
+        if line.get("settings") == key_of(settings) and "asked" not in line
+    ]
+
 
 def estimate(endpoint, dataset, have, settings, budget, spent):
     "What asking will use at most, in one line, before anything is asked; `have`: keys of questions that are answered."
-    new = {k: most_used(endpoint, images) for images in map(images_of, dataset) if (k := question_key(settings, images)) not in have}
+    new = {
+        k: most_used(endpoint, images)
+        for images in map(images_of, dataset)
+        if (k := question_key(settings, images)) not in have
+    }
     total = {k: sum(u[k] for u in new.values()) for k in ("input", "output")}
-    money = "prices not given, no limit" if endpoint.prices is None else f"at most {cost(total, endpoint.prices):.4f} USD (budget {'none' if budget is None else budget}, spent {spent:.4f})"
+    money = (
+        "prices not given, no limit"
+        if endpoint.prices is None
+        else f"at most {cost(total, endpoint.prices):.4f} USD (budget {'none' if budget is None else budget}, spent {spent:.4f})"
+    )
     return f"{endpoint.model}: {len(dataset):,} studies, {len(new):,} questions to ask: about {total['input']:,} tokens read, at most {total['output']:,} written; {money}"
 
 # %% ../../nbs/results/04_zeroshot.ipynb #9cd39fa5
 @dataclass(frozen=True)
 class Row:
     "A system of Table 2: its `family` there, the `way` it is run (endpoint, transformers, reports), its `model` name, and for each way what it takes."
+
     family: str
     way: str
     model: str
-    endpoint: dict = field(default_factory=dict)     # changes to `Endpoint`
+    endpoint: dict = field(default_factory=dict)  # changes to `Endpoint`
     prompt: str = ZERO_SHOT
-    reader: str = "chat"                             # "chat" (the model's chat template) or "maira-2" (its processor's own prompt)
-    remote_code: bool = False                        # its weights come with code
-    how: str = ""                                    # what else its reader must know
+    reader: str = "chat"  # "chat" (the model's chat template) or "maira-2" (its processor's own prompt)
+    remote_code: bool = False  # its weights come with code
+    how: str = ""  # what else its reader must know
 
-_GEMINI = dict(base_url="https://generativelanguage.googleapis.com/v1beta/openai/", key_env="GEMINI_API_KEY", parameters=dict(max_completion_tokens=4096, temperature=0), image_tokens=258)
+
+_GEMINI = dict(
+    base_url="https://generativelanguage.googleapis.com/v1beta/openai/",
+    key_env="GEMINI_API_KEY",
+    parameters=dict(max_completion_tokens=4096, temperature=0),
+    image_tokens=258,
+)
 ROWS = {
     "GPT-4o": Row("general", "endpoint", "gpt-4o"),
     "GPT-4.1": Row("general", "endpoint", "gpt-4.1"),
-    "Gemini 2.5 Pro": Row("general", "endpoint", "gemini-2.5-pro", _GEMINI, how="it reasons before it writes: the tokens of that are paid as output"),
-    "Med-Flamingo": Row("medical", "reports", "med-flamingo/med-flamingo", how="an OpenFlamingo model on LLaMA-7B, not in transformers: run its own repository, write a JSON line {\"id\", \"candidate\"} for each study"),
-    "MAIRA-2": Row("medical", "transformers", "microsoft/maira-2", reader="maira-2", remote_code=True, how="gated; its code was written for transformers 4"),
-    "HuatuoGPT-Vision": Row("medical", "transformers", "FreedomIntelligence/HuatuoGPT-Vision-7B-Qwen2.5VL", how="the paper says 8B, the releases that we know are 7B and 34B; this is the one that transformers loads"),
+    "Gemini 2.5 Pro": Row(
+        "general",
+        "endpoint",
+        "gemini-2.5-pro",
+        _GEMINI,
+        how="it reasons before it writes: the tokens of that are paid as output",
+    ),
+    "Med-Flamingo": Row(
+        "medical",
+        "reports",
+        "med-flamingo/med-flamingo",
+        how='an OpenFlamingo model on LLaMA-7B, not in transformers: run its own repository, write a JSON line {"id", "candidate"} for each study',
+    ),
+    "MAIRA-2": Row(
+        "medical",
+        "transformers",
+        "microsoft/maira-2",
+        reader="maira-2",
+        remote_code=True,
+        how="gated; its code was written for transformers 4",
+    ),
+    "HuatuoGPT-Vision": Row(
+        "medical",
+        "transformers",
+        "FreedomIntelligence/HuatuoGPT-Vision-7B-Qwen2.5VL",
+        how="the paper says 8B, the releases that we know are 7B and 34B; this is the one that transformers loads",
+    ),
     "MedGemma": Row("medical", "transformers", "google/medgemma-4b-it", how="not in the paper; gated"),
-    "Qwen2.5-VL": Row("general", "transformers", "Qwen/Qwen2.5-VL-7B-Instruct", how="not in the paper's table"),
+    "Qwen2.5-VL": Row(
+        "general", "transformers", "Qwen/Qwen2.5-VL-7B-Instruct", how="not in the paper's table"
+    ),
 }
 
 # %% ../../nbs/results/04_zeroshot.ipynb #99c19a70
 def load_row(row, name, folder, trust_remote_code=()):
     "`(model, processor)` of the open model `row` from a folder or hub name. Raises `ValueError` where it needs code of its own and is not named in `trust_remote_code`."
     from transformers import AutoModelForCausalLM, AutoProcessor
-    if row.remote_code and name not in trust_remote_code: raise ValueError(f"{name}: {row.model} runs code that comes with its weights; read it, then name the row: trust_remote_code=[{name!r}]")
-    if str(folder).startswith(("/", ".", "~")) and not Path(folder).expanduser().is_dir(): raise ValueError(f"weights={{{name!r}: {str(folder)!r}}}: no such folder; expected a transformers folder or a hub name")
-    dtype, folder = torch.bfloat16 if torch.cuda.is_available() else torch.float32, Path(folder).expanduser() if Path(folder).expanduser().is_dir() else folder
-    if row.reader == "chat": model, processor = load_policy(folder, dtype, trust_remote_code=row.remote_code)
+
+    if row.remote_code and name not in trust_remote_code:
+        raise ValueError(
+            f"{name}: {row.model} runs code that comes with its weights; read it, then name the row: trust_remote_code=[{name!r}]"
+        )
+    if str(folder).startswith(("/", ".", "~")) and not Path(folder).expanduser().is_dir():
+        raise ValueError(
+            f"weights={{{name!r}: {str(folder)!r}}}: no such folder; expected a transformers folder or a hub name"
+        )
+    dtype, folder = (
+        torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+        Path(folder).expanduser() if Path(folder).expanduser().is_dir() else folder,
+    )
+    if row.reader == "chat":
+        model, processor = load_policy(folder, dtype, trust_remote_code=row.remote_code)
     else:
-        model, processor = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=row.remote_code).eval(), AutoProcessor.from_pretrained(folder, trust_remote_code=row.remote_code)
+        model, processor = (
+            AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, trust_remote_code=row.remote_code
+            ).eval(),
+            AutoProcessor.from_pretrained(folder, trust_remote_code=row.remote_code),
+        )
         model.generation_config = own_generation(model)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
 
+
 def chat_report(model, processor, images, prompt, max_new_tokens):
-    turn = [{"role": "user", "content": [{"type": "image"}] * len(images) + [{"type": "text", "text": prompt}]}]
+    turn = [
+        {"role": "user", "content": [{"type": "image"}] * len(images) + [{"type": "text", "text": prompt}]}
+    ]
     text, finish, _ = complete(model, processor, turn, images, max_new_tokens)
     return text, finish
+
 
 @torch.inference_mode()
 def maira2_report(model, processor, images, prompt, max_new_tokens):
     "As MAIRA-2's card has it: findings from a frontal (and a lateral) view, no grounding; `prompt` is not used."
-    views = dict(current_frontal=images[0], current_lateral=images[1] if len(images) > 1 else None, prior_frontal=None)
-    inputs = processor.format_and_preprocess_reporting_input(**views, indication=None, technique=None, comparison=None, prior_report=None, return_tensors="pt", get_grounding=False).to(model.device)
-    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, use_cache=True)[0, inputs["input_ids"].shape[-1]:]
-    text = processor.convert_output_to_plaintext_or_grounded_sequence(processor.decode(ids, skip_special_tokens=True).lstrip())
+    views = dict(
+        current_frontal=images[0], current_lateral=images[1] if len(images) > 1 else None, prior_frontal=None
+    )
+    inputs = processor.format_and_preprocess_reporting_input(
+        **views,
+        indication=None,
+        technique=None,
+        comparison=None,
+        prior_report=None,
+        return_tensors="pt",
+        get_grounding=False,
+    ).to(model.device)
+    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, use_cache=True)[
+        0, inputs["input_ids"].shape[-1] :
+    ]
+    text = processor.convert_output_to_plaintext_or_grounded_sequence(
+        processor.decode(ids, skip_special_tokens=True).lstrip()
+    )
     return text.strip(), "length" if len(ids) == max_new_tokens else "stop"
 
+
 READERS = {"chat": chat_report, "maira-2": maira2_report}
+
 
 def run_open(row, name, folder, dataset, path, trust_remote_code=(), max_new_tokens=512):
     "The reports that the open model `row` writes, through the file of answers `path`; resumes."
     model, processor = load_row(row, name, folder, trust_remote_code)
-    settings = dict(model=f"{row.model}@{fingerprint(model)}", prompt=row.prompt, parameters=dict(max_new_tokens=max_new_tokens, reader=row.reader))
+    settings = dict(
+        model=f"{row.model}@{fingerprint(model)}",
+        prompt=row.prompt,
+        parameters=dict(max_new_tokens=max_new_tokens, reader=row.reader),
+    )
+
     def answer(images):
         text, finish = READERS[row.reader](model, processor, images, row.prompt, max_new_tokens)
         status = status_of(text)
         return dict(status=status, candidate=text if status == "ok" else "", finish=finish)
+
     return collect(dataset, path, settings, answer, desc=name)
 
 # %% ../../nbs/results/04_zeroshot.ipynb #a9157e07
@@ -451,51 +816,120 @@ def from_file(path, ids):
     path, found = Path(path), {}
     for n, row in report_lines(path):
         i = row["id"]
-        if i not in ids and i.lower().endswith(ENDINGS): i = i.rsplit(".", 1)[0]
-        if i in found: raise ValueError(f"{path}:{n}: id {i!r} occurs twice")
+        if i not in ids and i.lower().endswith(ENDINGS):
+            i = i.rsplit(".", 1)[0]
+        if i in found:
+            raise ValueError(f"{path}:{n}: id {i!r} occurs twice")
         found[i] = row["candidate"].strip()
     missing, extra = [i for i in ids if i not in found], [i for i in found if i not in set(ids)]
-    if len(missing) == len(ids): raise ValueError(f"{path}: none of its {len(found):,} ids is a study, such as {', '.join(map(repr, extra[:3]))}; expected ids such as {ids[0]!r}")
+    if len(missing) == len(ids):
+        raise ValueError(
+            f"{path}: none of its {len(found):,} ids is a study, such as {', '.join(map(repr, extra[:3]))}; expected ids such as {ids[0]!r}"
+        )
     listed = lambda some: f"{len(some):,} ({', '.join(some[:5])}{', …' if len(some) > 5 else ''})"
-    note = "; ".join(([f"no report of {listed(missing)}"] if missing else []) + ([f"ids that are no study here: {listed(extra)}"] if extra else []))
-    return pd.DataFrame([dict(id=i, candidate=found.get(i, ""), status="missing" if i not in found else "ok" if report_body(found[i]) else "empty") for i in ids]), note
+    note = "; ".join(
+        ([f"no report of {listed(missing)}"] if missing else [])
+        + ([f"ids that are no study here: {listed(extra)}"] if extra else [])
+    )
+    return pd.DataFrame(
+        [
+            dict(
+                id=i,
+                candidate=found.get(i, ""),
+                status="missing" if i not in found else "ok" if report_body(found[i]) else "empty",
+            )
+            for i in ids
+        ]
+    ), note
 
 # %% ../../nbs/results/04_zeroshot.ipynb #50070d43
 @dataclass
 class Result:
     "What became of a row: `reports` (a frame with id, status, candidate) or None, and in `note` why not, or what is odd."
+
     reports: pd.DataFrame | None
     note: str = ""
 
-def run_row(name, dataset, folder, benchmark, *, budget=0., endpoints=None, weights=None, reports=None, trust_remote_code=(), permitted=()):
+
+def run_row(
+    name,
+    dataset,
+    folder,
+    benchmark,
+    *,
+    budget=0.0,
+    endpoints=None,
+    weights=None,
+    reports=None,
+    trust_remote_code=(),
+    permitted=(),
+):
     "The `Result` of row `name` (of `ROWS`, or any that `endpoints`, `weights` or `reports` have something for): what cannot run is said in its note, never raised."
-    endpoints, weights, reports, ids = endpoints or {}, weights or {}, reports or {}, list(dataset["study_id"])
-    row = ROWS.get(name, Row("own", "endpoint" if name in endpoints else "transformers" if name in weights else "reports", endpoints.get(name, {}).get("model", name)))
-    path = Path(folder)/f"{slug(name)}.jsonl"
-    if name not in {*ROWS, *endpoints, *weights, *reports}: return Result(None, f"an unknown row; known are {', '.join(ROWS)}, and names in endpoints, weights or reports")
+    endpoints, weights, reports, ids = (
+        endpoints or {},
+        weights or {},
+        reports or {},
+        list(dataset["study_id"]),
+    )
+    row = ROWS.get(
+        name,
+        Row(
+            "own",
+            "endpoint" if name in endpoints else "transformers" if name in weights else "reports",
+            endpoints.get(name, {}).get("model", name),
+        ),
+    )
+    path = Path(folder) / f"{slug(name)}.jsonl"
+    if name not in {*ROWS, *endpoints, *weights, *reports}:
+        return Result(
+            None, f"an unknown row; known are {', '.join(ROWS)}, and names in endpoints, weights or reports"
+        )
     try:
-        if name in reports: return Result(*from_file(reports[name], ids))
+        if name in reports:
+            return Result(*from_file(reports[name], ids))
         if name in weights:
-            with kept(path, benchmark): return answered(run_open(row, name, weights[name], dataset, path, trust_remote_code))
-        if row.way != "endpoint": return Result(None, f"its {'weights' if row.way == 'transformers' else 'reports'} are not given")
+            with kept(path, benchmark):
+                return answered(run_open(row, name, weights[name], dataset, path, trust_remote_code))
+        if row.way != "endpoint":
+            return Result(None, f"its {'weights' if row.way == 'transformers' else 'reports'} are not given")
         changes = {"model": row.model, **row.endpoint, **endpoints.get(name, {})}
-        return answered(ask(Endpoint(**changes), dataset, path, budget=budget, benchmark=benchmark, permitted=permitted))
-    except (ValueError, OSError, TypeError, ImportError, openai.OpenAIError) as e: return Result(None, reason(e))
+        return answered(
+            ask(Endpoint(**changes), dataset, path, budget=budget, benchmark=benchmark, permitted=permitted)
+        )
+    except (ValueError, OSError, TypeError, ImportError, openai.OpenAIError) as e:
+        return Result(None, reason(e))
+
 
 def answered(frame):
     "The `Result` of a frame of answers; one that a budget has cut short has no numbers."
     counts = frame.status.value_counts()
-    if left := counts.get("not asked", 0): return Result(None, f"not finished: {len(frame) - left:,} of {len(frame):,} studies answered within the budget")
-    said = [f"{counts[s]:,} {what}" for s, what in dict(refusal="refused", empty="empty", error="in error (run again to ask again)").items() if s in counts]
-    if note := frame.attrs.get("note"): said.append(note)
-    if "finish" in frame and (cut := (frame.finish == "length").sum()): said.append(f"{cut:,} cut off at the longest answer")
+    if left := counts.get("not asked", 0):
+        return Result(
+            None, f"not finished: {len(frame) - left:,} of {len(frame):,} studies answered within the budget"
+        )
+    said = [
+        f"{counts[s]:,} {what}"
+        for s, what in dict(
+            refusal="refused", empty="empty", error="in error (run again to ask again)"
+        ).items()
+        if s in counts
+    ]
+    if note := frame.attrs.get("note"):
+        said.append(note)
+    if "finish" in frame and (cut := (frame.finish == "length").sum()):
+        said.append(f"{cut:,} cut off at the longest answer")
     return Result(frame, ", ".join(said))
+
 
 def how_to_run(name, benchmark, told={}):
     "The command that runs a row; `told`: further parameters of the page."
     row = ROWS[name]
-    given = {"endpoint": f"budget: 5, endpoints: {{{name}: {{prices: {{input: …, output: …}}}}}}", "transformers": f"weights: {{{name}: {row.model}}}" + (f", trust_remote_code: [{name}]" if row.remote_code else ""),
-             "reports": f"reports: {{{name}: FILE.jsonl}}"}[row.way]
+    given = {
+        "endpoint": f"budget: 5, endpoints: {{{name}: {{prices: {{input: …, output: …}}}}}}",
+        "transformers": f"weights: {{{name}: {row.model}}}"
+        + (f", trust_remote_code: [{name}]" if row.remote_code else ""),
+        "reports": f"reports: {{{name}: FILE.jsonl}}",
+    }[row.way]
     key = f"{row.endpoint.get('key_env', 'OPENAI_API_KEY')}=… " if row.way == "endpoint" else ""
     return f"{key}papermill nbs/10_zero_shot.ipynb out.ipynb -y '{{{', '.join(f'{n}: {v}' for n, v in dict(benchmark=benchmark, **told).items())}, rows: [{name}], {given}}}'"
 
@@ -503,47 +937,99 @@ def how_to_run(name, benchmark, told={}):
 SHOWN = ["BLEU-1", "BLEU-4", "ROUGE-L", "METEOR", "label micro F1", "abnormal recall", "words"]
 GAUGED = ("lexical", "meteor", "chexbert")
 
+
 def score_rows(reports, references, folder, draws=20_000, against="VALOR", **options):
     """`(tidy, {metric: what it wants})` of `reports` `{system: {seed: [report, …]}}` against `references`, in the same order: the table of `tables.compare`, and the metrics whose weights or runtime are missing.
 
     `options`: which models score, see `valor.metrics.evaluate.DEFAULTS`."""
-    (Path(folder)/"scores").mkdir(parents=True, exist_ok=True)
+    (Path(folder) / "scores").mkdir(parents=True, exist_ok=True)
     gauges, not_run = made(GAUGED, DEFAULTS | options)
-    def frame(name, texts): return pd.concat([gauged(f"{name}: {n}", *g, [(report_body(c), r) for c, r in zip(texts, references)], Path(folder)/"scores"/f"{n}.jsonl") for n, g in gauges.items()], axis=1)
+
+    def frame(name, texts):
+        return pd.concat(
+            [
+                gauged(
+                    f"{name}: {n}",
+                    *g,
+                    [(report_body(c), r) for c, r in zip(texts, references)],
+                    Path(folder) / "scores" / f"{n}.jsonl",
+                )
+                for n, g in gauges.items()
+            ],
+            axis=1,
+        )
+
     frames = {s: {seed: frame(s, each) for seed, each in by_seed.items()} for s, by_seed in reports.items()}
-    return compare(frames, [m for n in gauges for m in MEASURES[n] if m in SHOWN], against, draws), {m: wants for n, wants in not_run.items() for m in MEASURES[n] if m in SHOWN}
+    return compare(frames, [m for n in gauges for m in MEASURES[n] if m in SHOWN], against, draws), {
+        m: wants for n, wants in not_run.items() for m in MEASURES[n] if m in SHOWN
+    }
+
 
 def usable(results, ids, unanswered="empty"):
-    "`(ids scored, {row: {0: reports}})` of the rows that ran. `unanswered`: a report that is not there counts as \"empty\", or \"drop\" its study for all rows."
-    if unanswered not in ("empty", "drop"): raise ValueError(f"unanswered={unanswered!r}: allowed are 'empty' and 'drop'")
+    '`(ids scored, {row: {0: reports}})` of the rows that ran. `unanswered`: a report that is not there counts as "empty", or "drop" its study for all rows.'
+    if unanswered not in ("empty", "drop"):
+        raise ValueError(f"unanswered={unanswered!r}: allowed are 'empty' and 'drop'")
     ran = {name: r.reports.set_index("id") for name, r in results.items() if r.reports is not None}
     left = [i for i in ids if unanswered == "empty" or all(f.status[i] == "ok" for f in ran.values())]
-    if not left: raise ValueError("unanswered='drop': no study has a report in every row; use 'empty' or leave a row out")
+    if not left:
+        raise ValueError(
+            "unanswered='drop': no study has a report in every row; use 'empty' or leave a row out"
+        )
     return left, {name: {0: list(f.candidate[left])} for name, f in ran.items()}
 
 # %% ../../nbs/results/04_zeroshot.ipynb #164fd74d
-PAPER_NAMES = {"Gemini 2.5 Pro": "Gemini-2.5 Pro", "Med-Flamingo": "MedFlamingo", "HuatuoGPT-Vision": "HuatuoGPT-V-8B"}
+PAPER_NAMES = {
+    "Gemini 2.5 Pro": "Gemini-2.5 Pro",
+    "Med-Flamingo": "MedFlamingo",
+    "HuatuoGPT-Vision": "HuatuoGPT-V-8B",
+}
+
 
 def table2(tidy, results, benchmark):
     "Rows as in the paper: what it reports on the data set that `benchmark` stands for, and ours as `value [lo, hi]`; a row that did not run says so."
     data = "MIMIC-CXR" if "mimic" in benchmark else "IU X-Ray"
     metrics = [m for m in SHOWN if m in set(tidy.metric)]
+
     def cell(system, m):
         found = tidy[(tidy.system == system) & (tidy.metric == m)]
-        if found.empty: return "not run"
+        if found.empty:
+            return "not run"
         r, digits = found.iloc[0], 1 if m == "words" else 3
-        return "n/a" if np.isnan(r.value) else f"{r.value:.{digits}f} [{r.lo:.{digits}f}, {r.hi:.{digits}f}]" + (" *" if r.get("p_holm", 1) < .05 else "")
+        return (
+            "n/a"
+            if np.isnan(r.value)
+            else f"{r.value:.{digits}f} [{r.lo:.{digits}f}, {r.hi:.{digits}f}]"
+            + (" *" if r.get("p_holm", 1) < 0.05 else "")
+        )
+
     rows = {}
     for system in [*results, *(s for s in dict.fromkeys(tidy.system) if s not in results)]:
         paper = TABLE2.loc[data].to_dict("index").get(PAPER_NAMES.get(system, system), {})
-        rows[system] = {f"{m} reported, {data}": f"{paper[m]:.2f}" if paper else "" for m in TABLE2} | {m: cell(system, m) for m in metrics}
+        rows[system] = {f"{m} reported, {data}": f"{paper[m]:.2f}" if paper else "" for m in TABLE2} | {
+            m: cell(system, m) for m in metrics
+        }
     return pd.DataFrame(rows).T.rename_axis(None)
+
 
 def footnotes(results, tidy, benchmark, unanswered, lacking={}, told={}):
     "One line for each row that did not run or is odd, for each metric in `lacking` (of `score_rows`), and one for what the numbers are."
-    n, scored = tidy.studies.iloc[0], dict(empty="a report that is not there is scored as an empty one", drop="studies without a report in every row are left out")[unanswered]
-    lines = [f"{n:,} studies of {benchmark}; {scored}; 95 % bootstrap intervals; * differs from VALOR, p < .05 after Holm's correction for all comparisons of the table; *reported* are the paper's figures, in percent, on its data"]
+    n, scored = (
+        tidy.studies.iloc[0],
+        dict(
+            empty="a report that is not there is scored as an empty one",
+            drop="studies without a report in every row are left out",
+        )[unanswered],
+    )
+    lines = [
+        f"{n:,} studies of {benchmark}; {scored}; 95 % bootstrap intervals; * differs from VALOR, p < .05 after Holm's correction for all comparisons of the table; *reported* are the paper's figures, in percent, on its data"
+    ]
     for name, r in results.items():
-        if r.reports is None: lines.append(f"{name}: not run ({r.note})" + (f"; to run it: `{how_to_run(name, benchmark, told)}`" if name in ROWS else "") + (f"; {ROWS[name].how}" if name in ROWS and ROWS[name].how else ""))
-        elif r.note: lines.append(f"{name}: {r.note}")
+        if r.reports is None:
+            lines.append(
+                f"{name}: not run ({r.note})"
+                + (f"; to run it: `{how_to_run(name, benchmark, told)}`" if name in ROWS else "")
+                + (f"; {ROWS[name].how}" if name in ROWS and ROWS[name].how else "")
+            )
+        elif r.note:
+            lines.append(f"{name}: {r.note}")
     return lines + [f"{metric}: not run; wants {wants}" for metric, wants in lacking.items()]

@@ -13,62 +13,164 @@ from .rules import RuleLabeler
 # %% ../../nbs/rewards/07_behaviour.ipynb #f1adb51d
 LABELER = RuleLabeler()
 
-def split_sentences(report): return [s.strip() + " ." for s in re.split(r"\s*\.(?!\d)\s*", report) if s.strip()]
 
-def positives(text): return {o for o, said in LABELER.statuses([text])[0].items() if said != "absent" and o != "No Finding"}
+def split_sentences(report):
+    return [s.strip() + " ." for s in re.split(r"\s*\.(?!\d)\s*", report) if s.strip()]
+
+
+def positives(text):
+    return {o for o, said in LABELER.statuses([text])[0].items() if said != "absent" and o != "No Finding"}
+
 
 def one_sentence(report, rng, wanted, change):
     "`report` with one of the sentences for which `wanted` holds replaced by `change(sentence)` ('' drops it); None where there is no such sentence."
     parts = split_sentences(report)
     where = [i for i, s in enumerate(parts) if wanted(s)]
-    if not where: return None
+    if not where:
+        return None
     i = rng.choice(where)
     parts[i] = change(parts[i])
     return " ".join(p for p in parts if p)
 
 # %% ../../nbs/rewards/07_behaviour.ipynb #810272f1
-_ITEM = r"((?:(?!\b(?:is|are|was|were|has|have|which|that|but|with)\b)[\w ,/-])+?)"           # a noun phrase, or a list of them, without a verb
-SAME_SENTENCE = [(re.compile(rf"(?:{form}) \."), other) for form, other in [
-    (r"(?:the )?heart (?:size )?(?:is )?(?:within normal limits|normal|normal in size|of normal size)|normal heart size|(?:the )?heart is not enlarged", "cardiac size is normal ."),
-    (r"(?:the )?lungs are clear(?: bilaterally)?|clear lungs|both lungs are clear", "no focal airspace disease in the lungs ."),
-    (r"(?:the )?heart is enlarged|there is cardiomegaly|there is an enlarged heart|enlarged heart|cardiomegaly", "there is enlargement of the heart ."),
-    (rf"(?:there (?:is|are) )?no evidence (?:of|for) (?:an? )?{_ITEM}(?: is (?:seen|identified|noted))?", r"there is no \1 ."), (rf"there (?:is|are) no {_ITEM}(?: (?:seen|identified|noted))?", r"no \1 is seen ."),
-    (rf"no {_ITEM} (?:is|are) (?:seen|identified|noted|present)", r"there is no \1 ."), (rf"no (?!.*\bchange){_ITEM}", r"there is no evidence of \1 ."),
-    (r"there (?:is|are) (?:an? )?((?:(?!\b(?:is|are|was|were|has|have|which|that|but|no)\b)[\w /-])+?)(?: (?:seen|identified|noted|present))?", r"\1 can be seen .")]]
-SAME_PHRASE = {"is seen": "is identified", "are seen": "are identified", "is identified": "is seen", "are identified": "are seen", "is noted": "is seen", "are noted": "are seen", "is normal in size": "is not enlarged",
-               "within normal limits": "normal", "unremarkable": "normal", "bony structures": "osseous structures", "osseous structures": "bony structures", "bones": "osseous structures", "mild": "slight", "mildly": "slightly",
-               "large": "sizeable", "tiny": "very small", "pleural effusion": "pleural fluid collection", "pleural effusions": "pleural fluid collections", "opacity": "opacification", "cardiomegaly": "enlargement of the heart",
-               "cardiac silhouette": "heart silhouette", "pulmonary vascularity": "pulmonary vasculature", "pulmonary vasculature": "pulmonary vessels", "may represent": "could represent", "consistent with": "compatible with",
-               "prior": "previous", "stable": "unchanged", "unchanged": "stable", "bilaterally": "on both sides", "hyperexpanded": "hyperinflated", "hyperinflated": "hyperexpanded"}
+_ITEM = r"((?:(?!\b(?:is|are|was|were|has|have|which|that|but|with)\b)[\w ,/-])+?)"  # a noun phrase, or a list of them, without a verb
+SAME_SENTENCE = [
+    (re.compile(rf"(?:{form}) \."), other)
+    for form, other in [
+        (
+            r"(?:the )?heart (?:size )?(?:is )?(?:within normal limits|normal|normal in size|of normal size)|normal heart size|(?:the )?heart is not enlarged",
+            "cardiac size is normal .",
+        ),
+        (
+            r"(?:the )?lungs are clear(?: bilaterally)?|clear lungs|both lungs are clear",
+            "no focal airspace disease in the lungs .",
+        ),
+        (
+            r"(?:the )?heart is enlarged|there is cardiomegaly|there is an enlarged heart|enlarged heart|cardiomegaly",
+            "there is enlargement of the heart .",
+        ),
+        (
+            rf"(?:there (?:is|are) )?no evidence (?:of|for) (?:an? )?{_ITEM}(?: is (?:seen|identified|noted))?",
+            r"there is no \1 .",
+        ),
+        (rf"there (?:is|are) no {_ITEM}(?: (?:seen|identified|noted))?", r"no \1 is seen ."),
+        (rf"no {_ITEM} (?:is|are) (?:seen|identified|noted|present)", r"there is no \1 ."),
+        (rf"no (?!.*\bchange){_ITEM}", r"there is no evidence of \1 ."),
+        (
+            r"there (?:is|are) (?:an? )?((?:(?!\b(?:is|are|was|were|has|have|which|that|but|no)\b)[\w /-])+?)(?: (?:seen|identified|noted|present))?",
+            r"\1 can be seen .",
+        ),
+    ]
+]
+SAME_PHRASE = {
+    "is seen": "is identified",
+    "are seen": "are identified",
+    "is identified": "is seen",
+    "are identified": "are seen",
+    "is noted": "is seen",
+    "are noted": "are seen",
+    "is normal in size": "is not enlarged",
+    "within normal limits": "normal",
+    "unremarkable": "normal",
+    "bony structures": "osseous structures",
+    "osseous structures": "bony structures",
+    "bones": "osseous structures",
+    "mild": "slight",
+    "mildly": "slightly",
+    "large": "sizeable",
+    "tiny": "very small",
+    "pleural effusion": "pleural fluid collection",
+    "pleural effusions": "pleural fluid collections",
+    "opacity": "opacification",
+    "cardiomegaly": "enlargement of the heart",
+    "cardiac silhouette": "heart silhouette",
+    "pulmonary vascularity": "pulmonary vasculature",
+    "pulmonary vasculature": "pulmonary vessels",
+    "may represent": "could represent",
+    "consistent with": "compatible with",
+    "prior": "previous",
+    "stable": "unchanged",
+    "unchanged": "stable",
+    "bilaterally": "on both sides",
+    "hyperexpanded": "hyperinflated",
+    "hyperinflated": "hyperexpanded",
+}
+
 
 def replaced(report, table):
     "`report` with phrases exchanged by `table` (phrase → phrase), every place once; None where none occurs."
-    out = re.sub(r"\b(?:" + "|".join(map(re.escape, sorted(table, key=len, reverse=True))) + r")\b", lambda m: table[m.group()], report)
+    out = re.sub(
+        r"\b(?:" + "|".join(map(re.escape, sorted(table, key=len, reverse=True))) + r")\b",
+        lambda m: table[m.group()],
+        report,
+    )
     return out if out != report else None
 
+
 def paraphrase(report, rng=None):
-    def said(s): return next((form.sub(other, s) for form, other in SAME_SENTENCE if form.fullmatch(s)), None) or replaced(s, SAME_PHRASE) or s
+    def said(s):
+        return (
+            next((form.sub(other, s) for form, other in SAME_SENTENCE if form.fullmatch(s)), None)
+            or replaced(s, SAME_PHRASE)
+            or s
+        )
+
     out = " ".join(map(said, split_sentences(report)))
     return out if out != report else None
 
 # %% ../../nbs/rewards/07_behaviour.ipynb #0f4cc94f
 SIDES = {"left": "right", "right": "left", "left-sided": "right-sided", "right-sided": "left-sided"}
-DEGREES = {"small": "large", "large": "small", "mild": "severe", "mildly": "severely", "severe": "mild", "severely": "mildly", "minimal": "extensive", "minimally": "markedly", "tiny": "huge", "slight": "marked",
-           "slightly": "markedly", "moderate": "minimal"}
-ADDED = {"Cardiomegaly": "the heart is enlarged .", "Edema": "there is mild pulmonary edema .", "Lung Lesion": "there is a nodule in the right upper lobe .", "Pneumothorax": "there is a small left pneumothorax .",
-         "Pleural Effusion": "there is a small right pleural effusion .", "Fracture": "there is an acute left rib fracture .", "Atelectasis": "there is left basilar atelectasis ."}
+DEGREES = {
+    "small": "large",
+    "large": "small",
+    "mild": "severe",
+    "mildly": "severely",
+    "severe": "mild",
+    "severely": "mildly",
+    "minimal": "extensive",
+    "minimally": "markedly",
+    "tiny": "huge",
+    "slight": "marked",
+    "slightly": "markedly",
+    "moderate": "minimal",
+}
+ADDED = {
+    "Cardiomegaly": "the heart is enlarged .",
+    "Edema": "there is mild pulmonary edema .",
+    "Lung Lesion": "there is a nodule in the right upper lobe .",
+    "Pneumothorax": "there is a small left pneumothorax .",
+    "Pleural Effusion": "there is a small right pleural effusion .",
+    "Fracture": "there is an acute left rib fracture .",
+    "Atelectasis": "there is left basilar atelectasis .",
+}
 
-def swap_sides(report, rng=None): return replaced(report, SIDES)
-def change_severity(report, rng=None): return replaced(report, DEGREES)
+
+def swap_sides(report, rng=None):
+    return replaced(report, SIDES)
+
+
+def change_severity(report, rng=None):
+    return replaced(report, DEGREES)
+
 
 def drop_finding(report, rng):
     "Leave out one sentence that names an observation, if the report then has fewer."
     out = one_sentence(report, rng, positives, lambda s: "")
     return out if out and positives(out) < positives(report) else None
 
+
 def drop_other(report, rng):
     "Leave out one sentence that says something abnormal outside the 13 observations."
-    return one_sentence(report, rng, lambda s: LABELER.statuses([s])[0].get("No Finding") == "absent" and not positives(s), lambda s: "") or None
+    return (
+        one_sentence(
+            report,
+            rng,
+            lambda s: LABELER.statuses([s])[0].get("No Finding") == "absent" and not positives(s),
+            lambda s: "",
+        )
+        or None
+    )
+
 
 def add_finding(report, rng):
     "Add a sentence with a finding that the report does not have."
@@ -76,17 +178,23 @@ def add_finding(report, rng):
     return f"{report} {ADDED[rng.choice(new)]}" if new else None
 
 # %% ../../nbs/rewards/07_behaviour.ipynb #4f4d39f7
-DENIED = re.compile(r"^(?:there (?:is|are|has been) )?no (?:evidence of )?(?:an? )?(.+?)(?:(?:, or |, | or )(.+?))?(?: (?:is|are) (?:seen|identified|noted|present|evident))? \.$")
+DENIED = re.compile(
+    r"^(?:there (?:is|are|has been) )?no (?:evidence of )?(?:an? )?(.+?)(?:(?:, or |, | or )(.+?))?(?: (?:is|are) (?:seen|identified|noted|present|evident))? \.$"
+)
+
 
 def turned(sentence):
-    "`sentence` saying the opposite: \"no A or B\" → \"there is A . there is no B\"; \"X is Y\" → \"X is not Y\"; anything else gets a \"no\"."
+    '`sentence` saying the opposite: "no A or B" → "there is A . there is no B"; "X is Y" → "X is not Y"; anything else gets a "no".'
     if m := DENIED.match(sentence):
-        if re.search(r" (?:is|are) ", m[1]): return f"{m[1]} ."
+        if re.search(r" (?:is|are) ", m[1]):
+            return f"{m[1]} ."
         return f"there is {m[1]} ." + (f" there is no {m[2]} ." if m[2] else "")
     bare, there = re.subn(r"^there (?:is|are) (?:an? )?", "", sentence)
-    if there: return f"there is no {bare}"
+    if there:
+        return f"there is no {bare}"
     said, verb = re.subn(r"\b(is|are|appears) (?!no\b|not\b)", r"\1 not ", sentence, count=1)
     return said if verb else "no " + re.sub(r"^an? ", "", sentence)
+
 
 def flip_negation(report, rng):
     "Turn one sentence round, if that changes one observation and no other."
@@ -97,20 +205,60 @@ def flip_negation(report, rng):
 NORMAL = "the heart is normal in size . the lungs are clear . there is no pleural effusion or pneumothorax . no acute cardiopulmonary abnormality ."
 PROMPT = "Describe this chest X-ray."
 
-def repeat(report, rng=None): return f"{report} {report}"
-def truncate(report, rng=None): return " ".join(report.split()[:len(report.split()) // 2])
-def gibberish(report, rng): return re.sub(r"\w+", lambda m: "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=len(m.group()))), report)
+
+def repeat(report, rng=None):
+    return f"{report} {report}"
+
+
+def truncate(report, rng=None):
+    return " ".join(report.split()[: len(report.split()) // 2])
+
+
+def gibberish(report, rng):
+    return re.sub(
+        r"\w+", lambda m: "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=len(m.group()))), report
+    )
+
 
 def shuffle(report, rng):
     parts = split_sentences(report)
     mixed = rng.sample(parts, len(parts))
     return " ".join(mixed) if mixed != parts else None
 
-EDITS = {"identity": lambda report, rng: report, "paraphrase": paraphrase, "order shuffled": shuffle, "said twice": repeat,
-         "negation flipped": flip_negation, "sides swapped": swap_sides, "severity changed": change_severity, "finding dropped": drop_finding, "other finding dropped": drop_other, "finding added": add_finding,
-         "cut in half": truncate, "normal template": lambda report, rng: NORMAL, "gibberish": gibberish, "prompt copied": lambda report, rng: PROMPT, "empty": lambda report, rng: ""}
-HARMFUL = ("negation flipped", "sides swapped", "severity changed", "finding dropped", "other finding dropped", "finding added")
+
+EDITS = {
+    "identity": lambda report, rng: report,
+    "paraphrase": paraphrase,
+    "order shuffled": shuffle,
+    "said twice": repeat,
+    "negation flipped": flip_negation,
+    "sides swapped": swap_sides,
+    "severity changed": change_severity,
+    "finding dropped": drop_finding,
+    "other finding dropped": drop_other,
+    "finding added": add_finding,
+    "cut in half": truncate,
+    "normal template": lambda report, rng: NORMAL,
+    "gibberish": gibberish,
+    "prompt copied": lambda report, rng: PROMPT,
+    "empty": lambda report, rng: "",
+}
+HARMFUL = (
+    "negation flipped",
+    "sides swapped",
+    "severity changed",
+    "finding dropped",
+    "other finding dropped",
+    "finding added",
+)
+
 
 def as_completion(name, text):
     "What a policy would have written: a report cut short lacks its closing tag, a copied prompt has no tags."
-    return text if name == "prompt copied" else f"<report> {text}" if name == "cut in half" else f"<report> {text} </report>"
+    return (
+        text
+        if name == "prompt copied"
+        else f"<report> {text}"
+        if name == "cut in half"
+        else f"<report> {text} </report>"
+    )

@@ -12,78 +12,146 @@ import pandas as pd, torch
 from .rules import RuleLabeler, mentioned, sentences, set_f1
 from ..vocabulary import OBSERVATIONS
 from ..files import check_weights
-from .text import ModelScorer, check_texts, length_sorted, minilm_folder, report_body, resolve_device, resolve_dtype, weights_path
+from valor.rewards.text import (
+    ModelScorer,
+    check_texts,
+    length_sorted,
+    minilm_folder,
+    report_body,
+    resolve_device,
+    resolve_dtype,
+    weights_path,
+)
 
 # %% ../../nbs/rewards/02_chexbert.ipynb #54e57946
 REPO, FILE = "StanfordAIMI/RRG_scorers", "chexbert.pth"
 EMBEDDED = "model='rules', the embedded stand-in"
-SIZES = ("bert.embeddings.word_embeddings.weight", "bert.embeddings.position_embeddings.weight", "bert.encoder.layer.0.intermediate.dense.weight")
+SIZES = (
+    "bert.embeddings.word_embeddings.weight",
+    "bert.embeddings.position_embeddings.weight",
+    "bert.encoder.layer.0.intermediate.dense.weight",
+)
+
 
 def chexbert_state(path):
     "The weights in a `chexbert.pth`, names without `module.` and without `position_ids`. ValueError if the file is not one."
     check_weights(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"]
-        state = {name.replace("module.", ""): tensor.float() for name, tensor in state.items() if not name.endswith("position_ids")}
-    except Exception as e: raise ValueError(f"{path}: not a CheXbert checkpoint ({type(e).__name__}: {str(e)[:120].partition(chr(10))[0]}); expected a torch file with 'model_state_dict'. It is part of {REPO}; or give {EMBEDDED}") from None
+        state = {
+            name.replace("module.", ""): tensor.float()
+            for name, tensor in state.items()
+            if not name.endswith("position_ids")
+        }
+    except Exception as e:
+        raise ValueError(
+            f"{path}: not a CheXbert checkpoint ({type(e).__name__}: {str(e)[:120].partition(chr(10))[0]}); expected a torch file with 'model_state_dict'. It is part of {REPO}; or give {EMBEDDED}"
+        ) from None
     for name in SIZES:
         if name not in state or state[name].dim() != 2:
-            raise ValueError(f"{path}: tensor {name} is {tuple(state[name].shape) if name in state else 'nothing'}, expected two dimensions, so it is no CheXbert; give {FILE} of {REPO} or {EMBEDDED}")
+            raise ValueError(
+                f"{path}: tensor {name} is {tuple(state[name].shape) if name in state else 'nothing'}, expected two dimensions, so it is no CheXbert; give {FILE} of {REPO} or {EMBEDDED}"
+            )
     return state
+
 
 def bert_config(state, folder):
     "BertConfig of a CheXbert's weights, from their shapes; a head has 64 dimensions unless `config.json` in `folder` says otherwise. ValueError if they do not share out."
     from transformers import BertConfig
+
     (vocabulary, width), positions, inner = state[SIZES[0]].shape, len(state[SIZES[1]]), len(state[SIZES[2]])
     layers = 1 + max(int(name.split("layer.")[1].split(".")[0]) for name in state if "encoder.layer." in name)
-    heads, given = max(1, width // 64), Path(folder)/"config.json"
-    if given.is_file(): heads = json.loads(given.read_text()).get("num_attention_heads", heads)
-    if width % heads: raise ValueError(f"{folder}: weights of width {width} cannot have {heads} attention heads; say num_attention_heads in a config.json beside them, or give {EMBEDDED}")
-    return BertConfig(vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=inner, max_position_embeddings=positions)
+    heads, given = max(1, width // 64), Path(folder) / "config.json"
+    if given.is_file():
+        heads = json.loads(given.read_text()).get("num_attention_heads", heads)
+    if width % heads:
+        raise ValueError(
+            f"{folder}: weights of width {width} cannot have {heads} attention heads; say num_attention_heads in a config.json beside them, or give {EMBEDDED}"
+        )
+    return BertConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=inner,
+        max_position_embeddings=positions,
+    )
 
 # %% ../../nbs/rewards/02_chexbert.ipynb #03c56ce2
 def load_chexbert(path):
     "f1chexbert's `bert_labeler` with the weights in `path`, in evaluation mode. ValueError naming the tensor where a shape or name is not CheXbert's."
     from f1chexbert import f1chexbert
+
     state = chexbert_state(path)
-    with patch.object(f1chexbert.AutoConfig, "from_pretrained", return_value=bert_config(state, Path(path).parent)):   # else it asks the hub
+    with patch.object(
+        f1chexbert.AutoConfig, "from_pretrained", return_value=bert_config(state, Path(path).parent)
+    ):  # else it asks the hub
         model = f1chexbert.bert_labeler(inference=True)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     for name in sorted(expected.keys() | state.keys()):
-        found, wanted = (tuple(x[name].shape if x is state else x[name]) if name in x else "nothing" for x in (state, expected))
-        if found != wanted: raise ValueError(f"{path}: tensor {name} is {found}, expected {wanted}; give {FILE} of {REPO} or {EMBEDDED}")
+        found, wanted = (
+            tuple(x[name].shape if x is state else x[name]) if name in x else "nothing"
+            for x in (state, expected)
+        )
+        if found != wanted:
+            raise ValueError(
+                f"{path}: tensor {name} is {found}, expected {wanted}; give {FILE} of {REPO} or {EMBEDDED}"
+            )
     model.load_state_dict(state)
     return model.eval()
 
 # %% ../../nbs/rewards/02_chexbert.ipynb #109dd0ca
-STATUS = {1: "present", 2: "absent", 3: "uncertain"}                             # class 0 is blank: not mentioned
+STATUS = {1: "present", 2: "absent", 3: "uncertain"}  # class 0 is blank: not mentioned
+
 
 class CheXbert:
     """The real labeler. `model`: the file `chexbert.pth`, its folder, or the name of a hub repository; `dtype`: "float32", "bfloat16" or "float16".
 
     Raises ValueError where weights are missing or are not CheXbert's."""
+
     def __init__(self, model, dtype="float32", batch_size=32, device="auto"):
         from transformers import BertTokenizer
+
         path = weights_path(str(model), FILE, REPO, EMBEDDED)
         self.device, self.batch_size = resolve_device(device), batch_size
         self.model = load_chexbert(path).to(self.device, resolve_dtype(dtype))
-        own = (path.parent/"vocab.txt").is_file() or (path.parent/"tokenizer.json").is_file()
-        self.tokenizer, config = BertTokenizer.from_pretrained(path.parent if own else minilm_folder()), self.model.bert.config
-        if len(self.tokenizer) > config.vocab_size: raise ValueError(f"{path}: tensor {SIZES[0]} has {config.vocab_size} rows, expected {len(self.tokenizer)} as in the vocabulary; put its own vocab.txt beside it, or give {EMBEDDED}")
-        with path.open("rb") as f: weights = hashlib.file_digest(f, "sha256").hexdigest()[:16]
+        own = (path.parent / "vocab.txt").is_file() or (path.parent / "tokenizer.json").is_file()
+        self.tokenizer, config = (
+            BertTokenizer.from_pretrained(path.parent if own else minilm_folder()),
+            self.model.bert.config,
+        )
+        if len(self.tokenizer) > config.vocab_size:
+            raise ValueError(
+                f"{path}: tensor {SIZES[0]} has {config.vocab_size} rows, expected {len(self.tokenizer)} as in the vocabulary; put its own vocab.txt beside it, or give {EMBEDDED}"
+            )
+        with path.open("rb") as f:
+            weights = hashlib.file_digest(f, "sha256").hexdigest()[:16]
         words = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:8]
-        self.key = f"chexbert 1 {weights} {words} {config.num_attention_heads} {dtype}"     # everything that a label depends on
+        self.key = f"chexbert 1 {weights} {words} {config.num_attention_heads} {dtype}"  # everything that a label depends on
 
     @torch.inference_mode()
     def classes(self, reports):
         "Class of each of the 14 observations: a list of 14 integers per report, in the order of `OBSERVATIONS`."
-        texts = [" ".join(r.split()).encode("utf-8", "replace").decode() for r in reports]      # half a surrogate pair, legal in JSON, is no text for the tokenizer
-        ids = self.tokenizer(texts, truncation=True, max_length=min(512, self.model.bert.config.max_position_embeddings))["input_ids"] if texts else []
+        texts = [
+            " ".join(r.split()).encode("utf-8", "replace").decode() for r in reports
+        ]  # half a surrogate pair, legal in JSON, is no text for the tokenizer
+        ids = (
+            self.tokenizer(
+                texts, truncation=True, max_length=min(512, self.model.bert.config.max_position_embeddings)
+            )["input_ids"]
+            if texts
+            else []
+        )
         found = [None] * len(reports)
         for rows in length_sorted(list(map(len, ids)), self.batch_size):
-            batch = self.tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="pt").to(self.device)
-            chosen = torch.stack([head.argmax(1) for head in self.model(batch["input_ids"], batch["attention_mask"])], 1).tolist()
-            for i, row in zip(rows, chosen): found[i] = row
+            batch = self.tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="pt").to(
+                self.device
+            )
+            chosen = torch.stack(
+                [head.argmax(1) for head in self.model(batch["input_ids"], batch["attention_mask"])], 1
+            ).tolist()
+            for i, row in zip(rows, chosen):
+                found[i] = row
         return found
 
     def statuses(self, reports):
@@ -95,65 +163,139 @@ def miniature_chexbert(folder, width=64, layers=2, seed=0):
     "A made-up `chexbert.pth`: the true format and architecture, small, with random weights large enough that every class occurs."
     from f1chexbert import f1chexbert
     from transformers import BertConfig
+
     torch.manual_seed(seed)
-    config = BertConfig(hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64, intermediate_size=2 * width if width < 768 else 3072, initializer_range=.4 if width < 768 else .02)
-    with patch.object(f1chexbert.AutoConfig, "from_pretrained", return_value=config): model = f1chexbert.bert_labeler(inference=True)
-    for head in model.linear_heads: torch.nn.init.normal_(head.weight, std=1.)
-    state = {"module." + name: tensor for name, tensor in model.state_dict().items()} | {"module.bert.embeddings.position_ids": torch.arange(512)[None]}
-    torch.save({"epoch": 7, "model_state_dict": state, "optimizer_state_dict": {"state": {}, "param_groups": [{"lr": 2e-5}]}}, Path(folder)/FILE)
-    return Path(folder)/FILE
+    config = BertConfig(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        intermediate_size=2 * width if width < 768 else 3072,
+        initializer_range=0.4 if width < 768 else 0.02,
+    )
+    with patch.object(f1chexbert.AutoConfig, "from_pretrained", return_value=config):
+        model = f1chexbert.bert_labeler(inference=True)
+    for head in model.linear_heads:
+        torch.nn.init.normal_(head.weight, std=1.0)
+    state = {"module." + name: tensor for name, tensor in model.state_dict().items()} | {
+        "module.bert.embeddings.position_ids": torch.arange(512)[None]
+    }
+    torch.save(
+        {
+            "epoch": 7,
+            "model_state_dict": state,
+            "optimizer_state_dict": {"state": {}, "param_groups": [{"lr": 2e-5}]},
+        },
+        Path(folder) / FILE,
+    )
+    return Path(folder) / FILE
 
 # %% ../../nbs/rewards/02_chexbert.ipynb #d789b1f9
 def package_chexbert(path, tokenizer):
     "f1chexbert's own `F1CheXbert` around the weights in `path`, with the fewest shims that make its `get_label` run; a referee, not for use."
     from f1chexbert.f1chexbert import F1CheXbert
-    judge = F1CheXbert.__new__(F1CheXbert); torch.nn.Module.__init__(judge)
+
+    judge = F1CheXbert.__new__(F1CheXbert)
+    torch.nn.Module.__init__(judge)
     judge.device, judge.tokenizer, judge.model = torch.device("cpu"), tokenizer, load_chexbert(path)
-    tokenizer.encode_plus = lambda tokens: dict(input_ids=[tokenizer.cls_token_id, *tokenizer.convert_tokens_to_ids(tokens), tokenizer.sep_token_id])
+    tokenizer.encode_plus = lambda tokens: dict(
+        input_ids=[tokenizer.cls_token_id, *tokenizer.convert_tokens_to_ids(tokens), tokenizer.sep_token_id]
+    )
     return judge
 
 # %% ../../nbs/rewards/02_chexbert.ipynb #a11d3f60
 FIVE = ["Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion"]
-UNCERTAIN = {"positive": {"present": "present", "uncertain": "present"}, "negative": {"present": "present"}, "class": {"present": "present", "uncertain": "uncertain"}}
+UNCERTAIN = {
+    "positive": {"present": "present", "uncertain": "present"},
+    "negative": {"present": "present"},
+    "class": {"present": "present", "uncertain": "uncertain"},
+}
+
 
 def check_options(uncertain, observations):
     "The 14 or 5 observations. ValueError for another number or another treatment of uncertain ones."
-    if uncertain not in UNCERTAIN: raise ValueError(f"uncertain={uncertain!r}: allowed are 'positive', 'negative' and 'class'")
-    if observations not in (14, 5): raise ValueError(f"observations={observations!r}: allowed are 14 and 5")
+    if uncertain not in UNCERTAIN:
+        raise ValueError(f"uncertain={uncertain!r}: allowed are 'positive', 'negative' and 'class'")
+    if observations not in (14, 5):
+        raise ValueError(f"observations={observations!r}: allowed are 14 and 5")
     return OBSERVATIONS if observations == 14 else FIVE
 
+
 def mentions(report):
-    'Where the rules see the observations in `report`: a list of (observation, status, start, end), `No Finding` apart.'
-    return [(observation, said, places[text.count(" ", 0, start)][0], places[text.count(" ", 0, end)][1])
-            for text, places in sentences(report) for observation, said, start, end in mentioned(text)]
+    "Where the rules see the observations in `report`: a list of (observation, status, start, end), `No Finding` apart."
+    return [
+        (observation, said, places[text.count(" ", 0, start)][0], places[text.count(" ", 0, end)][1])
+        for text, places in sentences(report)
+        for observation, said, start, end in mentioned(text)
+    ]
+
 
 class LabelF1(ModelScorer):
     """s_cx of Eq. 4. `model`: "rules", or what `CheXbert` takes; `uncertain`: "positive", "negative" or "class"; `observations`: 14 or 5. Further options: see
     `CheXbert` and, for `cache`, `ModelScorer`."""
+
     name = "chexbert"
 
-    def __init__(self, model="rules", uncertain="positive", observations=14, dtype="float32", batch_size=32, device="auto", cache=None):
-        self.uncertain, self.counted, self.observations = uncertain, UNCERTAIN.get(uncertain), frozenset(check_options(uncertain, observations))
+    def __init__(
+        self,
+        model="rules",
+        uncertain="positive",
+        observations=14,
+        dtype="float32",
+        batch_size=32,
+        device="auto",
+        cache=None,
+    ):
+        self.uncertain, self.counted, self.observations = (
+            uncertain,
+            UNCERTAIN.get(uncertain),
+            frozenset(check_options(uncertain, observations)),
+        )
         self.labeler = RuleLabeler() if model == "rules" else CheXbert(model, dtype, batch_size, device)
-        super().__init__(self.labeler.key, None if model == "rules" else cache)   # rules are faster than a file
+        super().__init__(
+            self.labeler.key, None if model == "rules" else cache
+        )  # rules are faster than a file
 
-    def analyse(self, texts): return self.labeler.statuses(texts)
+    def analyse(self, texts):
+        return self.labeler.statuses(texts)
 
-    def positives(self, statuses): return {(o, self.counted[s]) for o, s in statuses.items() if o in self.observations and s in self.counted}
-    def compare(self, candidate, reference): return set_f1(self.positives(candidate), self.positives(reference))
+    def positives(self, statuses):
+        return {
+            (o, self.counted[s]) for o, s in statuses.items() if o in self.observations and s in self.counted
+        }
+
+    def compare(self, candidate, reference):
+        return set_f1(self.positives(candidate), self.positives(reference))
 
     def labels(self, reports):
         "DataFrame with a row per report and the 14 observations as columns: 1 present, 0 absent, -1 uncertain, NaN not mentioned."
         check_texts("reports", reports)
-        said, value = self.analysed([report_body(r) for r in reports]), {"present": 1., "absent": 0., "uncertain": -1.}
-        return pd.DataFrame([{o: value[s] for o, s in said[report_body(r)].items()} for r in reports], columns=OBSERVATIONS, dtype=float)
+        said, value = (
+            self.analysed([report_body(r) for r in reports]),
+            {"present": 1.0, "absent": 0.0, "uncertain": -1.0},
+        )
+        return pd.DataFrame(
+            [{o: value[s] for o, s in said[report_body(r)].items()} for r in reports],
+            columns=OBSERVATIONS,
+            dtype=float,
+        )
 
     def _detail(self, candidate, reference):
         ours, theirs = (self.analysed([text])[text] for text in (candidate, reference))
         a, b = self.positives(ours), self.positives(theirs)
         name = lambda pairs: sorted(o if s == "present" else f"{o} ({s})" for o, s in pairs)
-        said = [((o, self.counted.get(s)), *place) for o, s, *place in mentions(candidate)] if isinstance(self.labeler, RuleLabeler) else []
-        return dict(spans=[(start, end, float(label in b)) for label, start, end in said if label in a], missing=name(b - a), matched=name(a & b), extra=name(a - b), candidate=ours, reference=theirs)
+        said = (
+            [((o, self.counted.get(s)), *place) for o, s, *place in mentions(candidate)]
+            if isinstance(self.labeler, RuleLabeler)
+            else []
+        )
+        return dict(
+            spans=[(start, end, float(label in b)) for label, start, end in said if label in a],
+            missing=name(b - a),
+            matched=name(a & b),
+            extra=name(a - b),
+            candidate=ours,
+            reference=theirs,
+        )
 
 # %% ../../nbs/rewards/02_chexbert.ipynb #67c44eff
 def label_report(candidates, references, uncertain="positive", observations=14):
@@ -161,11 +303,34 @@ def label_report(candidates, references, uncertain="positive", observations=14):
 
     With `uncertain="class"` a decision is right if present matches present or uncertain matches uncertain."""
     names = check_options(uncertain, observations)
-    if uncertain == "class": said, true = (pd.concat([(f[names] == v).add_suffix(s) for v, s in ((1, ""), (-1, " uncertain"))], axis=1).astype(int) for f in (candidates, references))
-    else: said, true = (f[names].isin([1, -1] if uncertain == "positive" else [1]).astype(int) for f in (candidates, references))
-    counts = pd.DataFrame(dict(tp=(said.values & true.values).sum(0), said=said.values.sum(0), support=true.values.sum(0)), index=said.columns)
+    if uncertain == "class":
+        said, true = (
+            pd.concat(
+                [(f[names] == v).add_suffix(s) for v, s in ((1, ""), (-1, " uncertain"))], axis=1
+            ).astype(int)
+            for f in (candidates, references)
+        )
+    else:
+        said, true = (
+            f[names].isin([1, -1] if uncertain == "positive" else [1]).astype(int)
+            for f in (candidates, references)
+        )
+    counts = pd.DataFrame(
+        dict(tp=(said.values & true.values).sum(0), said=said.values.sum(0), support=true.values.sum(0)),
+        index=said.columns,
+    )
     counts.loc["micro"] = counts.sum()
-    ratio = lambda a, b: (a / b).where(b > 0, 0.)
-    table = pd.DataFrame(dict(precision=ratio(counts.tp, counts.said), recall=ratio(counts.tp, counts.support), f1=ratio(2 * counts.tp, counts.said + counts.support), support=counts.support))
-    table.loc["macro"] = [*table.drop(index="micro")[["precision", "recall", "f1"]].mean(), counts.support["micro"]]
+    ratio = lambda a, b: (a / b).where(b > 0, 0.0)
+    table = pd.DataFrame(
+        dict(
+            precision=ratio(counts.tp, counts.said),
+            recall=ratio(counts.tp, counts.support),
+            f1=ratio(2 * counts.tp, counts.said + counts.support),
+            support=counts.support,
+        )
+    )
+    table.loc["macro"] = [
+        *table.drop(index="micro")[["precision", "recall", "f1"]].mean(),
+        counts.support["micro"],
+    ]
     return table

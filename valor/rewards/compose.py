@@ -13,66 +13,90 @@ def is_clinical_step(k, k_clin):
 
     Raises ValueError unless k >= 1 and k_clin >= 1 (or None) are whole numbers."""
     for name, value in (("k", k), ("k_clin", k_clin)):
-        if name == "k_clin" and value is None: continue
+        if name == "k_clin" and value is None:
+            continue
         if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < 1:
-            raise ValueError(f"{name}={value!r}: allowed are whole numbers from 1{', or None for never' if name == 'k_clin' else ''}")
+            raise ValueError(
+                f"{name}={value!r}: allowed are whole numbers from 1{', or None for never' if name == 'k_clin' else ''}"
+            )
     return k_clin is not None and k % k_clin == 0
 
 # %% ../../nbs/rewards/05_compose.ipynb #a06994e5
 TEXT_SCORERS = ("bleu4", "rouge_l", "bertscore")
 CLINICAL_SCORERS = ("chexbert", "radgraph")
 
+
 def needed(k, k_clin, extras={}):
     """Names of the scorers to call at generation `k`: text and format always, the clinical ones when `is_clinical_step`.
 
     `extras`: {name: (equation, weight)} of rewards that were added to Eq. 3, 4 or 8; those of Eq. 4 are clinical."""
     now = is_clinical_step(k, k_clin)
-    return TEXT_SCORERS + ("format",) + (CLINICAL_SCORERS if now else ()) + tuple(name for name, (equation, _) in extras.items() if now or equation != 4)
+    return (
+        TEXT_SCORERS
+        + ("format",)
+        + (CLINICAL_SCORERS if now else ())
+        + tuple(name for name, (equation, _) in extras.items() if now or equation != 4)
+    )
 
 # %% ../../nbs/rewards/05_compose.ipynb #2f68d7e6
 def check_weight(name, value, upper=math.inf):
     "Raise ValueError unless `value` is a number in [0, upper]; returns it."
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or not 0 <= value <= upper:
-        raise ValueError(f"{name}={value!r}: allowed are numbers {'>= 0' if upper == math.inf else f'in [0, {upper}]'}")
+        raise ValueError(
+            f"{name}={value!r}: allowed are numbers {'>= 0' if upper == math.inf else f'in [0, {upper}]'}"
+        )
     return value
 
 # %% ../../nbs/rewards/05_compose.ipynb #d0812ac8
-def verifiable(bleu, rouge, bert, lambda_lex=.5, lambda_sem=.5):
+def verifiable(bleu, rouge, bert, lambda_lex=0.5, lambda_sem=0.5):
     "Eq. 3: R_ver from BLEU-4, ROUGE-L and BERTScore, tensors of one shape. ValueError unless the weights sum to 1."
     check_weight("lambda_lex", lambda_lex, 1), check_weight("lambda_sem", lambda_sem, 1)
     if abs(lambda_lex + lambda_sem - 1) > 1e-9:
-        raise ValueError(f"lambda_lex={lambda_lex}, lambda_sem={lambda_sem}: their sum must be 1, not {lambda_lex + lambda_sem:g}")
+        raise ValueError(
+            f"lambda_lex={lambda_lex}, lambda_sem={lambda_sem}: their sum must be 1, not {lambda_lex + lambda_sem:g}"
+        )
     return lambda_lex * (bleu + rouge) + lambda_sem * bert
 
 # %% ../../nbs/rewards/05_compose.ipynb #09c6d0a6
-def clinical(cx, rg, lambda_cx=.5, lambda_rg=.5):
+def clinical(cx, rg, lambda_cx=0.5, lambda_rg=0.5):
     "Eq. 4: R_clin from the label F1 `cx` and the entity F1 `rg`, tensors of one shape."
     return check_weight("lambda_cx", lambda_cx) * cx + check_weight("lambda_rg", lambda_rg) * rg
 
 # %% ../../nbs/rewards/05_compose.ipynb #21567aae
-def text_reward(ver, clin, k, k_clin=4, lambda_clin=.5):
+def text_reward(ver, clin, k, k_clin=4, lambda_clin=0.5):
     "Eq. 5: R_text at generation `k`; `clin` (same shape as `ver`) is used on clinical steps only and may be None on others."
     check_weight("lambda_clin", lambda_clin)
-    if not is_clinical_step(k, k_clin): return ver
-    if clin is None: raise ValueError(f"clin=None at k={k}: with k_clin={k_clin} this is a clinical step and needs R_clin")
+    if not is_clinical_step(k, k_clin):
+        return ver
+    if clin is None:
+        raise ValueError(f"clin=None at k={k}: with k_clin={k_clin} this is a clinical step and needs R_clin")
     return ver + lambda_clin * clin
 
 # %% ../../nbs/rewards/05_compose.ipynb #2eadc84f
-def composite(text, vis, fmt, lambda_vis=.5, lambda_format=.2):
+def composite(text, vis, fmt, lambda_vis=0.5, lambda_format=0.2):
     """Eq. 8 plus the format reward, tensors of one shape: (1 - lambda_vis) text + lambda_vis vis + lambda_format fmt.
 
     `vis` (Eq. 7's rank reward) may be None where lambda_vis is 0, as in stage 1."""
     check_weight("lambda_vis", lambda_vis, 1), check_weight("lambda_format", lambda_format)
-    if lambda_vis == 0: return text + lambda_format * fmt
-    if vis is None: raise ValueError(f"vis=None with lambda_vis={lambda_vis}: only lambda_vis=0 goes without the visual reward")
+    if lambda_vis == 0:
+        return text + lambda_format * fmt
+    if vis is None:
+        raise ValueError(
+            f"vis=None with lambda_vis={lambda_vis}: only lambda_vis=0 goes without the visual reward"
+        )
     return (1 - lambda_vis) * text + lambda_vis * vis + lambda_format * fmt
 
 # %% ../../nbs/rewards/05_compose.ipynb #450f1b22
 def extras_of(cfg):
     "{name: (equation, weight)} of all rewards that `cfg` adds to the paper's: `extra_rewards`, and the penalties with a weight above 0."
-    penalties = {name: (8, weight) for name, weight in (("length", cfg.lambda_length), ("repetition", cfg.lambda_repetition)) if weight}
+    penalties = {
+        name: (8, weight)
+        for name, weight in (("length", cfg.lambda_length), ("repetition", cfg.lambda_repetition))
+        if weight
+    }
     return {name: tuple(joins) for name, joins in cfg.extra_rewards.items()} | penalties
+
 
 def extra(scores, extras, equation):
     "What the `extras` add to one equation: the weighted sum of their columns in `scores` (name → tensor), 0 if there are none."

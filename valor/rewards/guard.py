@@ -12,27 +12,36 @@ from .text import Scorer
 # %% ../../nbs/rewards/06_guard.ipynb #4db9e940
 class Length(Scorer):
     "Ours, not the paper's: -|ln(words of candidate / words of reference)|, not below -1; -1 where one of them is empty and the other not."
-    name, range = "length", (-1., 0.)
+
+    name, range = "length", (-1.0, 0.0)
 
     def _score(self, pairs):
         counts = [(len(c.split()), len(r.split())) for c, r in pairs]
-        return [-min(1., abs(math.log(c / r))) if c and r else -float(c != r) for c, r in counts]
+        return [-min(1.0, abs(math.log(c / r))) if c and r else -float(c != r) for c, r in counts]
+
 
 class Repetition(Scorer):
     "Ours, not the paper's: minus the share of the candidate's 3-grams that repeat an earlier one. Looks at no reference."
-    name, range = "repetition", (-1., 0.)
+
+    name, range = "repetition", (-1.0, 0.0)
 
     def _score(self, pairs):
         grams = [[*zip(words, words[1:], words[2:])] for words in (c.split() for c, _ in pairs)]
-        return [len(set(g)) / len(g) - 1 if g else 0. for g in grams]
+        return [len(set(g)) / len(g) - 1 if g else 0.0 for g in grams]
 
 # %% ../../nbs/rewards/06_guard.ipynb #6fcc0364
 class RewardError(RuntimeError):
     "A reward failed; the message names it, the step and the pair."
 
-def _describe(error): return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
-LARGEST = 1e6        # beyond it a score leaves nothing of the others in a float32 sum, and further out all are equal
+def _describe(error):
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+LARGEST = (
+    1e6  # beyond it a score leaves nothing of the others in a float32 sum, and further out all are equal
+)
+
 
 def checked_scores(name, scorer, candidates, references, where, studies=None, **columns):
     """Scores of a batch, and the studies whose score could not be taken as it is (one entry a pair, for a warning).
@@ -41,54 +50,84 @@ def checked_scores(name, scorer, candidates, references, where, studies=None, **
     `where`: for messages, e.g. "k=12"; `studies`: a name per pair for messages; `columns`: what `scorer.needs` besides the reference.
     Raises RewardError where the scorer raises or returns another number of scores."""
     studies = list(studies or range(len(candidates)))
-    try: scores = [float(s) for s in scorer.score(candidates, references, **columns)]
+    try:
+        scores = [float(s) for s in scorer.score(candidates, references, **columns)]
     except Exception as error:
-        raise RewardError(f"reward {name!r} failed at {where}{_first_failure(scorer, candidates, references, studies, columns)}: {_describe(error)}") from error
-    if len(scores) != len(candidates): raise RewardError(f"reward {name!r} returned {len(scores)} scores for {len(candidates)} pairs at {where}")
-    finite, low = [s for s in scores if math.isfinite(s)], getattr(scorer, "range", (0., 1.))[0]
-    worst = low if math.isfinite(low) else min(finite, default=0.)
+        raise RewardError(
+            f"reward {name!r} failed at {where}{_first_failure(scorer, candidates, references, studies, columns)}: {_describe(error)}"
+        ) from error
+    if len(scores) != len(candidates):
+        raise RewardError(
+            f"reward {name!r} returned {len(scores)} scores for {len(candidates)} pairs at {where}"
+        )
+    finite, low = [s for s in scores if math.isfinite(s)], getattr(scorer, "range", (0.0, 1.0))[0]
+    worst = low if math.isfinite(low) else min(finite, default=0.0)
     usable = [max(-LARGEST, min(LARGEST, s if math.isfinite(s) else worst)) for s in scores]
     return usable, [study for study, s, u in zip(studies, scores, usable) if s != u]
+
 
 def odd_line(name, studies, where):
     "The warning about the reward `name` at `where` for the `studies` that `checked_scores` gave."
     named = ", ".join(map(str, list(dict.fromkeys(studies))[:3])) + (", …" if len(set(studies)) > 3 else "")
-    return (f"warning at {where}: {len(studies)} scores of reward {name!r} are not finite or beyond ±{LARGEST:g} (study {named}); "
-            "the nearest that can be used stand for them, for what is not finite the lowest")
+    return (
+        f"warning at {where}: {len(studies)} scores of reward {name!r} are not finite or beyond ±{LARGEST:g} (study {named}); "
+        "the nearest that can be used stand for them, for what is not finite the lowest"
+    )
+
 
 def _first_failure(scorer, candidates, references, studies, columns):
     "Which pair it is, found by scoring them one by one; nothing if each by itself goes well."
     for i, (c, r) in enumerate(zip(candidates, references)):
-        try: float(scorer.score([c], [r], **{n: v[i:i + 1] for n, v in columns.items()})[0])
-        except Exception: return f" on pair {i} (study {studies[i]}; candidate of {len(c.split())} words, reference of {len(r.split())})"
+        try:
+            float(scorer.score([c], [r], **{n: v[i : i + 1] for n, v in columns.items()})[0])
+        except Exception:
+            return f" on pair {i} (study {studies[i]}; candidate of {len(c.split())} words, reference of {len(r.split())})"
     return ""
 
 # %% ../../nbs/rewards/06_guard.ipynb #032cdbdc
-PROBES = [("<report> no acute cardiopulmonary abnormality . </report>", "the lungs are clear ."), ("", "small left pleural effusion ."), ("<report> </report>", "a nodule ."),
-          ("word " * 2000, "no pneumothorax ."), ("<report> 気胸 \x07 é", "cardiomegaly .")]
+PROBES = [
+    ("<report> no acute cardiopulmonary abnormality . </report>", "the lungs are clear ."),
+    ("", "small left pleural effusion ."),
+    ("<report> </report>", "a nodule ."),
+    ("word " * 2000, "no pneumothorax ."),
+    ("<report> 気胸 \x07 é", "cardiomegaly ."),
+]
+
 
 def probe(scorers):
     "Try text scorers (name → scorer) on a few texts that a policy writes some day. Raises RewardError, before training, for the first that fails or is not finite."
     candidates, references = map(list, zip(*PROBES))
     for name, scorer in scorers.items():
-        if set(getattr(scorer, "needs", ())) - {"reference"}: continue                    # wants images: there are none to try it on
+        if set(getattr(scorer, "needs", ())) - {"reference"}:
+            continue  # wants images: there are none to try it on
         _, odd = checked_scores(name, scorer, candidates, references, "the trial before training")
-        if odd: raise RewardError(f"reward {name!r}: {len(odd)} of {len(PROBES)} trial scores are not finite or beyond ±{LARGEST:g}; expected a number for any text, also an empty one")
+        if odd:
+            raise RewardError(
+                f"reward {name!r}: {len(odd)} of {len(PROBES)} trial scores are not finite or beyond ±{LARGEST:g}; expected a number for any text, also an empty one"
+            )
 
 # %% ../../nbs/rewards/06_guard.ipynb #2a19fa10
-WATCHED = {"rewards/finding_recall/mean": "finding recall", "completions/mean_length": "length", "rewards/distinct/mean": "distinct reports"}
+WATCHED = {
+    "rewards/finding_recall/mean": "finding recall",
+    "completions/mean_length": "length",
+    "rewards/distinct/mean": "distinct reports",
+}
 
-def alarms(history, window=10, drop=.5):
+
+def alarms(history, window=10, drop=0.5):
     """Which of `WATCHED` have fallen below `drop` times where they began: {name: (mean of the first `window` entries, mean of the last)}.
 
     `history`: the trainer's log, a list of dicts; entries without a number are passed over. Quiet until 2 x `window` entries are there."""
     raised = {}
     for column, name in WATCHED.items():
         values = [entry[column] for entry in history if math.isfinite(entry.get(column) or math.nan)]
-        if len(values) < 2 * window: continue
+        if len(values) < 2 * window:
+            continue
         first, last = sum(values[:window]) / window, sum(values[-window:]) / window
-        if last < drop * first: raised[name] = (first, last)
+        if last < drop * first:
+            raised[name] = (first, last)
     return raised
+
 
 def distinct_share(texts, groups):
     "Per text 1 / (how often it occurs in its group): the mean is the share of distinct reports."

@@ -15,25 +15,40 @@ from .text import Scorer
 def pump(stream, lines):
     "Put every line of `stream` in the queue `lines`, and None at its end. For a thread."
     with stream:
-        for line in stream: lines.put(line)
+        for line in stream:
+            lines.put(line)
     lines.put(None)
+
 
 def end(process, log):
     "End a child process now and close what leads to it."
     process.kill()
     process.wait()
     log.close()
-    try: process.stdin.close()
-    except OSError: pass                                                                 # a half-written line to a dead child
+    try:
+        process.stdin.close()
+    except OSError:
+        pass  # a half-written line to a dead child
+
 
 class Worker:
     """A child process that speaks JSON lines. `timeout`: seconds to wait for one line; `environment`: variables on top of ours.
 
     `hear` raises TimeoutError, or RuntimeError where the child died (with its last words) or said something that is not a JSON object."""
+
     def __init__(self, command, timeout, environment={}):
         self.timeout, self.log, self.lines = timeout, tempfile.TemporaryFile(), queue.SimpleQueue()
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, env=os.environ | environment,
-                                        text=True, encoding="utf-8", errors="replace", start_new_session=True)     # Ctrl-C is ours to handle
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            env=os.environ | environment,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,
+        )  # Ctrl-C is ours to handle
         threading.Thread(target=pump, args=(self.process.stdout, self.lines), daemon=True).start()
         self.stop = weakref.finalize(self, end, self.process, self.log)
 
@@ -42,7 +57,8 @@ class Worker:
         try:
             self.process.stdin.write("".join(json.dumps(m) + "\n" for m in messages) + "\n")
             self.process.stdin.flush()
-        except OSError: pass
+        except OSError:
+            pass
 
     def last_words(self, n=12):
         self.log.seek(0)
@@ -50,35 +66,66 @@ class Worker:
 
     def hear(self):
         "The child's next message, a dict."
-        try: line = self.lines.get(timeout=self.timeout)
-        except queue.Empty: raise TimeoutError(f"timeout={self.timeout!r}: the worker said nothing for so many seconds. Last lines of its standard error:\n{self.last_words()}") from None
-        if line is None: raise RuntimeError(f"the worker died with exit status {self.process.wait()}. Last lines of its standard error:\n{self.last_words()}")
-        try: message = json.loads(line)
-        except ValueError: message = None
-        if not isinstance(message, dict): raise RuntimeError(f"the worker said {line[:80]!r}; allowed is one JSON object a line")
+        try:
+            line = self.lines.get(timeout=self.timeout)
+        except queue.Empty:
+            raise TimeoutError(
+                f"timeout={self.timeout!r}: the worker said nothing for so many seconds. Last lines of its standard error:\n{self.last_words()}"
+            ) from None
+        if line is None:
+            raise RuntimeError(
+                f"the worker died with exit status {self.process.wait()}. Last lines of its standard error:\n{self.last_words()}"
+            )
+        try:
+            message = json.loads(line)
+        except ValueError:
+            message = None
+        if not isinstance(message, dict):
+            raise RuntimeError(f"the worker said {line[:80]!r}; allowed is one JSON object a line")
         return message
 
 # %% ../../nbs/rewards/08_outside.ipynb #8facc42a
 def scorers_python(python=None):
     "Path of the Python that runs workers: `python`, else $VALOR_SCORERS, else the one that `make scorers` built. ValueError if it is not there."
-    path = python or os.environ.get("VALOR_SCORERS") or Path(find_spec("valor").origin).parents[1]/".scorers/bin/python"
+    path = (
+        python
+        or os.environ.get("VALOR_SCORERS")
+        or Path(find_spec("valor").origin).parents[1] / ".scorers/bin/python"
+    )
     if not shutil.which(str(path)):
-        raise ValueError(f"python={python!r}: there is no Python at {path}. `make scorers` builds the environment of RaTEScore and GREEN in .scorers/ of this "
-                         "repository; allowed are also the path of another Python that has them, here or in the environment variable VALOR_SCORERS")
+        raise ValueError(
+            f"python={python!r}: there is no Python at {path}. `make scorers` builds the environment of RaTEScore and GREEN in .scorers/ of this "
+            "repository; allowed are also the path of another Python that has them, here or in the environment variable VALOR_SCORERS"
+        )
     return str(path)
 
-NEEDED = {"config.json": ["config.json"], "weights": ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"],
-          "tokenizer": ["tokenizer.json", "tokenizer.model", "spm.model", "vocab.txt"]}
+
+NEEDED = {
+    "config.json": ["config.json"],
+    "weights": [
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    ],
+    "tokenizer": ["tokenizer.json", "tokenizer.model", "spm.model", "vocab.txt"],
+}
+
 
 def model_source(parameter, model, repo):
     "(folder or hub name, whether it is a folder) of a model; ValueError naming the parameter, the missing file and the hub repository `repo`."
     folder = Path(model).expanduser()
     hub = not folder.exists() and not str(model).startswith(("/", ".", "~")) and str(model).count("/") == 1
-    if hub: return str(model), False
+    if hub:
+        return str(model), False
     advice = f"allowed are the name of a hub repository (usually {repo!r}) and a folder with its files"
-    if not folder.is_dir(): raise ValueError(f"{parameter}={str(model)!r}: there is no such folder; {advice}")
+    if not folder.is_dir():
+        raise ValueError(f"{parameter}={str(model)!r}: there is no such folder; {advice}")
     for what, names in NEEDED.items():
-        if not any((folder/name).is_file() for name in names): raise ValueError(f"{parameter}={str(model)!r}: no {what} in that folder ({' or '.join(names)}); {advice}")
+        if not any((folder / name).is_file() for name in names):
+            raise ValueError(
+                f"{parameter}={str(model)!r}: no {what} in that folder ({' or '.join(names)}); {advice}"
+            )
     return str(folder.resolve()), True
 
 # %% ../../nbs/rewards/08_outside.ipynb #c9d1170c
@@ -87,29 +134,50 @@ class OutsideScorer(Scorer):
     sent at once; `timeout`: seconds to wait for one answer, loading included; `environment`: variables for the child; `keep`: answers remembered.
 
     Use it in a `with` block, or `close` it, to end the child early."""
+
     batched = True
 
-    def __init__(self, script, arguments=(), python=None, batch_size=8, timeout=900., environment={}, keep=2 ** 14):
-        if not (isinstance(batch_size, int) and batch_size > 0): raise ValueError(f"batch_size={batch_size!r}: allowed are whole numbers from 1")
-        if not (isinstance(timeout, (int, float)) and 0 < timeout < math.inf): raise ValueError(f"timeout={timeout!r}: allowed are seconds above 0")
-        self.command, self.batch_size, self.timeout = [scorers_python(python), "-I", str(script), *arguments], batch_size, timeout
-        self.environment, self.keep, self.known, self.child, self.versions, self.sent = environment, keep, {}, None, None, 0
+    def __init__(
+        self, script, arguments=(), python=None, batch_size=8, timeout=900.0, environment={}, keep=2**14
+    ):
+        if not (isinstance(batch_size, int) and batch_size > 0):
+            raise ValueError(f"batch_size={batch_size!r}: allowed are whole numbers from 1")
+        if not (isinstance(timeout, (int, float)) and 0 < timeout < math.inf):
+            raise ValueError(f"timeout={timeout!r}: allowed are seconds above 0")
+        self.command, self.batch_size, self.timeout = (
+            [scorers_python(python), "-I", str(script), *arguments],
+            batch_size,
+            timeout,
+        )
+        self.environment, self.keep, self.known, self.child, self.versions, self.sent = (
+            environment,
+            keep,
+            {},
+            None,
+            None,
+            0,
+        )
 
     def start(self):
         "The running child; its package versions are in `versions`."
         if self.child is None:
             self.child = Worker(self.command, self.timeout, self.environment)
             hello = self.child.hear()
-            if not hello.get("ready"): raise RuntimeError(f"{self.name}: the worker could not load. {hello.get('error', hello)}")
+            if not hello.get("ready"):
+                raise RuntimeError(f"{self.name}: the worker could not load. {hello.get('error', hello)}")
             self.versions = hello.get("versions", {})
         return self.child
 
     def close(self):
-        if self.child: self.child.stop()
+        if self.child:
+            self.child.stop()
         self.child = None
 
-    def __enter__(self): return self
-    def __exit__(self, *_): self.close()
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
 
     def ask(self, pairs):
         "Send pairs as one batch and yield (pair, reply) as replies come, in the child's order."
@@ -118,7 +186,10 @@ class OutsideScorer(Scorer):
         self.sent += len(pairs)
         while waiting:
             reply = worker.hear()
-            if reply.get("id") not in waiting: raise RuntimeError(f"{self.name}: the worker answered pair id={reply.get('id')!r}, which is not waiting for an answer")
+            if reply.get("id") not in waiting:
+                raise RuntimeError(
+                    f"{self.name}: the worker answered pair id={reply.get('id')!r}, which is not waiting for an answer"
+                )
             yield waiting.pop(reply["id"]), reply
 
     def _score(self, pairs):
@@ -127,61 +198,128 @@ class OutsideScorer(Scorer):
         try:
             with tqdm(total=len(new), desc=self.name, delay=3) as bar:
                 for at in range(0, len(new), self.batch_size):
-                    for pair, reply in self.ask(new[at:at + self.batch_size]):
+                    for pair, reply in self.ask(new[at : at + self.batch_size]):
                         ok = isinstance(reply.get("score"), (int, float)) and math.isfinite(reply["score"])
                         (self.known if ok else failed)[pair] = reply
                         bar.update()
-        except BaseException: self.close(); raise                                        # it may still be answering: never listen to it again
-        self.report(failed, [self.known[pair]["warning"] for pair in new if "warning" in self.known.get(pair, {})])
-        scores = [float(self.known[pair]["score"]) if all(pair) else 0. for pair in pairs]
-        while len(self.known) > max(self.keep, len(pairs)): del self.known[next(iter(self.known))]
+        except BaseException:
+            self.close()
+            raise  # it may still be answering: never listen to it again
+        self.report(
+            failed, [self.known[pair]["warning"] for pair in new if "warning" in self.known.get(pair, {})]
+        )
+        scores = [float(self.known[pair]["score"]) if all(pair) else 0.0 for pair in pairs]
+        while len(self.known) > max(self.keep, len(pairs)):
+            del self.known[next(iter(self.known))]
         return scores
 
     def report(self, failed, said):
         "Warn of what the child said of pairs, counted; raise RuntimeError if it failed on some, with the first."
-        for text in dict.fromkeys(said): warnings.warn(f"{self.name}: {said.count(text)} of the new pairs: {text}")
+        for text in dict.fromkeys(said):
+            warnings.warn(f"{self.name}: {said.count(text)} of the new pairs: {text}")
         for (c, r), reply in failed.items():
             reason = reply.get("error") or f"it said score={reply.get('score')!r}"
-            raise RuntimeError(f"{self.name} failed on {len(failed)} pair(s), the others are scored and kept. The first: {reason}; candidate {c[:60]!r}, reference {r[:60]!r}")
+            raise RuntimeError(
+                f"{self.name} failed on {len(failed)} pair(s), the others are scored and kept. The first: {reason}; candidate {c[:60]!r}, reference {r[:60]!r}"
+            )
 
     def _detail(self, candidate, reference):
-        return {key: value for key, value in self.known.get((candidate, reference), {}).items() if key not in ("id", "score")}
+        return {
+            key: value
+            for key, value in self.known.get((candidate, reference), {}).items()
+            if key not in ("id", "score")
+        }
 
 # %% ../../nbs/rewards/08_outside.ipynb #c6dc4849
-WORKER = Path(find_spec("valor").origin).parent/"rewards"/"outside_worker.py"
+WORKER = Path(find_spec("valor").origin).parent / "rewards" / "outside_worker.py"
 QUIET = dict(LOGURU_LEVEL="WARNING", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_TELEMETRY="1")
 OFFLINE = dict(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
 
+
 def one_of(parameter, value, allowed):
-    if value not in allowed: raise ValueError(f"{parameter}={value!r}: allowed are {', '.join(map(repr, allowed))}")
+    if value not in allowed:
+        raise ValueError(f"{parameter}={value!r}: allowed are {', '.join(map(repr, allowed))}")
+
 
 class ModelWorker(OutsideScorer):
     "An `OutsideScorer` run by `outside_worker.py`. `models`: {parameter: (folder or hub name, usual hub name)}; `options` go to its loader."
+
     def __init__(self, models, python, batch_size, timeout, **options):
         sources = {parameter: model_source(parameter, *names) for parameter, names in models.items()}
-        self.weights = "; ".join(f"{parameter}={given!r} (usually {usual!r})" for parameter, (given, usual) in models.items())
-        arguments = [self.name, json.dumps({p: source for p, (source, _) in sources.items()} | dict(batch_size=batch_size) | options)]
-        super().__init__(WORKER, arguments, python, batch_size, timeout, QUIET | (OFFLINE if all(local for _, local in sources.values()) else {}))
+        self.weights = "; ".join(
+            f"{parameter}={given!r} (usually {usual!r})" for parameter, (given, usual) in models.items()
+        )
+        arguments = [
+            self.name,
+            json.dumps(
+                {p: source for p, (source, _) in sources.items()} | dict(batch_size=batch_size) | options
+            ),
+        ]
+        super().__init__(
+            WORKER,
+            arguments,
+            python,
+            batch_size,
+            timeout,
+            QUIET | (OFFLINE if all(local for _, local in sources.values()) else {}),
+        )
 
     def start(self):
-        try: return super().start()
-        except RuntimeError as e: raise RuntimeError(f"{e}\nPython: {self.command[0]} (`make scorers` builds one). Weights, each a hub repository's name or a folder with its files: {self.weights}") from e
+        try:
+            return super().start()
+        except RuntimeError as e:
+            raise RuntimeError(
+                f"{e}\nPython: {self.command[0]} (`make scorers` builds one). Weights, each a hub repository's name or a folder with its files: {self.weights}"
+            ) from e
+
 
 class RaTEScore(ModelWorker):
     """RaTEScore (Zhao et al. 2024) by its package 0.6.0. `model`: entity tagger, `embedder`: sentence encoder, folders or hub names; `affinity`: its weights of types,
     "long" or "short" reports; `device`: "auto", "cpu" or "cuda". A report without a sentence scores 0; one without entities scores the package's .5."""
+
     name = "ratescore"
 
-    def __init__(self, model="Angelakeke/RaTE-NER-Deberta", embedder="FremyCompany/BioLORD-2023-C", affinity="long", device="auto", batch_size=32, python=None, timeout=900.):
+    def __init__(
+        self,
+        model="Angelakeke/RaTE-NER-Deberta",
+        embedder="FremyCompany/BioLORD-2023-C",
+        affinity="long",
+        device="auto",
+        batch_size=32,
+        python=None,
+        timeout=900.0,
+    ):
         one_of("affinity", affinity, ("long", "short")), one_of("device", device, ("auto", "cpu", "cuda"))
-        models = dict(model=(model, "Angelakeke/RaTE-NER-Deberta"), embedder=(embedder, "FremyCompany/BioLORD-2023-C"))
+        models = dict(
+            model=(model, "Angelakeke/RaTE-NER-Deberta"), embedder=(embedder, "FremyCompany/BioLORD-2023-C")
+        )
         super().__init__(models, python, batch_size, timeout, affinity=affinity, device=device)
+
 
 class Green(ModelWorker):
     """GREEN (Ostmeier et al. 2024): matched findings over matched findings and significant errors, as counted in a language model's answer. `model`: folder or hub name;
     `device`: "auto", "cpu" or "cuda"; `dtype`: "auto" is float16 on a GPU, as in its package, and float32 on a CPU. `detail` has the `answer`, `matched` and `errors`."""
+
     name = "green"
 
-    def __init__(self, model="StanfordAIMI/GREEN-radllama2-7b", device="auto", dtype="auto", batch_size=8, python=None, timeout=3600.):
-        one_of("dtype", dtype, ("auto", "float32", "bfloat16", "float16")), one_of("device", device, ("auto", "cpu", "cuda"))
-        super().__init__(dict(model=(model, "StanfordAIMI/GREEN-radllama2-7b")), python, batch_size, timeout, device=device, dtype=dtype)
+    def __init__(
+        self,
+        model="StanfordAIMI/GREEN-radllama2-7b",
+        device="auto",
+        dtype="auto",
+        batch_size=8,
+        python=None,
+        timeout=3600.0,
+    ):
+        (
+            one_of("dtype", dtype, ("auto", "float32", "bfloat16", "float16")),
+            one_of("device", device, ("auto", "cpu", "cuda")),
+        )
+        super().__init__(
+            dict(model=(model, "StanfordAIMI/GREEN-radllama2-7b")),
+            python,
+            batch_size,
+            timeout,
+            device=device,
+            dtype=dtype,
+        )

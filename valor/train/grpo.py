@@ -19,7 +19,18 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import GRPOConfig
 
 from ..rewards.guard import alarms, checked_scores, distinct_share, odd_line, probe
-from ..rewards.compose import TEXT_SCORERS, CLINICAL_SCORERS, clinical, composite, extra, extras_of, is_clinical_step, needed, text_reward, verifiable
+from valor.rewards.compose import (
+    TEXT_SCORERS,
+    CLINICAL_SCORERS,
+    clinical,
+    composite,
+    extra,
+    extras_of,
+    is_clinical_step,
+    needed,
+    text_reward,
+    verifiable,
+)
 from ..policy.models import frozen_weights, load_policy, loading, lora_config, memory_line
 from ..policy.tiny import Progress, conversations, shard_by_layer, train_to_end, trainer_args
 from ..rewards.ranknorm import rank_norm, rank_reward
@@ -45,21 +56,34 @@ def advantages(scores, k, group_size, cfg, lambda_vis):
     """Composite rewards and advantages, both `(N,)`, from `scores`: dict name → `(N,)` tensor, N = prompts × `group_size`.
 
     `cfg` gives the λ's, `k_clin` and `rank_norm`; clinical columns are read on clinical steps only (Eq. 5)."""
-    own, clin = extras_of(cfg), None                                                                      # rewards that are not the paper's
-    ver = verifiable(*(scores[n] for n in TEXT_SCORERS), cfg.lambda_lex, cfg.lambda_sem) + extra(scores, own, 3)               # Eq. 3
-    if is_clinical_step(k, cfg.k_clin): clin = clinical(*(scores[n] for n in CLINICAL_SCORERS), cfg.lambda_cx, cfg.lambda_rg) + extra(scores, own, 4)  # Eq. 4
-    text = text_reward(ver, clin, k, cfg.k_clin, cfg.lambda_clin)                                         # Eq. 5
-    vis = _ranks(scores["similarity"], group_size) if lambda_vis else None                                # Eq. 7
-    if lambda_vis and cfg.text_in_mix == "ranked": text = _ranks(text, group_size)
-    R = composite(text, vis, scores["format"], lambda_vis, cfg.lambda_format) + extra(scores, own, 8)     # Eq. 8
-    return R, rank_norm(R.round(decimals=6).view(-1, group_size), cfg.rank_norm).flatten()                # Eq. 9; rewards that differ by rounding alone are equal
+    own, clin = extras_of(cfg), None  # rewards that are not the paper's
+    ver = verifiable(*(scores[n] for n in TEXT_SCORERS), cfg.lambda_lex, cfg.lambda_sem) + extra(
+        scores, own, 3
+    )  # Eq. 3
+    if is_clinical_step(k, cfg.k_clin):
+        clin = clinical(*(scores[n] for n in CLINICAL_SCORERS), cfg.lambda_cx, cfg.lambda_rg) + extra(
+            scores, own, 4
+        )  # Eq. 4
+    text = text_reward(ver, clin, k, cfg.k_clin, cfg.lambda_clin)  # Eq. 5
+    vis = _ranks(scores["similarity"], group_size) if lambda_vis else None  # Eq. 7
+    if lambda_vis and cfg.text_in_mix == "ranked":
+        text = _ranks(text, group_size)
+    R = composite(text, vis, scores["format"], lambda_vis, cfg.lambda_format) + extra(scores, own, 8)  # Eq. 8
+    return R, rank_norm(
+        R.round(decimals=6).view(-1, group_size), cfg.rank_norm
+    ).flatten()  # Eq. 9; rewards that differ by rounding alone are equal
 
-def _ranks(x, group_size): return rank_reward(x.view(-1, group_size)).flatten()
+
+def _ranks(x, group_size):
+    return rank_reward(x.view(-1, group_size)).flatten()
 
 # %% ../../nbs/train/00_grpo.ipynb #88a71765
 def group_correlation(a, b, group_size):
     "Mean over groups of Pearson's correlation of `a` and `b`, both `(N,)`; groups where either is constant are left out (nan if all)."
-    a, b = (x.view(-1, group_size) - x.view(-1, group_size).mean(1, keepdim=True) for x in (a.double(), b.double()))
+    a, b = (
+        x.view(-1, group_size) - x.view(-1, group_size).mean(1, keepdim=True)
+        for x in (a.double(), b.double())
+    )
     na, nb = a.norm(dim=1), b.norm(dim=1)
     ok = (na > 1e-9) & (nb > 1e-9)
     return ((a * b).sum(1)[ok] / (na * nb)[ok]).mean().item() if ok.any() else float("nan")
@@ -72,13 +96,17 @@ class Rewards:
     `similarity(candidates, rows)` → Eq. 6 or None; `watch`: name → function of `(candidates, rows)`, logged only. `rows` are dicts of the columns
     `study_id`, `image`, `truth`, … that the data has. `odd`: {reward: studies whose score in the last batch could not be taken as it is} (see `checked_scores`).
     Raises RewardError where a scorer fails on the trial texts."""
+
     def __init__(self, scorers, k_clin, similarity=None, watch=None, extras={}):
         self.scorers, self.k_clin, self.extras, self.k, self.odd = scorers, k_clin, extras, 1, {}
-        self.extra = ({"similarity": similarity} if similarity else {}) | {"distinct": distinct} | (watch or {})
+        self.extra = (
+            ({"similarity": similarity} if similarity else {}) | {"distinct": distinct} | (watch or {})
+        )
         probe(scorers)
 
     @property
-    def names(self): return [*self.scorers, *self.extra]
+    def names(self):
+        return [*self.scorers, *self.extra]
 
     def functions(self):
         return [self._scorer(n) for n in self.scorers] + [self._extra(n) for n in self.extra]
@@ -86,31 +114,64 @@ class Rewards:
     def _scorer(self, name):
         def score(completions, report, **columns):
             self.odd[name] = []
-            if name not in needed(self.k, self.k_clin, self.extras): return [None] * len(completions)
+            if name not in needed(self.k, self.k_clin, self.extras):
+                return [None] * len(completions)
             wanted = {n: columns[n] for n in getattr(self.scorers[name], "needs", ()) if n != "reference"}
-            scores, self.odd[name] = checked_scores(name, self.scorers[name], _texts(completions), report, f"k={self.k}", columns.get("study_id"), **wanted)
+            scores, self.odd[name] = checked_scores(
+                name,
+                self.scorers[name],
+                _texts(completions),
+                report,
+                f"k={self.k}",
+                columns.get("study_id"),
+                **wanted,
+            )
             return scores
+
         return _named(score, name)
 
     def _extra(self, name):
         def score(completions, **columns):
-            rows = [{c: columns[c][i] for c in columns if isinstance(columns[c], list)} for i in range(len(completions))]
-            if name != "similarity": return self.extra[name](_texts(completions), rows)            # watched, not rewarded
-            scores, self.odd[name] = checked_scores(name, Similarity(self.extra[name]), _texts(completions), columns.get("report", [""] * len(rows)), f"k={self.k}", columns.get("study_id"), rows=rows)
+            rows = [
+                {c: columns[c][i] for c in columns if isinstance(columns[c], list)}
+                for i in range(len(completions))
+            ]
+            if name != "similarity":
+                return self.extra[name](_texts(completions), rows)  # watched, not rewarded
+            scores, self.odd[name] = checked_scores(
+                name,
+                Similarity(self.extra[name]),
+                _texts(completions),
+                columns.get("report", [""] * len(rows)),
+                f"k={self.k}",
+                columns.get("study_id"),
+                rows=rows,
+            )
             return scores
+
         return _named(score, name)
+
 
 class Similarity:
     "The image-text expert's `similarity(candidates, rows)` as `checked_scores` asks for scores; a cosine, so −1 is the lowest."
-    range = (-1., 1.)
-    def __init__(self, similarity): self.similarity = similarity
-    def score(self, candidates, references, rows): return self.similarity(candidates, rows)
+
+    range = (-1.0, 1.0)
+
+    def __init__(self, similarity):
+        self.similarity = similarity
+
+    def score(self, candidates, references, rows):
+        return self.similarity(candidates, rows)
+
 
 def distinct(texts, rows):
     "The share of distinct reports in each group, watched."
     return distinct_share(texts, [row.get("study_id") for row in rows])
 
-def _texts(completions): return [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+
+def _texts(completions):
+    return [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+
 
 def _named(function, name):
     function.__name__ = name
@@ -122,65 +183,99 @@ class CompletionTable(TrainerCallback):
     a column per score (None where it was not asked for), r_vis (Eq. 7), R (Eq. 8) and A (Eq. 9).
 
     A generation is appended whole; how long the file then is goes into the checkpoints, so that a stage that is resumed cuts it back to its own."""
-    def __init__(self, out): self.path = Path(out) / "completions" / "generations.jsonl.gz"
+
+    def __init__(self, out):
+        self.path = Path(out) / "completions" / "generations.jsonl.gz"
 
     def on_train_begin(self, args, state, control, **kw):
-        if not state.is_world_process_zero: return
+        if not state.is_world_process_zero:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = state.stateful_callbacks.get("completions", 0)
         with self.path.open("ab") as file:
-            if file.tell() < kept or (state.global_step and not kept): tqdm.write(f"{self.path}: candidates of before update {state.global_step} are missing here; those that follow are kept")
+            if file.tell() < kept or (state.global_step and not kept):
+                tqdm.write(
+                    f"{self.path}: candidates of before update {state.global_step} are missing here; those that follow are kept"
+                )
             file.truncate(min(file.tell(), kept))
 
     def add(self, state, k, group_size, columns):
         "Append the generation `k`; `columns`: name → list, one item a candidate, groups of `group_size` one after the other."
         known = lambda x: None if isinstance(x, float) and math.isnan(x) else x
-        rows = [dict(k=k, group=i // group_size, candidate=i % group_size) | dict(zip(columns, map(known, row))) for i, row in enumerate(zip(*columns.values()))]
+        rows = [
+            dict(k=k, group=i // group_size, candidate=i % group_size) | dict(zip(columns, map(known, row)))
+            for i, row in enumerate(zip(*columns.values()))
+        ]
         with self.path.open("ab") as file:
             file.write(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode(), mtime=0))
             state.stateful_callbacks["completions"] = file.tell()
+
 
 def completions_of(folder):
     """The table that `CompletionTable` kept in the folder of a stage, as a DataFrame, k rising; a score that was not asked for is NaN.
 
     Raises ValueError where there is none. Of a stage that was killed while it wrote, the torn generation is left out, and that is said."""
     path, rows = Path(folder) / "completions" / "generations.jsonl.gz", []
-    if not path.is_file(): raise ValueError(f"{path}: no such file; a stage trained with keep_completions=True has it")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; a stage trained with keep_completions=True has it")
     try:
         with gzip.open(path, "rt") as file:
-            for line in file: rows.append(json.loads(line))
+            for line in file:
+                rows.append(json.loads(line))
     except (EOFError, OSError, ValueError, zlib.error):
-        tqdm.write(f"{path}: the last generation was not written whole and is left out; it comes again where the stage is resumed")
-        if rows: rows = rows[:len(rows) - len(rows) % sum(row["k"] == rows[0]["k"] for row in rows)]      # every generation has as many rows as the first
+        tqdm.write(
+            f"{path}: the last generation was not written whole and is left out; it comes again where the stage is resumed"
+        )
+        if rows:
+            rows = rows[
+                : len(rows) - len(rows) % sum(row["k"] == rows[0]["k"] for row in rows)
+            ]  # every generation has as many rows as the first
     table = pd.DataFrame(rows)
-    return table.astype({c: float for c in table if c not in ("k", "group", "candidate", "study_id", "completion")})
+    return table.astype(
+        {c: float for c in table if c not in ("k", "group", "candidate", "study_id", "completion")}
+    )
 
 # %% ../../nbs/train/00_grpo.ipynb #b42f5a12
 class ValorTrainer(SharedRollout):
     "TRL's GRPO with the advantages of Eq. 5-9. `rank_norm='grpo'` keeps TRL's own (R − mean)/std: the paper's GRPO baseline."
+
     def __init__(self, model, rewards, cfg, lambda_vis, k_start=0, table=None, **kw):
         super().__init__(model, reward_funcs=rewards.functions(), share=cfg.rollout == "merged", **kw)
-        self.rewards, self.cfg, self.lambda_vis, self.k_start, self._times, self._alarmed = rewards, cfg, lambda_vis, k_start, {}, set()
-        self.table = table                # a CompletionTable, or None
-        if table is not None: self.add_callback(table)
+        self.rewards, self.cfg, self.lambda_vis, self.k_start, self._times, self._alarmed = (
+            rewards,
+            cfg,
+            lambda_vis,
+            k_start,
+            {},
+            set(),
+        )
+        self.table = table  # a CompletionTable, or None
+        if table is not None:
+            self.add_callback(table)
 
     @property
-    def k(self): return self.state.stateful_callbacks.get("k", self.k_start)
+    def k(self):
+        return self.state.stateful_callbacks.get("k", self.k_start)
 
     def _calculate_rewards(self, *args):
-        if self.model.training: self.state.stateful_callbacks["k"] = self.k + 1
-        self.rewards.k = max(1, self.k)   # rewards also run in an evaluation before the first update
-        with self._timed("rewards"): self.scores = super()._calculate_rewards(*args)
+        if self.model.training:
+            self.state.stateful_callbacks["k"] = self.k + 1
+        self.rewards.k = max(1, self.k)  # rewards also run in an evaluation before the first update
+        with self._timed("rewards"):
+            self.scores = super()._calculate_rewards(*args)
         return self.scores
 
     def _generate_and_score_completions(self, inputs):
-        with self._timed("rollout and rewards"): output = super()._generate_and_score_completions(inputs)
+        with self._timed("rollout and rewards"):
+            output = super()._generate_and_score_completions(inputs)
         scores = dict(zip(self.rewards.names, self.scores.unbind(1)))
         if self.cfg.rank_norm == "grpo":
             self._keep(inputs, scores, (self.scores * self.reward_weights.to(self.scores)).nansum(1))
             return output
         R, A = advantages(scores, self.rewards.k, self.num_generations, self.cfg, self.lambda_vis)
-        mine = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
+        mine = slice(
+            self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs)
+        )
         output["advantages"] = A.to(output["advantages"])[mine]
         self._record(scores, R, A)
         self._keep(inputs, scores, R)
@@ -188,30 +283,54 @@ class ValorTrainer(SharedRollout):
 
     def _keep(self, inputs, scores, R):
         "Add a generation of training to the table of completions: `scores` and `R` are gathered already, `inputs` are this process's."
-        if self.table is None or not self.model.training: return
+        if self.table is None or not self.model.training:
+            return
         studies, G = gather_object([row.get("study_id") for row in inputs]), self.num_generations
-        if not self.is_world_process_zero(): return
-        texts, A = (list(self._logs[name])[-len(R):] for name in ("completion", "advantages"))
-        r_vis = _ranks(scores["similarity"], G).tolist() if self.lambda_vis and self.cfg.rank_norm != "grpo" else [None] * len(R)
-        columns = {"study_id": studies, "completion": _texts(texts), **{n: s.tolist() for n, s in scores.items()}, "r_vis": r_vis, "R": R.tolist(), "A": A}
-        with self._timed("completions"): self.table.add(self.state, self.k, G, columns)
+        if not self.is_world_process_zero():
+            return
+        texts, A = (list(self._logs[name])[-len(R) :] for name in ("completion", "advantages"))
+        r_vis = (
+            _ranks(scores["similarity"], G).tolist()
+            if self.lambda_vis and self.cfg.rank_norm != "grpo"
+            else [None] * len(R)
+        )
+        columns = {
+            "study_id": studies,
+            "completion": _texts(texts),
+            **{n: s.tolist() for n, s in scores.items()},
+            "r_vis": r_vis,
+            "R": R.tolist(),
+            "A": A,
+        }
+        with self._timed("completions"):
+            self.table.add(self.state, self.k, G, columns)
 
     def _record(self, scores, R, A):
         "Log the composite, each column's agreement with it inside the groups, and the agreement with watched truth."
         log = self._metrics["train" if self.model.training else "eval"]
-        recent = list(self._logs["advantages"])[:-len(A)]
-        self._logs["advantages"].clear(); self._logs["advantages"].extend(recent + A.tolist())
-        log["reward"][-1], log["reward_std"][-1] = R.mean().item(), R.view(-1, self.num_generations).std(1).mean().item()
+        recent = list(self._logs["advantages"])[: -len(A)]
+        self._logs["advantages"].clear()
+        self._logs["advantages"].extend(recent + A.tolist())
+        log["reward"][-1], log["reward_std"][-1] = (
+            R.mean().item(),
+            R.view(-1, self.num_generations).std(1).mean().item(),
+        )
         for name, column in scores.items():
-            if column.isnan().any(): continue
+            if column.isnan().any():
+                continue
             log[f"agrees/{name}"].append(group_correlation(column, R, self.num_generations))
-            if "truth_f1" in scores: log[f"truth/{name}"].append(group_correlation(column, scores["truth_f1"], self.num_generations))
+            if "truth_f1" in scores:
+                log[f"truth/{name}"].append(
+                    group_correlation(column, scores["truth_f1"], self.num_generations)
+                )
 
     def _generate(self, *args):
-        with self._timed("rollout"): return super()._generate(*args)
+        with self._timed("rollout"):
+            return super()._generate(*args)
 
     def training_step(self, *args, **kw):
-        with self._timed("step"): return super().training_step(*args, **kw)
+        with self._timed("step"):
+            return super().training_step(*args, **kw)
 
     @contextmanager
     def _timed(self, name):
@@ -223,16 +342,29 @@ class ValorTrainer(SharedRollout):
         if "loss" in logs:
             raised = alarms(self.state.log_history)
             for name, (first, last) in raised.items():
-                if name not in self._alarmed and self.is_world_process_zero(): tqdm.write(f"alarm at k={self.k}: {name} fell from {first:.3g} to {last:.3g} (means over ten generations)")
+                if name not in self._alarmed and self.is_world_process_zero():
+                    tqdm.write(
+                        f"alarm at k={self.k}: {name} fell from {first:.3g} to {last:.3g} (means over ten generations)"
+                    )
             self._alarmed = set(raised)
-            odd, self.rewards.odd = self.rewards.odd, {}                       # said once: a generation may have several updates
+            odd, self.rewards.odd = self.rewards.odd, {}  # said once: a generation may have several updates
             for name, studies in odd.items():
-                if studies: tqdm.write(odd_line(name, studies, f"k={self.k}"))
-            logs |= {f"alarm/{name}": last / first for name, (first, last) in raised.items()} | {f"odd/{name}": len(studies) for name, studies in odd.items() if studies}
+                if studies:
+                    tqdm.write(odd_line(name, studies, f"k={self.k}"))
+            logs |= {f"alarm/{name}": last / first for name, (first, last) in raised.items()} | {
+                f"odd/{name}": len(studies) for name, studies in odd.items() if studies
+            }
             t, self._times = self._times, {}
             both = t.get("rollout and rewards", 0)
-            logs |= {"k": self.k, "clinical": is_clinical_step(self.k, self.cfg.k_clin), "time/rollout": t.get("rollout", 0), "time/rewards": t.get("rewards", 0),
-                     "time/reference": both - t.get("rollout", 0) - t.get("rewards", 0), "time/update": t.get("step", 0) - both - t.get("completions", 0), "time/completions": t.get("completions", 0)}
+            logs |= {
+                "k": self.k,
+                "clinical": is_clinical_step(self.k, self.cfg.k_clin),
+                "time/rollout": t.get("rollout", 0),
+                "time/rewards": t.get("rewards", 0),
+                "time/reference": both - t.get("rollout", 0) - t.get("rewards", 0),
+                "time/update": t.get("step", 0) - both - t.get("completions", 0),
+                "time/completions": t.get("completions", 0),
+            }
         super().log(logs, start_time)
 
 # %% ../../nbs/train/00_grpo.ipynb #9ded5fe3
@@ -240,29 +372,63 @@ def check_references(data):
     "Raise ValueError, naming the study, unless every row of `data` has a report with text in it: there would be nothing to compare with."
     ids = data["study_id"] if "study_id" in data.column_names else range(len(data))
     for study, report in zip(ids, data["report"]):
-        if not (isinstance(report, str) and report.strip()): raise ValueError(f"study {study}: report={report!r}; training needs a report with text in every study")
+        if not (isinstance(report, str) and report.strip()):
+            raise ValueError(
+                f"study {study}: report={report!r}; training needs a report with text in every study"
+            )
+
 
 def vllm_args(rollout, cfg, image_token):
     """Arguments of GRPOConfig for `rollout` = 'vllm_colocate' (vLLM on the GPUs that train) or 'vllm_server' (`trl vllm-serve` at `vllm_server_url`); none for any other.
 
     TRL would weigh or mask reports by how far vLLM's probabilities are from the policy's own; Eq. 10 has no such factor, so it is off. An image token is never sampled. Not yet run on a GPU.
     Raises `ValueError` where the server's address or the package is missing."""
-    if not rollout.startswith("vllm_"): return {}
-    if rollout == "vllm_server" and cfg.vllm_server_url is None: raise ValueError("vllm_server_url=None: rollout='vllm_server' samples from a server; expected its address, such as 'http://host:8000' (start one with: trl vllm-serve --model FOLDER)")
-    if rollout == "vllm_server": check_server(cfg.benchmark, cfg.vllm_server_url)
-    if not find_spec("vllm"): raise ValueError(f"rollout={rollout!r}: the package vllm is not installed; expected it (pip install 'trl[vllm]', for GPUs), or rollout='transformers'")
-    return dict(use_vllm=True, vllm_mode=rollout.removeprefix("vllm_"), vllm_server_base_url=cfg.vllm_server_url, vllm_gpu_memory_utilization=cfg.vllm_gpu_memory_utilization,
-                vllm_importance_sampling_correction=False, generation_kwargs=dict(bad_words=[image_token]))
+    if not rollout.startswith("vllm_"):
+        return {}
+    if rollout == "vllm_server" and cfg.vllm_server_url is None:
+        raise ValueError(
+            "vllm_server_url=None: rollout='vllm_server' samples from a server; expected its address, such as 'http://host:8000' (start one with: trl vllm-serve --model FOLDER)"
+        )
+    if rollout == "vllm_server":
+        check_server(cfg.benchmark, cfg.vllm_server_url)
+    if not find_spec("vllm"):
+        raise ValueError(
+            f"rollout={rollout!r}: the package vllm is not installed; expected it (pip install 'trl[vllm]', for GPUs), or rollout='transformers'"
+        )
+    return dict(
+        use_vllm=True,
+        vllm_mode=rollout.removeprefix("vllm_"),
+        vllm_server_base_url=cfg.vllm_server_url,
+        vllm_gpu_memory_utilization=cfg.vllm_gpu_memory_utilization,
+        vllm_importance_sampling_correction=False,
+        generation_kwargs=dict(bad_words=[image_token]),
+    )
+
 
 def whole_generations(updates, cfg):
     "`updates`, or the next number of them that makes whole generations: a checkpoint amid a generation could not be gone on from bit for bit."
     return -(-updates // cfg.num_iterations) * cfg.num_iterations
 
+
 def steps_of(steps, cfg, n):
     "Updates of a stage on `n` studies: `steps`, or where that is None `rl_epochs` over them, each generation used for `num_iterations` updates."
     return steps or cfg.rl_epochs * -(-n // cfg.batch_size) * cfg.num_iterations
 
-def make_trainer(sft_folder, data, out, rewards, cfg, modules, lambda_vis, steps, seed, k_start=0, adapter=None, per_device=None):
+
+def make_trainer(
+    sft_folder,
+    data,
+    out,
+    rewards,
+    cfg,
+    modules,
+    lambda_vis,
+    steps,
+    seed,
+    k_start=0,
+    adapter=None,
+    per_device=None,
+):
     """A `ValorTrainer` on the policy in `sft_folder`, its adapter on `modules` started from folder `adapter` (or fresh).
 
     A rollout batch (a generation, which serves for `num_iterations` updates) is `batch_size` × `group_size` completions; `per_device` of them on each process (default: all on one), which computes
@@ -271,48 +437,119 @@ def make_trainer(sft_folder, data, out, rewards, cfg, modules, lambda_vis, steps
     set_seed(seed)
     model, processor = load_policy(sft_folder, **frozen_weights(cfg.policy_weights), **loading(cfg))
     shard_by_layer(model, cfg.gradient_accumulation_steps)
-    linear = dict(bleu4=cfg.lambda_lex, rouge_l=cfg.lambda_lex, bertscore=cfg.lambda_sem, chexbert=cfg.lambda_clin * cfg.lambda_cx,
-                  radgraph=cfg.lambda_clin * cfg.lambda_rg, format=cfg.lambda_format)
-    linear |= {name: weight * (cfg.lambda_clin if equation == 4 else 1) for name, (equation, weight) in extras_of(cfg).items()}
-    args = GRPOConfig(**trainer_args(Path(out) / "checkpoints", seed, whole_generations(cfg.save_steps, cfg), cfg.gradient_checkpointing), max_steps=steps, learning_rate=cfg.lr,
-                      per_device_train_batch_size=(per_device or cfg.batch_size * cfg.group_size) // cfg.gradient_accumulation_steps, gradient_accumulation_steps=cfg.gradient_accumulation_steps, num_generations=cfg.group_size,
-                      max_completion_length=cfg.max_new_tokens, temperature=cfg.temperature, beta=cfg.beta, epsilon=cfg.epsilon, num_iterations=cfg.num_iterations,
-                      loss_type="grpo", use_bias_correction_kl=False, lr_scheduler_type="constant_with_warmup", warmup_steps=0.1,
-                      **vllm_args(cfg.rollout, cfg, processor.image_token), reward_weights=[linear.get(n, 0.) for n in rewards.names])
+    linear = dict(
+        bleu4=cfg.lambda_lex,
+        rouge_l=cfg.lambda_lex,
+        bertscore=cfg.lambda_sem,
+        chexbert=cfg.lambda_clin * cfg.lambda_cx,
+        radgraph=cfg.lambda_clin * cfg.lambda_rg,
+        format=cfg.lambda_format,
+    )
+    linear |= {
+        name: weight * (cfg.lambda_clin if equation == 4 else 1)
+        for name, (equation, weight) in extras_of(cfg).items()
+    }
+    args = GRPOConfig(
+        **trainer_args(
+            Path(out) / "checkpoints",
+            seed,
+            whole_generations(cfg.save_steps, cfg),
+            cfg.gradient_checkpointing,
+        ),
+        max_steps=steps,
+        learning_rate=cfg.lr,
+        per_device_train_batch_size=(per_device or cfg.batch_size * cfg.group_size)
+        // cfg.gradient_accumulation_steps,
+        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
+        num_generations=cfg.group_size,
+        max_completion_length=cfg.max_new_tokens,
+        temperature=cfg.temperature,
+        beta=cfg.beta,
+        epsilon=cfg.epsilon,
+        num_iterations=cfg.num_iterations,
+        loss_type="grpo",
+        use_bias_correction_kl=False,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=0.1,
+        **vllm_args(cfg.rollout, cfg, processor.image_token),
+        reward_weights=[linear.get(n, 0.0) for n in rewards.names],
+    )
     table = CompletionTable(out) if cfg.keep_completions else None
-    trainer = ValorTrainer(model, rewards, cfg, lambda_vis, k_start, table=table, args=args, train_dataset=conversations(data),
-                           processing_class=processor, peft_config=lora_config(model, modules, cfg.lora_r, cfg.lora_alpha))
+    trainer = ValorTrainer(
+        model,
+        rewards,
+        cfg,
+        lambda_vis,
+        k_start,
+        table=table,
+        args=args,
+        train_dataset=conversations(data),
+        processing_class=processor,
+        peft_config=lora_config(model, modules, cfg.lora_r, cfg.lora_alpha),
+    )
     trainer.remove_callback(PrinterCallback)
-    if adapter is not None: set_peft_model_state_dict(trainer.model, load_peft_weights(adapter, device="cpu"))
+    if adapter is not None:
+        set_peft_model_state_dict(trainer.model, load_peft_weights(adapter, device="cpu"))
     return trainer
 
-MOST_SNAPSHOTS = 20                     # of a stage; those of LLaVA-Med's adapter take 671 MB each
+
+MOST_SNAPSHOTS = 20  # of a stage; those of LLaVA-Med's adapter take 671 MB each
+
 
 def snapshot_every(eval_steps, steps):
     "Updates between two kept adapters: `eval_steps`, or the multiple of it at which a stage of `steps` updates keeps no more than `MOST_SNAPSHOTS`."
     return eval_steps * max(1, -(-steps // (eval_steps * (MOST_SNAPSHOTS + 1))))
 
+
 class Snapshots(TrainerCallback):
     "Keeps the adapter after every `every`-th update but the last as `folder/k0010`, …; nothing is drawn or trained for it, so the run is the same without."
-    def __init__(self, trainer, folder, every): self.trainer, self.folder, self.every = trainer, Path(folder), every
+
+    def __init__(self, trainer, folder, every):
+        self.trainer, self.folder, self.every = trainer, Path(folder), every
+
     def on_step_end(self, args, state, control, **kw):
-        if state.global_step % self.every == 0 and state.global_step < state.max_steps: self.trainer.save_model(str(self.folder / f"k{self.trainer.k:04d}"))
+        if state.global_step % self.every == 0 and state.global_step < state.max_steps:
+            self.trainer.save_model(str(self.folder / f"k{self.trainer.k:04d}"))
+
 
 def align(sft_folder, data, out, rewards, cfg, stage, lambda_vis, k_start=0, adapter=None):
     """Run stage 1 or 2 of Algorithm 1 and write the adapter to `out/adapter`; returns the log, one dict per update.
 
     Every `cfg.eval_steps` updates (in a long stage less often, see `snapshot_every`) the adapter is kept in `out/snapshots`, and every generation's candidates in a `CompletionTable`. Checkpoints go to `out/checkpoints`; a killed run that is started again ends with the same adapter: bit for bit
     on one CPU thread (on more, any two runs may differ in the last bits)."""
-    steps, modules = ((cfg.stage1_steps, cfg.stage1_modules), (cfg.stage2_steps, cfg.stage2_modules))[stage - 1]
-    trainer = make_trainer(sft_folder, data, out, rewards, cfg, modules, lambda_vis, steps_of(steps, cfg, len(data)), 10 * cfg.seed + stage, k_start, adapter,
-                           per_device=cfg.batch_size * cfg.group_size // int(os.environ.get("WORLD_SIZE", 1)))
+    steps, modules = ((cfg.stage1_steps, cfg.stage1_modules), (cfg.stage2_steps, cfg.stage2_modules))[
+        stage - 1
+    ]
+    trainer = make_trainer(
+        sft_folder,
+        data,
+        out,
+        rewards,
+        cfg,
+        modules,
+        lambda_vis,
+        steps_of(steps, cfg, len(data)),
+        10 * cfg.seed + stage,
+        k_start,
+        adapter,
+        per_device=cfg.batch_size * cfg.group_size // int(os.environ.get("WORLD_SIZE", 1)),
+    )
     trainer.add_callback(Progress(f"stage {stage}"))
     steps = trainer.args.max_steps
     every = snapshot_every(whole_generations(cfg.eval_steps, cfg), steps) if cfg.eval_steps else steps
-    if cfg.eval_steps: trainer.add_callback(Snapshots(trainer, Path(out) / "snapshots", every))
+    if cfg.eval_steps:
+        trainer.add_callback(Snapshots(trainer, Path(out) / "snapshots", every))
     if cfg.eval_steps and every > whole_generations(cfg.eval_steps, cfg) and trainer.is_world_process_zero():
-        print(f"stage {stage}: the adapter is kept every {every:,} updates, not every eval_steps={cfg.eval_steps}: at most {MOST_SNAPSHOTS} times in {steps:,} updates", flush=True)
-    with memory_line(f"stage {stage}", batch_size=cfg.batch_size, group_size=cfg.group_size, max_new_tokens=cfg.max_new_tokens):
+        print(
+            f"stage {stage}: the adapter is kept every {every:,} updates, not every eval_steps={cfg.eval_steps}: at most {MOST_SNAPSHOTS} times in {steps:,} updates",
+            flush=True,
+        )
+    with memory_line(
+        f"stage {stage}",
+        batch_size=cfg.batch_size,
+        group_size=cfg.group_size,
+        max_new_tokens=cfg.max_new_tokens,
+    ):
         train_to_end(trainer, f"stage {stage}", copies=1 + (steps - 1) // every)
     trainer.save_model(str(Path(out) / "adapter"))
     return [dict(l, stage=stage) for l in trainer.state.log_history if "k" in l]

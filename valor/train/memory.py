@@ -8,23 +8,75 @@ __all__ = ['GB', 'SCORERS', 'llava_med_7b', 'qwen25_vl_7b', 'Shape', 'shape_of',
 from dataclasses import dataclass
 
 import pandas as pd, torch
-from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlavaConfig, MistralConfig, Qwen2_5_VLConfig
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    LlavaConfig,
+    MistralConfig,
+    Qwen2_5_VLConfig,
+)
 
 # %% ../../nbs/train/02_memory.ipynb #33f41eb6
 def llava_med_7b():
     "Configuration of `microsoft/llava-med-v1.5-mistral-7b`, as `valor convert-llava-med` writes it."
-    return LlavaConfig(vision_config=CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14, projection_dim=768),
-                       text_config=MistralConfig(vocab_size=32002, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
-                                                 sliding_window=None, tie_word_embeddings=False), vision_feature_layer=-2, image_token_index=32000, tie_word_embeddings=False)
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            image_size=336,
+            patch_size=14,
+            projection_dim=768,
+        ),
+        text_config=MistralConfig(
+            vocab_size=32002,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=128,
+            sliding_window=None,
+            tie_word_embeddings=False,
+        ),
+        vision_feature_layer=-2,
+        image_token_index=32000,
+        tie_word_embeddings=False,
+    )
+
 
 def qwen25_vl_7b():
     "Configuration of `Qwen/Qwen2.5-VL-7B-Instruct`, as far as it reaches sizes."
-    return Qwen2_5_VLConfig(vision_config=dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=3584, patch_size=14, spatial_merge_size=2, window_size=112, fullatt_block_indexes=[7, 15, 23, 31]),
-                            text_config=dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False), tie_word_embeddings=False)
+    return Qwen2_5_VLConfig(
+        vision_config=dict(
+            depth=32,
+            hidden_size=1280,
+            intermediate_size=3420,
+            num_heads=16,
+            out_hidden_size=3584,
+            patch_size=14,
+            spatial_merge_size=2,
+            window_size=112,
+            fullatt_block_indexes=[7, 15, 23, 31],
+        ),
+        text_config=dict(
+            vocab_size=152064,
+            hidden_size=3584,
+            intermediate_size=18944,
+            num_hidden_layers=28,
+            num_attention_heads=28,
+            num_key_value_heads=4,
+            tie_word_embeddings=False,
+        ),
+        tie_word_embeddings=False,
+    )
+
 
 @dataclass(frozen=True)
 class Shape:
     "Sizes of a policy: L layers of width W with inner width I, kv = width of keys (and of values), and its parameters, `linear` of them in layers that 4 bits can hold."
+
     layers: int
     width: int
     inner: int
@@ -34,26 +86,43 @@ class Shape:
     parameters: int
     linear: int
 
+
 def shape_of(config):
     "`Shape` of a transformers configuration; parameters are counted on the model itself, built on the meta device."
-    with torch.device("meta"): model = AutoModelForImageTextToText.from_config(config)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
     t, top = config.text_config, model.get_output_embeddings()
     kv = t.num_key_value_heads * (getattr(t, "head_dim", None) or t.hidden_size // t.num_attention_heads)
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not top)
-    return Shape(t.num_hidden_layers, t.hidden_size, t.intermediate_size, kv, t.num_attention_heads, t.vocab_size, sum(p.numel() for p in model.parameters()), linear)
+    return Shape(
+        t.num_hidden_layers,
+        t.hidden_size,
+        t.intermediate_size,
+        kv,
+        t.num_attention_heads,
+        t.vocab_size,
+        sum(p.numel() for p in model.parameters()),
+        linear,
+    )
 
 # %% ../../nbs/train/02_memory.ipynb #fbcd5fc2
 def weight_bytes(s, held="bfloat16"):
     "Bytes of the frozen weights, held as 'float32', 'bfloat16' or 'nf4'."
-    if held == "nf4": return s.linear * 4.127 / 8 + 2 * (s.parameters - s.linear)
+    if held == "nf4":
+        return s.linear * 4.127 / 8 + 2 * (s.parameters - s.linear)
     return s.parameters * dict(float32=4, bfloat16=2)[held]
 
-def adapter_parameters(s, r): return r * s.layers * (9 * s.width + 2 * s.kv + 3 * s.inner)
 
-def adapter_bytes(s, r): return 16 * adapter_parameters(s, r)
+def adapter_parameters(s, r):
+    return r * s.layers * (9 * s.width + 2 * s.kv + 3 * s.inner)
+
+
+def adapter_bytes(s, r):
+    return 16 * adapter_parameters(s, r)
 
 # %% ../../nbs/train/02_memory.ipynb #4347436c
-def kv_bytes(s, tokens, size=2): return 2 * s.layers * s.kv * size * tokens
+def kv_bytes(s, tokens, size=2):
+    return 2 * s.layers * s.kv * size * tokens
 
 # %% ../../nbs/train/02_memory.ipynb #0a0dedb3
 def layer_bytes(s, r, sequences, length):
@@ -61,31 +130,48 @@ def layer_bytes(s, r, sequences, length):
     per_token = 2 * (8 * s.width + 4 * s.inner + 2 * s.kv + 7 * r + length) + 4 * (2 * s.width + s.heads + 2)
     return sequences * length * per_token + 2 * adapter_parameters(s, r) // s.layers
 
+
 def activation_bytes(s, r, sequences, length, checkpointing):
     "… of all layers; with `checkpointing`, their inputs and one layer that is recomputed."
-    if not checkpointing: return s.layers * layer_bytes(s, r, sequences, length)
+    if not checkpointing:
+        return s.layers * layer_bytes(s, r, sequences, length)
     return s.layers * 2 * s.width * sequences * length + layer_bytes(s, r, sequences, length)
 
 # %% ../../nbs/train/02_memory.ipynb #44ec1d42
 GB, SCORERS = 1e9, 1.8e9
 
-def memory(s, held="bfloat16", r=64, sequences=64, parts=1, checkpointing=True, prompt=620, new=256, shards=1):
+
+def memory(
+    s, held="bfloat16", r=64, sequences=64, parts=1, checkpointing=True, prompt=620, new=256, shards=1
+):
     """GB on one GPU, by part, for one rollout batch of `sequences` reports on it (prompts × G over the number of GPUs), `prompt` tokens (576 of them the image's) and `new` tokens each.
 
     The update is computed in `parts`; `shards` GPUs share weights and adapter (FSDP2, ZeRO-3; one layer at a time is whole). Computed, not measured."""
     length, step = prompt + new, -(-sequences // parts)
-    fixed = (weight_bytes(s, held) + adapter_bytes(s, r)) / shards + SCORERS + (weight_bytes(s, held) / s.layers if shards > 1 else 0)
+    fixed = (
+        (weight_bytes(s, held) + adapter_bytes(s, r)) / shards
+        + SCORERS
+        + (weight_bytes(s, held) / s.layers if shards > 1 else 0)
+    )
     rollout = kv_bytes(s, sequences * length) + 2 * sequences * prompt * (4 * s.width + 3 * s.inner)
     update = activation_bytes(s, r, step, length, checkpointing) + 4 * 4 * s.vocab * step * new
-    return {k: v / GB for k, v in dict(fixed=fixed, rollout=rollout, update=update, peak=fixed + max(rollout, update)).items()}
+    return {
+        k: v / GB
+        for k, v in dict(
+            fixed=fixed, rollout=rollout, update=update, peak=fixed + max(rollout, update)
+        ).items()
+    }
+
 
 def fewest_parts(s, gpu, **settings):
     "The fewest parts (a power of two) in which an update fits on `gpu` GB, a tenth of it left free, with the memory it takes; None where the rollout or a single sequence does not."
     parts = 1
     while parts <= settings.get("sequences", 64):
         m = memory(s, parts=parts, **settings)
-        if m["peak"] <= 0.9 * gpu: return parts, m
+        if m["peak"] <= 0.9 * gpu:
+            return parts, m
         parts *= 2
+
 
 def fits(s, gpus=(24, 40, 80, 141), group=8, prompts=8, **settings):
     """Table of settings that fit, one row per GPU size, kind of weights and checkpointing: prompts of G = `group` in a rollout (at most `prompts`, halved until they fit) and
@@ -95,7 +181,22 @@ def fits(s, gpus=(24, 40, 80, 141), group=8, prompts=8, **settings):
         for held in ("bfloat16", "nf4"):
             for checkpointing in (True, False):
                 n, found = prompts, None
-                while n >= 1 and not (found := fewest_parts(s, gpu, held=held, sequences=n * group, checkpointing=checkpointing, **settings)): n //= 2
+                while n >= 1 and not (
+                    found := fewest_parts(
+                        s, gpu, held=held, sequences=n * group, checkpointing=checkpointing, **settings
+                    )
+                ):
+                    n //= 2
                 parts, m = found or ("–", dict.fromkeys(("fixed", "rollout", "update", "peak"), float("nan")))
-                rows.append({"GPU (GB)": gpu, "weights": held, "checkpointing": "on" if checkpointing else "off", "prompts × G": f"{n} × {group}" if found else "does not fit", "gradient_accumulation_steps": parts, **m, "how": "computed"})
+                rows.append(
+                    {
+                        "GPU (GB)": gpu,
+                        "weights": held,
+                        "checkpointing": "on" if checkpointing else "off",
+                        "prompts × G": f"{n} × {group}" if found else "does not fit",
+                        "gradient_accumulation_steps": parts,
+                        **m,
+                        "how": "computed",
+                    }
+                )
     return pd.DataFrame(rows).round(1)

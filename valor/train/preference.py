@@ -23,12 +23,20 @@ from ..metrics.statistics import as_completion
 from ..files import UNREADABLE, DataError, first_line, json_lines, json_value, opened, own_lines
 from .grpo import Rewards, advantages, steps_of
 from ..rewards.compose import extras_of
-from ..policy.models import check_completions, ending, frozen_weights, load_policy, loading, lora_config, memory_line
+from valor.policy.models import (
+    check_completions,
+    ending,
+    frozen_weights,
+    load_policy,
+    loading,
+    lora_config,
+    memory_line,
+)
 from ..policy.tiny import PROMPT, Progress, generate, image_lists, train_to_end, trainer_args
 from ..rewards.text import TAG
 
 # %% ../../nbs/train/03_preference.ipynb #0237bf34
-def weighted_dpo_loss(chosen, rejected, ref_chosen, ref_rejected, weights=1., beta=0.1):
+def weighted_dpo_loss(chosen, rejected, ref_chosen, ref_rejected, weights=1.0, beta=0.1):
     "Mean over pairs of w · −log σ(β · margin), and the margins (N,); arguments are log-probabilities of whole reports (N,) under the policy and the reference."
     margins = (chosen - ref_chosen) - (rejected - ref_rejected)
     return (weights * -logsigmoid(beta * margins)).mean(), margins
@@ -38,7 +46,10 @@ def text_rewards(candidates, rows, rewards, cfg):
     "The GRPO baseline's reward of each candidate, `(N,)`: Eq. 3 and format, no clinical and no visual part. `rows`: dict of columns of the candidates' studies; `rewards`: a `Rewards` with k_clin=None."
     columns = {n: f(completions=candidates, **rows) for n, f in zip(rewards.scorers, rewards.functions())}
     scores = {n: torch.tensor(c, dtype=torch.float32) for n, c in columns.items() if c[0] is not None}
-    return advantages(scores, 1, len(candidates), dataclasses.replace(cfg, k_clin=None, rank_norm="centered"), 0.)[0]
+    return advantages(
+        scores, 1, len(candidates), dataclasses.replace(cfg, k_clin=None, rank_norm="centered"), 0.0
+    )[0]
+
 
 def whole_lines(path, chunk):
     "Cut the file `path` to a whole number of chunks of `chunk` lines (or make it empty) and return how many lines those are."
@@ -47,6 +58,7 @@ def whole_lines(path, chunk):
     path.write_bytes(b"".join(line + b"\n" for line in kept))
     return whole
 
+
 def sample_reports(policy, data, path, rewards, cfg, n, chunk=8):
     """Write `cfg.group_size` samples and their rewards of `n` studies of `data` (a random choice by `cfg.seed`) to the JSONL file `path`: {row, study_id, samples, rewards}.
 
@@ -54,49 +66,102 @@ def sample_reports(policy, data, path, rewards, cfg, n, chunk=8):
     order, G = np.random.default_rng(cfg.seed).permutation(len(data))[:n].tolist(), cfg.group_size
     done = whole_lines(path, chunk)
     with path.open("a") as file:
-        for at in tqdm(range(done, n, chunk), initial=done // chunk, total=-(-n // chunk), desc="samples", leave=False):
-            studies = data.select(order[at:at + chunk])
-            said = generate(*policy, [shown for shown in image_lists(studies) for _ in range(G)], cfg.max_new_tokens, cfg.temperature, chunk * G, seed=(1_000_003 * cfg.seed + at) % 2 ** 32)
+        for at in tqdm(
+            range(done, n, chunk), initial=done // chunk, total=-(-n // chunk), desc="samples", leave=False
+        ):
+            studies = data.select(order[at : at + chunk])
+            said = generate(
+                *policy,
+                [shown for shown in image_lists(studies) for _ in range(G)],
+                cfg.max_new_tokens,
+                cfg.temperature,
+                chunk * G,
+                seed=(1_000_003 * cfg.seed + at) % 2**32,
+            )
             rows = {c: [v for v in studies[c] for _ in range(G)] for c in studies.column_names}
             scores = text_rewards(said, rows, rewards, cfg).tolist()
-            for i, (row, study) in enumerate(zip(order[at:at + chunk], studies["study_id"])):
-                file.write(json.dumps(dict(row=row, study_id=study, samples=said[i * G:(i + 1) * G], rewards=[round(s, 6) for s in scores[i * G:(i + 1) * G]])) + "\n")
+            for i, (row, study) in enumerate(zip(order[at : at + chunk], studies["study_id"])):
+                file.write(
+                    json.dumps(
+                        dict(
+                            row=row,
+                            study_id=study,
+                            samples=said[i * G : (i + 1) * G],
+                            rewards=[round(s, 6) for s in scores[i * G : (i + 1) * G]],
+                        )
+                    )
+                    + "\n"
+                )
             file.flush()
 
-def read_samples(path): return [line for _, line in own_lines(path, '{"row": ')]
+
+def read_samples(path):
+    return [line for _, line in own_lines(path, '{"row": ')]
 
 # %% ../../nbs/train/03_preference.ipynb #e0138ac1
-def pair(row, chosen, rejected, weight=1., noised=False, image="", prompt=PROMPT):
+def pair(row, chosen, rejected, weight=1.0, noised=False, image="", prompt=PROMPT):
     "One preference pair. `row`: its study in the training data, or −1 where `image` is a file; `noised`: the rejected report is shown the image in noise."
-    return dict(row=row, image=image, prompt=prompt, chosen=chosen, rejected=rejected, weight=float(weight), noised=noised)
+    return dict(
+        row=row,
+        image=image,
+        prompt=prompt,
+        chosen=chosen,
+        rejected=rejected,
+        weight=float(weight),
+        noised=noised,
+    )
+
 
 def sampled_pairs(samples, margin):
     "DPO's pairs: best and worst sample of each study, where their rewards differ by at least `margin`."
     pairs = []
     for s in samples:
         best, worst = int(np.argmax(s["rewards"])), int(np.argmin(s["rewards"]))
-        if s["rewards"][best] - s["rewards"][worst] >= margin and best != worst: pairs.append(pair(s["row"], s["samples"][best], s["samples"][worst]))
+        if s["rewards"][best] - s["rewards"][worst] >= margin and best != worst:
+            pairs.append(pair(s["row"], s["samples"][best], s["samples"][worst]))
     return pairs
 
 # %% ../../nbs/train/03_preference.ipynb #10269217
 def _turns(row, field):
     "Question and answer of a conversation; ValueError unless it is one of each."
     turns = row.get(field)
-    ok = isinstance(turns, list) and len(turns) == 2 and all(isinstance(t, dict) and isinstance(t.get("value"), str) and t["value"].strip() for t in turns)
-    if not ok or [t.get("from") for t in turns] != ["human", "gpt"]: raise ValueError(f"{field} is not one question from 'human' and one answer from 'gpt', each with text in its 'value'")
+    ok = (
+        isinstance(turns, list)
+        and len(turns) == 2
+        and all(isinstance(t, dict) and isinstance(t.get("value"), str) and t["value"].strip() for t in turns)
+    )
+    if not ok or [t.get("from") for t in turns] != ["human", "gpt"]:
+        raise ValueError(
+            f"{field} is not one question from 'human' and one answer from 'gpt', each with text in its 'value'"
+        )
     return turns[0]["value"].replace("<image>", "").strip(), turns[1]["value"].strip()
+
 
 def _preference(row, rows_of, folder):
     "The pair of one row of a preference file, None where both reports are the same; ValueError saying what is wrong with it."
-    if not isinstance(row, dict): raise ValueError(f"is a {type(row).__name__}, not an object")
+    if not isinstance(row, dict):
+        raise ValueError(f"is a {type(row).__name__}, not an object")
     (prompt, chosen), (_, rejected) = _turns(row, "conversations"), _turns(row, "rejected_conversations")
     score = row.get("weighted_score")
-    if isinstance(score, bool) or not isinstance(score, (int, float)) or not 0 <= score <= 1: raise ValueError(f"weighted_score is {score!r}, not a number in [0, 1]")
-    if chosen == rejected: return None
+    if isinstance(score, bool) or not isinstance(score, (int, float)) or not 0 <= score <= 1:
+        raise ValueError(f"weighted_score is {score!r}, not a number in [0, 1]")
+    if chosen == rejected:
+        return None
     at, image = rows_of.get(str(row.get("id")), -1), row.get("image")
-    if at < 0 and not (isinstance(image, str) and os.path.isfile(folder / image)): raise ValueError(f"id {row.get('id')!r} is no training study and image {image!r} no file below {folder}")
+    if at < 0 and not (isinstance(image, str) and os.path.isfile(folder / image)):
+        raise ValueError(
+            f"id {row.get('id')!r} is no training study and image {image!r} no file below {folder}"
+        )
     tagged = lambda text: text if TAG.search(text) else as_completion(text)
-    return pair(at, tagged(chosen), tagged(rejected), score, image="" if at >= 0 else str(folder / image), prompt=prompt or PROMPT)
+    return pair(
+        at,
+        tagged(chosen),
+        tagged(rejected),
+        score,
+        image="" if at >= 0 else str(folder / image),
+        prompt=prompt or PROMPT,
+    )
+
 
 def read_preferences(path, study_ids):
     """Pairs of a preference file in MMedPO's schema (JSON or JSONL); `study_ids`: of the training data, in order. Pairs of equal reports are set aside, and their number is printed.
@@ -105,23 +170,43 @@ def read_preferences(path, study_ids):
     path = Path(path).expanduser()
     expected = "a preference file: a list of objects, or one object a line"
     try:
-        with opened(path) as file: data = file.read()
-        rows = json_value(data) if data.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[" else [row for _, row in json_lines(path, expected)]
-    except UNREADABLE as e: raise ValueError(f"{path}: cannot be read ({first_line(e)}); expected {expected}") from None
-    except DataError: raise
-    except ValueError as e: raise ValueError(f"{path}: {e}; expected {expected}") from None
+        with opened(path) as file:
+            data = file.read()
+        rows = (
+            json_value(data)
+            if data.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+            else [row for _, row in json_lines(path, expected)]
+        )
+    except UNREADABLE as e:
+        raise ValueError(f"{path}: cannot be read ({first_line(e)}); expected {expected}") from None
+    except DataError:
+        raise
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}; expected {expected}") from None
     rows_of, pairs, bad = {s: i for i, s in enumerate(study_ids)}, [], []
     for i, row in enumerate(rows, 1):
-        try: pairs.append(_preference(row, rows_of, path.parent))
-        except ValueError as e: bad.append(f"row {i}: {e}")
-    if bad: raise ValueError(f"{path}: {len(bad)} of {len(rows)} rows are bad ({'; '.join(bad[:3])}{'; …' if len(bad) > 3 else ''}); expected id, image, conversations, rejected_conversations, weighted_score in every row")
+        try:
+            pairs.append(_preference(row, rows_of, path.parent))
+        except ValueError as e:
+            bad.append(f"row {i}: {e}")
+    if bad:
+        raise ValueError(
+            f"{path}: {len(bad)} of {len(rows)} rows are bad ({'; '.join(bad[:3])}{'; …' if len(bad) > 3 else ''}); expected id, image, conversations, rejected_conversations, weighted_score in every row"
+        )
     different = [p for p in pairs if p is not None]
-    if not different: raise ValueError(f"{path}: holds no pairs{' but of equal reports' if pairs else ''}; expected at least one")
-    if len(different) < len(pairs): print(f"{path}: {len(pairs) - len(different):,} of {len(pairs):,} pairs set aside: chosen and rejected report are the same")
+    if not different:
+        raise ValueError(
+            f"{path}: holds no pairs{' but of equal reports' if pairs else ''}; expected at least one"
+        )
+    if len(different) < len(pairs):
+        print(
+            f"{path}: {len(pairs) - len(different):,} of {len(pairs):,} pairs set aside: chosen and rejected report are the same"
+        )
     return different
 
 # %% ../../nbs/train/03_preference.ipynb #61000cc7
-ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, .02, 1000))         # the linear schedule of DDPM (Ho et al., 2020)
+ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))  # the linear schedule of DDPM (Ho et al., 2020)
+
 
 def add_noise(image, boxes=None, step=500, seed=0):
     "`image` (PIL) with diffusion noise of `step` (1 to 1000) inside `boxes` (x0, y0, x1, y1 in [0, 1]), or all over where `boxes` is None."
@@ -130,15 +215,24 @@ def add_noise(image, boxes=None, step=500, seed=0):
     noisy = np.sqrt(ALPHA_BAR[step - 1]) * x + np.sqrt(1 - ALPHA_BAR[step - 1]) * noise
     hidden = np.zeros(x.shape[:2], bool)
     for x0, y0, x1, y1 in [(0, 0, 1, 1)] if boxes is None else boxes:
-        hidden[int(y0 * x.shape[0]):int(np.ceil(y1 * x.shape[0])), int(x0 * x.shape[1]):int(np.ceil(x1 * x.shape[1]))] = True
-    return Image.fromarray(np.clip((np.where(hidden[(...,) + (None,) * (x.ndim - 2)], noisy, x) + 1) * 127.5, 0, 255).round().astype(np.uint8))
+        hidden[
+            int(y0 * x.shape[0]) : int(np.ceil(y1 * x.shape[0])),
+            int(x0 * x.shape[1]) : int(np.ceil(x1 * x.shape[1])),
+        ] = True
+    return Image.fromarray(
+        np.clip((np.where(hidden[(...,) + (None,) * (x.ndim - 2)], noisy, x) + 1) * 127.5, 0, 255)
+        .round()
+        .astype(np.uint8)
+    )
 
 # %% ../../nbs/train/03_preference.ipynb #e45b16cc
 NOTHING = "no acute cardiopulmonary abnormality."
 
+
 def relevance(chosen, rejected, judge):
     "Clinical relevance in [0, 1] of each pair: 1 − `judge`'s score of the rejected against the chosen report."
-    return [min(1., max(0., 1 - s)) for s in judge.score(list(rejected), list(chosen))]
+    return [min(1.0, max(0.0, 1 - s)) for s in judge.score(list(rejected), list(chosen))]
+
 
 def clinical_pairs(samples, data, judge, noise):
     "MMedPO's pairs: the reference against the worst sample of each study, and, unless `noise` is 'none', against itself with the image in noise; weighed by `judge`, weight 0 left out."
@@ -148,55 +242,96 @@ def clinical_pairs(samples, data, judge, noise):
     pairs = [pair(r, c, j, w) for r, c, j, w in zip(rows, truth, worst, relevance(truth, worst, judge))]
     return [p for p in pairs + noised_pairs(rows, truth, data, judge, noise) if p["weight"] > 0]
 
+
 def noised_pairs(rows, reports, data, judge, noise):
     "Image pairs of the studies `rows` of `data` with their `reports`; with 'lesions' of those where something is drawn."
-    if noise == "none": return []
+    if noise == "none":
+        return []
     drawn = data.select_columns(["truth"])[rows]["truth"] if noise == "lesions" else [True] * len(rows)
-    return [pair(r, c, c, w, True) for r, c, w, d in zip(rows, reports, relevance(reports, [NOTHING] * len(reports), judge), drawn) if d]
+    return [
+        pair(r, c, c, w, True)
+        for r, c, w, d in zip(rows, reports, relevance(reports, [NOTHING] * len(reports), judge), drawn)
+        if d
+    ]
 
 # %% ../../nbs/train/03_preference.ipynb #44aabc02
 def _shown(p, data):
     "Images of a pair (RGB), and the boxes of what is drawn there."
-    if p["row"] < 0: return [Image.open(p["image"]).convert("RGB")], []
+    if p["row"] < 0:
+        return [Image.open(p["image"]).convert("RGB")], []
     study = data.select([p["row"]])
     return [im.convert("RGB") for im in image_lists(study)[0]], [t["box"] for t in study[0]["truth"]]
 
+
 def pair_dataset(pairs, data, noise="none"):
     "`pairs` as a dataset with `prompt`, `chosen`, `rejected` (messages), `images`, `rejected_images` and `weight`; `noise` as in `mmedpo_noise`."
+
     def opened(batch):
         rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
-        out = dict(prompt=[[dict(role="user", content=r["prompt"])] for r in rows], weight=[r["weight"] for r in rows], images=[], rejected_images=[])
-        out |= {side: [[dict(role="assistant", content=r[side])] for r in rows] for side in ("chosen", "rejected")}
+        out = dict(
+            prompt=[[dict(role="user", content=r["prompt"])] for r in rows],
+            weight=[r["weight"] for r in rows],
+            images=[],
+            rejected_images=[],
+        )
+        out |= {
+            side: [[dict(role="assistant", content=r[side])] for r in rows] for side in ("chosen", "rejected")
+        }
         for r in rows:
             images, boxes = _shown(r, data)
-            hidden = [add_noise(im, boxes if noise == "lesions" else None, seed=zlib.crc32(f"{r['row']} {i}".encode())) for i, im in enumerate(images)] if r["noised"] else images
-            out["images"].append(images); out["rejected_images"].append(hidden)
+            hidden = (
+                [
+                    add_noise(
+                        im, boxes if noise == "lesions" else None, seed=zlib.crc32(f"{r['row']} {i}".encode())
+                    )
+                    for i, im in enumerate(images)
+                ]
+                if r["noised"]
+                else images
+            )
+            out["images"].append(images)
+            out["rejected_images"].append(hidden)
         return out
+
     return Dataset.from_list(pairs).with_transform(opened)
 
 # %% ../../nbs/train/03_preference.ipynb #d6d1f202
 @dataclasses.dataclass
 class PairCollator(DataCollatorForVisionPreference):
     "TRL's collator with the pairs' weights, and with the rejected reports' own images."
+
     def torch_call(self, examples):
         examples = [dict(e) for e in examples]
-        weights, own = [e.pop("weight") for e in examples], [im for e in examples for im in e.pop("rejected_images")]
+        weights, own = (
+            [e.pop("weight") for e in examples],
+            [im for e in examples for im in e.pop("rejected_images")],
+        )
         images = [im for e in examples for im in e["images"]] + own
         batch = super().torch_call(examples)
         batch.update(self.processor.image_processor(images, return_tensors=self.return_tensors))
         batch["weight"] = torch.tensor(weights)
         return batch
 
+
 class MMedPOTrainer(DPOTrainer):
     "TRL's DPO with a weight for every pair (`weighted_dpo_loss`); at weights 1 and equal images it is TRL's."
+
     def _compute_loss(self, model, inputs, return_outputs):
         weights = inputs.pop("weight")
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         given = {k: v for k, v in inputs.items() if k != "completion_mask"}
-        chosen, rejected = model(**given, labels=labels, use_cache=False, fused_lm_head=True).log_probs.sum(1).chunk(2)
-        loss, margins = weighted_dpo_loss(chosen, rejected, *self.compute_ref_log_probs(model, inputs), weights, self.beta)
+        chosen, rejected = (
+            model(**given, labels=labels, use_cache=False, fused_lm_head=True).log_probs.sum(1).chunk(2)
+        )
+        loss, margins = weighted_dpo_loss(
+            chosen, rejected, *self.compute_ref_log_probs(model, inputs), weights, self.beta
+        )
         gathered = self.accelerator.gather(torch.stack([margins.detach(), weights.to(margins)], 1)).T
-        for name, value in {"rewards/margins": self.beta * gathered[0], "rewards/accuracies": (gathered[0] > 0).float(), "weight": gathered[1]}.items():
+        for name, value in {
+            "rewards/margins": self.beta * gathered[0],
+            "rewards/accuracies": (gathered[0] > 0).float(),
+            "weight": gathered[1],
+        }.items():
             self._metrics["train" if model.training else "eval"][name].append(value.mean().item())
         return loss
 
@@ -210,27 +345,58 @@ def preference_trainer(sft_folder, pairs, data, out, cfg, weighted, steps, seed,
     check_completions([p[side] for p in pairs for side in ("chosen", "rejected")], model, processor)
     stop = ending(model, processor)
     pairs = [p | {side: p[side] + stop for side in ("chosen", "rejected")} for p in pairs]
-    args = DPOConfig(**trainer_args(Path(out) / "checkpoints", seed, cfg.save_steps, cfg.gradient_checkpointing), max_steps=steps, learning_rate=cfg.dpo_lr, beta=cfg.dpo_beta, max_length=None,
-                     per_device_train_batch_size=(per_device or cfg.batch_size * cfg.group_size // 2) // cfg.gradient_accumulation_steps,
-                     gradient_accumulation_steps=cfg.gradient_accumulation_steps, lr_scheduler_type="constant_with_warmup", warmup_steps=0.1)
+    args = DPOConfig(
+        **trainer_args(Path(out) / "checkpoints", seed, cfg.save_steps, cfg.gradient_checkpointing),
+        max_steps=steps,
+        learning_rate=cfg.dpo_lr,
+        beta=cfg.dpo_beta,
+        max_length=None,
+        per_device_train_batch_size=(per_device or cfg.batch_size * cfg.group_size // 2)
+        // cfg.gradient_accumulation_steps,
+        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=0.1,
+    )
     trainer = (MMedPOTrainer if weighted else DPOTrainer)(
-        model, args=args, train_dataset=pair_dataset(pairs, data, cfg.mmedpo_noise), processing_class=processor, data_collator=PairCollator(processor) if weighted else None,
-        peft_config=lora_config(model, cfg.stage2_modules, cfg.lora_r, cfg.lora_alpha))
+        model,
+        args=args,
+        train_dataset=pair_dataset(pairs, data, cfg.mmedpo_noise),
+        processing_class=processor,
+        data_collator=PairCollator(processor) if weighted else None,
+        peft_config=lora_config(model, cfg.stage2_modules, cfg.lora_r, cfg.lora_alpha),
+    )
     trainer.remove_callback(PrinterCallback)
-    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled): beside(trainer.model)
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        beside(trainer.model)
     return trainer
 
 # %% ../../nbs/train/03_preference.ipynb #0abcc071
-def updates_of(cfg, n): return sum(steps_of(steps, cfg, n) for steps in (cfg.stage1_steps, cfg.stage2_steps))
+def updates_of(cfg, n):
+    return sum(steps_of(steps, cfg, n) for steps in (cfg.stage1_steps, cfg.stage2_steps))
+
 
 def prefer(sft_folder, pairs, data, out, cfg, weighted, per_device=None):
     """Train on `pairs` for as many updates as both stages of VALOR have and write the adapter to `out/adapter`; returns the log, one dict per update.
 
     `weighted`: MMedPO, else DPO. Checkpoints go to `out/checkpoints`. Raises ValueError where there are no pairs."""
     name = "MMedPO" if weighted else "DPO"
-    if not pairs: raise ValueError(f"{name}: no pairs (dpo_pairs={cfg.dpo_pairs!r}, dpo_margin={cfg.dpo_margin}); expected at least one: lower dpo_margin or raise the temperature")
-    trainer = preference_trainer(sft_folder, pairs, data, out, cfg, weighted, updates_of(cfg, len(data)), 10 * cfg.seed + 3 + weighted, per_device)
+    if not pairs:
+        raise ValueError(
+            f"{name}: no pairs (dpo_pairs={cfg.dpo_pairs!r}, dpo_margin={cfg.dpo_margin}); expected at least one: lower dpo_margin or raise the temperature"
+        )
+    trainer = preference_trainer(
+        sft_folder,
+        pairs,
+        data,
+        out,
+        cfg,
+        weighted,
+        updates_of(cfg, len(data)),
+        10 * cfg.seed + 3 + weighted,
+        per_device,
+    )
     trainer.add_callback(Progress(name))
-    with memory_line(name, batch_size=cfg.batch_size, group_size=cfg.group_size): train_to_end(trainer, name)
+    with memory_line(name, batch_size=cfg.batch_size, group_size=cfg.group_size):
+        train_to_end(trainer, name)
     trainer.save_model(str(Path(out) / "adapter"))
     return [l for l in trainer.state.log_history if "loss" in l]

@@ -29,30 +29,47 @@ def merged(model, kept, dtype=None, share=None):
     layers = adapted_layers(model)
     for name, layer in layers.items():
         weight = adapted_weight(layer)
-        if not weight.is_floating_point(): raise ValueError(f"rollout='merged': the weights of {name} are quantised ({weight.dtype}); expected rollout='transformers' or a vLLM one with them")
+        if not weight.is_floating_point():
+            raise ValueError(
+                f"rollout='merged': the weights of {name} are quantised ({weight.dtype}); expected rollout='transformers' or a vLLM one with them"
+            )
     if stays_beside(model, merged_share(model) if share is None else share, dtype):
-        try: yield beside(model, holds=True).get_base_model()
-        finally: beside(model)
+        try:
+            yield beside(model, holds=True).get_base_model()
+        finally:
+            beside(model)
         return
     keep(layers, kept)
+
     def put(of_layer):
-        for name, layer in layers.items(): model.set_submodule(name, of_layer(layer))
+        for name, layer in layers.items():
+            model.set_submodule(name, of_layer(layer))
+
     try:
-        for layer in layers.values(): layer.merge()
-        put(lambda layer: layer.get_base_layer())                   # the adapter's layers would only look up, each time, that they have nothing to do
+        for layer in layers.values():
+            layer.merge()
+        put(
+            lambda layer: layer.get_base_layer()
+        )  # the adapter's layers would only look up, each time, that they have nothing to do
         yield model.get_base_model()
     finally:
         put(lambda layer: layer)
         restore(layers, kept)
 
+
 def stays_beside(model, share, dtype=None):
     "Whether an adapter of which the weights of `model` would keep `share` is sampled beside them; `dtype`: as for `merged`."
-    return share < KEPT or any(dtype not in (None, adapted_weight(layer).dtype) for layer in adapted_layers(model).values())
+    return share < KEPT or any(
+        dtype not in (None, adapted_weight(layer).dtype) for layer in adapted_layers(model).values()
+    )
+
 
 def keep(layers, kept):
     "Copy the frozen weights of `layers` (see `adapted_layers`) that are not in the dict `kept` yet into it, in host memory."
     for name, layer in layers.items():
-        if name not in kept: kept[name] = adapted_weight(layer).detach().to("cpu", copy=True)
+        if name not in kept:
+            kept[name] = adapted_weight(layer).detach().to("cpu", copy=True)
+
 
 def restore(layers, kept):
     "Give `layers` back the frozen weights in `kept`, bit for bit, and take their adapter for one that is not merged."
@@ -63,7 +80,14 @@ def restore(layers, kept):
 # %% ../../nbs/train/01_rollout.ipynb #25a5c5cb
 def distinct_prompts(prompts):
     "`(first, of)`: where the distinct conversations of the list `prompts` first occur, and for each prompt its place among them."
-    def seen(part): return part if part["type"] != "image" else [part["image"].size, hashlib.sha256(part["image"].tobytes()).hexdigest()]
+
+    def seen(part):
+        return (
+            part
+            if part["type"] != "image"
+            else [part["image"].size, hashlib.sha256(part["image"].tobytes()).hexdigest()]
+        )
+
     keys = [json.dumps([[m["role"], [seen(p) for p in m["content"]]] for m in prompt]) for prompt in prompts]
     place = {k: i for i, k in enumerate(dict.fromkeys(keys))}
     return [keys.index(k) for k in place], [place[k] for k in keys]
@@ -71,10 +95,18 @@ def distinct_prompts(prompts):
 # %% ../../nbs/train/01_rollout.ipynb #9920365e
 BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
+
 def collate(prompts, pad_token_id, device):
     "Model inputs of several prepared prompts (dicts of tensors, one prompt each): by-token fields padded on the left, by-image fields joined end to end."
     length = max(p["input_ids"].shape[1] for p in prompts)
-    def padded(name, x): return F.pad(x, (length - x.shape[1], 0), value=pad_token_id if name == "input_ids" else 0) if name in BY_TOKEN else x
+
+    def padded(name, x):
+        return (
+            F.pad(x, (length - x.shape[1], 0), value=pad_token_id if name == "input_ids" else 0)
+            if name in BY_TOKEN
+            else x
+        )
+
     return {name: torch.cat([padded(name, p[name]) for p in prompts]).to(device) for name in prompts[0]}
 
 # %% ../../nbs/train/01_rollout.ipynb #11d1e9c9
@@ -84,13 +116,18 @@ def read_prompts(model, base, inputs, of):
     `of` `(N,)`: which prompt each candidate answers. `base` is the model inside the wrappers of `model`."""
     cut = {name: x[:, :-1] if name in BY_TOKEN else x for name, x in inputs.items()}
     offsets = hasattr(base.base_model, "rope_deltas")
-    if not offsets: cut["position_ids"] = _count(cut["attention_mask"])
+    if not offsets:
+        cut["position_ids"] = _count(cut["attention_mask"])
     cache = model(**cut, use_cache=True, logits_to_keep=1).past_key_values
     cache.batch_select_indices(of)
-    if offsets: base.base_model.rope_deltas = base.base_model.rope_deltas[of]
+    if offsets:
+        base.base_model.rope_deltas = base.base_model.rope_deltas[of]
     return cache
 
-def _count(mask): return (mask.cumsum(-1) - 1).clamp(min=0)
+
+def _count(mask):
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
 
 def positions_after(base, mask, length):
     "Positions of the last `length` tokens under `mask` `(N, L)`, as the model behind `base` wants them."
@@ -101,19 +138,25 @@ def positions_after(base, mask, length):
 # %% ../../nbs/train/01_rollout.ipynb #44406fb1
 class Roomy(DynamicLayer):
     "The cache layer `full` with room for `more` tokens, which are written in place; for sampling, not for gradients."
+
     def __init__(self, full, more):
         super().__init__()
         self.lazy_initialization(full.keys, full.values)
-        self.room = [torch.cat([x, x.new_empty(*x.shape[:2], more, x.shape[3])], 2) for x in (full.keys, full.values)]
+        self.room = [
+            torch.cat([x, x.new_empty(*x.shape[:2], more, x.shape[3])], 2) for x in (full.keys, full.values)
+        ]
         self._fill(full.keys.shape[2])
 
-    def _fill(self, n): self.keys, self.values = (x[:, :, :n] for x in self.room)
+    def _fill(self, n):
+        self.keys, self.values = (x[:, :, :n] for x in self.room)
 
     def update(self, keys, values, *args, **kw):
         at, n = self.keys.shape[2], self.keys.shape[2] + keys.shape[2]
-        for room, new in zip(self.room, (keys, values)): room[:, :, at:n] = new
+        for room, new in zip(self.room, (keys, values)):
+            room[:, :, at:n] = new
         self._fill(n)
         return self.keys, self.values
+
 
 def with_room(cache, more):
     "`cache` with its plain layers (not those of a sliding window, which stay as they are) given room for `more` tokens."
@@ -126,57 +169,92 @@ def sample(policy, last, mask, cache, more, temperature, ends, said=None):
 
     `last` `(N, 1)`: the prompts' last tokens, `mask` `(N, L)`: their attention masks, `cache`: what was kept of the rest; `ends`: ids of tokens that end a report.
     Log-probabilities are at `temperature` and over all tokens, those that are never drawn too, as TRL's scores are. `said` `(N, ≤ more)`: tokens to take instead of drawing any."""
-    banned = torch.tensor(policy.generation_config.suppress_tokens or [], dtype=torch.long, device=last.device)
+    banned = torch.tensor(
+        policy.generation_config.suppress_tokens or [], dtype=torch.long, device=last.device
+    )
     ends, at = torch.tensor(ends, dtype=torch.long, device=last.device), positions_after(policy, mask, 1)
     padded, mask = not mask.all(), F.pad(mask, (0, more), value=1)
     lengths, drawn, logps = torch.full((len(last),), more, device=last.device), [], []
     for t in range(more if said is None else said.shape[1]):
-        seen = mask[:, :mask.shape[1] - more + t] if padded else None                        # without padding nothing needs a mask
-        logits = policy(input_ids=last, attention_mask=seen, position_ids=at + t, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float() / temperature
+        seen = mask[:, : mask.shape[1] - more + t] if padded else None  # without padding nothing needs a mask
+        logits = (
+            policy(
+                input_ids=last,
+                attention_mask=seen,
+                position_ids=at + t,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            .logits[:, -1]
+            .float()
+            / temperature
+        )
         chances = logits.softmax(-1)
-        chances[:, banned] = 0.                                                              # never drawn, but counted in the chances of the others
-        last = torch.multinomial(chances, 1) if said is None else said[:, t:t + 1]
+        chances[:, banned] = 0.0  # never drawn, but counted in the chances of the others
+        last = torch.multinomial(chances, 1) if said is None else said[:, t : t + 1]
         drawn.append(last)
         logps.append(chances.gather(1, last))
         lengths = torch.where(torch.isin(last[:, 0], ends) & (lengths == more), t + 1, lengths)
-        if said is None and (lengths <= t + 1).all(): break
+        if said is None and (lengths <= t + 1).all():
+            break
     return torch.cat(drawn, 1), lengths.clamp(max=len(drawn)), torch.cat(logps, 1).log()
 
 # %% ../../nbs/train/01_rollout.ipynb #38dabdb0
-IMAGE_FIELDS = ("pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes", "image_position_ids", "num_images")
+IMAGE_FIELDS = (
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "image_sizes",
+    "image_position_ids",
+    "num_images",
+)
+
 
 def mean_gap(sampled, scored, mask):
     "Mean |sampled − scored| of log-probabilities `(N, T)` where `mask` is 1 and both are known (vLLM leaves some out), as a tensor of one number."
     apart = (sampled - scored).abs()
     return apart[mask.bool() & ~apart.isnan()].mean()
 
+
 def gap_alarm(gap, noise, dtype=torch.float32, times=1.5):
     """A line where the `gap` between sampled and scored log-probabilities is above `times` that of the policy without an adapter (`noise`); otherwise None.
 
     Up to the precision of `dtype` (.008 in bfloat16), and up to .001, a gap is rounding, however small `noise` came out on few tokens."""
     floor = max(1e-3, torch.finfo(dtype).eps)
-    if gap <= max(times * noise, floor): return None
+    if gap <= max(times * noise, floor):
+        return None
     return f"policy/gap is {gap:.2g}, {noise:.2g} without the adapter: what is sampled is not what is scored (expected at most {times} times as much, or {floor:.1g})"
+
 
 @contextmanager
 def _reading(model, temperature):
     "While `model` generates, its log-probabilities at `temperature` are noted: gives a function of the token lists that were generated."
     logps, last = [], []
+
     def note(module, args, kwargs, out):
-        if last: logps.append(last.pop().gather(1, kwargs["input_ids"][:, -1:]))
+        if last:
+            logps.append(last.pop().gather(1, kwargs["input_ids"][:, -1:]))
         last.append((out.logits[:, -1].float() / temperature).log_softmax(-1))
+
     def of(tokens):
         final = last[0].gather(1, torch.tensor([[row[-1]] for row in tokens], device=last[0].device))
-        return [row[:len(said)] for row, said in zip(torch.cat([*logps, final], 1).tolist(), tokens)]
+        return [row[: len(said)] for row, said in zip(torch.cat([*logps, final], 1).tolist(), tokens)]
+
     hook = model.register_forward_hook(note, with_kwargs=True)
-    try: yield of
-    finally: hook.remove()
+    try:
+        yield of
+    finally:
+        hook.remove()
+
 
 class SharedRollout(GRPOTrainer):
     """TRL's GRPO; with `share` each prompt is prepared and read once for all of its candidates, which `merged` samples.
 
     On every road the log has `policy/gap`, the mean |log p when sampled − log p when scored| over sampled tokens, and, where TRL or `merged` could add the adapter to weights, `policy/kept`: how
     much of the adapter is in what samples. See `gap_alarm`."""
+
     share = False
 
     def __init__(self, *args, share=False, **kw):
@@ -184,44 +262,91 @@ class SharedRollout(GRPOTrainer):
         self.share, self._kept, self._processor = share, {}, self.processing_class
         self._scored, self._noise, self._told, self._computes_in = None, None, set(), None
         self._spread = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if not self._spread: beside(self.model)
-        if not self.use_vllm: self.generation_config.suppress_tokens = self.model.generation_config.suppress_tokens      # TRL's own configuration does not ask the model's: tokens that stand for images
-        if share and self._spread: raise ValueError("rollout='merged': the weights are spread over processes (FSDP, ZeRO); expected rollout='transformers' or a vLLM one")
+        if not self._spread:
+            beside(self.model)
+        if not self.use_vllm:
+            self.generation_config.suppress_tokens = (
+                self.model.generation_config.suppress_tokens
+            )  # TRL's own configuration does not ask the model's: tokens that stand for images
+        if share and self._spread:
+            raise ValueError(
+                "rollout='merged': the weights are spread over processes (FSDP, ZeRO); expected rollout='transformers' or a vLLM one"
+            )
 
     def _tokenize_prompts(self, prompts):
-        if not self.share: return super()._tokenize_prompts(prompts)
+        if not self.share:
+            return super()._tokenize_prompts(prompts)
         first, of = distinct_prompts(prompts)
         self._of, self._prepared = torch.tensor(of), [self._prepare(prompts[i]) for i in first]
-        self._images = [sum(part["type"] == "image" for m in prompts[i] for part in m["content"]) for i in first]
+        self._images = [
+            sum(part["type"] == "image" for m in prompts[i] for part in m["content"]) for i in first
+        ]
         return [self._prepared[i]["input_ids"][0].tolist() for i in of], None, {}
 
     def _prepare(self, prompt):
         (ids,), _, fields = super()._tokenize_prompts([prompt])
-        return dict(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-                    **{name: x if isinstance(x, torch.Tensor) else torch.as_tensor(np.array(x)) for name, x in fields.items()})
+        return dict(
+            input_ids=torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            **{
+                name: x if isinstance(x, torch.Tensor) else torch.as_tensor(np.array(x))
+                for name, x in fields.items()
+            },
+        )
 
-    def _collate(self, which): return collate([self._prepared[i] for i in which.tolist()], self._tokenizer.pad_token_id, self.accelerator.device)
+    def _collate(self, which):
+        return collate(
+            [self._prepared[i] for i in which.tolist()], self._tokenizer.pad_token_id, self.accelerator.device
+        )
 
     def _generate_single_turn(self, prompt_ids, images, fields, num_generations, **kw):
-        if not self.share: return self._generate_by_trl(prompt_ids, images, fields, num_generations, **kw)
+        if not self.share:
+            return self._generate_by_trl(prompt_ids, images, fields, num_generations, **kw)
         share = self._note_kept("rollout='merged'")
-        with (unwrap_model_for_generation(self.model_wrapped, self.accelerator, generation_kwargs=self.generation_kwargs, gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs) as model,
-              merged(model, self._kept, self._precision(), share) as policy, torch.no_grad(), self.accelerator.autocast()):
-            inputs, of = self._collate(torch.arange(len(self._prepared))), self._of.to(self.accelerator.device)
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                generation_kwargs=self.generation_kwargs,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            merged(model, self._kept, self._precision(), share) as policy,
+            torch.no_grad(),
+            self.accelerator.autocast(),
+        ):
+            inputs, of = (
+                self._collate(torch.arange(len(self._prepared))),
+                self._of.to(self.accelerator.device),
+            )
             cache = with_room(read_prompts(policy, policy, inputs, of), self.max_completion_length)
-            new, lengths, logps = sample(policy, inputs["input_ids"][of, -1:], inputs["attention_mask"][of], cache, self.max_completion_length, self.temperature, self.eos_token_ids)
+            new, lengths, logps = sample(
+                policy,
+                inputs["input_ids"][of, -1:],
+                inputs["attention_mask"][of],
+                cache,
+                self.max_completion_length,
+                self.temperature,
+                self.eos_token_ids,
+            )
         return tuple([row[:n] for row, n in zip(x.tolist(), lengths.tolist())] for x in (new, logps))
 
     def _generate_by_trl(self, *args, **kw):
         "TRL's own generation; log-probabilities come from vLLM, or are read off the logits while transformers generates."
         if not self.use_vllm:
-            with _reading(self._base(self.model), self.temperature) as logps_of: tokens, _ = super()._generate_single_turn(*args, **kw)
+            with _reading(self._base(self.model), self.temperature) as logps_of:
+                tokens, _ = super()._generate_single_turn(*args, **kw)
             return tokens, logps_of(tokens)
-        self._note_kept(f"rollout='vllm_{self.vllm_mode}' (TRL adds the adapter to the weights that it sends to vLLM)")
+        self._note_kept(
+            f"rollout='vllm_{self.vllm_mode}' (TRL adds the adapter to the weights that it sends to vLLM)"
+        )
         layers = {} if self._spread else adapted_layers(self.model)
         keep(layers, self._kept)
-        try: return super()._generate_single_turn(*args, **kw)
-        finally: restore(layers, self._kept)                                       # TRL takes the adapter off again, which leaves rounding behind at every step
+        try:
+            return super()._generate_single_turn(*args, **kw)
+        finally:
+            restore(
+                layers, self._kept
+            )  # TRL takes the adapter off again, which leaves rounding behind at every step
 
     def _base(self, model):
         model = self.accelerator.unwrap_model(model)
@@ -229,32 +354,55 @@ class SharedRollout(GRPOTrainer):
 
     def _note_kept(self, road):
         "Log how much of the adapter is in what samples; say, once for each road that is taken, which it is and why. Returns what `merged_share` says, None where weights are spread."
-        if self._spread: return None
+        if self._spread:
+            return None
         share, held = merged_share(self.model), str(self._base(self.model).dtype).removeprefix("torch.")
         apart = self.share and stays_beside(self.model, share, self._precision())
-        self._metrics["train" if self.model.training else "eval"]["policy/kept"].append(1. if apart else share)
-        if apart in self._told or not self.is_world_process_zero(): return share
+        self._metrics["train" if self.model.training else "eval"]["policy/kept"].append(
+            1.0 if apart else share
+        )
+        if apart in self._told or not self.is_world_process_zero():
+            return share
         self._told.add(apart)
-        if apart: line = f"the adapter stays beside the {held} weights, which would keep {share:.3f} of it" + f" but are rounded to {self._precision()} in every product" * (share >= KEPT)
-        else: line = f"the adapter is added to the {held} weights, which keep {share:.3f} of it"
-        tqdm.write(f"{road}: {line}" + ("" if apart or share >= KEPT else f"; expected {KEPT} or more: what is sampled is not what is trained; take rollout='merged', or policy_weights='float32'"))
+        if apart:
+            line = (
+                f"the adapter stays beside the {held} weights, which would keep {share:.3f} of it"
+                + f" but are rounded to {self._precision()} in every product" * (share >= KEPT)
+            )
+        else:
+            line = f"the adapter is added to the {held} weights, which keep {share:.3f} of it"
+        tqdm.write(
+            f"{road}: {line}"
+            + (
+                ""
+                if apart or share >= KEPT
+                else f"; expected {KEPT} or more: what is sampled is not what is trained; take rollout='merged', or policy_weights='float32'"
+            )
+        )
         return share
 
     def _compute_loss(self, model, inputs):
         self._scored = None
-        if self.model.training and self._noise is None: self._noise = self._noise_of(model, inputs)
+        if self.model.training and self._noise is None:
+            self._noise = self._noise_of(model, inputs)
         loss = super()._compute_loss(model, inputs)
-        sampled, scored = inputs.get("sampling_per_token_logps"), inputs.get("old_per_token_logps", self._scored)
-        if self.model.training and sampled is not None and scored is not None: self._note_gap(self._mean_gap(sampled, scored, inputs["completion_mask"]))
+        sampled, scored = (
+            inputs.get("sampling_per_token_logps"),
+            inputs.get("old_per_token_logps", self._scored),
+        )
+        if self.model.training and sampled is not None and scored is not None:
+            self._note_gap(self._mean_gap(sampled, scored, inputs["completion_mask"]))
         return loss
 
     def _note_gap(self, gap):
         self._noise = gap if self._noise is None else self._noise
         self._metrics["train"]["policy/gap"].append(gap)
         line = gap_alarm(gap, self._noise, self._precision())
-        if not line or "gap" in self._told: return
+        if not line or "gap" in self._told:
+            return
         self._told.add("gap")
-        if self.is_world_process_zero(): tqdm.write(f"alarm at update {self.state.global_step + 1}: {line}")
+        if self.is_world_process_zero():
+            tqdm.write(f"alarm at update {self.state.global_step + 1}: {line}")
 
     def _precision(self):
         "What the policy computes in."
@@ -268,70 +416,171 @@ class SharedRollout(GRPOTrainer):
         """The gap of the same policy without its adapter on the tokens of the batch `inputs`, token by token against all at once: the rounding of its arithmetic.
 
         0 in float32; None where weights are spread over processes or there is no adapter: the first gap stands for it."""
-        if self._precision() == torch.float32: return 0.
-        if self._spread or not isinstance(self.accelerator.unwrap_model(model), PeftModel): return None
+        if self._precision() == torch.float32:
+            return 0.0
+        if self._spread or not isinstance(self.accelerator.unwrap_model(model), PeftModel):
+            return None
         ids, mask, base = inputs["completion_ids"], inputs["completion_mask"], self._base(model)
-        with self.accelerator.unwrap_model(model).disable_adapter(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs), self.accelerator.autocast():
+        with (
+            self.accelerator.unwrap_model(model).disable_adapter(),
+            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+            self.accelerator.autocast(),
+        ):
             read, of = self._prompts_of(inputs)
             cache = with_room(read_prompts(base, base, read, of), ids.shape[1])
-            apart = sample(base, read["input_ids"][of, -1:], read["attention_mask"][of], cache, ids.shape[1], self.temperature, [], ids)[2]
+            apart = sample(
+                base,
+                read["input_ids"][of, -1:],
+                read["attention_mask"][of],
+                cache,
+                ids.shape[1],
+                self.temperature,
+                [],
+                ids,
+            )[2]
             fields = {n: inputs.get(n) for n in (*IMAGE_FIELDS, *BY_TOKEN[2:])}
             both = [torch.cat([inputs[f"prompt_{n}"], x], 1) for n, x in (("ids", ids), ("mask", mask))]
-            if self.share and self.args.gradient_checkpointing: return self._mean_gap(apart, self._score_apart(self.model, ids, mask, inputs["pixel_values"][:, 0], False)[0], mask)
+            if self.share and self.args.gradient_checkpointing:
+                return self._mean_gap(
+                    apart,
+                    self._score_apart(self.model, ids, mask, inputs["pixel_values"][:, 0], False)[0],
+                    mask,
+                )
             at_once = self._get_per_token_logps_and_entropies(model, *both, ids.shape[1], **fields)[0]
         return self._mean_gap(apart, at_once, mask)
 
-    def _mean_gap(self, *logps_and_mask): return self.accelerator.gather(mean_gap(*logps_and_mask)).nanmean().item()
+    def _mean_gap(self, *logps_and_mask):
+        return self.accelerator.gather(mean_gap(*logps_and_mask)).nanmean().item()
 
     def _prompts_of(self, inputs):
         "Model inputs of the prompts of the batch `inputs`, and which of them each candidate answers."
-        if self.share: return self._collate(torch.arange(len(self._prepared))), inputs["pixel_values"][:, 0]
+        if self.share:
+            return self._collate(torch.arange(len(self._prepared))), inputs["pixel_values"][:, 0]
         P = inputs["prompt_ids"].shape[1]
-        read = dict(input_ids=inputs["prompt_ids"], attention_mask=inputs["prompt_mask"]) | {n: inputs[n][:, :P] for n in BY_TOKEN[2:] if n in inputs}
-        return read | {n: inputs[n] for n in IMAGE_FIELDS if n in inputs and n != "num_images"}, torch.arange(len(inputs["prompt_ids"]), device=inputs["prompt_ids"].device)
+        read = dict(input_ids=inputs["prompt_ids"], attention_mask=inputs["prompt_mask"]) | {
+            n: inputs[n][:, :P] for n in BY_TOKEN[2:] if n in inputs
+        }
+        return read | {n: inputs[n] for n in IMAGE_FIELDS if n in inputs and n != "num_images"}, torch.arange(
+            len(inputs["prompt_ids"]), device=inputs["prompt_ids"].device
+        )
 
     def _generate_and_score_completions(self, inputs):
-        if not self.share: return super()._generate_and_score_completions(inputs)
+        if not self.share:
+            return super()._generate_and_score_completions(inputs)
         self.processing_class = _HasRun(self)
-        try: return super()._generate_and_score_completions(inputs)
-        finally: self.processing_class = self._processor
+        try:
+            return super()._generate_and_score_completions(inputs)
+        finally:
+            self.processing_class = self._processor
 
-    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, compute_aux_loss=False, pixel_values=None, **kw):
-        out = self._logps_and_entropies(model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss, pixel_values, **kw)
-        if torch.is_grad_enabled(): self._scored = out[0].detach()
+    def _get_per_token_logps_and_entropies(
+        self,
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        batch_size=None,
+        compute_entropy=False,
+        compute_aux_loss=False,
+        pixel_values=None,
+        **kw,
+    ):
+        out = self._logps_and_entropies(
+            model,
+            input_ids,
+            attention_mask,
+            logits_to_keep,
+            batch_size,
+            compute_entropy,
+            compute_aux_loss,
+            pixel_values,
+            **kw,
+        )
+        if torch.is_grad_enabled():
+            self._scored = out[0].detach()
         return out
 
-    def _logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss, pixel_values, **kw):
-        if not self.share: return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss, pixel_values, **kw)
+    def _logps_and_entropies(
+        self,
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        batch_size,
+        compute_entropy,
+        compute_aux_loss,
+        pixel_values,
+        **kw,
+    ):
+        if not self.share:
+            return super()._get_per_token_logps_and_entropies(
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                batch_size,
+                compute_entropy,
+                compute_aux_loss,
+                pixel_values,
+                **kw,
+            )
         n, T = batch_size or len(input_ids), logits_to_keep
-        parts = [self._score(model, input_ids[i:i + n, -T:], attention_mask[i:i + n, -T:], pixel_values[i:i + n, 0], compute_entropy) for i in range(0, len(input_ids), n)]
+        parts = [
+            self._score(
+                model,
+                input_ids[i : i + n, -T:],
+                attention_mask[i : i + n, -T:],
+                pixel_values[i : i + n, 0],
+                compute_entropy,
+            )
+            for i in range(0, len(input_ids), n)
+        ]
         logps, entropies = zip(*parts)
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
 
     def _score(self, model, ids, mask, prompts, compute_entropy):
         "Log-probabilities and entropies, both `(N, T)`, of the candidates `ids` to the prompts numbered `prompts` `(N,)`."
         base = self._base(model)
-        if self.args.gradient_checkpointing and base.is_gradient_checkpointing and torch.is_grad_enabled(): return self._score_apart(model, ids, mask, prompts, compute_entropy)
+        if self.args.gradient_checkpointing and base.is_gradient_checkpointing and torch.is_grad_enabled():
+            return self._score_apart(model, ids, mask, prompts, compute_entropy)
         which, of = prompts.unique(return_inverse=True)
         inputs = self._collate(which)
         known = torch.cat([inputs["attention_mask"][of], mask[:, :-1]], 1)
         fed = torch.cat([inputs["input_ids"][of, -1:], ids[:, :-1]], 1)
         with self.accelerator.autocast():
             cache = read_prompts(model, base, inputs, of)
-            out = model(input_ids=fed, attention_mask=known, position_ids=positions_after(base, known, fed.shape[1]), past_key_values=cache,
-                        shift_labels=ids.masked_fill(mask == 0, -100), fused_lm_head=True)
+            out = model(
+                input_ids=fed,
+                attention_mask=known,
+                position_ids=positions_after(base, known, fed.shape[1]),
+                past_key_values=cache,
+                shift_labels=ids.masked_fill(mask == 0, -100),
+                fused_lm_head=True,
+            )
         return out.log_probs, out.entropy
 
     def _score_apart(self, model, ids, mask, prompts, compute_entropy):
         "The same, every candidate with a reading of the prompt of its own."
         inputs, T = self._collate(prompts), ids.shape[1]
         by_token = {name: F.pad(inputs.pop(name), (0, T)) for name in BY_TOKEN[2:] if name in inputs}
-        joined = torch.cat([inputs.pop("input_ids"), ids], 1), torch.cat([inputs.pop("attention_mask"), mask], 1)
+        joined = (
+            torch.cat([inputs.pop("input_ids"), ids], 1),
+            torch.cat([inputs.pop("attention_mask"), mask], 1),
+        )
         images = [self._images[i] for i in prompts.tolist()]
-        return super()._get_per_token_logps_and_entropies(model, *joined, T, compute_entropy=compute_entropy, num_images=images, **inputs, **by_token)[:2]
+        return super()._get_per_token_logps_and_entropies(
+            model, *joined, T, compute_entropy=compute_entropy, num_images=images, **inputs, **by_token
+        )[:2]
+
 
 class _HasRun:
     "Stands for the processor where TRL runs it again on what it has just run it on: in place of pixels every candidate carries the number of its prompt."
-    def __init__(self, trainer): self._trainer = trainer
-    def __getattr__(self, name): return getattr(self._trainer._processor, name)
-    def __call__(self, images, text, **kw): return dict(pixel_values=self._trainer._of[:, None])
+
+    def __init__(self, trainer):
+        self._trainer = trainer
+
+    def __getattr__(self, name):
+        return getattr(self._trainer._processor, name)
+
+    def __call__(self, images, text, **kw):
+        return dict(pixel_values=self._trainer._of[:, None])
