@@ -2,7 +2,11 @@
 
 Trees in MIMIC-CXR-JPG's, Kaggle's and Open-i's layout; their films are links to eight made-up radiographs of 2,544 x 3,056 pixels. Every measurement is a process of its own."""
 
-import os, subprocess, sys, tempfile, time
+import os
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -33,6 +37,7 @@ def linked(films):
 def prepared(home):
     import numpy as np
     from PIL import Image
+
     from valor.data.phantom import Finding, render
 
     out = {".jpg": [], ".png": []}
@@ -50,6 +55,7 @@ def prepared(home):
 
 def main(sizes):
     import trees
+
     from valor.data.studies import Studies, store_images
 
     home = Path(tempfile.mkdtemp())

@@ -6,11 +6,20 @@
 Writes DIR/bench_gpu.json and one line of markdown, DIR/bench_gpu.md. Rewards are the text rewards with the embedded scorers; the first step of each system is not counted.
 The policy, about 15 GB, is written to DIR/policy and removed at the end."""
 
-import argparse, copy, gc, json, shutil, time
+import argparse
+import copy
+import gc
+import json
+import shutil
+import time
 from pathlib import Path
 
-import numpy as np, torch, transformers, trl
-from datasets import Dataset, Features, Image as ImageFeature, Value
+import numpy as np
+import torch
+import transformers
+import trl
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import (
     CLIPImageProcessor,
@@ -21,11 +30,11 @@ from transformers import (
 )
 from trl import GRPOTrainer
 
-from valor.train.memory import llava_med_7b, memory, shape_of
 from valor.config import preset
-from valor.train.grpo import CLINICAL_SCORERS, TEXT_SCORERS, Rewards, make_trainer
 from valor.policy.tiny import TEMPLATE, build_policy, build_tokenizer, load_policy, lora_config, save_policy
 from valor.rewards.text import scorer
+from valor.train.grpo import CLINICAL_SCORERS, TEXT_SCORERS, Rewards, make_trainer
+from valor.train.memory import llava_med_7b, memory, shape_of
 
 REPORT = "<report> the heart is large . no effusion or edema seen . </report>"
 GPU = torch.cuda.is_available()

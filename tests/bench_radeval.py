@@ -3,10 +3,15 @@
 vocabulary are handed over), the device is given (its default is a GPU), and radgraph's two of `valor.rewards.radgraph.shims`, and the
 package's own name, which its radgraph misspells."""
 
-import json, os, sys, tempfile, time
+import json
+import os
+import sys
+import tempfile
+import time
 from pathlib import Path
 
-import torch, transformers
+import torch
+import transformers
 
 job = json.loads(Path(sys.argv[1]).read_text())
 torch.set_num_threads(job["threads"])

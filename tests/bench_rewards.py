@@ -4,13 +4,19 @@ Weights are made up at the true size (BERT-base) unless real ones are given; spe
 [--chexbert chexbert.pth] [--radgraph FOLDER]. The packages need shims on transformers 5, and get no more than these: f1chexbert, `encode_plus` and a network made without the hub
 (`package_chexbert`); radgraph, `encode_plus` and `build_inputs_with_special_tokens` (`shims`)."""
 
-import argparse, json, os, random, subprocess, tempfile, time
+import argparse
+import json
+import os
+import random
+import subprocess
+import tempfile
+import time
 from pathlib import Path
 
 import torch
 
-from valor.rewards.radgraph import EntityF1, load_radgraph, miniature_radgraph, radgraph_folder, shims
 from valor.rewards.chexbert import LabelF1, miniature_chexbert, package_chexbert
+from valor.rewards.radgraph import EntityF1, load_radgraph, miniature_radgraph, radgraph_folder, shims
 from valor.rewards.text import BertScore, minilm_folder
 
 PHRASES = [

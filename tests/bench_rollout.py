@@ -6,18 +6,23 @@ Times are processor seconds of this process (other work on the machine does not 
 step is timed with rewards that cost nothing; with it, with those of preset `laptop` (BERTScore's encoder, the rules), the same for both;
 with --packages as well, TRL's BERTScore is the package bert-score's, as one would plug it in."""
 
-import argparse, copy, tempfile, threading, time
+import argparse
+import copy
+import tempfile
+import threading
+import time
 
-import pandas as pd, torch
+import pandas as pd
+import torch
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from valor.config import preset
 from valor.data.benchmarks import load_benchmark
-from valor.runs.experiment import target, text_scorers
-from valor.train.grpo import Rewards, make_trainer
 from valor.policy.tiny import build_policy, conversations, load_policy, lora_config, save_policy
 from valor.rewards.text import minilm_folder, report_body
+from valor.runs.experiment import target, text_scorers
+from valor.train.grpo import Rewards, make_trainer
 
 
 class Free:
@@ -108,17 +113,20 @@ def main():
         if args.packages
         else rewards
     )
-    make = lambda name, rollout: make_trainer(
-        f"{work}/sft",
-        data,
-        f"{work}/{name}",
-        rewards,
-        preset("laptop", rollout=rollout, k_clin=None, **size),
-        "language",
-        0.5,
-        args.steps,
-        0,
-    )
+
+    def make(name, rollout):
+        return make_trainer(
+            f"{work}/sft",
+            data,
+            f"{work}/{name}",
+            rewards,
+            preset("laptop", rollout=rollout, k_clin=None, **size),
+            "language",
+            0.5,
+            args.steps,
+            0,
+        )
+
     ours = make("ours", "merged")
     model, processor = load_policy(f"{work}/sft")
     theirs = timed(GRPOTrainer)(

@@ -1,6 +1,9 @@
 """Fail unless the package is what the notebooks export, and the notebooks are clean."""
 
-import shutil, subprocess, sys, tempfile
+import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]

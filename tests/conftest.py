@@ -1,6 +1,7 @@
 """The longest files run first: a worker that ended with one would leave the other idle. What tests keep of studies is theirs, outside the repository and the user's own cache."""
 
-import os, tempfile
+import os
+import tempfile
 
 _CACHE = tempfile.TemporaryDirectory(prefix="valor-tests-")
 os.environ["VALOR_CACHE"] = _CACHE.name

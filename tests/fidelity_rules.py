@@ -4,15 +4,17 @@
 
 No text is written. Labels: R2Gen's train and val reports of IU X-Ray, each with the real CheXbert's labels. Entities: systems on its test reports, each pair with the real RadGraph's F1."""
 
-import json, os, sys
+import json
+import os
+import sys
 from pathlib import Path
 
 import pandas as pd
 from scipy.stats import spearmanr
 
+from valor.rewards.radgraph import graph_set
 from valor.rewards.rules import RuleGraph, RuleLabeler, set_f1
 from valor.vocabulary import OBSERVATIONS
-from valor.rewards.radgraph import graph_set
 
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = {

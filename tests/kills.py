@@ -2,9 +2,16 @@
 
 A fork server imports the package once, so that a process starts in no time."""
 
-import glob, hashlib, multiprocessing, os, shutil, sys, time
+import glob
+import hashlib
+import multiprocessing
+import os
+import shutil
+import sys
+import time
 
-import pytest, torch
+import pytest
+import torch
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["valor.runs.experiment"])

@@ -2,10 +2,21 @@
 
 A mutant that survives means that the test does not see the fault. The package is copied for it; the checkout stays as it is."""
 
-import contextlib, os, shutil, sys, tempfile
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
 from pathlib import Path
 
-import datasets, matplotlib.pyplot, peft, pytest, seaborn, torch, transformers, trl  # imported once, for all mutants
+import datasets
+import matplotlib.pyplot
+import peft
+import pytest
+import seaborn
+import torch
+import transformers
+import trl  # imported once, for all mutants
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]

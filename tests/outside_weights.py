@@ -3,7 +3,9 @@
 python outside_weights.py make FOLDER       writes FOLDER/ner, FOLDER/encoder, FOLDER/green
 python outside_weights.py direct FOLDER     reads [[candidates], [references]] as JSON from the input, prints the scores of the package as its README calls it"""
 
-import importlib.util, json, sys
+import importlib.util
+import json
+import sys
 from pathlib import Path
 
 TYPES = ["ABNORMALITY", "ANATOMY", "DISEASE", "NON-ABNORMALITY", "NON-DISEASE"]

@@ -1,22 +1,28 @@
 """Training at size, as far as a CPU can tell: ready accelerate configurations, SFT in parts, arguments for vLLM and 4 bits, and the GPU benchmark's script."""
 
-import json, os, re, subprocess, sys
+import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
-import pytest, torch
+import pytest
+import torch
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.config.config_args import load_config_from_file
-from datasets import Dataset, Features, Image as ImageFeature, Value
-from trl import GRPOConfig
-
+from datasets import Dataset, Features
+from datasets import Image as ImageFeature
 from test_two_processes import CONFIGS
+from trl import GRPOConfig
 from two_processes import IMAGES, WORDS
-from valor.train import grpo
+
+from valor.config import preset
 from valor.policy import models
 from valor.policy import tiny as policy
-from valor.config import preset
-from valor.runs.experiment import RunError, phase_key, share
 from valor.policy.tiny import build_policy, conversations, load_policy, save_policy, sft
+from valor.runs.experiment import RunError, phase_key, share
+from valor.train import grpo
 
 
 def env_of(cfg):
@@ -190,7 +196,10 @@ def test_share_in_parts(monkeypatch):
 
 def test_runs_differ_where_results_do():
     "How an update is computed is no part of a run's key; in what precision its frozen weights are held is."
-    key = lambda **kw: phase_key("stage2", preset("smoke", sft_mode="lora", **kw))
+
+    def key(**kw):
+        return phase_key("stage2", preset("smoke", sft_mode="lora", **kw))
+
     assert (
         key()
         == key(gradient_accumulation_steps=2, gradient_checkpointing="on")

@@ -1,9 +1,12 @@
 """Attention of finding words: known attention comes out where it was put, the variants equal their definitions, Qwen2.5-VL's and Gemma 3's grids lie as they should, and the measures' properties."""
 
-import dataclasses
-
-import numpy as np, pandas as pd, pytest, torch
-from hypothesis import given, settings, strategies as st
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
 from transformers import (
     CLIPImageProcessor,
     Gemma3Config,
@@ -17,11 +20,10 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
 )
-from PIL import Image
 
-from valor.results import attention as at
 from valor.data.phantom import make_phantom, parse_report
 from valor.policy.tiny import build_policy, build_tokenizer
+from valor.results import attention as at
 
 DATA = make_phantom(6, 3, "test")
 REPORTS = [f"<report> {r} </report>" for r in DATA["report"]]

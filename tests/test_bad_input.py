@@ -1,11 +1,9 @@
 """Wrong parameters fail fast and by name; no candidate, however odd, crashes a reward."""
 
-import subprocess, sys
-
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from valor.config import preset
 from valor.rewards.text import scorer
 
 BAD = [
@@ -25,7 +23,7 @@ BAD = [
 
 @pytest.mark.parametrize("setting,message", BAD)
 def test_command_line_names_parameter_value_and_what_is_allowed(setting, message, tmp_path, monkeypatch):
-    from valor.runs.experiment import main
+    from valor.cli import main
 
     monkeypatch.setenv("VALOR_RUNS", str(tmp_path / "runs"))
     with pytest.raises(SystemExit) as e:

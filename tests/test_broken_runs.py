@@ -1,17 +1,23 @@
 """What is broken, full or interrupted costs one line and nothing that was made: checkpoints, folders, media that cannot be written, keys that end a run."""
 
-import errno, json, os, shutil, subprocess, sys
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
 from unittest.mock import patch
 
-import pytest, torch
+import pytest
+import torch
 
 from valor import cli
-from valor.runs import experiment as ex
 from valor.config import preset, write_whole
 from valor.figures import sidecar
-from valor.train.grpo import MOST_SNAPSHOTS, Rewards, snapshot_every
 from valor.policy.tiny import TrainingError, train_to_end
 from valor.rewards.text import Store, StoreError
+from valor.runs import experiment as ex
+from valor.train.grpo import MOST_SNAPSHOTS, Rewards, snapshot_every
 
 TINY = dict(
     threads=1,

@@ -1,12 +1,14 @@
 """CheXbert and RadGraph on made-up weights in the true format, and the embedded rules: properties that hold whatever the weights."""
 
-import math, random
+import math
+import random
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from valor.rewards.radgraph import LEVELS, EntityF1, miniature_radgraph
 from valor.rewards.chexbert import LabelF1, miniature_chexbert
+from valor.rewards.radgraph import LEVELS, EntityF1, miniature_radgraph
 
 WORDS = "the heart is enlarged no pleural effusion . , or small left right nodule in upper lobe lungs are clear possible pneumonia".split()
 report = st.lists(st.sampled_from(WORDS), min_size=1, max_size=25).map(" ".join)

@@ -1,20 +1,28 @@
 """Every command that the README or a chapter shows: its options and parameters exist, and those of the README run, in its order, on miniatures in the true formats."""
 
-import dataclasses, json, re, shlex, shutil, subprocess, urllib.request
+import dataclasses
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import urllib.request
 from pathlib import Path
 
-import nbformat, pandas as pd, pytest
+import nbformat
+import pandas as pd
+import pytest
+import trees
 from papermill import inspect_notebook
 
-import trees
-from valor.runs import experiment
-from valor.policy import server
 from valor.cli import command_parser, main
 from valor.config import PRESETS, Config, parse_settings
-from valor.policy.convert import miniature_llava_med
-from valor.rewards.radgraph import miniature_radgraph
 from valor.expert.frozen import miniature_biomedclip
+from valor.policy import server
+from valor.policy.convert import miniature_llava_med
 from valor.rewards.chexbert import miniature_chexbert
+from valor.rewards.radgraph import miniature_radgraph
+from valor.runs import experiment
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = r"(?:[A-Z_]+=\S+ )*(?:valor|papermill|python|accelerate launch|torchrun|make|snakemake)"

@@ -1,16 +1,20 @@
 """What is read from disk is part of a key: a table, a report or weights that were edited in place are never taken for what they were."""
 
-import dataclasses, json, shutil, sys
+import dataclasses
+import shutil
+import sys
 from pathlib import Path
+
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import trees
-from valor.runs import experiment
-from valor.config import Config, preset
+
+from valor.config import preset
 from valor.contents import fingerprint, fingerprint_once
-from valor.runs.experiment import begin, phase_config, phase_folder, phase_key
 from valor.data.studies import load_studies
+from valor.runs import experiment
+from valor.runs.experiment import begin, phase_config, phase_folder, phase_key
 
 
 @pytest.fixture

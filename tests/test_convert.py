@@ -1,14 +1,25 @@
 """`valor convert-llava-med`: formats, memory, kills, bad input, and the converted folder in TRL and PEFT. All on checkpoints fabricated in the true on-disk format."""
 
-import argparse, json, os, random, re, shutil, signal, subprocess, sys, time
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
-import numpy as np, pytest, torch
+import numpy as np
+import pytest
+import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPConfig, CLIPModel
 
-from valor.policy import convert
 from valor.cli import main
+from valor.policy import convert
 from valor.policy.convert import (
     HUB_TOWER,
     ORIGINAL,
@@ -91,7 +102,10 @@ def test_true_size_and_ids():
         num_key_value_heads=8,
     )
     tower = tower_config({k.removeprefix(TOWER): s for k, s in Listed.shapes.items() if k.startswith(TOWER)})
-    grown = lambda k: 2 * (k in ("model.embed_tokens.weight", "lm_head.weight"))
+
+    def grown(k):
+        return 2 * (k in ("model.embed_tokens.weight", "lm_head.weight"))
+
     check_plan(
         "src",
         config,
@@ -146,15 +160,20 @@ def test_mistrals_own_vocabulary(tmp_path):
         "==",
         " the",
     ]
-    letter = lambda: chr(
-        rng.randint(
-            *rng.choice([(32, 126), (160, 0x24F), (0x370, 0x5FF), (0x4E00, 0x9FFF), (0x1F300, 0x1FAFF)])
+
+    def letter():
+        return chr(
+            rng.randint(
+                *rng.choice([(32, 126), (160, 0x24F), (0x370, 0x5FF), (0x4E00, 0x9FFF), (0x1F300, 0x1FAFF)])
+            )
         )
-    )
+
     texts = ["".join(rng.choices(words, k=rng.randint(1, 30))) for _ in range(20000)] + [
         "".join(letter() for _ in range(rng.randint(1, 40))) for _ in range(20000)
     ]
-    import tarfile, torchxrayvision
+    import tarfile
+
+    import torchxrayvision
 
     with tarfile.open(Path(torchxrayvision.__file__).parent / "data/NLMCXR_reports.tgz") as tar:
         texts += [re.sub("<[^>]+>", " ", tar.extractfile(m).read().decode()) for m in tar if m.isfile()]
@@ -522,7 +541,8 @@ def test_saved_again_and_loaded_again(folder, source, tmp_path):
 
 
 def studies(n=2):
-    from datasets import Dataset, Features, Image as ImageColumn
+    from datasets import Dataset, Features
+    from datasets import Image as ImageColumn
 
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 255, (60, 50, 3), dtype=np.uint8)) for _ in range(n)]
@@ -554,6 +574,7 @@ def test_sft_with_lora_and_generation(folder, tmp_path):
 
 def test_grpo_step_with_lora(folder, tmp_path):
     from trl import GRPOConfig, GRPOTrainer
+
     from valor.policy.tiny import conversations, load_policy, lora_config
 
     model, processor = load_policy(folder)
@@ -573,7 +594,10 @@ def test_grpo_step_with_lora(folder, tmp_path):
         save_strategy="no",
         logging_steps=1,
     )
-    reward = lambda completions, **kw: [float(i) for i in range(len(completions))]
+
+    def reward(completions, **kw):
+        return [float(i) for i in range(len(completions))]
+
     trainer = GRPOTrainer(
         model,
         reward,

@@ -1,12 +1,20 @@
 """RadGraph on a made-up archive in the true format: packs against the package one report at a time, places, cost, rewards, and everything that may be wrong with what is given."""
 
-import json, os, random, shutil, socket, tarfile, time, warnings
+import json
+import os
+import random
+import shutil
+import socket
+import tarfile
+import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from valor.rewards.radgraph import (
     LEVELS,
@@ -15,7 +23,6 @@ from valor.rewards.radgraph import (
     EntityF1,
     RadGraph,
     graph_of,
-    graph_set,
     load_radgraph,
     miniature_radgraph,
     radgraph_folder,
@@ -23,7 +30,7 @@ from valor.rewards.radgraph import (
     shims,
     unpacked,
 )
-from valor.rewards.text import minilm_folder, scorer
+from valor.rewards.text import scorer
 
 WORDS = "the heart is mildly enlarged no pleural effusion left lower lobe nodule old rib fracture . , measuring 5 mm focal consolidation Stable UPPER (new) x/y hydropneumothorax".split()
 ODD = WORDS + [
@@ -101,9 +108,10 @@ def test_without_the_cut_shorter_reports_get_relations_that_are_not_theirs(both)
         said = ours.annotate(REPORTS[:60])
     finally:
         ours.network._relation._predict_sentence, ours.budget = cut, 40_000
-    related = lambda reports: [
-        [(k, *r) for k, e in report.items() for r in e["relations"]] for report in reports
-    ]
+
+    def related(reports):
+        return [[(k, *r) for k, e in report.items() for r in e["relations"]] for report in reports]
+
     wrong = [(set(a) == set(b), len(a) - len(b)) for a, b in zip(related(said), related(alone)) if a != b]
     assert wrong or "modern" in ours.model_type  # its made-up weights relate too little to show it
     assert all(more > 0 for _, more in wrong) and all(
@@ -234,7 +242,10 @@ def test_rewards_are_the_packages(both):
         ]
     )
     pairs = [(a, alone[i]) for a, i in zip(changed, reports) if a and alone[i]]
-    lowered = lambda entities: {k: e | {"tokens": e["tokens"].lower()} for k, e in entities.items()}
+
+    def lowered(entities):
+        return {k: e | {"tokens": e["tokens"].lower()} for k, e in entities.items()}
+
     assert len(pairs) > 20
     for level in LEVELS:
         for lower in (True, False):
@@ -251,10 +262,12 @@ def test_rewards_are_the_packages(both):
 
 
 def test_case_is_compared_as_told():
-    graph = lambda words: dict(
-        entities=[[words, "OBS-DP", 0, 8, True], ["lung", "ANAT-DP", 9, 12, False]],
-        relations=[[0, "located_at", 1]],
-    )
+    def graph(words):
+        return dict(
+            entities=[[words, "OBS-DP", 0, 8, True], ["lung", "ANAT-DP", 9, 12, False]],
+            relations=[[0, "located_at", 1]],
+        )
+
     for level, as_on_pypi in zip(LEVELS, (0.5, 0.5, 1.0)):  # complete lowers what stands in a relation
         assert EntityF1(level=level).compare(graph("Effusion"), graph("effusion")) == 1
         assert EntityF1(level=level, lower=False).compare(graph("Effusion"), graph("effusion")) == as_on_pypi

@@ -1,11 +1,13 @@
 """`valor evaluate` as a command: killed in the middle it goes on and ends with the same bytes; bad input is one line."""
 
-import json, random, re
+import json
+import random
+import re
 
 import pytest
-
 from kills import finish, kill_at
-from valor.runs.experiment import main
+
+from valor.cli import main
 
 PHRASES = [
     "the heart is enlarged .",
@@ -35,7 +37,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path):
     write(tmp_path / "mine.jsonl")
 
     def evaluate(out):
-        return f"from valor.runs.experiment import main; main(['evaluate', '{tmp_path}/mine.jsonl', '--out', '{tmp_path / out}', '--metrics', 'lexical,bertscore,radgraph', '--n-boot', '100'])"
+        return f"from valor.cli import main; main(['evaluate', '{tmp_path}/mine.jsonl', '--out', '{tmp_path / out}', '--metrics', 'lexical,bertscore,radgraph', '--n-boot', '100'])"
 
     shown = finish(evaluate("whole"), tmp_path, 300)
     assert "RadGraph partial" in shown and "chexbert=rules" in shown

@@ -1,22 +1,23 @@
 """Equations, seeds and counts against numbers by hand, with no two weights alike: a weight dropped, doubled or swapped shows (tests/mutants.py does just that)."""
 
 import dataclasses
-from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np, pandas as pd, pytest, torch
+import numpy as np
+import pandas as pd
+import pytest
+import torch
 
-from valor.results import attention
-from valor.metrics import statistics as ev
-from valor.train import grpo
-from valor.data import phantom
-from valor.results import tables
 from valor.config import preset
+from valor.data import phantom
+from valor.data.phantom import Finding
+from valor.metrics import statistics as ev
 from valor.metrics.convergence import FORMAT, not_converged
 from valor.metrics.evaluate import tidy_table
-from valor.train.grpo import Rewards, ValorTrainer, advantages, align, make_trainer
+from valor.results import attention, tables
 from valor.rewards.chexbert import LabelF1
-from valor.data.phantom import Finding
+from valor.train import grpo
+from valor.train.grpo import Rewards, ValorTrainer, advantages, align, make_trainer
 
 SCORES = dict(
     bleu4=[0.11, 0.23, 0.05, 0.31],
@@ -168,7 +169,10 @@ def test_stages_have_their_own_steps_modules_and_seeds(monkeypatch, tmp_path):
 
     def stub(sft, data, out, rewards, cfg, modules, lambda_vis, steps, seed, *more, **kw):
         made.append((modules, steps, seed))
-        none = lambda *a, **kw: None
+
+        def none(*a, **kw):
+            return None
+
         return SimpleNamespace(
             add_callback=none,
             train=none,

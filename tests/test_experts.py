@@ -1,21 +1,26 @@
 """Every way to name an expert, on weights made up in the true formats: the features are right, what is missing is named in one line, and training runs with each."""
 
-import json, multiprocessing, os, shutil, signal, time
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
 from pathlib import Path
 from unittest.mock import patch
 
-import numpy as np, open_clip, pandas as pd, pytest, torch
+import numpy as np
+import open_clip
+import pandas as pd
+import pytest
+import torch
 from PIL import Image
 
-from valor.runs import experiment
-from valor.expert import frozen as experts
-from valor.rewards.rules import RuleLabeler
 from valor.config import preset
-from valor.vocabulary import OBSERVATIONS
+from valor.expert import frozen as experts
 from valor.expert.frozen import (
     FrozenExpert,
     LabelExpert,
-    check_expert,
     load_expert,
     miniature_biomedclip,
     open_clip_expert,
@@ -25,8 +30,11 @@ from valor.expert.frozen import (
     xrv,
     xrv_columns,
 )
-from valor.rewards.guard import RewardError
 from valor.rewards.chexbert import LabelF1
+from valor.rewards.guard import RewardError
+from valor.rewards.rules import RuleLabeler
+from valor.runs import experiment
+from valor.vocabulary import OBSERVATIONS
 
 ALL = "densenet121-res224-all"
 FILMS = [

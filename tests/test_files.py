@@ -1,9 +1,12 @@
 """Files that others wrote: pictures of every make are read or refused in one line, archives and JSON are whole or named."""
 
-import gzip, io, json, tarfile
-from pathlib import Path
+import gzip
+import io
+import json
+import tarfile
 
-import numpy as np, pytest
+import numpy as np
+import pytest
 from PIL import Image
 from pydicom.uid import JPEGLosslessSV1
 
@@ -341,8 +344,7 @@ LINES = [
 def readers():
     "Everything that reads a file of reports, as functions of its path that return {id: candidate}."
     from valor.metrics import evaluate
-    from valor.results import gallery
-    from valor.results import zeroshot
+    from valor.results import gallery, zeroshot
 
     yield "evaluate", lambda p: dict(evaluate.read_reports(p)[["id", "candidate"]].itertuples(index=False))
     yield "gallery", lambda p: gallery.read_lines(p)[0]
@@ -374,8 +376,8 @@ def test_every_reader_of_reports_reads_and_refuses_the_same(tmp_path):
 def goers_on():
     "Everything that goes on with a file of lines that it wrote: functions of its path."
     from valor.metrics import evaluate
-    from valor.train import preference
     from valor.results import zeroshot
+    from valor.train import preference
 
     yield "scores", lambda p: evaluate.kept_scores(p, "key")
     yield "samples", lambda p: preference.whole_lines(p, 2)
@@ -423,10 +425,10 @@ def test_reports_go_on_with_the_same_model_and_settings_alone(tmp_path):
 
 
 def test_a_torn_last_line_is_cut_off_and_whole_ones_are_kept(tmp_path):
-    from valor.metrics import evaluate
-    from valor.train import preference
-    from valor.results import zeroshot
     from valor.config import key_of
+    from valor.metrics import evaluate
+    from valor.results import zeroshot
+    from valor.train import preference
 
     path = tmp_path / "a.jsonl"
     path.write_text('{"key": "k"}\n{"pair": "p", "x": 1}\n{"pair": "q", "x"')

@@ -1,9 +1,14 @@
 """The reading room in a real browser: 500 studies × 4 systems from disk in under 2 seconds, no request and no complaint, keys, filters, search, contrast, narrow screens, hostile text."""
 
-import json, shutil, time
-import numpy as np, pytest
+import json
+import shutil
+import time
+
+import numpy as np
+import pytest
+
+from valor.cli import main
 from valor.results import gallery as g
-from valor.runs.experiment import main
 
 BROWSER, DRIVER = shutil.which("chromium") or shutil.which("chromium-browser"), shutil.which("chromedriver")
 needs_browser = pytest.mark.skipif(
@@ -80,7 +85,10 @@ def ready(browser, page, hash=""):
 @pytest.fixture
 def room(browser, page):
     ready(browser, page)
-    js = lambda code, *given: browser.execute_script(code, *given)
+
+    def js(code, *given):
+        return browser.execute_script(code, *given)
+
     js.keys = lambda keys: [browser.switch_to.active_element.send_keys(k) for k in keys]
     js.study = lambda: js("return document.querySelector('#study h2').textContent")
     js.count = lambda: js("return document.getElementById('count').textContent")
@@ -97,7 +105,10 @@ def test_text_is_data_whatever_it_says(page, data):
     text = page.read_text()
     assert text.count("<script") == text.count("</script>") == 2  # the data and the page's own
     assert "A &lt;b&gt;title&lt;/b&gt; &amp; more" in text and "<b>title" not in text
-    plain = lambda i: " ".join("".join(p for p, _ in data["studies"][i]["systems"][1]["report"]).split())
+
+    def plain(i):
+        return " ".join("".join(p for p, _ in data["studies"][i]["systems"][1]["report"]).split())
+
     assert [plain(i) for i in range(4)] == [" ".join(h.split()) for h in HOSTILE[:4]]
     assert plain(4) == "{{data}} & \" ' left effusion."  # tags are no part of a report
     with pytest.raises(SystemExit, match="^valor gallery: nothing-here: no such run; expected a folder"):
@@ -107,6 +118,7 @@ def test_text_is_data_whatever_it_says(page, data):
 
 def test_restricted_studies_are_judged_by_labels_and_kept_out_of_repositories(runs, tmp_path):
     from datasets import DatasetDict
+
     from valor.data.phantom import make_phantom, png_bytes
 
     kept, repo = tmp_path / "data-x", tmp_path / "repo"
@@ -275,7 +287,10 @@ def test_keys(browser, room):
     assert room("return document.getElementById('help').open")
     room.keys([Keys.ESCAPE])
     assert not room("return document.getElementById('help').open")
-    cards = lambda: room("return [...document.querySelectorAll('.cards h3')].map(e => e.textContent)")
+
+    def cards():
+        return room("return [...document.querySelectorAll('.cards h3')].map(e => e.textContent)")
+
     room.keys("13")
     assert (
         cards() == ["SFT", "VALOR"]
@@ -299,10 +314,19 @@ def test_keys(browser, room):
 @needs_browser
 def test_search_filters_and_order(room, data):
     studies, wrongs = data["studies"], ("mislocated", "wrong", "missing")
-    named = lambda s, kind, name: any(f[0] == name for f in s[kind])
-    errs = lambda r: sum(len(r[k]) for k in wrongs)
-    ids = lambda keep: [s["id"] for s in studies if keep(s)]
-    opinions = lambda s: len({r["said"] for r in s["systems"]})
+
+    def named(s, kind, name):
+        return any(f[0] == name for f in s[kind])
+
+    def errs(r):
+        return sum(len(r[k]) for k in wrongs)
+
+    def ids(keep):
+        return [s["id"] for s in studies if keep(s)]
+
+    def opinions(s):
+        return len({r["said"] for r in s["systems"]})
+
     for outcome, keep in (
         ("mislocated", lambda s: any(r["mislocated"] for r in s["systems"])),
         ("clean", lambda s: not any(map(errs, s["systems"]))),
@@ -328,13 +352,16 @@ def test_search_filters_and_order(room, data):
         == "VALOR better than SFT"
     )
     room.choose("agreement", "")
-    text = lambda s: "\n".join(
-        [
-            s["id"],
-            *(f[1] for f in s["findings"]),
-            *("".join(p[0] for p in r) for r in [s["reference"], *(x["report"] for x in s["systems"])]),
-        ]
-    ).lower()
+
+    def text(s):
+        return "\n".join(
+            [
+                s["id"],
+                *(f[1] for f in s["findings"]),
+                *("".join(p[0] for p in r) for r in [s["reference"], *(x["report"] for x in s["systems"])]),
+            ]
+        ).lower()
+
     room.choose("search", '"left upper" Nodule')
     assert room.ids() == ids(lambda s: "left upper" in text(s) and "nodule" in text(s)) and room.ids()
     room.choose("search", "phantom-test-0-00123")

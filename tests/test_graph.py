@@ -1,9 +1,15 @@
 """The graph of all tables and figures: what it plans, that only what changed runs again, the same on SLURM, and one line for a wrong parameter. The jobs themselves are replaced by a stub."""
 
-import fcntl, os, re, shutil, subprocess, sys
+import fcntl
+import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
-import pytest, yaml
+import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 STUB = """#!/bin/sh

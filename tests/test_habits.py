@@ -1,9 +1,11 @@
 """What a command says beside its work: no noise of the libraries, and every parameter of a page where one asks for them."""
 
-import subprocess, sys
+import subprocess
+import sys
 from pathlib import Path
 
-import nbformat, pytest
+import nbformat
+import pytest
 from papermill import inspect_notebook
 
 ROOT = Path(__file__).resolve().parents[1]

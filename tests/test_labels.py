@@ -1,14 +1,20 @@
 """CheXbert on made-up weights in the true format: the package's own labels at every batch size, what reaches the model, what a wrong file is told, and the label score's properties."""
 
-import math, os, random, socket, subprocess, sys
+import os
+import random
+import socket
+import subprocess
+import sys
 
-import numpy as np, pandas as pd, pytest, torch
-from hypothesis import given, settings, strategies as st
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.metrics import classification_report
 from transformers import AutoTokenizer, BertTokenizer
 
-from valor.rewards.rules import report_labels
-from valor.vocabulary import OBSERVATIONS
 from valor.rewards.chexbert import (
     FILE,
     FIVE,
@@ -20,7 +26,9 @@ from valor.rewards.chexbert import (
     miniature_chexbert,
     package_chexbert,
 )
+from valor.rewards.rules import report_labels
 from valor.rewards.text import minilm_folder, scorer
+from valor.vocabulary import OBSERVATIONS
 
 WORDS = "the heart is enlarged no pleural effusion . , or small left right nodule in upper lobe lungs are clear possible pneumonia edema not seen picc".split()
 ODD = [
@@ -93,7 +101,9 @@ def test_labels_equal_the_package_at_batch_sizes_1_8_and_32(weights):
 
 def F1_names():
     "The package's own order of its 14 heads, out of its constructor's source."
-    import ast, inspect
+    import ast
+    import inspect
+
     from f1chexbert import f1chexbert
 
     for node in ast.walk(ast.parse(inspect.getsource(f1chexbert))):

@@ -1,9 +1,15 @@
 """Any image-text-to-text model through one loader: miniatures of five architectures in the true on-disk format, through loading, sampling, SFT, both stages of GRPO, merging and `valor generate`."""
 
-import functools, json, re, shutil
+import functools
+import json
+import re
+import shutil
 
-import numpy as np, pytest, torch
-from datasets import Dataset, Features, Image as ImageColumn, Value
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageColumn
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -168,9 +174,10 @@ def test_sft_moves_language_and_projector_and_nothing_else(kind, mode, folders, 
 @pytest.mark.parametrize("kind", ALL)
 def test_both_stages_of_grpo_merge_and_reload(kind, folders, tmp_path):
     from peft import PeftModel
-    from valor.train.grpo import CLINICAL_SCORERS, TEXT_SCORERS, Rewards, make_trainer
-    from valor.runs.experiment import main
+
+    from valor.cli import main
     from valor.policy.generate import merge
+    from valor.train.grpo import CLINICAL_SCORERS, TEXT_SCORERS, Rewards, make_trainer
 
     class Share:
         def score(self, candidates, references):
@@ -339,6 +346,7 @@ def test_processors_that_cannot_show_an_image(copy):
 
 def test_adapters_for_another_base(folders, tmp_path):
     from peft import get_peft_model
+
     from valor.policy.generate import merge
 
     for kind in ("qwen2_5_vl", "gemma3"):
@@ -367,7 +375,7 @@ def test_an_image_token_in_a_report_is_one_line(folders, tmp_path):
 
 
 def test_out_of_memory_names_what_to_lower(folders, tmp_path, monkeypatch, capsys):
-    from valor.runs.experiment import main
+    from valor.cli import main
 
     def full(*args, **kw):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …\nmore")
@@ -454,7 +462,7 @@ def test_four_bits(folders, tmp_path):
 
 def test_the_main_job_on_a_qwen(folders, tmp_path, monkeypatch, capsys):
     "base=FOLDER: SFT, both stages, evaluation and tables, with nothing but settings."
-    from valor.runs.experiment import main
+    from valor.cli import main
 
     monkeypatch.setenv("VALOR_RUNS", str(tmp_path / "runs"))
     settings = dict(

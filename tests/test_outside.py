@@ -1,10 +1,17 @@
 """Scorers that run out of process: a stub that keeps the protocol, or breaks it, is always tested; RaTEScore and GREEN where their environment exists (`make scorers`)."""
 
-import json, os, signal, subprocess, sys, time, warnings
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from valor.rewards.outside import WORKER, Green, OutsideScorer, RaTEScore, scorers_python
 from valor.rewards.text import scorer

@@ -1,6 +1,9 @@
 """The ablation page takes parameters from the command line, from the repository root, and refuses wrong ones before anything is trained."""
 
-import json, os, subprocess, sys
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,17 +1,20 @@
 """What is sampled, scored and evaluated is one policy: in bfloat16 an adapter of early updates is in all of them, the log says how far apart they are, and nothing of a checkpoint's own sampling reaches them."""
 
 import json
-from types import SimpleNamespace
 
-import numpy as np, pytest, torch
-from datasets import Dataset, Features, Image as ImageColumn, Value
-from peft import PeftModel, get_peft_model
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageColumn
+from peft import get_peft_model
 from PIL import Image
 from transformers import set_seed
 from trl import GRPOConfig, GRPOTrainer
 
-from valor.policy.adapter import KEPT, adapted_layers, adapted_weight, kept_share, merged_share
 from valor.data.images import square
+from valor.policy.adapter import KEPT, adapted_layers, adapted_weight, kept_share, merged_share
+from valor.policy.generate import merge, with_adapter, write_reports
 from valor.policy.models import (
     KINDS,
     film_side,
@@ -21,10 +24,9 @@ from valor.policy.models import (
     miniature,
     save_policy,
 )
-from valor.policy.tiny import conversations, generate, sft
-from valor.policy.generate import merge, with_adapter, write_reports
-from valor.train.rollout import SharedRollout, merged
 from valor.policy.server import complete
+from valor.policy.tiny import conversations, generate, sft
+from valor.train.rollout import SharedRollout, merged
 
 FILMS = [
     Image.fromarray(np.random.default_rng(i).integers(0, 255, (60, 60), dtype=np.uint8)) for i in range(3)

@@ -1,11 +1,15 @@
 """DPO and MMedPO as phases: loss as TRL's, bad preference files named, a killed run ends as if it had not been."""
 
-import gzip, json, math, os
+import gzip
+import json
+import math
+import os
 from pathlib import Path
 
-import pytest, torch
-
+import pytest
+import torch
 from kills import digests, kill_everywhere
+
 from valor.config import preset
 from valor.train.preference import read_preferences, weighted_dpo_loss
 

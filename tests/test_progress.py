@@ -1,13 +1,16 @@
 """Adapters kept during training change nothing; their evaluation resumes where it was interrupted, and says which split it needs."""
 
-import hashlib, os
+import hashlib
+import os
 from unittest.mock import patch
 
-import pandas as pd, pytest, torch
+import pandas as pd
+import pytest
+import torch
 from datasets import DatasetDict
 
-from valor.runs import experiment as ex
 from valor.config import preset
+from valor.runs import experiment as ex
 
 
 def digest(folder):

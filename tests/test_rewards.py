@@ -1,14 +1,16 @@
 """Properties of the text scores, rewards of one's own, and a reward that breaks in the middle of a run."""
 
-import math, sys
+import math
+import sys
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from valor.config import preset
-from valor.runs.experiment import RewardError, ensure, text_scorers
 from valor.rewards.compose import extras_of
 from valor.rewards.text import report_body, scorer, tokenize
+from valor.runs.experiment import RewardError, ensure, text_scorers
 
 WORDS = "the heart is enlarged no pleural effusion . , or small left right nodule in upper lobe lungs are clear".split()
 report = st.lists(st.sampled_from(WORDS), min_size=1, max_size=30).map(" ".join)

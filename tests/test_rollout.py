@@ -1,12 +1,15 @@
 """rollout="merged" against TRL's own road on every architecture: the same candidates, log-probabilities, loss and gradients; parts of an update and two views of a study."""
 
-import numpy as np, pytest, torch
-from datasets import Dataset, Features, Image as ImageColumn, Value
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageColumn
 from PIL import Image
 from transformers import set_seed
 from trl import GRPOConfig
 
-from valor.policy.models import KINDS, lora_config, load_policy, miniature
+from valor.policy.models import KINDS, load_policy, lora_config, miniature
 from valor.policy.tiny import conversations
 from valor.train.rollout import SharedRollout
 

@@ -1,16 +1,23 @@
 """The embedded rules: one preparation of every text, hard sentences, the phantom's planted truth, and, where VALOR_REAL names them, real reports with the real models' labels."""
 
-import hashlib, json, os, sys
+import hashlib
+import json
+import os
+import sys
 from pathlib import Path
 
-import numpy as np, pandas as pd, pytest
-from hypothesis import given, settings, strategies as st
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from valor.data.benchmarks import read_openi
+from valor.data.phantom import compose_report, sample_findings, write_report
+from valor.data.phantom import labels as planted_labels
+from valor.data.sections import UNREAD, clean_text, readable, section_name
 from valor.rewards.rules import GRAPH_RULES, LABEL_RULES, RuleGraph, RuleLabeler, report_labels, sentences
 from valor.vocabulary import OBSERVATIONS
-from valor.data.benchmarks import read_openi
-from valor.data.phantom import compose_report, labels as planted_labels, sample_findings, write_report
-from valor.data.sections import UNREAD, clean_text, readable, section_name
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fidelity_rules import ROOT, label_rows, system_rows
@@ -54,7 +61,10 @@ def test_the_versions_of_the_rules_are_raised_when_what_they_say_changes():
     reports = [study["findings"] for study in read_openi() if study["findings"]] + list(
         pd.read_csv(ROOT / "tests" / "hard_sentences.csv", keep_default_na=False).sentence
     )
-    digest = lambda values: hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
+
+    def digest(values):
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
+
     assert (LABEL_RULES, digest(RuleLabeler().statuses(reports))) == ("c57ca60894", "d24aed97cb")
     assert (GRAPH_RULES, digest(RuleGraph().graphs(reports))) == ("5d1de87c4d", "4f93e11a21")
 
@@ -240,7 +250,10 @@ def test_the_phantoms_reports_are_read_as_planted():
 def test_readme_says_what_the_table_holds():
     table = pd.read_csv(ROOT / "figures" / "fidelity_rules.csv").set_index("name")
     readme = (ROOT / "README.md").read_text()
-    short = lambda x: f"{x:.2f}".removeprefix("0")
+
+    def short(x):
+        return f"{x:.2f}".removeprefix("0")
+
     for name in [*OBSERVATIONS, "micro without No Finding", "micro"]:
         row = table.loc[name]
         assert (

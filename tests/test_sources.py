@@ -1,24 +1,33 @@
 """Real-data loading: trees in every distributor's layout load whole; over sixty kinds of fault cost at most the study they are in."""
 
-import json, os, shutil, sys, tempfile
+import json
+import os
+import shutil
+import sys
+import tempfile
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
-import datasets, numpy as np, pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+
+import datasets
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
 import trees
+
 from valor.config import preset
-from valor.vocabulary import OBSERVATIONS
 from valor.data.benchmarks import code_labels
-from valor.data.report import data_report, to_markdown
 from valor.data.images import ImageError, check_image, read_image
+from valor.data.report import data_report, to_markdown
 from valor.data.sections import parse_sections
 from valor.data.sources import SOURCES, DataError, Study, terms_of
 from valor.data.studies import load_studies, store_images
 from valor.data.views import drawn_film, picture_view, views_of
+from valor.vocabulary import OBSERVATIONS
 
 N = 12
 LAYOUTS = {  # name: (source, builder returning the root, changes that make every study usable)
@@ -160,12 +169,22 @@ second = "NLMCXR_png/CXR3_1_IM-0003-2001.png"
 xml = "ecgen-radiology/3.xml"
 jpg = "files/p10/p10000001/s50000003/00000003-00000000-aaaa-bbbb-cccc.jpg"
 txt = "files/p10/p10000001/s50000003.txt"
-cut = lambda f, keep=0.5: f.write_bytes(f.read_bytes()[: int(f.stat().st_size * keep)])
-flip = lambda f, at: f.write_bytes(f.read_bytes()[:at] + b"\0\0\0\0" + f.read_bytes()[at + 4 :])
-lone = lambda r: (
-    edit(r / "ecgen-radiology/3.xml", '<parentImage id="CXR3_1_IM-0003-2001">', "<other>", 1)
-    or edit(r / "ecgen-radiology/3.xml", "</parentImage></eCitation>", "</other></eCitation>")
-)
+
+
+def cut(f, keep=0.5):
+    return f.write_bytes(f.read_bytes()[: int(f.stat().st_size * keep)])
+
+
+def flip(f, at):
+    return f.write_bytes(f.read_bytes()[:at] + b"\0\0\0\0" + f.read_bytes()[at + 4 :])
+
+
+def lone(r):
+    return edit(r / "ecgen-radiology/3.xml", '<parentImage id="CXR3_1_IM-0003-2001">', "<other>", 1) or edit(
+        r / "ecgen-radiology/3.xml", "</parentImage></eCitation>", "</other></eCitation>"
+    )
+
+
 meta, spl, chx = (f"mimic-cxr-2.1.0-{n}.csv.gz" for n in ("metadata", "split", "chexpert"))
 LOST = {
     "openi png": "CXR3",
@@ -819,6 +838,7 @@ def test_the_report_shows_no_text(masters, tmp_path):
 def test_two_images_reach_the_policy(masters, tmp_path):
     "`view='both'`: SFT, a GRPO step and generation see two images a study, and the prompt has a place for each."
     from trl import GRPOConfig, GRPOTrainer
+
     from valor.policy.tiny import (
         build_policy,
         conversations,
@@ -1089,7 +1109,9 @@ def test_every_preset_reads_every_source(name, source, masters, tmp_path):
 
 
 def test_no_finding_only_where_the_codes_say_normal():
-    named = lambda *codes: dict(zip(OBSERVATIONS, code_labels(codes)))
+    def named(*codes):
+        return dict(zip(OBSERVATIONS, code_labels(codes)))
+
     assert named("normal")["No Finding"] == 1 and sum(map(bool, named("normal").values())) == 1
     for code in (
         "Calcified Granuloma/lung/upper lobe/right",

@@ -1,13 +1,15 @@
 """The main table: paired tests that hold their level and find what is there, and a reason for every cell without a number."""
 
-import numpy as np, pandas as pd, pytest
+import numpy as np
+import pandas as pd
+import pytest
 
-from valor.metrics import statistics as ev
-from valor.data import phantom
-from valor.results import tables
 from valor.config import preset
+from valor.data import phantom
+from valor.metrics import statistics as ev
 from valor.metrics.evaluate import holm
 from valor.metrics.statistics import p_value
+from valor.results import tables
 from valor.results.paper import TABLE1, beside, with_footnotes
 from valor.results.tables import compare, gauges_for, main_table, options_of, rows_of, wide
 

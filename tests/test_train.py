@@ -1,6 +1,12 @@
 """`valor train` on two CPU processes: it trains, and a pair of which one was killed, started again, ends as if it had not been."""
 
-import json, os, shutil, signal, subprocess, sys, time
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 from kills import CPU, finish_pair
@@ -41,7 +47,7 @@ def launch(runs, port):
 
 
 def code(*more):
-    return f"from valor.runs.experiment import main; main({[*TRAIN, *more]})"
+    return f"from valor.cli import main; main({[*TRAIN, *more]})"
 
 
 def adapter(runs):

@@ -3,15 +3,16 @@
 import json
 from pathlib import Path
 
-import pytest, torch
+import pytest
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from safetensors.torch import load_file
-
 from kills import finish_pair
+from safetensors.torch import load_file
 from two_processes import START, WORDS, trained
+
 from valor.config import preset
-from valor.train.grpo import CLINICAL_SCORERS, TEXT_SCORERS, advantages
 from valor.policy.tiny import build_policy, save_policy
+from valor.train.grpo import CLINICAL_SCORERS, TEXT_SCORERS, advantages
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 

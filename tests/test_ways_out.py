@@ -1,18 +1,19 @@
 """Every place of the package that writes a file or opens a connection, and what it may carry. A new one has to be named here; where it may carry restricted studies, `valor.data.restricted` guards it."""
 
-import ast, json, os
-from dataclasses import replace
+import ast
+import json
+import os
 from pathlib import Path
 
-import pandas as pd, pytest
+import pandas as pd
+import pytest
 
 import valor
-from valor.data import report as data_report
-from valor.runs import experiment
 from valor import figures
-from valor.data import restricted
 from valor.config import preset
+from valor.data import report as data_report
 from valor.data.restricted import PlaceError
+from valor.runs import experiment
 
 WRITERS = {
     "to_csv",
@@ -218,8 +219,8 @@ def clone(tmp_path):
 
 def mine(tmp_path):
     (tmp_path / "films").mkdir(exist_ok=True)
-    from PIL import Image
     import numpy as np
+    from PIL import Image
 
     for i in range(8):
         Image.fromarray(np.random.default_rng(i).integers(0, 255, (40, 50)).astype(np.uint8)).save(
@@ -294,6 +295,7 @@ def test_figures_of_restricted_studies_go_among_the_runs(tmp_path, clone, monkey
 
 def test_reports_of_anybodys_films_in_a_repository_are_closed_to_others_and_said(clone, tmp_path, capsys):
     from types import SimpleNamespace
+
     from valor.policy.generate import run_generate
 
     (tmp_path / "a.png").touch()
@@ -321,6 +323,7 @@ def test_a_data_report_is_not_written_into_a_repository(clone, tmp_path, monkeyp
 @pytest.mark.parametrize("study", ["../../pwn", "/abs/x", "a/b", "..", "x" * 300])
 def test_an_id_never_leads_out_of_the_folder_of_maps(tmp_path, study):
     import numpy as np
+
     from valor.results.attention import write_maps
     from valor.results.gallery import attention_of
 

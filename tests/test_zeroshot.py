@@ -1,15 +1,25 @@
 """Asking models over real HTTP on this machine: the server answers for the embedded policy, faults are injected at its door."""
 
-import json, logging, math, multiprocessing, os, re, socket, threading, time
+import json
+import logging
+import math
+import multiprocessing
+import os
+import re
+import socket
+import threading
+import time
 from dataclasses import replace
 
-import openai, pytest
+import openai
+import pytest
 from transformers.utils import logging as hf_logging
+
 from valor.data.phantom import make_phantom
-from valor.policy.tiny import PROMPT, build_policy, generate, load_policy, save_policy
 from valor.policy.server import Handler, PolicyServer
-from valor.rewards.text import report_body
+from valor.policy.tiny import PROMPT, build_policy, generate, load_policy, save_policy
 from valor.results.zeroshot import Endpoint, EndpointError, ask, collect, proxy_of, run_row
+from valor.rewards.text import report_body
 
 SIZE, TOKENS = 64, 8
 hf_logging.disable_progress_bar()
@@ -139,7 +149,10 @@ def test_a_killed_job_goes_on_and_asks_no_answered_question_again(policy, server
 
 def test_transient_errors_are_tried_again(policy, server, tmp_path):
     data = policy[0].select(range(4))
-    gone = lambda handler: handler.connection.shutdown(socket.SHUT_RDWR)
+
+    def gone(handler):
+        return handler.connection.shutdown(socket.SHUT_RDWR)
+
     server.faults = [
         (429, {"Retry-After": "1"}),
         None,
@@ -312,7 +325,7 @@ def test_nobody_there_is_one_line(policy, tmp_path):
 
 
 def test_valor_serve_refuses_what_it_cannot_serve():
-    from valor.runs.experiment import main
+    from valor.cli import main
 
     with pytest.raises(SystemExit, match="no such folder"):
         main(["serve", "--model", "/no/such"])
@@ -321,7 +334,7 @@ def test_valor_serve_refuses_what_it_cannot_serve():
 
 
 def test_valor_serve_answers(policy, capsys, monkeypatch):
-    from valor.runs.experiment import main
+    from valor.cli import main
 
     monkeypatch.setenv("SERVED", "secret")
     threading.Thread(
@@ -658,8 +671,11 @@ def test_a_setting_out_of_range_is_told_so(policy, change, status):
 
 
 def test_a_small_file_of_many_pixels_is_not_decoded():
-    import base64, io
+    import base64
+    import io
+
     from PIL import Image
+
     from valor.policy.server import RequestError, data_image
 
     file = io.BytesIO()
@@ -686,7 +702,7 @@ def test_more_connections_than_are_held_are_closed_and_the_others_answered(polic
 
 @pytest.mark.parametrize("option, value", [("--port", "99999"), ("--port", "-1"), ("--max-new-tokens", "0")])
 def test_valor_serve_names_a_wrong_number(policy, option, value):
-    from valor.runs.experiment import main
+    from valor.cli import main
 
     with pytest.raises(SystemExit, match=f"{option[2:].replace('-', '_')}={value}: expected"):
         main(["serve", "--model", str(policy[3]), option, value])

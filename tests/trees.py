@@ -1,9 +1,12 @@
 """Made-up studies laid out on disk exactly as each distributor lays out the real ones."""
 
-import csv, gzip, json, shutil
-from pathlib import Path
+import csv
+import gzip
+import json
+
 import numpy as np
 from PIL import Image
+
 from valor.data.images import write_dicom
 from valor.data.sources import OBSERVATIONS
 from valor.data.views import drawn_film

@@ -5,10 +5,12 @@ Imported by test_two_processes.py, which also runs it on two processes: then wha
 import json
 from pathlib import Path
 
-import numpy as np, torch
+import numpy as np
+import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from datasets import Dataset, Features, Image as ImageFeature, Value
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import TrainerCallback
 

@@ -6,6 +6,7 @@ __all__ = []
 # %% ../nbs/07d_launch.ipynb #212e5ed9
 #| eval: false
 import sys
+
 from .cli import main
 
 if __name__ == "__main__" and "ipykernel" not in sys.modules:

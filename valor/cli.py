@@ -4,9 +4,13 @@
 __all__ = ['TRAINED', 'MEASURED', 'USERS', 'NO_ROOM', 'NO_LEAVE', 'in_one_line', 'command_parser', 'bars_for_a_log', 'main']
 
 # %% ../nbs/07i_cli.ipynb #12f7a039
-import argparse, errno, os, sys
+import argparse
+import errno
+import os
+import sys
 from importlib import import_module
 from pathlib import Path
+
 from .config import REAL_SOURCES, parse_settings
 
 # %% ../nbs/07i_cli.ipynb #482c7ba8

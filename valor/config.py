@@ -5,7 +5,18 @@ __all__ = ['BENCHMARKS', 'REAL_SOURCES', 'RULES', 'PRESETS', 'ON_BENCHMARK', 'Co
            'sweeps', 'key_of', 'repo_root', 'runs_dir', 'write_whole', 'figures_dir', 'cpu_model', 'versions']
 
 # %% ../nbs/00_config.ipynb #0322eea5
-import configparser, dataclasses, hashlib, importlib.metadata, json, math, os, platform, re, secrets, types, typing
+import configparser
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import secrets
+import types
+import typing
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -489,7 +500,10 @@ def parse_settings(pairs):
 def sweeps(cfg):
     "What is swept around `cfg`: {parameter: {label: change of the configuration}}, an empty change where the label is `cfg` itself. The first two are the paper's (Tables 3 and 4)."
     G, smoke = cfg.group_size, cfg.preset == "smoke"
-    same_count = lambda n: dict(group_size=n, batch_size=cfg.batch_size * G // n)  # … of candidates
+
+    def same_count(n):
+        return dict(group_size=n, batch_size=cfg.batch_size * G // n)  # … of candidates
+
     return {
         "lambda_vis": {
             v: dict(lambda_vis=v) for v in ((0.0, 0.5, 1.0) if smoke else (0.0, 0.25, 0.5, 0.75, 1.0))

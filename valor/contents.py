@@ -4,9 +4,13 @@
 __all__ = ['FILMS', 'SETTLED', 'fingerprint_once', 'cache_dir', 'Digests', 'fingerprint']
 
 # %% ../nbs/00e_contents.ipynb #c0a1c002
-import hashlib, os, sqlite3, time
+import hashlib
+import os
+import sqlite3
+import time
 from functools import lru_cache
 from pathlib import Path
+
 from .config import runs_dir
 
 # %% ../nbs/00e_contents.ipynb #c0a1c005

@@ -5,11 +5,18 @@ __all__ = ['COLUMN', 'PAGE', 'STYLE', 'COLOURS', 'NEUTRAL', 'RIGHT', 'WRONG', 'M
            'place_of', 'save', 'save_page']
 
 # %% ../nbs/00a_figures.ipynb #5b9333d9
-import contextlib, json, os, re
+import contextlib
+import json
+import os
+import re
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-import matplotlib as mpl, pandas as pd, seaborn as sns
+
+import matplotlib as mpl
+import pandas as pd
+import seaborn as sns
+
 from .config import figures_dir, key_of, runs_dir, versions, write_whole
 from .data.restricted import kept
 from .data.sources import terms_of

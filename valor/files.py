@@ -5,7 +5,14 @@ __all__ = ['UNREADABLE', 'MEMBER', 'LINE', 'SURROGATE', 'REPORTS', 'DataError', 
            'archive_files', 'check_weights', 'json_value', 'json_lines', 'report_lines', 'own_lines']
 
 # %% ../nbs/00d_files.ipynb #79f64407
-import bz2, gzip, json, lzma, re, tarfile, zipfile, zlib
+import bz2
+import gzip
+import json
+import lzma
+import re
+import tarfile
+import zipfile
+import zlib
 from pathlib import Path
 
 # %% ../nbs/00d_files.ipynb #e23e45d4
@@ -144,7 +151,10 @@ def report_lines(path, needed=(), expected=REPORTS):
     `needed`: fields that every line must have as text; where `candidate` is one of them, nothing stands for it."""
     found = False
     for number, row in json_lines(path, expected):
-        fault = lambda what: DataError(f"{path}:{number}: {what}; expected {expected}")
+
+        def fault(what):
+            return DataError(f"{path}:{number}: {what}; expected {expected}")
+
         if not isinstance(row, dict):
             raise fault(f"{type(row).__name__} {str(row)[:40]!r}")
         field = next((k for k in ("candidate", "completion", "report") if k in row), None)
@@ -176,9 +186,12 @@ def own_lines(path, begins, mend=True):
     path = Path(path)
     data = path.read_bytes() if path.exists() else b""
     start, begins = data[: len(begins.encode())], begins.encode()
-    other = lambda line, what: DataError(
-        f"{path}:{line}: not a line that this program writes ({what}); nothing was changed, choose another file or move this one away"
-    )
+
+    def other(line, what):
+        return DataError(
+            f"{path}:{line}: not a line that this program writes ({what}); nothing was changed, choose another file or move this one away"
+        )
+
     if start != begins[: len(start)] or start != begins and b"\n" in data:
         raise other(1, f"begins with {data[:30]!r}")
     end, out = data.rfind(b"\n") + 1, []

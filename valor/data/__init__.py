@@ -1,0 +1,12 @@
+"""Studies: the made-up phantoms, the embedded benchmarks, real sources, and the checks on them."""
+
+import lazy_loader
+
+# Names are imported when they are asked for, so that no chapter waits for the libraries of another.
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "benchmarks": ["load_benchmark"],
+        "studies": ["load_studies"],
+    },
+)

@@ -7,17 +7,19 @@ __all__ = ['MESH_SIDES', 'MESH_ZONES', 'MESH_SEVERITIES', 'MESH_FINDINGS', 'BENC
            'rerender', 'leaked', 'benchmark_note']
 
 # %% ../../nbs/data/01_benchmarks.ipynb #e459c624
-import hashlib, importlib.util, re
+import hashlib
+import importlib.util
+import re
 import xml.etree.ElementTree as ET
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
 from datasets import Dataset, DatasetDict
 from tqdm.auto import tqdm
-from ..vocabulary import OBSERVATIONS
-from ..files import archive_files
-from .sections import clean_text
+
 from valor.data.phantom import (
     FEATURES,
     FINDINGS,
@@ -31,6 +33,9 @@ from valor.data.phantom import (
     render,
     to_truth,
 )
+from .sections import clean_text
+from ..files import archive_files
+from ..vocabulary import OBSERVATIONS
 
 # %% ../../nbs/data/01_benchmarks.ipynb #efe64976
 def openi_archive():
@@ -113,7 +118,10 @@ def parse_code(text):
     "Takes a MeSH code such as `Opacity/lung/base/left/mild` apart into a `Code`. Where two qualifiers say the same kind of thing, the first counts."
     head, *rest = [" ".join(p.split()) for p in text.split("/")]
     rest = [q.lower() for q in rest]
-    first = lambda table: next((table[q] for q in rest if q in table), None)
+
+    def first(table):
+        return next((table[q] for q in rest if q in table), None)
+
     sides = {MESH_SIDES[q] for q in rest if q in MESH_SIDES and q in ("left", "right", "bilateral")} or {
         first(MESH_SIDES)
     }
@@ -276,7 +284,10 @@ def code_to_findings(text):
     kind, name = (name, "device") if name in KINDS else (None, name)
     spec = FINDINGS[name]
     sides = KINDS[kind] if kind else spec.sides
-    keep = lambda value, allowed: value if value in allowed else None
+
+    def keep(value, allowed):
+        return value if value in allowed else None
+
     chosen = (
         ("left", "right")
         if code.side == "bilateral" and sides == ("left", "right")
@@ -307,7 +318,10 @@ def coverage(studies):
     parts = [codes_to_findings(s["codes"])[1:] for s in studies]
     abnormal = [(len(d), len(d) + len(n)) for d, n in parts if d or n]
     n_drawn, n_codes = sum(d for d, _ in abnormal), sum(n for _, n in abnormal)
-    share = lambda x, n: x / n if n else float("nan")
+
+    def share(x, n):
+        return x / n if n else float("nan")
+
     return dict(
         studies=len(parts),
         abnormal=len(abnormal),

@@ -5,13 +5,18 @@ __all__ = ['DECODERS', 'PAD', 'ImageError', 'to_uint8', 'open_dicom', 'read_dico
            'square', 'to_png', 'XRay']
 
 # %% ../../nbs/data/03_images.ipynb #5397cb95
-import io, mmap, warnings
+import io
+import mmap
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
-import numpy as np, pyarrow as pa
+
 import datasets
+import numpy as np
+import pyarrow as pa
 from PIL import Image, ImageOps
+
 from ..files import first_line
 
 # %% ../../nbs/data/03_images.ipynb #c1355788

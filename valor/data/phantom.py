@@ -7,15 +7,19 @@ __all__ = ['SIDES', 'ZONES', 'SEVERITIES', 'KINDS', 'FINDINGS', 'PHANTOM_NAMES',
            'compose_report', 'png_bytes', 'to_truth', 'from_truth', 'make_phantom']
 
 # %% ../../nbs/data/00_phantom.ipynb #463b2bbe
-import io, re, zlib
+import io
+import re
+import zlib
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from types import SimpleNamespace
+
+import datasets
 import numpy as np
 from PIL import Image, ImageDraw
 from scipy.interpolate import CubicSpline
-import datasets
 from tqdm.auto import tqdm
+
 from ..vocabulary import OBSERVATIONS
 
 # %% ../../nbs/data/00_phantom.ipynb #e8382934
@@ -246,7 +250,10 @@ _CTR = {
 def _anatomy(findings, rng):
     "The shape parameters of one patient, in units of the image."
     has = {f.name: f for f in findings}
-    n = lambda scale: float(rng.normal(0, scale))
+
+    def n(scale):
+        return float(rng.normal(0, scale))
+
     a = SimpleNamespace(
         cx=0.5 + n(0.015),
         tilt=n(0.03),
@@ -703,7 +710,9 @@ def _healed_fracture(film, finding, rng):
 # %% ../../nbs/data/00_phantom.ipynb #80f6772a
 @_painter("device")
 def _device(film, finding, rng):
-    jig = lambda points: _at(film, [(u + rng.normal(0, 0.004), y + rng.normal(0, 0.004)) for u, y in points])
+    def jig(points):
+        return _at(film, [(u + rng.normal(0, 0.004), y + rng.normal(0, 0.004)) for u, y in points])
+
     kind = finding.kind or "central line"
     sign = _sides(finding, rng)[0]
     if kind == "endotracheal tube":

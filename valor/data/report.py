@@ -8,13 +8,16 @@ import sys
 from collections import Counter
 from hashlib import blake2b
 from pathlib import Path
-import numpy as np, pandas as pd
-from ..vocabulary import OBSERVATIONS
+
+import numpy as np
+import pandas as pd
+
 from .benchmarks import leaked
 from .restricted import check_place, kept
-from .sources import SOURCES, DataError, terms_of
+from .sources import SOURCES, terms_of
 from .studies import load_studies
 from .views import FIVE_FOLD
+from ..vocabulary import OBSERVATIONS
 
 # %% ../../nbs/data/07_report.ipynb #b0b81174
 def _hash(text):
@@ -119,7 +122,10 @@ def views_table(views):
 def data_report(studies):
     "{title: table} for a `Studies`: the source, what was read, what was set aside and why, splits, lengths, leakage, duplicates, labels. No text of any study is in it."
     info, terms, seen = studies.info, terms_of(studies.info["source"]), studies.info["seen"]
-    table = lambda d, name: pd.DataFrame({name: d}).rename_axis("")
+
+    def table(d, name):
+        return pd.DataFrame({name: d}).rename_axis("")
+
     aside = (
         studies.set_aside.groupby(["level", "kind"])
         .size()
@@ -157,15 +163,18 @@ def data_report(studies):
 
 def to_markdown(report):
     "The tables of a `data_report` as one Markdown text."
-    number = lambda v: (
-        v
-        if isinstance(v, str)
-        else f"{v:.3f}"
-        if 0 < abs(v) < 1
-        else f"{v:,.0f}"
-        if not isinstance(v, bool)
-        else str(v)
-    )
+
+    def number(v):
+        return (
+            v
+            if isinstance(v, str)
+            else f"{v:.3f}"
+            if 0 < abs(v) < 1
+            else f"{v:,.0f}"
+            if not isinstance(v, bool)
+            else str(v)
+        )
+
     return (
         "\n\n".join(
             f"## {title}\n\n{t.map(number).to_markdown(disable_numparse=True)}" for title, t in report.items()

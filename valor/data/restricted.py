@@ -6,8 +6,12 @@
 __all__ = ['PlaceError', 'repository_of', 'check_place', 'closed_to_others', 'kept', 'safe_name', 'check_server']
 
 # %% ../../nbs/data/08_restricted.ipynb #f7867434
-import contextlib, hashlib, os, re
+import contextlib
+import hashlib
+import os
+import re
 from pathlib import Path
+
 from .sources import check_endpoint, is_local, terms_of
 
 # %% ../../nbs/data/08_restricted.ipynb #056e2130

@@ -11,6 +11,7 @@ __all__ = ['HEADER', 'SPELLINGS', 'CONTAINED', 'EXAMINED', 'ELSEWHERE', 'BETWEEN
 import re
 from bisect import bisect_right
 from functools import lru_cache
+
 from .phantom import compose_report
 
 # %% ../../nbs/data/02_sections.ipynb #ec5e00a3

@@ -7,17 +7,26 @@ __all__ = ['EMPTY_CELLS', 'BROKEN_ROW', 'FRONTAL', 'LATERAL', 'CHEXPERT', 'COLUM
            'is_local', 'check_endpoint']
 
 # %% ../../nbs/data/04_sources.ipynb #57ebc54f
-import csv, importlib.util, io, mmap, os, re, sqlite3, tempfile
+import csv
+import importlib.util
+import io
+import mmap
+import os
+import re
+import sqlite3
+import tempfile
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from xml.etree.ElementTree import ParseError
-import ijson, pandas as pd
+
+import ijson
+
 from ..config import REAL_SOURCES
-from ..vocabulary import OBSERVATIONS
-from .benchmarks import code_labels, openi_archive, parse_openi
-from ..files import SURROGATE, UNREADABLE, DataError, archive_files, first_line, json_lines, opened
+from .benchmarks import openi_archive, parse_openi
 from .sections import parse_sections
+from ..files import SURROGATE, UNREADABLE, DataError, archive_files, first_line, json_lines, opened
+from ..vocabulary import OBSERVATIONS
 
 # %% ../../nbs/data/04_sources.ipynb #6aa7dbd5
 @dataclass
@@ -236,7 +245,10 @@ def _openi_xmls(root, reports):
         archive = root / "NLMCXR_reports.tgz"
     folder = archive if archive.is_dir() else root / "ecgen-radiology"
     if reports is None and folder.is_dir() or archive.is_dir():
-        number = lambda p: (int(p.stem) if p.stem.isdigit() else -1, p.stem)
+
+        def number(p):
+            return (int(p.stem) if p.stem.isdigit() else -1, p.stem)
+
         paths = sorted(folder.glob("*.xml"), key=number)
         if not paths:
             raise DataError(f"{folder}: no *.xml in it; expected the reports of Open-i (1.xml … 3999.xml)")
@@ -396,9 +408,10 @@ def read_r2gen(root, credentialed, annotation="annotation.json"):
             raise DataError(
                 f"{path}: the studies of one split stand under {split!r}, a key of blanks alone; expected train, val or test: name it in the file (SERPENT-VLM's has its test split there)"
             )
-        fault = lambda kind, message: Fault(
-            str(entry.get("id", "")) if isinstance(entry, dict) else "", kind, where, message
-        )
+
+        def fault(kind, message):
+            return Fault(str(entry.get("id", "")) if isinstance(entry, dict) else "", kind, where, message)
+
         if not isinstance(entry, dict):
             yield fault(
                 "not an entry", f"{str(entry)[:40]!r}; expected an object with id, report and image_path"
@@ -543,7 +556,10 @@ def _mimic_folder(subject):
 def _mimic_study(db, root, texts, study, subject, split, n_splits, where, metadata, chexpert):
     folder = _mimic_folder(subject)
     report = texts / folder / f"s{study}.txt"
-    fault = lambda kind, message, at=where: Fault(f"s{study}", kind, at, message)
+
+    def fault(kind, message, at=where):
+        return Fault(f"s{study}", kind, at, message)
+
     if n_splits > 1:
         return fault("contradictory split", f"study {study} is in {n_splits} splits")
     try:
@@ -607,8 +623,13 @@ def _no_path(image, base):
 
 def _own(r, where, base, name):
     "A `Study` (or `Fault`) from one row of a user's own table."
-    fault = lambda kind, message: Fault(str(r.get("study_id") or name), kind, where, message)
-    get = lambda c: "" if r.get(c) is None or isinstance(r.get(c), float) and r[c] != r[c] else r[c]
+
+    def fault(kind, message):
+        return Fault(str(r.get("study_id") or name), kind, where, message)
+
+    def get(c):
+        return "" if r.get(c) is None or isinstance(r.get(c), float) and r[c] != r[c] else r[c]
+
     texts = {c: get(c) for c in ("report", "findings", "impression")}
     for c, v in texts.items():
         if not isinstance(v, str):

@@ -6,24 +6,30 @@ __all__ = ['TEXT_PRESETS', 'VIEWS', 'UNKNOWN', 'ONE_TEXT', 'VERSION', 'reading',
            'Index', 'write_index', 'Studies', 'load_studies', 'store_images']
 
 # %% ../../nbs/data/05_studies.ipynb #cbc816a5
-import csv, fcntl, json, os, shutil
+import csv
+import fcntl
+import json
+import os
+import shutil
 from collections import Counter
 from dataclasses import asdict
 from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-import datasets, pandas as pd
+
+import datasets
+import pandas as pd
 from datasets import DatasetDict, Features, Value
 from datasets.arrow_writer import ArrowWriter
 from tqdm.auto import tqdm
-from ..rewards.rules import RuleLabeler
+
 from ..config import key_of
-from ..vocabulary import OBSERVATIONS
+from ..contents import cache_dir, fingerprint
 from .benchmarks import code_labels, codes_to_findings, split_of
 from .images import ImageError, XRay, check_image, read_image, to_png
 from .phantom import FEATURES, to_truth
-from .sections import DEIDENTIFIED, SECTIONS, STYLES, clean_text, report_of
 from .restricted import kept
+from .sections import DEIDENTIFIED, SECTIONS, STYLES, clean_text, report_of
 from valor.data.sources import (
     BROKEN_ROW,
     SOURCES,
@@ -34,8 +40,9 @@ from valor.data.sources import (
     read_table,
     text_columns,
 )
-from ..contents import cache_dir, fingerprint
 from .views import KnownViews, picture_view
+from ..rewards.rules import RuleLabeler
+from ..vocabulary import OBSERVATIONS
 
 # %% ../../nbs/data/05_studies.ipynb #b88d7854
 TEXT_PRESETS = {
@@ -120,10 +127,13 @@ def choose_images(images, view, unknown_view):
     )
     if view == "listed":
         return images[:2]
-    order = lambda kind: (kind, f"unsure {kind}", f"guessed {kind}", "unknown")
-    of = lambda kind: sorted(
-        (i for i in images if i[1] in order(kind)), key=lambda i: order(kind).index(i[1])
-    )
+
+    def order(kind):
+        return (kind, f"unsure {kind}", f"guessed {kind}", "unknown")
+
+    def of(kind):
+        return sorted((i for i in images if i[1] in order(kind)), key=lambda i: order(kind).index(i[1]))
+
     frontal = of("frontal")[:1]
     if view == "frontal" or not frontal:
         return frontal
@@ -228,8 +238,13 @@ def _stored(images, i):
 
 def row_of(study, source, how, images):
     "The row of `study` in the schema, or the `Fault` that keeps it out. `images`: those that are sound."
-    fault = lambda kind, message: Fault(study.study_id, kind, study.where, message)
-    text = lambda t: clean_text(t, how["deidentified"], how["lower"], how["style"])
+
+    def fault(kind, message):
+        return Fault(study.study_id, kind, study.where, message)
+
+    def text(t):
+        return clean_text(t, how["deidentified"], how["lower"], how["style"])
+
     findings, impression, whole = map(text, (study.findings, study.impression, study.report))
     report, missing = report_of(findings, impression, whole, how["sections"])
     if missing:

@@ -5,10 +5,12 @@ __all__ = ['SIDE', 'DOUBT', 'FIVE_FOLD', 'READING', 'contrast', 'miniature', 'we
            'drawn_film', 'KnownViews']
 
 # %% ../../nbs/data/06_views.ipynb #f1a0c002
-import os, sqlite3
+import os
+import sqlite3
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+
 import numpy as np
 from PIL import Image
 

@@ -6,20 +6,25 @@ __all__ = ['GREY', 'KINDS', 'WordTokenizer', 'expert_config', 'build_expert', 'a
            'save_expert', 'load_embedded']
 
 # %% ../../nbs/expert/00_embedded.ipynb #fd3c36e9
-import json, re
+import json
+import re
 from collections import Counter
 from functools import partial
 from itertools import islice
 from pathlib import Path
-import numpy as np, open_clip, torch
+
+import numpy as np
+import open_clip
+import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
-from ..rewards.rules import RuleLabeler
-from ..vocabulary import OBSERVATIONS
+
 from ..data.phantom import EDITS, compose_report, from_truth, write_report
+from ..rewards.rules import RuleLabeler
 from ..rewards.text import report_body
+from ..vocabulary import OBSERVATIONS
 
 # %% ../../nbs/expert/00_embedded.ipynb #7e979eb7
 class WordTokenizer:
@@ -314,7 +319,10 @@ def quality(expert, dataset, edits, rng):
         edited = {i: t for i in range(len(dataset)) if (t := edits(i, kind, rng)) is not None}
         rows = list(edited)
         gain = texts[rows] - expert.text_features(list(edited.values()))
-        prefers = lambda of: float(((images[of] * gain).sum(-1) > 0).float().mean())
+
+        def prefers(of):
+            return float(((images[of] * gain).sum(-1) > 0).float().mean())
+
         out |= {
             kind: prefers(rows),
             f"{kind}, pairs": len(rows),

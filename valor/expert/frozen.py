@@ -9,21 +9,33 @@ __all__ = ['VOCABULARIES', 'STAND_INS', 'HARMLESS', 'OWN', 'one_line', 'image_ke
            'load_expert', 'try_expert']
 
 # %% ../../nbs/expert/01_frozen.ipynb #17a52632
-import hashlib, inspect, json, os, pickle, re, sys, tempfile, warnings
+import hashlib
+import inspect
+import json
+import os
+import pickle
+import re
+import sys
+import tempfile
+import warnings
 from importlib import import_module
 from pathlib import Path
 from unittest.mock import patch
-import numpy as np, open_clip, torch
+
+import numpy as np
+import open_clip
+import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
-from ..rewards.rules import RuleLabeler
-from ..vocabulary import OBSERVATIONS
+
 from .embedded import Expert, as_batch, load_embedded
-from ..rewards.guard import PROBES, RewardError
 from ..rewards.chexbert import UNCERTAIN
+from ..rewards.guard import PROBES, RewardError
+from ..rewards.rules import RuleLabeler
 from ..rewards.text import Store, minilm_folder, report_body, resolve_device
+from ..vocabulary import OBSERVATIONS
 
 # %% ../../nbs/expert/01_frozen.ipynb #724049dc
 def one_line(error):

@@ -4,7 +4,10 @@
 __all__ = ['FORMAT', 'LENGTH', 'RECALL', 'KL', 'LIMITS', 'NAMES', 'ends', 'not_converged', 'plot_health']
 
 # %% ../../nbs/metrics/02_convergence.ipynb #40cf87e0
-import matplotlib.pyplot as plt, numpy as np, pandas as pd
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
 from ..figures import PAGE
 
 # %% ../../nbs/metrics/02_convergence.ipynb #9c42a724

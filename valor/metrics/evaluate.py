@@ -7,19 +7,27 @@ __all__ = ['DEFAULTS', 'GAUGES', 'MEASURES', 'read_reports', 'systems_in', 'NotR
            'formatted', 'footnotes', 'run_command']
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #612646ff
-import hashlib, importlib.metadata, json, os, sys, threading
+import hashlib
+import importlib.metadata
+import json
+import os
+import sys
+import threading
 from collections import Counter
 from pathlib import Path
 from unittest.mock import patch
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
 from tqdm.auto import tqdm
-from . import statistics as ev
-from ..rewards.rules import set_f1
-from ..vocabulary import OBSERVATIONS
-from ..rewards.radgraph import LEVELS, graph_set
+
 from ..files import own_lines, report_lines
+from . import statistics as ev
 from ..rewards.chexbert import FIVE
+from ..rewards.radgraph import LEVELS, graph_set
+from ..rewards.rules import set_f1
 from ..rewards.text import report_body, scorer, tokenize
+from ..vocabulary import OBSERVATIONS
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #f4472d97
 def read_reports(path):
@@ -300,6 +308,7 @@ def image_columns(frame, options, root):
     if "image" not in frame or frame["image"].isna().any():
         raise NotRun("a field 'image' (a path) in every line")
     from PIL import Image
+
     from valor.expert.frozen import load_expert
 
     paths = [Path(root or ".") / p for p in frame["image"]]
@@ -454,13 +463,16 @@ def evaluate(paths, out, metrics=None, n_boot=5000, seed=0, image_root=None, **o
 
 def formatted(table, not_run):
     "Metrics as rows, systems as columns, cells `value [lo, hi]`; metrics that could not run keep their rows."
-    text = lambda r: (
-        "n/a"
-        if np.isnan(r.value)
-        else f"{r.value:.1f} [{r.lo:.1f}, {r.hi:.1f}]"
-        if r.metric == "words"
-        else f"{r.value:.3f} [{r.lo:.3f}, {r.hi:.3f}]"
-    )
+
+    def text(r):
+        return (
+            "n/a"
+            if np.isnan(r.value)
+            else f"{r.value:.1f} [{r.lo:.1f}, {r.hi:.1f}]"
+            if r.metric == "words"
+            else f"{r.value:.3f} [{r.lo:.3f}, {r.hi:.3f}]"
+        )
+
     cells = table.assign(cell=[text(r) for r in table.itertuples()]).pivot(
         index="metric", columns="system", values="cell"
     )

@@ -12,13 +12,18 @@ __all__ = ['BLEU_COLUMNS', 'PATHOLOGIES', 'FINDING_COLUMNS', 'DRAWN', 'STATISTIC
 # %% ../../nbs/metrics/00_statistics.ipynb #9c760899
 import textwrap
 from collections import Counter
-import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+
 from ..data import phantom
-from ..rewards.rules import RuleLabeler
-from ..vocabulary import OBSERVATIONS
-from ..figures import COLOURS, MISPLACED, PAGE, RIGHT, WRONG
 from ..data.phantom import compare, compose_report, from_truth, parse_report, write_report
+from ..figures import COLOURS, MISPLACED, PAGE, RIGHT, WRONG
+from ..rewards.rules import RuleLabeler
 from ..rewards.text import is_well_formed, report_body, scorer, tokenize
+from ..vocabulary import OBSERVATIONS
 
 # %% ../../nbs/metrics/00_statistics.ipynb #b423f9ef
 BLEU_COLUMNS = (
@@ -30,7 +35,10 @@ BLEU_COLUMNS = (
 
 def bleu_statistics(candidate, reference):
     "The ten `BLEU_COLUMNS` of one pair of token lists: clipped n-gram matches, n-grams of the candidate (n = 1…4), both lengths."
-    grams = lambda tokens, n: Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
+
+    def grams(tokens, n):
+        return Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
+
     match = [sum((grams(candidate, n) & grams(reference, n)).values()) for n in (1, 2, 3, 4)]
     return match + [max(0, len(candidate) - n + 1) for n in (1, 2, 3, 4)] + [len(candidate), len(reference)]
 
@@ -121,7 +129,10 @@ def true_columns(reports, dataset, benchmark, labeler):
     elif benchmark == "openi_rendered":
         said = positives(reports, labeler) > 0
         true = np.array(dataset["labels"]) == 1
-        names = lambda row: {o for o, x in zip(OBSERVATIONS, row) if x and o in DRAWN}
+
+        def names(row):
+            return {o for o, x in zip(OBSERVATIONS, row) if x and o in DRAWN}
+
         rows = [drawn_columns(names(s), names(t)) for s, t in zip(said, true)]
     else:
         rows = [[np.nan] * len(FINDING_COLUMNS)] * len(reports)
@@ -435,7 +446,10 @@ def perfect_findings(dataset, sections="both", seed=0):
 def retrieval_by_true_codes(train, dataset):
     "For each study the `train` report whose drawn findings are most similar (Jaccard over name, name+side and name+side+zone; the first of equals)."
     sets = [[_parts(from_truth(t)) for t in d["truth"]] for d in (train, dataset)]
-    alike = lambda a, b: len(a & b) / len(a | b) if a | b else 1.0
+
+    def alike(a, b):
+        return len(a & b) / len(a | b) if a | b else 1.0
+
     return [as_completion(train[int(np.argmax([alike(a, b) for a in sets[0]]))]["report"]) for b in sets[1]]
 
 

@@ -1,0 +1,12 @@
+"""Policies: the tiny embedded one, any image-text-to-text model of transformers, generation and serving."""
+
+import lazy_loader
+
+# Names are imported when they are asked for, so that no chapter waits for the libraries of another.
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "models": ["load_policy"],
+        "tiny": ["generate"],
+    },
+)

@@ -6,7 +6,8 @@ __all__ = ['KEPT', 'adapted_layers', 'adapted_weight', 'kept_share', 'beside', '
 # %% ../../nbs/policy/03_adapter.ipynb #ad02
 from functools import partial
 
-import torch, torch.nn.functional as F
+import torch
+import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -49,7 +50,10 @@ class _Wide(torch.autograd.Function):
     def backward(ctx, g):
         x, thin, A, B, weight = ctx.saved_tensors
         to_thin = g @ (ctx.s * B).to(g.dtype)
-        rows = lambda t: t.reshape(-1, t.shape[-1])
+
+        def rows(t):
+            return t.reshape(-1, t.shape[-1])
+
         for_x = g @ weight.to(g.dtype) + to_thin @ A.to(g.dtype) if ctx.needs_input_grad[0] else None
         for_A = (rows(to_thin).T @ rows(x)).to(A.dtype) if ctx.needs_input_grad[1] else None
         for_B = (ctx.s * (rows(g).T @ rows(thin))).to(B.dtype) if ctx.needs_input_grad[2] else None

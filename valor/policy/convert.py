@@ -11,12 +11,22 @@ __all__ = ['ORIGINAL', 'SENTENCES', 'FETCH', 'DTYPES', 'TOWER', 'RENAME', 'MODUL
            'convert_llava_med', 'run_command']
 
 # %% ../../nbs/policy/02_convert.ipynb #07d46b0c
-import contextlib, fcntl, io, json, math, os, random, re, shutil, sys
+import contextlib
+import fcntl
+import io
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
 from collections import namedtuple
 from pathlib import Path
 
 import sentencepiece
-import torch, torch.nn.functional as F
+import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -156,7 +166,10 @@ def miniature_llava_med(
     ends = torch.tensor([math.prod(shapes[k]) for k in keys]).cumsum(0)
     part = {k: min(int(shards * (e - 1) // ends[-1]), shards - 1) for k, e in zip(keys, ends)}
     stem, end = ("model", "safetensors") if format == "safetensors" else ("pytorch_model", "bin")
-    name = lambda i: f"{stem}-{i + 1:05d}-of-{shards:05d}.{end}" if shards > 1 else f"{stem}.{end}"
+
+    def name(i):
+        return f"{stem}-{i + 1:05d}-of-{shards:05d}.{end}" if shards > 1 else f"{stem}.{end}"
+
     for i in range(shards):
         tensors = {k: fabricated(k, shapes[k], g, dtype) for k in keys if part[k] == i}
         if format == "safetensors":
@@ -727,9 +740,10 @@ def write_shard(path, pieces, dtype, bar):
 
 def write_weights(folder, files, dtype, bar):
     "Write the planned `files` and their index to `folder`."
-    name = lambda i: (
-        f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
-    )
+
+    def name(i):
+        return f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
+
     for i, pieces in enumerate(files):
         write_shard(folder / name(i), pieces, dtype, bar)
     if len(files) > 1:
@@ -748,9 +762,16 @@ def write_weights(folder, files, dtype, bar):
 def clip_by_hand(read, tower, pixels):
     "CLIP's patch features before its last layer, without the class token. pixels `(B, 3, H, W)` → `(B, P, D)`; `read(name)` gives a tensor of the tower."
     heads, eps = tower["num_attention_heads"], tower["layer_norm_eps"]
-    norm = lambda x, name: F.layer_norm(x, x.shape[-1:], read(name + ".weight"), read(name + ".bias"), eps)
-    linear = lambda x, name: F.linear(x, read(name + ".weight"), read(name + ".bias"))
-    split = lambda x: x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], read(name + ".weight"), read(name + ".bias"), eps)
+
+    def linear(x, name):
+        return F.linear(x, read(name + ".weight"), read(name + ".bias"))
+
+    def split(x):
+        return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
     x = (
         F.conv2d(pixels, read("embeddings.patch_embedding.weight"), stride=tower["patch_size"])
         .flatten(2)
@@ -790,11 +811,20 @@ def mistral_by_hand(read, original, x, layers):
         original["num_attention_heads"] // original["num_key_value_heads"],
         original["rope_theta"],
     )
-    norm = lambda x, name: (
-        x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + original["rms_norm_eps"]) * read(name + ".weight")
-    )
-    linear = lambda x, name: F.linear(x, read(name + ".weight"))
-    split = lambda x, n: x.unflatten(-1, (n, -1)).transpose(1, 2)
+
+    def norm(x, name):
+        return (
+            x
+            * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + original["rms_norm_eps"])
+            * read(name + ".weight")
+        )
+
+    def linear(x, name):
+        return F.linear(x, read(name + ".weight"))
+
+    def split(x, n):
+        return x.unflatten(-1, (n, -1)).transpose(1, 2)
+
     for i in range(layers):
         at = f"layers.{i}."
         h = norm(x, at + "input_layernorm")
@@ -815,14 +845,23 @@ def mistral_by_hand(read, original, x, layers):
 def logits_by_hand(files, original, tower, dtype, ids, pixels, layers):
     "Logits `(T, vocabulary)` of the original model cut to `layers` Mistral layers, from the original tensors rounded to `dtype`; `ids` has one image token."
     source = {p.key: p for f in files for p in f}
-    read = lambda key: source[key].shards[source[key].source].to(dtype).float()
+
+    def read(key):
+        return source[key].shards[source[key].source].to(dtype).float()
+
     x = clip_by_hand(lambda n: read("vision_tower.vision_model." + n), tower, pixels)
-    linear = lambda x, name: F.linear(
-        x, read(f"multi_modal_projector.{name}.weight"), read(f"multi_modal_projector.{name}.bias")
-    )
+
+    def linear(x, name):
+        return F.linear(
+            x, read(f"multi_modal_projector.{name}.weight"), read(f"multi_modal_projector.{name}.bias")
+        )
+
     image, at = linear(F.gelu(linear(x, "linear_1")), "linear_2"), ids.index(original["vocab_size"])
     p = source["language_model.model.embed_tokens.weight"]
-    embed = lambda ids: p.shards[p.source][torch.tensor(ids, dtype=torch.long)].to(dtype).float()[None]
+
+    def embed(ids):
+        return p.shards[p.source][torch.tensor(ids, dtype=torch.long)].to(dtype).float()[None]
+
     x = torch.cat([embed(ids[:at]), image, embed(ids[at + 1 :])], 1)
     x = mistral_by_hand(lambda n: read("language_model.model." + n), original, x, layers)
     return F.linear(x, read("language_model.lm_head.weight"))[0]

@@ -5,16 +5,21 @@ __all__ = ['MERGED', 'ENDINGS', 'load_adapter', 'with_adapter', 'merge', 'for_ol
            'begin_or_go_on', 'write_reports', 'run_merge', 'run_generate']
 
 # %% ../../nbs/policy/04_generate.ipynb #742cd723
-import json, os, shutil, sys
+import json
+import os
+import shutil
+import sys
 from pathlib import Path
+
 import torch
 from tqdm.auto import tqdm
-from .adapter import add_in, merged_share, with_policy
-from ..files import json_lines, json_value, own_lines
+
 from ..data.images import ImageError, read_image, square
+from ..data.restricted import closed_to_others, repository_of
+from ..files import json_lines, json_value, own_lines
+from .adapter import add_in, merged_share, with_policy
 from .models import film_side
 from .tiny import generate, load_policy, save_policy
-from ..data.restricted import closed_to_others, repository_of
 from ..rewards.text import is_well_formed, report_body
 
 # %% ../../nbs/policy/04_generate.ipynb #990d64d3

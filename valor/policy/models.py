@@ -7,7 +7,8 @@ __all__ = ['CHATS', 'KINDS', 'MODULES', 'LOADING', 'KEPT_WITH', 'trained_tokeniz
            'check_policy', 'check_files', 'load_processor', 'check_image_token', 'memory_line']
 
 # %% ../../nbs/policy/01_models.ipynb #f46b3b97
-import json, re
+import json
+import re
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,8 +28,8 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     Gemma3ImageProcessor,
     Gemma3Processor,
-    GenerationConfig,
     GemmaTokenizer,
+    GenerationConfig,
     LlamaTokenizer,
     LlavaConfig,
     LlavaForConditionalGeneration,

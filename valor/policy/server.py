@@ -6,16 +6,29 @@ __all__ = ['MOST_BYTES', 'MOST_CHARACTERS', 'MOST_PIXELS', 'SECONDS', 'CONNECTIO
            'run_serve']
 
 # %% ../../nbs/policy/05_server.ipynb #3569f5d9
-import base64, hashlib, hmac, io, json, math, os, socket, threading, time, uuid, warnings
+import base64
+import hashlib
+import hmac
+import io
+import json
+import math
+import os
+import socket
+import threading
+import time
+import uuid
+import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
 import torch
-from PIL import Image
 from jinja2 import TemplateError
+from PIL import Image
 from transformers import set_seed
+
 from ..data.images import read_image, square
-from .models import film_side, image_tokens, load_policy
 from .generate import with_adapter
+from .models import film_side, image_tokens, load_policy
 
 # %% ../../nbs/policy/05_server.ipynb #16034909
 @torch.inference_mode()
@@ -151,7 +164,10 @@ def settings_of(body, limit):
         temperature=body.get("temperature", 0.0),
         seed=body.get("seed", 0),
     )
-    whole = lambda n, low, high=math.inf: type(n) is int and low <= n < high
+
+    def whole(n, low, high=math.inf):
+        return type(n) is int and low <= n < high
+
     heat = out["temperature"]
     warm = type(heat) in (int, float) and (heat == 0 or COLDEST <= heat <= 100)
     if not (whole(out["max_tokens"], 1) and warm and whole(out["seed"], 0, 2**32)):

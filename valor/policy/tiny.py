@@ -8,7 +8,11 @@ __all__ = ['PROMPT', 'SPECIALS', 'TEMPLATE', 'SEAL', 'build_tokenizer', 'build_p
            'settle_projector']
 
 # %% ../../nbs/policy/00_tiny.ipynb #56f94b64
-import hashlib, json, os, re, shutil
+import hashlib
+import json
+import os
+import re
+import shutil
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -32,8 +36,8 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from .adapter import KEPT, beside, merged_share
 from ..config import write_whole
+from .adapter import KEPT, beside, merged_share
 from valor.policy.models import (
     MODULES,
     check_completions,

@@ -7,21 +7,26 @@ __all__ = ['MENTIONS', 'VARIANTS', 'TOLERANCE', 'SCORES', 'READINGS', 'Mention',
            'control_maps', 'score', 'estimate', 'difference', 'overlay', 'write_maps', 'system_maps', 'test_studies']
 
 # %% ../../nbs/results/02_attention.ipynb #39eef733
-import contextlib, dataclasses, math, re
+import contextlib
+import dataclasses
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np, pandas as pd, torch
+import numpy as np
+import pandas as pd
+import torch
 from matplotlib.patches import Rectangle
 from tqdm.auto import tqdm
 
-from ..metrics import statistics as ev
 from ..data import phantom
-from ..runs.experiment import SYSTEMS, ensure, load_data, policy_of, read_reports, target
-from ..rewards.chexbert import mentions
 from ..data.phantom import FINDINGS
-from ..policy.tiny import image_lists, render_prompt
 from ..data.restricted import kept, safe_name
+from ..metrics import statistics as ev
+from ..policy.tiny import image_lists, render_prompt
+from ..rewards.chexbert import mentions
+from ..runs.experiment import SYSTEMS, ensure, load_data, policy_of, read_reports, target
 
 # %% ../../nbs/results/02_attention.ipynb #61194b34
 @dataclass(frozen=True)
@@ -146,7 +151,10 @@ VARIANTS = ("raw", "rollout", "gradient")
 
 def chosen(name, value, n):
     'Indices below `n`: "all", a number (the last ones) or a list (negative ones count from the end). ValueError for anything else.'
-    whole = lambda v: isinstance(v, int) and not isinstance(v, bool)
+
+    def whole(v):
+        return isinstance(v, int) and not isinstance(v, bool)
+
     if value == "all":
         return list(range(n))
     if whole(value) and 1 <= value <= n:
@@ -186,7 +194,10 @@ def token_attention(model, inputs, rows, variant="raw", layers="all", heads="all
     if variant not in VARIANTS:
         raise ValueError(f"variant={variant!r} is unknown; expected one of {', '.join(VARIANTS)}")
     take = chosen("heads", heads, model.config.get_text_config().num_attention_heads)
-    pick = lambda flow, b, at: flow[b, at].mean(0)
+
+    def pick(flow, b, at):
+        return flow[b, at].mean(0)
+
     if variant == "gradient":
         return _gradient(model, inputs, rows, layers, take, pick)
     with torch.inference_mode(), watched(model, layers, lambda a: a[:, take].float().mean(1)) as kept:
@@ -209,7 +220,10 @@ def _gradient(model, inputs, rows, layers, take, pick):
     try:
         with torch.enable_grad(), watched(model, layers, lambda a: a) as kept:
             logp = model(**inputs, use_cache=False).logits.float().log_softmax(-1)
-            score = lambda b, at: logp[b, at, inputs["input_ids"][b, at + 1]].sum()
+
+            def score(b, at):
+                return logp[b, at, inputs["input_ids"][b, at + 1]].sum()
+
             out = [[] for _ in rows]
             for k in range(
                 max(map(len, rows))
@@ -292,9 +306,10 @@ TOLERANCE = 0.03
 def inside(boxes, size=96, tolerance=0.0):
     "Share `(size, size)` of every pixel that lies in one of `boxes` (x0, y0, x1, y1 in units of the image), each grown by `tolerance`."
     edges, out = np.linspace(0, 1, size + 1), np.zeros((size, size))
-    part = lambda lo, hi: (
-        (np.minimum(edges[1:], hi + tolerance) - np.maximum(edges[:-1], lo - tolerance)).clip(0) * size
-    )
+
+    def part(lo, hi):
+        return (np.minimum(edges[1:], hi + tolerance) - np.maximum(edges[:-1], lo - tolerance)).clip(0) * size
+
     for x0, y0, x1, y1 in boxes:
         out = np.maximum(out, np.outer(part(y0, y1), part(x0, x1)))
     return out

@@ -8,25 +8,34 @@ __all__ = ['KINDS', 'HEADING', 'VERDICTS', 'ABNORMAL', 'OTHERS', 'JUDGED', 'BY_L
            'run_gallery']
 
 # %% ../../nbs/results/03_gallery.ipynb #40f51349
-import base64, hashlib, html, io, json, re, sys
+import base64
+import hashlib
+import html
+import io
+import json
+import re
+import sys
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
 from PIL import Image
 from tqdm.auto import tqdm
-from ..metrics import statistics as ev
-from ..rewards.rules import sentences
+
 from ..config import Config
-from ..vocabulary import OBSERVATIONS
-from ..runs.experiment import SYSTEMS, labeler, load_data
-from ..figures import COLOURS
-from ..files import report_lines
 from ..data.phantom import from_truth, parse_report, spans
-from ..policy.tiny import image_lists
-from ..rewards.text import report_body
 from ..data.restricted import check_place, kept, safe_name
 from ..data.sources import terms_of
+from ..figures import COLOURS
+from ..files import report_lines
+from ..metrics import statistics as ev
+from ..policy.tiny import image_lists
+from ..rewards.rules import sentences
+from ..rewards.text import report_body
+from ..runs.experiment import SYSTEMS, labeler, load_data
+from ..vocabulary import OBSERVATIONS
 
 # %% ../../nbs/results/03_gallery.ipynb #fbeef08d
 KINDS = ("right", "mislocated", "wrong", "missing")
@@ -440,11 +449,16 @@ def embed(obj):
 
 def policy(template):
     "Content-security policy for `template`: its own script and style by digest, images from `data:` URLs, nothing else."
-    digest = lambda pattern: (
-        "'sha256-"
-        + base64.b64encode(hashlib.sha256(re.search(pattern, template, re.S)[1].encode()).digest()).decode()
-        + "'"
-    )
+
+    def digest(pattern):
+        return (
+            "'sha256-"
+            + base64.b64encode(
+                hashlib.sha256(re.search(pattern, template, re.S)[1].encode()).digest()
+            ).decode()
+            + "'"
+        )
+
     return f"default-src 'none'; script-src {digest('<script>(.*?)</script>')}; style-src {digest('<style>(.*?)</style>')}; img-src data:; base-uri 'none'; form-action 'none'"
 
 
@@ -519,9 +533,10 @@ def made_up_runs(
 
     `reports`: {(system, index): completion} to put in place of those. For trying the page and testing it; no model was run."""
     from datasets import DatasetDict
+
     from valor.config import preset
-    from valor.runs.experiment import phase_config, phase_key
     from valor.data.phantom import EDITS, compose_report, make_phantom, write_report
+    from valor.runs.experiment import phase_config, phase_key
 
     folder, cfgs = (
         Path(folder),

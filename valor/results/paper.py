@@ -6,6 +6,7 @@ __all__ = ['TABLE1', 'TABLE2', 'TABLE3', 'TABLE4', 'K_CLIN', 'CLAIMS', 'CAPABILI
 
 # %% ../../nbs/results/01_paper.ipynb #6e6209c0
 from io import StringIO
+
 import pandas as pd
 
 # %% ../../nbs/results/01_paper.ipynb #f87d5359

@@ -6,18 +6,25 @@ __all__ = ['GAUGED', 'METRICS', 'SHOWN', 'TRUTH', 'ROWS', 'FAULTS', 'false_label
            'plot_systems']
 
 # %% ../../nbs/results/00_tables.ipynb #6ed219fc
-import shlex, yaml
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 
-import matplotlib.pyplot as plt, numpy as np, pandas as pd
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import yaml
 
+from ..config import preset as configure
+from ..data.sources import DataError
+from ..figures import COLOURS, PAGE
 from ..metrics import evaluate as judging
 from ..metrics import statistics as ev
-from ..config import BENCHMARKS, preset as configure
+from ..policy.models import reason
+from ..rewards.guard import RewardError
+from ..rewards.text import report_body
 from valor.runs.experiment import (
     RunError,
-    SYSTEMS,
     ensure,
     load_data,
     locked,
@@ -26,11 +33,6 @@ from valor.runs.experiment import (
     read_frame,
     read_reports,
 )
-from ..figures import COLOURS, PAGE
-from ..rewards.guard import RewardError
-from ..policy.models import reason
-from ..rewards.text import report_body
-from ..data.sources import DataError
 
 # %% ../../nbs/results/00_tables.ipynb #1832fc26
 def false_labels(s):

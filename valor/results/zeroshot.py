@@ -11,29 +11,45 @@ __all__ = ['ZERO_SHOT', 'STATUSES', 'REFUSAL', 'FINISHES', 'LONGEST', 'LONGEST_A
            'usable', 'table2', 'footnotes']
 
 # %% ../../nbs/results/04_zeroshot.ipynb #70c4569f
-import base64, hashlib, io, json, logging, math, os, queue, threading, time, urllib.request
+import base64
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import queue
+import re
+import threading
+import time
+import urllib.request
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from urllib.parse import urlsplit
-import numpy as np, openai, pandas as pd, re, torch
+
+import numpy as np
+import openai
+import pandas as pd
+import torch
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 from tqdm.auto import tqdm
+
 from ..config import key_of
-from ..metrics.evaluate import DEFAULTS, MEASURES, gauged, made
-from ..runs.experiment import locked
+from ..data.restricted import check_place, kept
+from ..data.sources import check_endpoint, is_local
 from ..figures import slug
 from ..files import own_lines, report_lines
-from ..policy.models import load_policy, own_generation, reason
-from .paper import TABLE2
+from ..metrics.evaluate import DEFAULTS, MEASURES, gauged, made
 from ..policy.generate import ENDINGS
-from ..data.restricted import check_place, kept
-from ..rewards.text import report_body
+from ..policy.models import load_policy, own_generation, reason
 from ..policy.server import complete, fingerprint
-from ..data.sources import check_endpoint, is_local
+from .paper import TABLE2
 from .tables import compare
+from ..rewards.text import report_body
+from ..runs.experiment import locked
 
 # %% ../../nbs/results/04_zeroshot.ipynb #7abdcbb5
 ZERO_SHOT = (
@@ -612,11 +628,16 @@ def ask(endpoint, dataset, path, *, budget, benchmark, permitted=(), give_up=5):
         print(f"{endpoint.base_url}: asked through the proxy {proxy} that the environment names")
     endpoint = named(endpoint, client)
     free, settings = endpoint.prices is None, settings_of(endpoint)
-    charged = lambda used: 0.0 if free else cost(used, endpoint.prices)
-    limit_of = lambda images: charged(most_used(endpoint, images))
-    paid = lambda line: (
-        charged(line.get("usage") or {}) + line.get("unknown", 0) * charged(line.get("most") or {})
-    )
+
+    def charged(used):
+        return 0.0 if free else cost(used, endpoint.prices)
+
+    def limit_of(images):
+        return charged(most_used(endpoint, images))
+
+    def paid(line):
+        return charged(line.get("usage") or {}) + line.get("unknown", 0) * charged(line.get("most") or {})
+
     before = written(path, settings)
     spent = sum(map(paid, before))
     print(
@@ -826,7 +847,10 @@ def from_file(path, ids):
         raise ValueError(
             f"{path}: none of its {len(found):,} ids is a study, such as {', '.join(map(repr, extra[:3]))}; expected ids such as {ids[0]!r}"
         )
-    listed = lambda some: f"{len(some):,} ({', '.join(some[:5])}{', …' if len(some) > 5 else ''})"
+
+    def listed(some):
+        return f"{len(some):,} ({', '.join(some[:5])}{', …' if len(some) > 5 else ''})"
+
     note = "; ".join(
         ([f"no report of {listed(missing)}"] if missing else [])
         + ([f"ids that are no study here: {listed(extra)}"] if extra else [])

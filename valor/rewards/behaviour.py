@@ -7,7 +7,9 @@ __all__ = ['LABELER', 'SAME_SENTENCE', 'SAME_PHRASE', 'SIDES', 'DEGREES', 'ADDED
            'truncate', 'gibberish', 'shuffle', 'as_completion']
 
 # %% ../../nbs/rewards/07_behaviour.ipynb #4e79ce40
-import random, re
+import random
+import re
+
 from .rules import RuleLabeler
 
 # %% ../../nbs/rewards/07_behaviour.ipynb #f1adb51d

@@ -5,13 +5,16 @@ __all__ = ['REPO', 'FILE', 'EMBEDDED', 'SIZES', 'STATUS', 'FIVE', 'UNCERTAIN', '
            'CheXbert', 'miniature_chexbert', 'package_chexbert', 'check_options', 'mentions', 'LabelF1', 'label_report']
 
 # %% ../../nbs/rewards/02_chexbert.ipynb #df54a480
-import hashlib, json
+import hashlib
+import json
 from pathlib import Path
 from unittest.mock import patch
-import pandas as pd, torch
-from .rules import RuleLabeler, mentioned, sentences, set_f1
-from ..vocabulary import OBSERVATIONS
+
+import pandas as pd
+import torch
+
 from ..files import check_weights
+from .rules import RuleLabeler, mentioned, sentences, set_f1
 from valor.rewards.text import (
     ModelScorer,
     check_texts,
@@ -22,6 +25,7 @@ from valor.rewards.text import (
     resolve_dtype,
     weights_path,
 )
+from ..vocabulary import OBSERVATIONS
 
 # %% ../../nbs/rewards/02_chexbert.ipynb #54e57946
 REPO, FILE = "StanfordAIMI/RRG_scorers", "chexbert.pth"
@@ -282,7 +286,10 @@ class LabelF1(ModelScorer):
     def _detail(self, candidate, reference):
         ours, theirs = (self.analysed([text])[text] for text in (candidate, reference))
         a, b = self.positives(ours), self.positives(theirs)
-        name = lambda pairs: sorted(o if s == "present" else f"{o} ({s})" for o, s in pairs)
+
+        def name(pairs):
+            return sorted(o if s == "present" else f"{o} ({s})" for o, s in pairs)
+
         said = (
             [((o, self.counted.get(s)), *place) for o, s, *place in mentions(candidate)]
             if isinstance(self.labeler, RuleLabeler)
@@ -320,7 +327,10 @@ def label_report(candidates, references, uncertain="positive", observations=14):
         index=said.columns,
     )
     counts.loc["micro"] = counts.sum()
-    ratio = lambda a, b: (a / b).where(b > 0, 0.0)
+
+    def ratio(a, b):
+        return (a / b).where(b > 0, 0.0)
+
     table = pd.DataFrame(
         dict(
             precision=ratio(counts.tp, counts.said),

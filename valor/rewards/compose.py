@@ -5,7 +5,8 @@ __all__ = ['TEXT_SCORERS', 'CLINICAL_SCORERS', 'is_clinical_step', 'needed', 'ch
            'text_reward', 'composite', 'extras_of', 'extra']
 
 # %% ../../nbs/rewards/05_compose.ipynb #1e0c0674
-import math, operator
+import math
+import operator
 
 # %% ../../nbs/rewards/05_compose.ipynb #0a437ae4
 def is_clinical_step(k, k_clin):

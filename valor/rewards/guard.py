@@ -7,6 +7,7 @@ __all__ = ['LARGEST', 'PROBES', 'WATCHED', 'Length', 'Repetition', 'RewardError'
 # %% ../../nbs/rewards/06_guard.ipynb #535507b1
 import math
 from collections import Counter
+
 from .text import Scorer
 
 # %% ../../nbs/rewards/06_guard.ipynb #4db9e940

@@ -5,10 +5,21 @@ __all__ = ['NEEDED', 'WORKER', 'QUIET', 'OFFLINE', 'pump', 'end', 'Worker', 'sco
            'one_of', 'ModelWorker', 'RaTEScore', 'Green']
 
 # %% ../../nbs/rewards/08_outside.ipynb #ec1eadf1
-import json, math, os, queue, shutil, subprocess, tempfile, threading, warnings, weakref
+import json
+import math
+import os
+import queue
+import shutil
+import subprocess
+import tempfile
+import threading
+import warnings
+import weakref
 from importlib.util import find_spec
 from pathlib import Path
+
 from tqdm import tqdm
+
 from .text import Scorer
 
 # %% ../../nbs/rewards/08_outside.ipynb #00b719f7

@@ -6,7 +6,11 @@ __all__ = ['NER_TYPES', 'NO_SENTENCE', 'ERRORS', 'COUNTED', 'BY_TYPE', 'WORKERS'
            'green_section', 'green_counts', 'green_reply', 'load_green', 'versions', 'main']
 
 # %% ../../nbs/rewards/09_outside_worker.ipynb #8b74c2f5
-import json, os, re, sys, traceback
+import json
+import os
+import re
+import sys
+import traceback
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 
@@ -93,7 +97,8 @@ def aligned(score, split):
 # %% ../../nbs/rewards/09_outside_worker.ipynb #6d59401f
 def load_ratescore(model, embedder, affinity, device, batch_size):
     'A function from pairs to dicts with RaTEScore\'s `score`. `model`: tagger, `embedder`: BioLORD, folders or hub names; `affinity`: "long", "short" or a JSON file.'
-    import torch, RaTEScore.score as inner
+    import RaTEScore.score as inner
+    import torch
     from RaTEScore import RaTEScore
 
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"

@@ -7,13 +7,20 @@ __all__ = ['REPO', 'TYPES', 'EMBEDDED', 'REWRITTEN', 'LEVELS', 'shims', 'radgrap
            'EntityF1']
 
 # %% ../../nbs/rewards/03_radgraph.ipynb #78aa3c01
-import hashlib, json, tarfile, tempfile, warnings, zlib
+import hashlib
+import json
+import tarfile
+import tempfile
+import warnings
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
+
 import torch
-from .rules import RuleGraph, set_f1
+
 from ..files import DataError, check_archive, check_weights
+from .rules import RuleGraph, set_f1
 from .text import ModelScorer, minilm_folder, resolve_device, resolve_dtype, weights_path
 
 # %% ../../nbs/rewards/03_radgraph.ipynb #4d481ed8
@@ -326,7 +333,10 @@ def _text_tensors(self, coded):
         torch.where((b > a)[:, None], torch.stack([a + 1, b], 1), -1)
         for a, b in ((e[:-1], e[1:]) for e in ends)
     ]  # a word without pieces has none
-    ones = lambda counts: padded([torch.ones(n, dtype=torch.bool) for n in counts], False)
+
+    def ones(counts):
+        return padded([torch.ones(n, dtype=torch.bool) for n in counts], False)
+
     tensors = dict(
         token_ids=padded([torch.tensor(s) for s in segments], pad),
         mask=ones(map(len, coded)),

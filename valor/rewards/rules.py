@@ -11,10 +11,12 @@ __all__ = ['ANSWER', 'SENTENCE_END', 'WORD', 'SPELLED', 'HEADING', 'LABEL_OF_A_L
 # %% ../../nbs/rewards/01_rules.ipynb #fbf2acd5
 import re
 from functools import lru_cache
+
 import pandas as pd
-from ..vocabulary import OBSERVATIONS
-from .text import check_texts, report_body
+
 from ..data.sections import READ_HEADING, readable
+from .text import check_texts, report_body
+from ..vocabulary import OBSERVATIONS
 
 # %% ../../nbs/rewards/01_rules.ipynb #683f34fe
 ANSWER = r"\s*(?:none|no|nil|absent|negative|not \w+|normal|present|resolved)[ \t]*(?:[.,;!\n]|$)"
@@ -80,7 +82,7 @@ CUES = {
         (?:was |were )?not (?:definitely )?{_SEEN} (?:previously|before|earlier|(?:on|in) (?:the |any )?(?:prior|previous|earlier|old|xxxx))(?: \w+)?
         (?:is |are |was |were )?not (?:(?:well|clearly|definitely) )?{_SEEN} (?:on|in) {_ONE_VIEW}|not entirely (?:new|certain)
         (?:tip|end|side-?hole|side port|portion) (?:[a-z]+ ){{0,5}}?(?:is|are|was) (?:not|no longer) (?:(?:well|clearly|definitely) )?{_SEEN}""",
-    "alternative": rf"""versus(?! (?:the )?(?:prior|previous|earlier))|vs(?! (?:the )?(?:prior|previous|earlier))|(?:and )?or(?! (?:so|less|more|smaller|larger|greater)\b)""",
+    "alternative": r"""versus(?! (?:the )?(?:prior|previous|earlier))|vs(?! (?:the )?(?:prior|previous|earlier))|(?:and )?or(?! (?:so|less|more|smaller|larger|greater)\b)""",
     "doubt after": rf"""(?:is|are|remains?) (?:a )?(?:possible|questionable|suspected|likely(?! (?:due|secondary|related))|not excluded|possibility|consideration)|not {_FULLY}(?:excluded|ruled out)
         (?:can ?not|can't|could not|not) be {_FULLY}(?:excluded|ruled out)|(?:difficult|hard|impossible) to (?:completely |entirely )?(?:exclude|rule out)
         (?:should|could|can|might|may|must) (?:also |easily )?be (?:considered|present|missed|obscured|overlooked|hidden)|in the differential|in the (?:right|appropriate|proper|correct) (?:clinical )?(?:setting|context)|\?$""",
@@ -211,12 +213,12 @@ PHRASES = {  # one phrase a line
         reticul\w+ (?:pattern|markings?|changes?)
         haz(?:e|iness)
         (?=scar)(?<!pleural )(?<!pleural-parenchymal )(?<!pleuro-parenchymal )(?<!pleural parenchymal )scar(?:ring|s)?""",
-    "Lung Lesion": rf"""
+    "Lung Lesion": r"""
         (?=nodul)(?<!calcified )(?<!thyroid )nodul\w+
         (?=mass)(?<!thyroid )(?<!breast )mass(?:es|like)?(?! effect)
         tumou?rs?|neoplasms?|carcinoma
         metasta\w+
-        (?=lesion)(?<!bone )(?<!bony )(?<!osseous )(?<!lytic )(?<!sclerotic )(?<!blastic )(?<!rib )lesions?(?! (?:in|of|within|involving) (?:the )?(?:\w+ ){{0,2}}(?:humer\w+|ribs?|clavic\w+|spine|vertebra\w*|scapula\w*|femur|bones?))""",
+        (?=lesion)(?<!bone )(?<!bony )(?<!osseous )(?<!lytic )(?<!sclerotic )(?<!blastic )(?<!rib )lesions?(?! (?:in|of|within|involving) (?:the )?(?:\w+ ){0,2}(?:humer\w+|ribs?|clavic\w+|spine|vertebra\w*|scapula\w*|femur|bones?))""",
     "Edema": r"""
         o?edema
         (?=failure)(?<!respiratory )(?<!renal )(?<!kidney )(?<!hepatic )(?<!liver )(?<!hardware )(?<!treatment )(?<!to )failure(?! (?:of|to)\b)

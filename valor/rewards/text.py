@@ -8,7 +8,15 @@ __all__ = ['TAG', 'REASONING', 'WELL_FORMED', 'WORD', 'SCORERS', 'report_body', 
            'positions_of', 'rescale_baseline', 'BertScore', 'FunctionScorer', 'load_attribute', 'scorer']
 
 # %% ../../nbs/rewards/00_text.ipynb #d9d3e097
-import csv, hashlib, inspect, json, math, os, re, sqlite3, sys
+import csv
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import sqlite3
+import sys
 from collections import Counter
 from contextlib import contextmanager
 from functools import lru_cache
@@ -16,7 +24,9 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
-import numpy as np, torch
+
+import numpy as np
+import torch
 
 # %% ../../nbs/rewards/00_text.ipynb #784c2ba0
 TAG = re.compile(r"</?report>")

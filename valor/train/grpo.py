@@ -6,22 +6,30 @@ __all__ = ['MOST_SNAPSHOTS', 'grpo_loss', 'advantages', 'group_correlation', 'Re
            'steps_of', 'make_trainer', 'snapshot_every', 'Snapshots', 'align']
 
 # %% ../../nbs/train/00_grpo.ipynb #e93ea962
-import gzip, json, math, os, time, zlib
+import gzip
+import json
+import math
+import os
+import time
+import zlib
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-import pandas as pd, torch
+import pandas as pd
+import torch
 from accelerate.utils import gather_object
 from peft import load_peft_weights, set_peft_model_state_dict
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import GRPOConfig
 
-from ..rewards.guard import alarms, checked_scores, distinct_share, odd_line, probe
+from ..data.restricted import check_server
+from ..policy.models import frozen_weights, load_policy, loading, lora_config, memory_line
+from ..policy.tiny import Progress, conversations, shard_by_layer, train_to_end, trainer_args
 from valor.rewards.compose import (
-    TEXT_SCORERS,
     CLINICAL_SCORERS,
+    TEXT_SCORERS,
     clinical,
     composite,
     extra,
@@ -31,10 +39,8 @@ from valor.rewards.compose import (
     text_reward,
     verifiable,
 )
-from ..policy.models import frozen_weights, load_policy, loading, lora_config, memory_line
-from ..policy.tiny import Progress, conversations, shard_by_layer, train_to_end, trainer_args
+from ..rewards.guard import alarms, checked_scores, distinct_share, odd_line, probe
 from ..rewards.ranknorm import rank_norm, rank_reward
-from ..data.restricted import check_server
 from .rollout import SharedRollout
 
 # %% ../../nbs/train/00_grpo.ipynb #2c0f3a51
@@ -201,7 +207,10 @@ class CompletionTable(TrainerCallback):
 
     def add(self, state, k, group_size, columns):
         "Append the generation `k`; `columns`: name → list, one item a candidate, groups of `group_size` one after the other."
-        known = lambda x: None if isinstance(x, float) and math.isnan(x) else x
+
+        def known(x):
+            return None if isinstance(x, float) and math.isnan(x) else x
+
         rows = [
             dict(k=k, group=i // group_size, candidate=i % group_size) | dict(zip(columns, map(known, row)))
             for i, row in enumerate(zip(*columns.values()))

@@ -7,7 +7,8 @@ __all__ = ['GB', 'SCORERS', 'llava_med_7b', 'qwen25_vl_7b', 'Shape', 'shape_of',
 # %% ../../nbs/train/02_memory.ipynb #b7ceb675
 from dataclasses import dataclass
 
-import pandas as pd, torch
+import pandas as pd
+import torch
 from transformers import (
     AutoModelForImageTextToText,
     CLIPVisionConfig,

@@ -6,10 +6,14 @@ __all__ = ['ALPHA_BAR', 'NOTHING', 'weighted_dpo_loss', 'text_rewards', 'whole_l
            'pair_dataset', 'PairCollator', 'MMedPOTrainer', 'preference_trainer', 'updates_of', 'prefer']
 
 # %% ../../nbs/train/03_preference.ipynb #76a304c2
-import dataclasses, json, os, zlib
+import dataclasses
+import json
+import os
+import zlib
 from pathlib import Path
 
-import numpy as np, torch
+import numpy as np
+import torch
 from datasets import Dataset
 from PIL import Image
 from torch.nn.functional import logsigmoid
@@ -18,11 +22,9 @@ from transformers import PrinterCallback, set_seed
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
-from ..policy.adapter import beside
-from ..metrics.statistics import as_completion
 from ..files import UNREADABLE, DataError, first_line, json_lines, json_value, opened, own_lines
-from .grpo import Rewards, advantages, steps_of
-from ..rewards.compose import extras_of
+from ..metrics.statistics import as_completion
+from ..policy.adapter import beside
 from valor.policy.models import (
     check_completions,
     ending,
@@ -34,6 +36,7 @@ from valor.policy.models import (
 )
 from ..policy.tiny import PROMPT, Progress, generate, image_lists, train_to_end, trainer_args
 from ..rewards.text import TAG
+from .grpo import Rewards, advantages, steps_of
 
 # %% ../../nbs/train/03_preference.ipynb #0237bf34
 def weighted_dpo_loss(chosen, rejected, ref_chosen, ref_rejected, weights=1.0, beta=0.1):
@@ -152,7 +155,10 @@ def _preference(row, rows_of, folder):
         raise ValueError(
             f"id {row.get('id')!r} is no training study and image {image!r} no file below {folder}"
         )
-    tagged = lambda text: text if TAG.search(text) else as_completion(text)
+
+    def tagged(text):
+        return text if TAG.search(text) else as_completion(text)
+
     return pair(
         at,
         tagged(chosen),

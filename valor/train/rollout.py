@@ -5,10 +5,13 @@ __all__ = ['BY_TOKEN', 'IMAGE_FIELDS', 'merged', 'stays_beside', 'keep', 'restor
            'positions_after', 'Roomy', 'with_room', 'sample', 'mean_gap', 'gap_alarm', 'SharedRollout']
 
 # %% ../../nbs/train/01_rollout.ipynb #fc0f61c8
-import hashlib, json
+import hashlib
+import json
 from contextlib import contextmanager
 
-import numpy as np, torch, torch.nn.functional as F
+import numpy as np
+import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers.cache_utils import DynamicLayer
