@@ -27,10 +27,13 @@ def main(fix=False):
         copy = ROOT if fix else Path(d) / "valor"
         before = {name: files(ROOT / name, pattern) for name, pattern in PARTS}
         if not fix:
+            left_out = {
+                str(ROOT / name) for name in (".venv", ".scorers", "runs", ".git", "figures", "_proc")
+            }
             shutil.copytree(
                 ROOT,
                 copy,
-                ignore=shutil.ignore_patterns(".venv", ".scorers", "runs", ".git", "figures", "_proc"),
+                ignore=lambda folder, names: [n for n in names if str(Path(folder) / n) in left_out],
             )
         for command in ("nbdev_export", "nbdev_clean"):
             subprocess.run([Path(sys.executable).with_name(command)], cwd=copy, check=True)

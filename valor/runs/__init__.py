@@ -1,0 +1,11 @@
+"""Runs: phases that are made once, kept under a key and resumed."""
+
+import lazy_loader
+
+# Names are imported when they are asked for, so that no chapter waits for the libraries of another.
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "experiment": ["ensure"],
+    },
+)
