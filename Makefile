@@ -33,7 +33,7 @@ figures: setup   # every table and figure; resumes, and runs again only what cha
 	snakemake -j $(CORES) --keep-going --rerun-incomplete --config preset=$(PRESET) seeds=$(SEEDS) benchmarks=$(BENCHMARKS)
 
 lab: setup
-	jupyter lab --notebook-dir nbs
+	jupyter lab --config .jupyter/jupyter_lab_config.py --notebook-dir nbs
 
 setup: $(BIN)/.installed
 $(BIN)/.installed: pyproject.toml constraints.txt
