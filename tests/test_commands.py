@@ -1,4 +1,6 @@
-"""Every command that the README or a chapter shows: its options and parameters exist, and those of the README run, in its order, on miniatures in the true formats."""
+"""Every command that README, docs and chapters show has options and parameters that exist.
+
+Those of README and of docs/real-models-and-data.md also run, in order, on miniatures in the true formats."""
 
 import dataclasses
 import json
@@ -43,13 +45,18 @@ def blocks_and_lines(text):
 
 
 def shown(page):
-    return blocks_and_lines(
-        "\n\n".join(c.source for c in nbformat.read(page, 4).cells if c.cell_type == "markdown")
-    )
+    "`blocks_and_lines` of a Markdown file or a notebook."
+    if page.suffix == ".md":
+        return blocks_and_lines(page.read_text())
+    cells = nbformat.read(page, 4).cells
+    return blocks_and_lines("\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown"))
 
 
-README, _ = blocks_and_lines((ROOT / "README.md").read_text())
-SHOWN = sorted({(page.stem, command) for page in CHAPTERS for kind in shown(page) for command in kind})
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHOWN = sorted({(p.stem, command) for p in PAGES + CHAPTERS for kind in shown(p) for command in kind})
+# those that are run, each once: first the page that explains them, since each uses what earlier ones leave
+RUN = list(dict.fromkeys([*shown(ROOT / "docs/real-models-and-data.md")[0], *sum(shown(README), [])]))
 
 
 def check_valor(words):
@@ -97,14 +104,14 @@ def test_every_command_that_is_shown_has_the_options_it_names(page, command):
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
     elif words[0] == "python":
         script = next(w for w in words if w.endswith(".py"))
-        assert (ROOT / script).is_file() or (ROOT / "valor" / script).is_file()
+        assert (ROOT / script).is_file() or any((ROOT / "valor").rglob(script))
     else:
         assert "…" in command, (
             f"{command}: say in this test how it is checked"
         )  # `accelerate launch … -m valor train`
 
 
-# --- the README's own, one after the other in one folder
+# --- the README's and those of docs/real-models-and-data.md, one after the other in one folder
 
 SMALL = dict(
     threads=1,
@@ -138,7 +145,7 @@ HUB = dict(
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
-    "A folder with everything that the README's commands name, under the names that they give it; `/models`, `/data` and `~` lie in it."
+    "A folder with everything that the commands name, under their names; `/models`, `/data` and `~` lie in it."
     desk = tmp_path_factory.mktemp("desk")
     miniature_llava_med(desk / "llava-med-v1.5-mistral-7b")
     miniature_biomedclip(desk / "models/biomedclip")
@@ -290,8 +297,8 @@ HOW = [  # (beginning of a command, how it is run at miniature size)
 ]
 
 
-@pytest.mark.parametrize("command", README, ids=lambda c: c[:60])
-def test_the_readmes_commands_run(command, desk, monkeypatch, capsys):
+@pytest.mark.parametrize("command", RUN, ids=lambda c: c[:60])
+def test_the_commands_run(command, desk, monkeypatch, capsys):
     found = [how for start, how in HOW if command.startswith(start)]
     assert found, f"{command}: a new example; say in HOW how it is run at miniature size"
     monkeypatch.chdir(desk)
@@ -304,5 +311,6 @@ def test_the_readmes_commands_run(command, desk, monkeypatch, capsys):
     found[0]([w.replace("distilroberta-base", "minilm") for w in words], monkeypatch, capsys.readouterr)
 
 
-def test_no_example_of_the_readme_is_missed():
-    assert len(README) >= len(HOW) and all(any(c.startswith(start) for c in README) for start, _ in HOW)
+def test_no_example_is_missed():
+    assert len(RUN) >= len(HOW)
+    assert all(any(command.startswith(start) for command in RUN) for start, _ in HOW)

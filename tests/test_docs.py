@@ -1,0 +1,260 @@
+"""README, docs and the table of contents: links lead somewhere, numbers are those of figures/, examples run.
+
+python tests/test_docs.py --fix    # writes the tables' numbers and the table of contents anew
+"""
+
+import re
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+import table_of_contents
+
+from valor import rewards
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+NOTEBOOKS = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
+
+
+def name(path):
+    return str(path.relative_to(ROOT))
+
+
+# --- links
+
+
+@lru_cache(None)
+def prose(page):
+    "The Markdown of `page` (a Markdown file or a notebook, Markdown outputs included) without its code."
+    if page.suffix == ".md":
+        text = page.read_text()
+    else:
+        cells = nbformat.read(page, 4).cells
+        texts = [cell.source for cell in cells if cell.cell_type == "markdown"]
+        outputs = [out for cell in cells for out in cell.get("outputs", []) if "data" in out]
+        text = "\n\n".join(
+            texts + [out.data["text/markdown"] for out in outputs if "text/markdown" in out.data]
+        )
+    text = re.sub(r"^(```|~~~).*?^\1", "", text, flags=re.M | re.S)
+    return re.sub(r"`[^`\n]*`", "code", text)
+
+
+def links(page):
+    "Targets of all links and pictures of `page`, in order."
+    text = prose(page)
+    inline = re.findall(r"\]\(\s*<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\s*\)", text)
+    references = re.findall(r"^\[[^\]]+\]:\s*(\S+)", text, flags=re.M)
+    return inline + references + re.findall(r"(?:src|href)=\"([^\"]+)\"", text)
+
+
+def slug(heading):
+    "The anchor that GitHub gives to a heading."
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+    return re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+
+
+@lru_cache(None)
+def anchors(page):
+    "All anchors of `page`: GitHub's and, of a notebook, JupyterLab's."
+    text = page.read_text() if page.suffix == ".md" else prose(page)
+    text = re.sub(r"^(```|~~~).*?^\1", "", text, flags=re.M | re.S)
+    headings = re.findall(r"^#{1,6}\s+(.+?)\s*#*$", text, flags=re.M)
+    found = {slug(h) for h in headings}
+    return found if page.suffix == ".md" else found | {h.replace(" ", "-") for h in headings}
+
+
+def fault_of(link, page):
+    "What is wrong with a relative `link` of `page`; None if nothing is, and for links to the web."
+    if re.match(r"(https?|mailto|data|attachment):", link):
+        return None
+    path, _, anchor = link.partition("#")
+    target = (page.parent / path).resolve() if path else page
+    if not target.is_relative_to(ROOT):
+        return "leaves the repository"
+    if not target.exists():
+        return "no such file"
+    if anchor and target.suffix in (".md", ".ipynb") and anchor not in anchors(target):
+        return f"no such heading in {name(target)}"
+    return None
+
+
+@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS], ids=name)
+def test_links_lead_somewhere(page):
+    faults = {link: fault for link in links(page) if (fault := fault_of(link, page))}
+    assert not faults
+
+
+def test_a_dead_link_is_noticed():
+    page = ROOT / "README.md"
+    assert fault_of("docs/nothing.md", page) == "no such file"
+    assert fault_of("docs/results.md#nothing", page) == "no such heading in docs/results.md"
+    assert fault_of("../elsewhere.md", page) == "leaves the repository"
+    assert fault_of("docs/results.md#the-main-table", page) is None
+
+
+# --- numbers: a table under `<!-- numbers: FILE; FORM; … -->` shows what FILE holds
+#
+# wide: a row a system, a column a metric; cells are "value [lo, hi]"
+# rows: a row is the one row of FILE that has its words; further parts are `column=word`, which selects rows,
+#       and `header=column`, where a column of the table has another name in FILE ("lo,hi" is an interval)
+
+MARKED = re.compile(r"<!-- numbers: (.+?) -->\n\n((?:\|.*\n)+)")
+KEYS = ("system", "metric", "name", "measure", "reading")
+
+
+def three(value, column=""):
+    "A number as the tables show it."
+    if pd.isna(value):
+        return ""
+    if column in ("n", "studies", "mentions"):
+        return f"{int(value):,}"
+    if column in ("p", "p_holm") and value < 0.001:
+        return "< 0.001"
+    return f"{value:.3f}"
+
+
+def interval(row, low, high):
+    return f"[{three(row[low])}, {three(row[high])}]"
+
+
+def one_row(frame, words):
+    "The one row of `frame` that has `words`: {column: word}."
+    for column, word in words.items():
+        frame = frame[frame[column] == word]
+    assert len(frame) == 1, f"{words}: {len(frame)} rows"
+    return frame.iloc[0]
+
+
+def wide_cell(frame, header, cells):
+    "The cell of the metric `header` for the system that `cells` name."
+    row = one_row(frame, dict(system=cells["system"], metric=header))
+    return f"{three(row['value'])} {interval(row, 'lo', 'hi')}"
+
+
+def row_cell(frame, header, cells, aliases, chosen):
+    "The cell under `header` of the row that the words among `cells` name; what the file does not have stays."
+    columns = {h: aliases.get(h, h) for h in cells}
+    column = columns[header]
+    if column in KEYS or not set(column.split(",")) <= set(frame.columns):
+        return cells[header]
+    row = one_row(frame, chosen | {c: cells[h] for h, c in columns.items() if c in KEYS})
+    return interval(row, *column.split(",")) if "," in column else three(row[column], column)
+
+
+def memory_cell(header, cells):
+    "The cell of the table of what fits on a GPU, as computed by `valor.train.memory`."
+    from valor.train import memory
+
+    columns = {"parts": "gradient_accumulation_steps", "peak (GB)": "peak"}
+    if header not in columns:
+        return cells[header]
+    fits = memory.fits(memory.shape_of(memory.llava_med_7b()))
+    fits = fits[(fits.checkpointing == "on") & (fits.weights == cells["weights"])]
+    row = one_row(fits.astype({"GPU (GB)": str}), {"GPU (GB)": cells["GPU (GB)"]})
+    return str(row[columns[header]])
+
+
+def filled(match):
+    "A marked table with the numbers that it should show."
+    source, *rest = [part.strip() for part in match[1].split(";")]
+    lines = match[2].splitlines()
+    headers = [h.strip() for h in lines[0].strip("|").split("|")]
+    frame = pd.read_csv(ROOT / source) if source.endswith(".csv") else None
+    given = dict(part.split("=", 1) for part in rest[1:])
+    aliases = {h: column for h, column in given.items() if h in headers}
+    chosen = {column: word for column, word in given.items() if column not in headers}
+    out = lines[:2]
+    for line in lines[2:]:
+        cells = dict(zip(headers, [c.strip() for c in line.strip().strip("|").split("|")]))
+        for header in headers:
+            if frame is None:
+                cells[header] = memory_cell(header, cells)
+            elif rest[0] == "rows":
+                cells[header] = row_cell(frame, header, cells, aliases, chosen)
+            elif header != "system":
+                cells[header] = wide_cell(frame, header, cells)
+        out.append(f"| {' | '.join(cells.values())} |".replace("  ", " "))
+    return f"<!-- numbers: {match[1]} -->\n\n" + "\n".join(out) + "\n"
+
+
+def with_numbers(text):
+    return MARKED.sub(filled, text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_tables_show_what_the_files_hold(page):
+    text = page.read_text()
+    assert len(re.findall("^<!-- numbers:", text, flags=re.M)) == len(MARKED.findall(text))
+    shown, true = text.splitlines(), with_numbers(text).splitlines()
+    wrong = [(a, b) for a, b in zip(shown, true) if a != b]
+    assert not wrong, "run `python tests/test_docs.py --fix`, and read whether the sentences still hold"
+
+
+def test_no_result_is_typed_by_hand():
+    "Three decimals or more stand only in tables that are compared with a file."
+    for page in (ROOT / "README.md", ROOT / "docs/results.md"):
+        text = re.sub(r"^```.*?^```", "", MARKED.sub("", page.read_text()), flags=re.M | re.S)
+        assert re.findall(r"\d*\.\d{3,}", text) == []
+
+
+# --- the pages themselves
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def examples(page):
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.M | re.S)
+
+
+DOORS = pytest.mark.skipif(
+    not hasattr(rewards, "advantages"), reason="valor.rewards.advantages is still to come"
+)
+RUN = [pytest.param(p, marks=DOORS if p.stem == "architecture" else ()) for p in PAGES if examples(p)]
+
+
+@pytest.mark.parametrize("page", RUN, ids=name)
+def test_examples_run(page, tmp_path, monkeypatch):
+    "The Python blocks of a page, in order; a block whose first line is a comment `# file.py` is that file."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    space = {"__name__": "example"}
+    for block in examples(page):
+        if file := re.match(r"# (\w+\.py)\n", block):
+            Path(file[1]).write_text(block)
+        exec(compile(block, name(page), "exec"), space)
+
+
+# --- the table of contents
+
+
+def test_the_table_of_contents_is_up_to_date():
+    cell = table_of_contents.cell_of(nbformat.read(table_of_contents.INDEX, 4))
+    assert cell.source == table_of_contents.contents(), "run `python tests/test_docs.py --fix`"
+
+
+def test_the_table_of_contents_names_every_notebook():
+    listed = re.findall(r"\]\(([\w/]+\.ipynb)\)", table_of_contents.contents())
+    here = table_of_contents.INDEX
+    assert sorted(listed) == sorted(str(p.relative_to(here.parent)) for p in NOTEBOOKS if p != here)
+
+
+def fix():
+    "Write the numbers of all tables and the table of contents anew."
+    for page in PAGES:
+        page.write_text(with_numbers(page.read_text()))
+    table_of_contents.write()
+
+
+if __name__ == "__main__" and "--fix" in sys.argv:
+    fix()
