@@ -16,7 +16,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # set-up leaves compiling to the first import; where nothing may be kept (containers often say so) every process would compile torch again
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo smoke test lab setup scorers figures
+.PHONY: demo smoke test lab site setup scorers figures
 demo: setup
 	valor run --preset laptop --set benchmark=$(BENCHMARK) --set seed=$(SEED)
 
@@ -32,8 +32,15 @@ test: setup
 figures: setup   # every table and figure; resumes, and runs again only what changed
 	snakemake -j $(CORES) --keep-going --rerun-incomplete --config preset=$(PRESET) seeds=$(SEEDS) benchmarks=$(BENCHMARKS)
 
-lab: setup
-	jupyter lab --config .jupyter/jupyter_lab_config.py --notebook-dir nbs
+lab: setup   # with the repository as root, so that links to docs/ and pictures of figures/ work
+	jupyter lab --config .jupyter/jupyter_lab_config.py --ServerApp.root_dir=$(CURDIR) nbs/index.ipynb
+
+site: setup $(BIN)/.docs   # README, docs, an API reference and all notebooks as pages in _site/; a warning is an error
+	python docs/site.py
+
+$(BIN)/.docs: pyproject.toml constraints.txt $(BIN)/.installed
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
 
 setup: $(BIN)/.installed
 $(BIN)/.installed: pyproject.toml constraints.txt
