@@ -1,0 +1,124 @@
+"""Builds the documentation as a site in _site/: `make site`.
+
+README, the pages of docs/ and all notebooks keep their places, so that links between them hold; a page of API
+reference is added for each module. Nothing is executed or imported: notebooks show the outputs that they are
+committed with. mkdocs.yml names this file as a hook: `on_page_content` is called for every page.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html import unescape
+from pathlib import Path
+from urllib.parse import unquote
+
+from latex2mathml.converter import convert
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "_docs"  # what the site is made of
+SITE = ROOT / "_site"
+SKIPPED = (".github/", ".ci/", ".jupyter/", "tests/", "valor/", "profiles/", "scorers/")
+
+
+def tracked() -> list[str]:
+    "Paths of the files in the repository, those not yet added to git included."
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    return subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+
+
+def copy_pages() -> None:
+    "Copy what pages are made of or link to, each file to its own place under `SOURCE`."
+    for path in tracked():
+        if path.startswith(SKIPPED) or not (ROOT / path).is_file():
+            continue
+        (SOURCE / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, SOURCE / path)
+        if path.endswith(".ipynb"):
+            without_machinery(SOURCE / path)
+
+
+def without_machinery(path: Path) -> None:
+    "Take from the notebook `path` the cells that only nbdev reads, and those marked `#| hide`."
+    notebook = json.loads(path.read_text())
+    hidden = re.compile(r"#\| *(default_exp|hide)\b")
+    notebook["cells"] = [cell for cell in notebook["cells"] if not hidden.match("".join(cell["source"]))]
+    path.write_text(json.dumps(notebook))
+
+
+def write_reference() -> None:
+    "A page for each module, which mkdocstrings fills from docstrings and types, and one that lists them."
+    pages = SOURCE / "api"
+    pages.mkdir()
+    lines = ["# API reference", ""]
+    for path in sorted((ROOT / "valor").rglob("*.py")):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        if path.stem in ("_modidx", "__main__"):
+            continue
+        (pages / f"{module}.md").write_text(f"# `{module}`\n\n::: {module}\n")
+        lines.append(f"- [`{module}`]({module}.md)")
+    (pages / "index.md").write_text("\n".join(lines) + "\n")
+
+
+# kept as they are: code, scripts, styles, tags; as groups: formulas, on a line of their own or within one
+PIECES = re.compile(
+    r"<(pre|code|script|style|svg)\b.*?</\1>|<[^>]*>"
+    r"|\$\$(?P<display>.+?)\$\$|\$(?!\s)(?P<inline>[^$<>\n]+?)(?<!\s)\$(?!\d)",
+    flags=re.S,
+)
+
+
+def with_math(page: str) -> str:
+    "`page` (HTML) with its formulas as MathML, which browsers show without a script."
+
+    def piece(match: re.Match) -> str:
+        formula = match["display"] or match["inline"]
+        if not formula:
+            return match[0]
+        return convert(unescape(formula), display="block" if match["display"] else "inline")
+
+    return PIECES.sub(piece, page)
+
+
+def with_page_links(page: str) -> str:
+    "`page` (HTML) with its links to Markdown files leading to pages; mkdocs does so for Markdown pages only."
+
+    def link(match: re.Match) -> str:
+        path = match[1].replace("README.md", "index.md").removesuffix(".md")
+        return f'href="{path}.html{match[2]}"'
+
+    return re.sub(r'href="(?!https?:)([^"#]+\.md)((?:#[^"]*)?)"', link, page)
+
+
+def on_page_content(html: str, page, config, files) -> str:
+    "Called by mkdocs with the HTML of each page."
+    return with_page_links(with_math(html))
+
+
+def dead_links() -> list[str]:
+    "Links of the built pages that lead to no file of the site. (mkdocs itself checks Markdown pages only.)"
+    dead = []
+    for page in SITE.rglob("*.html"):
+        for link in re.findall(r'(?:href|src)="([^"#?]+)', page.read_text()):
+            outside = re.match(r"[a-z]+:|//", link) or page.name == "404.html"
+            if not outside and not (page.parent / unquote(link)).exists():
+                dead.append(f"{page.relative_to(SITE)}: {link}")
+    return dead
+
+
+def main() -> None:
+    shutil.rmtree(SOURCE, ignore_errors=True)
+    SOURCE.mkdir()
+    copy_pages()
+    write_reference()
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
+    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})
+    if dead := dead_links():
+        sys.exit("dead links:\n" + "\n".join(dead))
+    print(f"built {SITE / 'index.html'}")
+
+
+if __name__ == "__main__":
+    main()
