@@ -24,7 +24,7 @@ smoke: setup
 	valor run --preset smoke --set benchmark=$(BENCHMARK) --set seed=$(SEED)
 
 test: setup
-	ruff check nbs tests && ruff format --check nbs tests && lint-imports --no-logo
+	ruff check nbs tests docs/site.py && ruff format --check nbs tests docs/site.py && lint-imports --no-logo
 	python tests/check_notebooks.py
 	cd nbs && VALOR_RUNS=$$(mktemp -d) nbdev_test --n_workers 2 --timing
 	pytest -q -n 2 --dist loadfile --no-loadscope-reorder

@@ -18,6 +18,9 @@ from urllib.parse import unquote
 from latex2mathml.converter import convert
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tests"))
+from table_of_contents import CHAPTERS
+
 SOURCE = ROOT / "_docs"  # what the site is made of
 SITE = ROOT / "_site"
 SKIPPED = (".github/", ".ci/", ".jupyter/", "tests/", "valor/", "profiles/", "scorers/")
@@ -55,11 +58,34 @@ def write_reference() -> None:
     lines = ["# API reference", ""]
     for path in sorted((ROOT / "valor").rglob("*.py")):
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        if path.stem in ("_modidx", "__main__"):
+        if path.stem in ("_modidx", "__main__") or module == "valor":
             continue
         (pages / f"{module}.md").write_text(f"# `{module}`\n\n::: {module}\n")
         lines.append(f"- [`{module}`]({module}.md)")
     (pages / "index.md").write_text("\n".join(lines) + "\n")
+
+
+def grouped(paths: list[Path], chapter_of) -> list:
+    "Entries of the navigation: the pages without a chapter, then those of each chapter in reading order."
+    names = [str(path.relative_to(SOURCE)) for path in paths]
+    chapters = [chapter_of(path) for path in paths]
+    pages = {c: [n for n, chapter in zip(names, chapters) if chapter == c] for c in CHAPTERS}
+    rest = [n for n, chapter in zip(names, chapters) if chapter not in CHAPTERS]
+    return rest + [{chapter: listed} for chapter, listed in pages.items()]
+
+
+def on_config(config):
+    "Called by mkdocs first: puts every notebook and every module into the navigation."
+    notebooks = [p for p in sorted((SOURCE / "nbs").rglob("*.ipynb")) if p.name != "index.ipynb"]
+    modules = [p for p in sorted((SOURCE / "api").glob("*.md")) if p.name != "index.md"]
+    entries = {
+        "nbs": ["nbs/index.ipynb", *grouped(notebooks, lambda path: path.parent.name)],
+        "api": ["api/index.md", *grouped(modules, lambda path: path.stem.split(".")[1])],
+    }
+    for entry in config.nav:
+        for title, pages in entry.items() if isinstance(entry, dict) else ():
+            entry[title] = entries.get(pages, pages)
+    return config
 
 
 # kept as they are: code, scripts, styles, tags; as groups: formulas, on a line of their own or within one
@@ -113,6 +139,7 @@ def main() -> None:
     SOURCE.mkdir()
     copy_pages()
     write_reference()
+    (SOURCE / "wide.css").write_text(".md-grid { max-width: 90rem; }\n")  # room for lines of 110 columns
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
     subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})
     if dead := dead_links():
