@@ -5,6 +5,7 @@ python tests/test_docs.py --fix    # writes the tables' numbers and the table of
 
 import re
 import sys
+import tomllib
 from functools import lru_cache
 from pathlib import Path
 
@@ -233,6 +234,18 @@ def test_examples_run(page, tmp_path, monkeypatch):
         if file := re.match(r"# (\w+\.py)\n", block):
             Path(file[1]).write_text(block)
         exec(compile(block, name(page), "exec"), space)
+
+
+def test_the_picture_of_the_arrows_has_the_layers_of_the_contract():
+    text = (ROOT / "docs/architecture.md").read_text()
+    drawn = re.search(r"^flowchart LR\n(.*?)```", text, flags=re.M | re.S)[1]
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+    layers = [set(re.findall(r"\w+", layer)) for layer in contract["layers"]]
+    boxes = [
+        set(re.findall(r"[a-z]+", box.replace("br/", ""))) for box in drawn.replace("\n", "-->").split("-->")
+    ]
+    shown = [box - {"low", "parts"} for box in boxes if box - {"low", "parts"}]
+    assert shown == [layer for layer in reversed(layers) if layer != {"__main__"}]
 
 
 # --- the table of contents
