@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from valor import cli
-from valor.config import preset, write_whole
+from valor.config import preset
+from valor.files import whole
 from valor.figures import sidecar
 from valor.policy.tiny import TrainingError, train_to_end
 from valor.rewards.text import Store, StoreError
@@ -92,7 +93,7 @@ def test_a_finished_run_is_read_where_nothing_can_be_written(runs):
     def refused(*args, **kw):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    with patch.object(ex, "locked", refused), patch.object(ex, "write_whole", refused):
+    with patch.object(ex, "locked", refused), patch.object(ex, "whole", refused):
         assert ex.ensure("stage1", cfg) == folder
     assert {p: p.stat().st_mtime_ns for p in runs.rglob("*")} == before
 
@@ -146,14 +147,14 @@ def test_an_expert_without_a_number_costs_no_training():
 def test_two_writers_of_one_file_do_not_meet(tmp_path):
     "The second comes and goes while the first is writing."
 
-    def first(temporary):
-        temporary.write_text("first")
-        write_whole(tmp_path / "t.csv", lambda p: p.write_text("second"))
-
-    write_whole(tmp_path / "t.csv", first)
+    with whole(tmp_path / "t.csv") as first:
+        first.write_text("first")
+        with whole(tmp_path / "t.csv") as second:
+            second.write_text("second")
     assert (tmp_path / "t.csv").read_text() == "first" and [p.name for p in tmp_path.iterdir()] == ["t.csv"]
-    with pytest.raises(ZeroDivisionError):
-        write_whole(tmp_path / "t.csv", lambda p: (p.write_text("half"), 1 / 0))
+    with pytest.raises(ZeroDivisionError), whole(tmp_path / "t.csv") as third:
+        third.write_text("half")
+        1 / 0
     assert (tmp_path / "t.csv").read_text() == "first" and [p.name for p in tmp_path.iterdir()] == ["t.csv"]
 
 

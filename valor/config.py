@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['BENCHMARKS', 'REAL_SOURCES', 'RULES', 'PRESETS', 'ON_BENCHMARK', 'Config', 'validate', 'preset', 'parse_settings',
-           'sweeps', 'key_of', 'repo_root', 'runs_dir', 'write_whole', 'figures_dir', 'cpu_model', 'versions']
+           'sweeps', 'key_of', 'repo_root', 'runs_dir', 'figures_dir', 'cpu_model', 'resolve_device', 'versions']
 
 # %% ../nbs/00_config.ipynb #0322eea5
 import configparser
@@ -14,13 +14,15 @@ import math
 import os
 import platform
 import re
-import secrets
 import types
 import typing
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+
+if typing.TYPE_CHECKING:
+    import torch
 
 # %% ../nbs/00_config.ipynb #751a8dd5
 BENCHMARKS = (
@@ -552,20 +554,6 @@ def runs_dir():
     return Path(os.environ.get("VALOR_RUNS") or repo_root() / "runs")
 
 
-def write_whole(path, write):
-    """Have `write(temporary)` write a file that takes the name `path` once it is complete; returns `path`.
-
-    The temporary file lies beside it under a name of its own (ending in .tmp), so that two processes never meet in one; it goes if `write` fails."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
 def figures_dir():
     return Path(os.environ.get("VALOR_FIGURES") or repo_root() / "figures")
 
@@ -578,6 +566,17 @@ def cpu_model() -> str:
     except OSError:
         named = None
     return named[1].strip() if named else platform.processor() or platform.machine()
+
+
+def resolve_device(name: str = "auto") -> "torch.device":
+    'The torch device `name`; for "auto" this process\'s GPU if torch sees one, else the CPU.'
+    import torch
+
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def versions():

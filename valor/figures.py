@@ -17,9 +17,10 @@ import matplotlib as mpl
 import pandas as pd
 import seaborn as sns
 
-from .config import figures_dir, key_of, runs_dir, versions, write_whole
+from .config import figures_dir, key_of, runs_dir, versions
 from .data.restricted import kept
 from .data.sources import terms_of
+from .files import whole
 
 # %% ../nbs/00a_figures.ipynb #6b2d826a
 COLUMN, PAGE = 3.4, 7.0  # inches
@@ -157,7 +158,9 @@ def save_page(stem, text, cfgs=(), out=None):
     out = Path(out or place_of(cfgs))
     with _guarded(out, cfgs):
         out.mkdir(parents=True, exist_ok=True)
-        return write_whole(out / f"{stem}.md", lambda p: p.write_text(text))
+        with whole(out / f"{stem}.md") as temporary:
+            temporary.write_text(text)
+        return out / f"{stem}.md"
 
 
 @contextlib.contextmanager
@@ -173,20 +176,16 @@ def _guarded(out, cfgs):
 
 def _saved(out, stem, data, figure, cfgs, runs, note):
     out.mkdir(parents=True, exist_ok=True)
-    files = [
-        write_whole(
-            out / f"{stem}.csv",
-            lambda p: data.to_csv(
-                p, index=not isinstance(data.index, pd.RangeIndex), float_format="%.6g", lineterminator="\n"
-            ),
-        )
-    ]
-    for end, no_date in (
-        (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})) if figure is not None else ()
-    ):
-        with mpl.rc_context({"svg.hashsalt": stem}):
-            files.append(
-                write_whole(out / f"{stem}.{end}", lambda p: figure.savefig(p, format=end, metadata=no_date))
-            )
-    text = json.dumps(sidecar(stem, cfgs, runs, note), indent=1, ensure_ascii=False) + "\n"
-    return [*files, write_whole(out / f"{stem}.json", lambda p: p.write_text(text))]
+    index = not isinstance(data.index, pd.RangeIndex)
+    files = [out / f"{stem}.csv"]
+    with whole(files[0]) as temporary:
+        data.to_csv(temporary, index=index, float_format="%.6g", lineterminator="\n")
+    if figure is not None:
+        for ending, no_date in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+            files.append(out / f"{stem}.{ending}")
+            with mpl.rc_context({"svg.hashsalt": stem}), whole(files[-1]) as temporary:
+                figure.savefig(temporary, format=ending, metadata=no_date)
+    files.append(out / f"{stem}.json")
+    with whole(files[-1]) as temporary:
+        temporary.write_text(json.dumps(sidecar(stem, cfgs, runs, note), indent=1, ensure_ascii=False) + "\n")
+    return files

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageOps
 
-from ..files import first_line
+from ..files import one_line
 
 # %% ../../nbs/data/03_images.ipynb #c1355788
 class ImageError(ValueError):
@@ -125,7 +125,7 @@ def read_dicom(file, name):
             raise ImageError(
                 f"{name}: compressed as {ds.file_meta.TransferSyntaxUID.name}, which takes another package: {DECODERS}"
             ) from e
-        raise ImageError(f"{name}: not readable as DICOM ({first_line(e)})") from e
+        raise ImageError(f"{name}: not readable as DICOM ({one_line(e)})") from e
     if ds.PhotometricInterpretation == "MONOCHROME1":
         grey = 255 - grey
     grey[padding] = 0
@@ -186,7 +186,7 @@ def read_image(source, name=None):
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
     except (OSError, ValueError) as e:
         raise ImageError(
-            f"{name[:200]}: {getattr(e, 'strerror', None) or first_line(e)}; expected a PNG, JPEG or DICOM file"
+            f"{name[:200]}: {getattr(e, 'strerror', None) or one_line(e)}; expected a PNG, JPEG or DICOM file"
         ) from None
     kind = _magic(data[:132])
     if kind is None:
@@ -200,7 +200,7 @@ def read_image(source, name=None):
         image.load()
         image = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise ImageError(f"{name}: a damaged {kind.upper()} file ({first_line(e)})") from e
+        raise ImageError(f"{name}: a damaged {kind.upper()} file ({one_line(e)})") from e
     return to_uint8(image) if image.mode[0] in "IF" else np.array(image.convert("L"))
 
 # %% ../../nbs/data/03_images.ipynb #47b3e09c
@@ -220,7 +220,7 @@ def check_image(source, full=False, name=None):
     except (OSError, ValueError) as e:
         if isinstance(e, ImageError):
             raise
-        why = getattr(e, "strerror", None) or ("empty" if "empty file" in str(e) else first_line(e))
+        why = getattr(e, "strerror", None) or ("empty" if "empty file" in str(e) else one_line(e))
         raise ImageError(f"{name[:200]}: {why}; expected a PNG, JPEG or DICOM file") from None
 
 

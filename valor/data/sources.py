@@ -25,7 +25,7 @@ import ijson
 from ..config import REAL_SOURCES
 from .benchmarks import openi_archive, parse_openi
 from .sections import parse_sections
-from ..files import SURROGATE, UNREADABLE, DataError, archive_files, first_line, json_lines, opened
+from ..files import SURROGATE, UNREADABLE, DataError, archive_files, json_lines, one_line, opened
 from ..vocabulary import OBSERVATIONS
 
 # %% ../../nbs/data/04_sources.ipynb #6aa7dbd5
@@ -131,7 +131,7 @@ def _rows(path):
                 )
     except (UnicodeDecodeError, csv.Error, *UNREADABLE) as e:
         near = "" if row == 1 else f", after row {row}"
-        raise DataError(f"{path}: not readable as CSV in UTF-8 ({first_line(e)}{near})") from e
+        raise DataError(f"{path}: not readable as CSV in UTF-8 ({one_line(e)}{near})") from e
 
 
 def _header(path, rows):
@@ -282,7 +282,7 @@ def read_openi_tree(root, reports=None):
                 Path(where).stem,
                 "broken XML",
                 where,
-                f"not a report of Open-i ({first_line(e)}); expected eCitation XML with a uId",
+                f"not a report of Open-i ({one_line(e)}); expected eCitation XML with a uId",
             )
             continue
         for name in (s["uid"], *s["images"]):
@@ -393,7 +393,7 @@ def _annotation(path):
     except (ijson.JSONError, UnicodeDecodeError, ValueError, OSError) as e:
         if isinstance(e, DataError):
             raise
-        raise DataError(f"{path}: not readable as JSON ({first_line(e)})") from e
+        raise DataError(f"{path}: not readable as JSON ({one_line(e)})") from e
 
 
 def read_r2gen(root, credentialed, annotation="annotation.json"):
@@ -726,7 +726,7 @@ def _hf_parts(root):
         )
     except (FileNotFoundError, ValueError, ConnectionError, OSError) as e:
         raise DataError(
-            f"root={name!r}: no Hugging Face dataset ({first_line(e)}); expected a folder of save_to_disk or a dataset's name"
+            f"root={name!r}: no Hugging Face dataset ({one_line(e)}); expected a folder of save_to_disk or a dataset's name"
         ) from e
     return list(found.items() if isinstance(found, dict) else [(None, found)])
 

@@ -41,6 +41,7 @@ from valor.data.sources import (
     text_columns,
 )
 from .views import KnownViews, picture_view
+from ..files import whole
 from ..rewards.rules import RuleLabeler
 from ..vocabulary import OBSERVATIONS
 
@@ -701,6 +702,5 @@ def _store_shard(rows, path, size, features, pool):
     if kept:
         writer.finalize()
         os.replace(making, path)
-    temporary = path.with_suffix(".json.tmp")  # written last: it says that the shard is whole
-    temporary.write_text(json.dumps(faults))
-    os.replace(temporary, path.with_suffix(".json"))
+    with whole(path.with_suffix(".json")) as temporary:  # written last: it says that the shard is whole
+        temporary.write_text(json.dumps(faults))

@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from ..config import resolve_device
 from ..data.images import ImageError, read_image, square
-from ..data.restricted import closed_to_others, repository_of
-from ..files import json_lines, json_value, own_lines
+from ..data.restricted import closed_to_others
+from ..files import json_lines, json_value, own_lines, repository_of
 from .adapter import add_in, merged_share, with_policy
 from .models import film_side
 from .tiny import generate, load_policy, save_policy
@@ -239,7 +240,7 @@ def run_generate(args, settings):
     )
     if args.adapter:
         model = with_adapter(model, args.adapter)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(resolve_device())
     if film_side(processor) is None:
         print(
             f"{args.model}: does not say on what size of films it was trained (no valor.json of valor's SFT); they are shown at their own size",

@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['CHATS', 'KINDS', 'MODULES', 'LOADING', 'KEPT_WITH', 'trained_tokenizer', 'miniature', 'parts', 'groups',
            'lora_config', 'freeze_vision', 'image_tokens', 'check_completions', 'rendered', 'ending', 'load_policy',
-           'own_generation', 'frozen_weights', 'loading', 'save_policy', 'film_side', 'reason', 'check_kind',
-           'check_policy', 'check_files', 'load_processor', 'check_image_token', 'memory_line']
+           'own_generation', 'frozen_weights', 'loading', 'save_policy', 'film_side', 'check_kind', 'check_policy',
+           'check_files', 'load_processor', 'check_image_token', 'memory_line']
 
 # %% ../../nbs/policy/01_models.ipynb #f46b3b97
 import json
@@ -49,6 +49,8 @@ from transformers import (
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT_MODELS,
 )
+
+from ..files import one_line
 
 # %% ../../nbs/policy/01_models.ipynb #7b16d4d5
 _CHATML = (
@@ -444,7 +446,7 @@ def load_policy(path, dtype=torch.float32, attention="auto", trust_remote_code=F
         )
     except (ImportError, ValueError, RuntimeError, OSError, SafetensorError) as e:
         raise ValueError(
-            f"model={str(path)!r}: transformers could not load it with attention={attention!r}: {reason(e)[:300]}"
+            f"model={str(path)!r}: transformers could not load it with attention={attention!r}: {one_line(e)[:300]}"
         ) from e
     if info["missing_keys"]:
         raise ValueError(
@@ -522,11 +524,6 @@ def film_side(processor):
         else None
     )
 
-
-def reason(error):
-    "The first line of what an exception says, or its name."
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
 # %% ../../nbs/policy/01_models.ipynb #8494a71f
 def check_kind(path, trust_remote_code=False):
     "Raise `ValueError` unless `path` holds, or names, an image-text-to-text model that transformers knows."
@@ -558,7 +555,7 @@ def check_kind(path, trust_remote_code=False):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as e:
         raise ValueError(
-            f"{said}: {reason(e)[:300]}"
+            f"{said}: {one_line(e)[:300]}"
             + (
                 "; trust_remote_code=true runs the checkpoint's own code"
                 if "trust_remote_code" in str(e)
@@ -605,7 +602,7 @@ def check_files(path):
                 else set(torch.load(p, map_location="cpu", weights_only=True, mmap=True))
             )
         except Exception as e:
-            raise ValueError(f"{p}: truncated or damaged ({reason(e)[:300]}); {again}") from e
+            raise ValueError(f"{p}: truncated or damaged ({one_line(e)[:300]}); {again}") from e
         if lost := next((k for k, n in listed.items() if n == p.name and k not in there), None):
             raise ValueError(f"{p}: no tensor {lost}, which {index.name} places there; {again}")
 
@@ -619,7 +616,7 @@ def load_processor(path, trust_remote_code=False):
         )
     except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError) as e:
         raise ValueError(
-            f"{said}: its processor could not be loaded ({reason(e)[:300]}); expected processor_config.json or preprocessor_config.json and a tokenizer beside the weights"
+            f"{said}: its processor could not be loaded ({one_line(e)[:300]}); expected processor_config.json or preprocessor_config.json and a tokenizer beside the weights"
         ) from e
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
         raise ValueError(
@@ -664,5 +661,5 @@ def memory_line(what, **parameters):
     except torch.OutOfMemoryError as e:
         lower = ", ".join(f"{k}={v}" for k, v in parameters.items() if v is not None)
         raise MemoryError(
-            f"{what}: out of memory ({reason(e)[:300].split('. ')[0]}); lower one of {lower}, raise gradient_accumulation_steps, or hold frozen weights in policy_weights=bfloat16 or nf4; what is finished stays and is resumed"
+            f"{what}: out of memory ({one_line(e)[:300].split('. ')[0]}); lower one of {lower}, raise gradient_accumulation_steps, or hold frozen weights in policy_weights=bfloat16 or nf4; what is finished stays and is resumed"
         ) from e

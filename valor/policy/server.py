@@ -26,6 +26,7 @@ from jinja2 import TemplateError
 from PIL import Image
 from transformers import set_seed
 
+from ..config import resolve_device
 from ..data.images import read_image, square
 from .generate import with_adapter
 from .models import film_side, image_tokens, load_policy
@@ -417,7 +418,7 @@ def run_serve(args, settings):
     )
     if args.adapter:
         model = with_adapter(model, args.adapter)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(resolve_device())
     with PolicyServer(
         model, processor, Path(args.model).resolve().name, args.host, args.port, args.max_new_tokens, key
     ) as server:

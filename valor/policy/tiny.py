@@ -36,7 +36,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from ..config import write_whole
+from ..files import whole
 from .adapter import KEPT, beside, merged_share
 from valor.policy.models import (
     MODULES,
@@ -210,7 +210,8 @@ def _digests(folder):
 def seal(checkpoint):
     "Declare the folder `checkpoint` complete: its files are as they shall be."
     digests = json.dumps(_digests(checkpoint), indent=1)
-    write_whole(Path(checkpoint) / SEAL, lambda p: p.write_text(digests))
+    with whole(Path(checkpoint) / SEAL) as temporary:
+        temporary.write_text(digests)
 
 
 def fault_of(checkpoint):

@@ -20,6 +20,7 @@ import torch
 from matplotlib.patches import Rectangle
 from tqdm.auto import tqdm
 
+from ..config import resolve_device
 from ..data import phantom
 from ..data.phantom import FINDINGS
 from ..data.restricted import kept, safe_name
@@ -484,7 +485,7 @@ def system_maps(cfg, system, reading="own", n=None, **choices):
         read_reports(folder, "test")[: len(test)] if reading == "own" else [target(r) for r in test["report"]]
     )
     model, processor = policy_of(phase.removeprefix("eval_"), cfg)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(resolve_device())
     return attention_maps(
         model,
         processor,

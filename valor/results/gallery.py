@@ -29,7 +29,7 @@ from ..data.phantom import from_truth, parse_report, spans
 from ..data.restricted import check_place, kept, safe_name
 from ..data.sources import terms_of
 from ..figures import COLOURS
-from ..files import report_lines
+from ..files import report_lines, whole
 from ..metrics import statistics as ev
 from ..policy.tiny import image_lists
 from ..rewards.rules import sentences
@@ -515,10 +515,9 @@ def gallery(runs, out, data=None, attention=(), title=None, n=None, side=384):
         restricted,
     )
     out = Path(out).expanduser()
-    making = out.with_name(out.name + ".making")
-    with kept(out, cfg.benchmark):
-        making.write_text(page, encoding="utf-8")
-    return making.replace(out)
+    with kept(out, cfg.benchmark), whole(out) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return out
 
 # %% ../../nbs/results/03_gallery.ipynb #ddbeee17
 def made_up_runs(

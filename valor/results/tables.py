@@ -18,9 +18,9 @@ import yaml
 from ..config import preset as configure
 from ..data.sources import DataError
 from ..figures import COLOURS, PAGE
+from ..files import one_line
 from ..metrics import evaluate as judging
 from ..metrics import statistics as ev
-from ..policy.models import reason
 from ..rewards.guard import RewardError
 from ..rewards.text import report_body
 from valor.runs.experiment import (
@@ -114,7 +114,7 @@ def rows_of(cfgs, systems=ROWS, missing="run", controls=True):
             try:
                 rows.setdefault(system, {})[cfg.seed] = finished(*phase_of(system, cfg), missing), "test"
             except FAULTS as e:
-                why[system] = reason(e)
+                why[system] = one_line(e)
     rows = {s: by_seed for s, by_seed in rows.items() if by_seed}
     if controls:
         for condition in ("shuffled images", "blank image"):
@@ -133,7 +133,7 @@ def rows_of(cfgs, systems=ROWS, missing="run", controls=True):
                 for p in sorted(finished("controls", cfgs[0], missing).glob("frame *.csv"))
             }
         except FAULTS as e:
-            why["controls"] = reason(e)
+            why["controls"] = one_line(e)
     return rows, why
 
 # %% ../../nbs/results/00_tables.ipynb #b583d710

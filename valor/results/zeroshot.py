@@ -37,14 +37,14 @@ import torch
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 from tqdm.auto import tqdm
 
-from ..config import key_of
+from ..config import key_of, resolve_device
 from ..data.restricted import check_place, kept
 from ..data.sources import check_endpoint, is_local
 from ..figures import slug
-from ..files import own_lines, report_lines
+from ..files import one_line, own_lines, report_lines
 from ..metrics.evaluate import DEFAULTS, MEASURES, gauged, made
 from ..policy.generate import ENDINGS
-from ..policy.models import load_policy, own_generation, reason
+from ..policy.models import load_policy, own_generation
 from ..policy.server import complete, fingerprint
 from .paper import TABLE2
 from .tables import compare
@@ -777,7 +777,7 @@ def load_row(row, name, folder, trust_remote_code=()):
             AutoProcessor.from_pretrained(folder, trust_remote_code=row.remote_code),
         )
         model.generation_config = own_generation(model)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
+    return model.to(resolve_device()), processor
 
 
 def chat_report(model, processor, images, prompt, max_new_tokens):
@@ -921,7 +921,7 @@ def run_row(
             ask(Endpoint(**changes), dataset, path, budget=budget, benchmark=benchmark, permitted=permitted)
         )
     except (ValueError, OSError, TypeError, ImportError, openai.OpenAIError) as e:
-        return Result(None, reason(e))
+        return Result(None, one_line(e))
 
 
 def answered(frame):

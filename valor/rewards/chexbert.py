@@ -13,6 +13,7 @@ from unittest.mock import patch
 import pandas as pd
 import torch
 
+from ..config import resolve_device
 from ..files import check_weights
 from .rules import RuleLabeler, mentioned, sentences, set_f1
 from valor.rewards.text import (
@@ -21,7 +22,6 @@ from valor.rewards.text import (
     length_sorted,
     minilm_folder,
     report_body,
-    resolve_device,
     resolve_dtype,
     weights_path,
 )

@@ -8,6 +8,7 @@ __all__ = ['LARGEST', 'PROBES', 'WATCHED', 'Length', 'Repetition', 'RewardError'
 import math
 from collections import Counter
 
+from ..files import one_line
 from .text import Scorer
 
 # %% ../../nbs/rewards/06_guard.ipynb #4db9e940
@@ -35,10 +36,6 @@ class RewardError(RuntimeError):
     "A reward failed; the message names it, the step and the pair."
 
 
-def _describe(error):
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
 LARGEST = (
     1e6  # beyond it a score leaves nothing of the others in a float32 sum, and further out all are equal
 )
@@ -55,7 +52,7 @@ def checked_scores(name, scorer, candidates, references, where, studies=None, **
         scores = [float(s) for s in scorer.score(candidates, references, **columns)]
     except Exception as error:
         raise RewardError(
-            f"reward {name!r} failed at {where}{_first_failure(scorer, candidates, references, studies, columns)}: {_describe(error)}"
+            f"reward {name!r} failed at {where}{_first_failure(scorer, candidates, references, studies, columns)}: {one_line(error, kind=True)}"
         ) from error
     if len(scores) != len(candidates):
         raise RewardError(

@@ -19,9 +19,10 @@ from unittest.mock import patch
 
 import torch
 
+from ..config import resolve_device
 from ..files import DataError, check_archive, check_weights
 from .rules import RuleGraph, set_f1
-from .text import ModelScorer, minilm_folder, resolve_device, resolve_dtype, weights_path
+from .text import ModelScorer, minilm_folder, resolve_dtype, weights_path
 
 # %% ../../nbs/rewards/03_radgraph.ipynb #4d481ed8
 REPO = "StanfordAIMI/RRG_scorers"

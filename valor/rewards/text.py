@@ -4,8 +4,8 @@
 __all__ = ['TAG', 'REASONING', 'WELL_FORMED', 'WORD', 'SCORERS', 'report_body', 'is_well_formed', 'tokenize', 'word_spans',
            'check_texts', 'bodies', 'Scorer', 'Format', 'ngrams', 'ngram_numbers', 'clipped_matches', 'bleu4', 'Bleu4',
            'positions', 'lcs_length', 'common_subsequence', 'RougeL', 'real_iu', 'StoreError', 'Store', 'ModelScorer',
-           'length_sorted', 'resolve_device', 'resolve_dtype', 'weights_path', 'minilm_folder', 'greedy_f1',
-           'positions_of', 'rescale_baseline', 'BertScore', 'FunctionScorer', 'load_attribute', 'scorer']
+           'length_sorted', 'resolve_dtype', 'weights_path', 'minilm_folder', 'greedy_f1', 'positions_of',
+           'rescale_baseline', 'BertScore', 'FunctionScorer', 'load_attribute', 'scorer']
 
 # %% ../../nbs/rewards/00_text.ipynb #d9d3e097
 import csv
@@ -27,6 +27,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+from ..config import resolve_device
 
 # %% ../../nbs/rewards/00_text.ipynb #784c2ba0
 TAG = re.compile(r"</?report>")
@@ -400,17 +402,6 @@ def length_sorted(lengths, batch_size):
     "Batches (lists of indices) of at most `batch_size` texts of like length, longest first."
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-
-
-def resolve_device(device):
-    'torch.device of a name; "auto" is this process\'s GPU where there is one, else the CPU.'
-    if device != "auto":
-        return torch.device(device)
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
 
 
 def resolve_dtype(dtype):

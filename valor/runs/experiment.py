@@ -42,7 +42,7 @@ from accelerate import PartialState
 from datasets import concatenate_datasets, load_from_disk
 from tqdm.auto import tqdm
 
-from ..config import BENCHMARKS, Config, cpu_model, key_of, preset, runs_dir, versions, write_whole
+from ..config import BENCHMARKS, Config, cpu_model, key_of, preset, resolve_device, runs_dir, versions
 from ..contents import cache_dir, fingerprint_once
 from ..data.benchmarks import benchmark_note, leaked, load_benchmark, rerender
 from ..data.phantom import FINDINGS, Finding, from_truth, generic_description
@@ -53,6 +53,7 @@ from ..data.studies import load_studies, store_images
 from ..expert.embedded import edits_for, save_expert, train_expert
 from ..expert.frozen import load_expert, train_classifier, try_expert
 from ..figures import save, save_page, use_style
+from ..files import whole
 from ..metrics import statistics as ev
 from ..policy.generate import with_adapter
 from ..policy.models import LOADING, check_policy, loading
@@ -291,7 +292,8 @@ def _read(path):
 
 
 def _write(path, obj):
-    write_whole(path, lambda temporary: temporary.write_text(json.dumps(obj, indent=1)))
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(obj, indent=1))
 
 
 def _read_dict(path, *keys):
@@ -957,7 +959,7 @@ def make_samples(out, cfg, after, name):
     if cfg.dpo_pairs != "samples":
         return _write(out / "pairs.json", read_preferences(cfg.dpo_pairs, train["study_id"]))
     policy = policy_of("sft", cfg)
-    policy[0].to("cuda" if torch.cuda.is_available() else "cpu")
+    policy[0].to(resolve_device())
     sample_reports(
         policy,
         train,
@@ -1045,7 +1047,7 @@ def score_frame(completions, cfg, expert):
 @maker("eval_base", "eval_sft", "eval_stage1", "eval_stage2", "eval_dpo", "eval_mmedpo")
 def make_evaluation(out, cfg, after, name):
     model, processor = policy_of(name.removeprefix("eval_"), cfg)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(resolve_device())
     test, expert = load_data(phase_folder("data", cfg))["test"], open_expert(after["expert"], cfg)
     images = dict(test=image_lists(test))
     if name == "eval_stage2":
@@ -1098,7 +1100,7 @@ def make_progress(out, cfg, after, name):
         frame = out / f"frame k{k:04d}.csv"
         if not frame.exists():
             model, processor = policy_with("sft", cfg, adapter)
-            model.to("cuda" if torch.cuda.is_available() else "cpu")
+            model.to(resolve_device())
             written = generate(
                 model,
                 processor,
@@ -1110,7 +1112,8 @@ def make_progress(out, cfg, after, name):
             pd.DataFrame(dict(study_id=val["study_id"], completion=written)).to_csv(
                 out / f"reports k{k:04d}.csv", index=False
             )
-            write_whole(frame, ev.score_reports(written, val, cfg.benchmark, labeler=labeler(cfg)).to_csv)
+            with whole(frame) as temporary:
+                ev.score_reports(written, val, cfg.benchmark, labeler=labeler(cfg)).to_csv(temporary)
         rows.append(
             dict(k=k, stage=int(stage[-1]), studies=len(val)) | ev.measure(read_frame(out, f"k{k:04d}"))
         )

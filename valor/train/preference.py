@@ -22,7 +22,7 @@ from transformers import PrinterCallback, set_seed
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
-from ..files import UNREADABLE, DataError, first_line, json_lines, json_value, opened, own_lines
+from ..files import UNREADABLE, DataError, json_lines, json_value, one_line, opened, own_lines
 from ..metrics.statistics import as_completion
 from ..policy.adapter import beside
 from valor.policy.models import (
@@ -184,7 +184,7 @@ def read_preferences(path, study_ids):
             else [row for _, row in json_lines(path, expected)]
         )
     except UNREADABLE as e:
-        raise ValueError(f"{path}: cannot be read ({first_line(e)}); expected {expected}") from None
+        raise ValueError(f"{path}: cannot be read ({one_line(e)}); expected {expected}") from None
     except DataError:
         raise
     except ValueError as e:
