@@ -66,7 +66,7 @@ WAYS_OUT = {
     "results.zeroshot.collect": "inside ask and run_row, which open the guard",
     "results.zeroshot.client_of": "asked by ask alone, after check_endpoint",
     "results.zeroshot.http_client_of": "follows nothing",
-    "results.zeroshot.messages_of": MEMORY,
+    "results.zeroshot._png_url": MEMORY,
     **{
         f"runs.experiment.{f}": IN_RUN
         for f in (
@@ -175,7 +175,7 @@ def test_what_is_called_guarded_opens_the_guard():
         ("runs/experiment", "ensure"),
         ("data/studies", "load_studies"),
         ("results/zeroshot", "ask"),
-        ("results/zeroshot", "run_row"),
+        ("results/zeroshot", "_run"),
         ("figures", "save"),
     ):
         source = (Path(valor.__file__).parent / f"{module}.py").read_text()

@@ -1,4 +1,6 @@
-"""Asking models over real HTTP on this machine: the server answers for the embedded policy, faults are injected at its door."""
+"""Asking models over real HTTP on this machine.
+
+The server answers for the embedded policy; the tests inject faults into its answers."""
 
 import json
 import logging
@@ -18,7 +20,15 @@ from transformers.utils import logging as hf_logging
 from valor.data.phantom import make_phantom
 from valor.policy.server import Handler, PolicyServer
 from valor.policy.tiny import PROMPT, build_policy, generate, load_policy, save_policy
-from valor.results.zeroshot import Endpoint, EndpointError, ask, collect, proxy_of, run_row
+from valor.results.zeroshot import (
+    Endpoint,
+    EndpointError,
+    Questioning,
+    ask,
+    collect,
+    proxy_of,
+    run_row,
+)
 from valor.rewards.text import report_body
 
 SIZE, TOKENS = 64, 8
@@ -26,7 +36,7 @@ hf_logging.disable_progress_bar()
 
 
 class FaultyHandler(Handler):
-    "Takes the next fault off `server.faults` before it answers: a status and headers, or a function of the handler."
+    "Before it answers, takes the next of `server.faults`: a status and headers, or a function."
 
     def do_POST(self):
         self.server.asked_at.append(time.time())
@@ -466,9 +476,11 @@ def test_an_answer_is_written_before_it_is_paid(policy, tmp_path):
         collect(
             policy[0].select(range(1)),
             tmp_path / "a.jsonl",
-            dict(model="m", prompt="p", parameters={}),
-            lambda images: dict(status="ok", candidate="clear"),
-            paid=bill,
+            Questioning(
+                dict(model="m", prompt="p", parameters={}),
+                lambda images: dict(status="ok", candidate="clear"),
+                paid=bill,
+            ),
         )
     assert '"clear"' in (tmp_path / "a.jsonl").read_text()
 
