@@ -822,7 +822,7 @@ def load_row(row: Row, name: str, folder: Path | str, trust_remote_code: Sequenc
         raise ValueError(f"weights={{{name!r}: {str(folder)!r}}}: no such folder; {expected}")
     source = local if local.is_dir() else folder
     device = resolve_device()
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if row.reader == "chat":
         model, processor = load_policy(source, dtype, trust_remote_code=row.remote_code)
     else:
