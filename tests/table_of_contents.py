@@ -40,17 +40,19 @@ def unlinked(text: str) -> str:
     return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
 
 
-def row(path: Path) -> str:
+def row(path: Path, cells: list) -> str:
     "A row of the table: link, sentence, minutes."
-    cells = nbformat.read(path, 4).cells
     title, sentence = opening(cells)
     return f"| [{title}]({path.relative_to(NBS)}) | {sentence} | {minutes(cells)} |"
 
 
 def section(heading: str, about: str, paths: list[Path]) -> str:
     "A heading, a sentence and the table of the notebooks `paths`."
-    lines = [f"## {heading}", "", about, "", "| notebook | what it holds | minutes |", "|---|---|---|"]
-    return "\n".join(lines + [row(path) for path in paths])
+    cells = {path: nbformat.read(path, 4).cells for path in paths}
+    total = sum(minutes(found) for found in cells.values())
+    head = [f"## {heading}", "", f"{about} {total} minutes in all.", ""]
+    table = ["| notebook | what it holds | minutes |", "|---|---|---|"]
+    return "\n".join(head + table + [row(path, cells[path]) for path in paths])
 
 
 def chapter(folder: str) -> str:
