@@ -16,8 +16,9 @@ from valor.metrics.convergence import FORMAT, not_converged
 from valor.metrics.evaluate import tidy_table
 from valor.results import attention, tables
 from valor.rewards.chexbert import LabelF1
+from valor.rewards.compose import advantages
 from valor.train import grpo
-from valor.train.grpo import Rewards, ValorTrainer, advantages, align, make_trainer
+from valor.train.grpo import Rewards, ValorTrainer, align, make_trainer
 
 SCORES = dict(
     bleu4=[0.11, 0.23, 0.05, 0.31],

@@ -12,7 +12,7 @@ from two_processes import START, WORDS, trained
 
 from valor.config import preset
 from valor.policy.tiny import build_policy, save_policy
-from valor.train.grpo import CLINICAL_SCORERS, TEXT_SCORERS, advantages
+from valor.rewards.compose import CLINICAL_SCORERS, TEXT_SCORERS, advantages
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 

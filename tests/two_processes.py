@@ -15,7 +15,8 @@ from PIL import Image
 from transformers import TrainerCallback
 
 from valor.config import preset
-from valor.train.grpo import CLINICAL_SCORERS, TEXT_SCORERS, Rewards, make_trainer
+from valor.rewards.compose import CLINICAL_SCORERS, TEXT_SCORERS
+from valor.train.grpo import Rewards, make_trainer
 
 WORDS, START = "<report> the heart is large. no effusion or edema seen. </report>", 5
 IMAGES = [

@@ -8,6 +8,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "text": ["scorer"],
         "ranknorm": ["rank_norm", "rank_reward"],
-        "compose": ["is_clinical_step"],
+        "compose": ["advantages", "is_clinical_step"],
     },
 )

@@ -35,8 +35,9 @@ from valor.policy.models import (
     memory_line,
 )
 from ..policy.tiny import PROMPT, Progress, generate, image_lists, train_to_end, trainer_args
+from ..rewards.compose import advantages
 from ..rewards.text import TAG
-from .grpo import Rewards, advantages, steps_of
+from .grpo import Rewards, steps_of
 
 # %% ../../nbs/train/03_preference.ipynb #0237bf34
 def weighted_dpo_loss(chosen, rejected, ref_chosen, ref_rejected, weights=1.0, beta=0.1):
