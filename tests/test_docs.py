@@ -14,8 +14,6 @@ import pandas as pd
 import pytest
 import table_of_contents
 
-from valor import rewards
-
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     ROOT / "README.md",
@@ -218,13 +216,7 @@ def examples(page):
     return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.M | re.S)
 
 
-DOORS = pytest.mark.skipif(
-    not hasattr(rewards, "advantages"), reason="valor.rewards.advantages is still to come"
-)
-RUN = [pytest.param(p, marks=DOORS if p.stem == "architecture" else ()) for p in PAGES if examples(p)]
-
-
-@pytest.mark.parametrize("page", RUN, ids=name)
+@pytest.mark.parametrize("page", [p for p in PAGES if examples(p)], ids=name)
 def test_examples_run(page, tmp_path, monkeypatch):
     "The Python blocks of a page, in order; a block whose first line is a comment `# file.py` is that file."
     monkeypatch.chdir(tmp_path)
