@@ -245,7 +245,8 @@ def test_preparing_is_the_packages(tmp_path):
     "VALOR_REAL_CXR" not in os.environ, reason="VALOR_REAL_CXR: a folder of real chest radiographs"
 )
 def test_real_films_are_prepared_as_the_package_does(weights):
-    from valor.data.images import read_image
+    from valor.cli import main
+from valor.data.images import read_image
 
     paths = [p for p in sorted(Path(os.environ["VALOR_REAL_CXR"]).iterdir()) if p.suffix in (".png", ".jpg")]
     judge, clip = load_expert(f"xrv:{ALL}:{weights / 'state.pt'}"), load_expert(str(weights / "BiomedCLIP"))
@@ -507,7 +508,7 @@ def runs(tmp_path_factory):
 
 def test_the_main_job_with_biomedclip_reports_what_was_cut(runs, weights, tmp_path, capsys):
     clip = miniature_biomedclip(tmp_path / "BiomedCLIP", context_length=8)
-    experiment.main(
+    main(
         [
             "run",
             "--preset",
