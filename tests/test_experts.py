@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from valor.cli import main
 from valor.config import preset
 from valor.expert import frozen as experts
 from valor.expert.frozen import (
@@ -245,8 +246,7 @@ def test_preparing_is_the_packages(tmp_path):
     "VALOR_REAL_CXR" not in os.environ, reason="VALOR_REAL_CXR: a folder of real chest radiographs"
 )
 def test_real_films_are_prepared_as_the_package_does(weights):
-    from valor.cli import main
-from valor.data.images import read_image
+    from valor.data.images import read_image
 
     paths = [p for p in sorted(Path(os.environ["VALOR_REAL_CXR"]).iterdir()) if p.suffix in (".png", ".jpg")]
     judge, clip = load_expert(f"xrv:{ALL}:{weights / 'state.pt'}"), load_expert(str(weights / "BiomedCLIP"))
