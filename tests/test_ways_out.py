@@ -118,6 +118,7 @@ WAYS_OUT = {
             "rewards.radgraph.miniature_radgraph",
             "expert.frozen.miniature_biomedclip",
             "results.gallery.made_up_runs",
+            "results.gallery._made_up_phase",
             "rewards.chexbert.miniature_chexbert",
             "policy.models.miniature",
         )
