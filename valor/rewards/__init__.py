@@ -6,7 +6,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "text": ["scorer"],
+        "text": ["register", "scorer"],
         "ranknorm": ["rank_norm", "rank_reward"],
         "compose": ["advantages", "is_clinical_step"],
     },
