@@ -1,18 +1,28 @@
-"""Properties of the text scores, rewards of one's own, and a reward that breaks in the middle of a run."""
+"""Properties of the text scores, rewards of your own, and a reward that breaks in the middle of a run."""
 
+import importlib
+import json
 import math
+import shutil
 import sys
 
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
+from valor.cli import main
 from valor.config import preset
+from valor.metrics.evaluate import evaluate
 from valor.rewards.compose import extras_of
+from valor.rewards.text import SCORERS as SCORERS_OF_THE_PACKAGE
 from valor.rewards.text import report_body, scorer, tokenize
 from valor.runs.experiment import RewardError, ensure, text_scorers
 
-WORDS = "the heart is enlarged no pleural effusion . , or small left right nodule in upper lobe lungs are clear".split()
+WORDS = (
+    "the heart is enlarged no pleural effusion . , or small left right nodule in upper lobe lungs are clear"
+).split()
 report = st.lists(st.sampled_from(WORDS), min_size=1, max_size=30).map(" ".join)
 anything = st.one_of(
     report,
@@ -86,17 +96,76 @@ def test_a_reward_of_ones_own_by_import_path_and_by_entry_point(tmp_path, monkey
     info = tmp_path / "otherlab-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: otherlab\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[valor.scorers]\nsides = otherlab:Sides\n")
+    (info / "entry_points.txt").write_text("[valor.scorers]\nlab_sides = otherlab:Sides\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert scorer("sides").score(["left nodule"], ["nodule in the left lung"]) == [1.0]
+    assert scorer("lab_sides").score(["left nodule"], ["nodule in the left lung"]) == [1.0]
     assert scorer("otherlab:brevity").score(["a b c"], [""]) == [0.25]
     with pytest.raises(ValueError, match="no option model='x'"):
-        scorer("sides", model="x")
+        scorer("lab_sides", model="x")
     with pytest.raises(ValueError, match="takes no options"):
         scorer("otherlab:brevity", model="x")
-    cfg = preset("smoke", extra_rewards={"sides": [4, 0.3], "otherlab:brevity": [8, 0.1]}, lambda_length=0.2)
-    assert extras_of(cfg) == {"sides": (4, 0.3), "otherlab:brevity": (8, 0.1), "length": (8, 0.2)}
+    cfg = preset(
+        "smoke", extra_rewards={"lab_sides": [4, 0.3], "otherlab:brevity": [8, 0.1]}, lambda_length=0.2
+    )
+    assert extras_of(cfg) == {"lab_sides": (4, 0.3), "otherlab:brevity": (8, 0.1), "length": (8, 0.2)}
     assert set(extras_of(cfg)) < set(text_scorers(cfg))
+
+
+REGISTERED = """
+from valor.rewards import register
+
+@register("sides")
+def sides(candidates, references):
+    "Share of the sides that candidate and reference have in common."
+    scores = []
+    for texts in zip(candidates, references):
+        said, true = ({"left", "right"} & set(text.split()) for text in texts)
+        scores.append(len(said & true) / len(said | true) if said | true else 1.0)
+    return scores
+"""
+
+
+def test_one_registration_reaches_scorer_training_and_evaluate(tmp_path, monkeypatch):
+    assert len(REGISTERED.strip().splitlines()) <= 10
+    monkeypatch.setattr("valor.rewards.text.SCORERS", dict(SCORERS_OF_THE_PACKAGE))
+    exec(REGISTERED, {})
+    pair = ("a small left effusion", "moderate left effusion , right nodule")
+    assert scorer("sides").score([pair[0]], [pair[1]]) == [0.5]
+
+    cfg = preset("smoke", extra_rewards={"sides": [4, 0.3]})
+    assert text_scorers(cfg)["sides"].score([pair[0]], [pair[1]]) == [0.5]
+
+    line = json.dumps({"id": "1", "candidate": pair[0], "reference": pair[1]})
+    (tmp_path / "mine.jsonl").write_text(f"{line}\n")
+    table, _ = evaluate([tmp_path / "mine.jsonl"], tmp_path / "out", ["sides"], n_boot=10)
+    assert table.metric.tolist() == ["sides"] and table.value.tolist() == [0.5]
+
+
+def test_a_command_knows_a_reward_by_its_place_and_scores_anew_after_an_edit(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "edited", None)
+    line = json.dumps({"id": "1", "candidate": "a b", "reference": "a"})
+    (tmp_path / "mine.jsonl").write_text(f"{line}\n")
+    for value in (0.25, 0.75):
+        (tmp_path / "edited.py").write_text(
+            f"def same(candidates, references):\n    return [{value}] * len(candidates)\n"
+        )
+        sys.modules.pop("edited", None)
+        importlib.invalidate_caches()
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+        main(
+            [
+                "evaluate",
+                f"{tmp_path}/mine.jsonl",
+                "--out",
+                f"{tmp_path}/out",
+                "--metrics",
+                "edited:same",
+                "--n-boot",
+                "10",
+            ]
+        )
+        assert pd.read_csv(tmp_path / "out/table.csv").value.tolist() == [value]
 
 
 BREAKS = """
@@ -104,7 +173,7 @@ from pathlib import Path
 calls = 0
 
 def tired(candidates, references):
-    "Raises on its 5th batch, that of k=4 (the trial before training is the first), unless the file `mended` is there."
+    "Raises on its 5th batch, that of k=4 (the first is the trial before training), unless `mended` is there."
     global calls
     calls += 1
     if calls == 5 and not Path(__file__).with_name("mended").exists(): raise RuntimeError("out of coffee")
@@ -116,9 +185,6 @@ def never(candidates, references): return [float("nan")] * len(candidates)
 
 
 def test_a_reward_that_raises_names_itself_and_the_run_goes_on_once_it_is_mended(tmp_path, monkeypatch):
-    import pandas as pd
-    from safetensors.torch import load_file
-
     (tmp_path / "shaky.py").write_text(BREAKS)
     monkeypatch.syspath_prepend(tmp_path)
     tiny = dict(n_train=24, n_test=8, base_studies=24, threads=1)

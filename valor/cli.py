@@ -78,7 +78,10 @@ def _add_evaluate(commands):
         default="evaluation",
         help="folder for table.csv, table.md, table.json and the scores that a killed run goes on from",
     )
-    p.add_argument("--metrics", help=f"comma-separated, some of {', '.join(MEASURED)}")
+    p.add_argument(
+        "--metrics",
+        help=f"comma-separated, some of {', '.join(MEASURED)}, and names of rewards (mylab:sides)",
+    )
     p.add_argument("--image-root", help="put before the paths in the field image")
     p.add_argument("--n-boot", type=int, default=5000)
     p.add_argument("--seed", type=int, default=0)

@@ -2,18 +2,21 @@
 
 # %% auto #0
 __all__ = ['DEFAULTS', 'GAUGES', 'MEASURES', 'read_reports', 'systems_in', 'NotRun', 'lexical', 'mean_of', 'bertscore',
-           'chexbert', 'radgraph', 'meteor', 'ratescore', 'green', 'five', 'micro5', 'macro5', 'pair_key',
-           'kept_scores', 'gauged', 'cider_column', 'image_columns', 'holm', 'tidy_table', 'made', 'evaluate',
-           'formatted', 'footnotes', 'run_command']
+           'chexbert', 'radgraph', 'meteor', 'ratescore', 'green', 'five', 'micro5', 'macro5', 'scorer_gauge',
+           'check_metric', 'measures_of', 'pair_key', 'kept_scores', 'gauged', 'cider_column', 'image_columns', 'holm',
+           'tidy_table', 'made', 'evaluate', 'formatted', 'footnotes', 'run_command']
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #612646ff
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import os
+import secrets
 import sys
 import threading
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
@@ -26,7 +29,7 @@ from . import statistics as ev
 from ..rewards.chexbert import FIVE
 from ..rewards.radgraph import LEVELS, graph_set
 from ..rewards.rules import set_f1
-from ..rewards.text import report_body, scorer, tokenize
+from ..rewards.text import load_attribute, report_body, scorer, tokenize
 from ..vocabulary import OBSERVATIONS
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #f4472d97
@@ -261,6 +264,41 @@ MEASURES = {  # gauge: {metric: (function of sums, which way is better)}
     },
 }
 
+# %% ../../nbs/metrics/01_evaluate.ipynb #48575921
+def scorer_gauge(name: str) -> tuple[Callable, str]:
+    """A gauge for the reward called `name` (see `scorer`): its scores, in a column of this name.
+
+    Its key changes with its source file, so that after an edit scores are computed anew.
+    Raises ValueError if there is no such reward, or if it needs more than the two texts."""
+    judge = scorer(name)
+    others = ", ".join(sorted(set(judge.needs) - {"reference"}))
+    if others:
+        raise ValueError(f"it needs {others}; expected a reward that reads candidate and reference alone")
+    gauge, key = mean_of(name, name)
+    if key is None:
+        reward = getattr(judge, "function", type(judge))
+        source = inspect.getsourcefile(reward)
+        text = Path(source).read_bytes() if source and Path(source).is_file() else secrets.token_bytes()
+        key = f"{name} {hashlib.sha256(text).hexdigest()[:16]}"
+    return gauge, key
+
+
+def check_metric(name: str):
+    "Raise ValueError unless `name` is one of `MEASURES` or the name of a reward."
+    if name in MEASURES:
+        return
+    try:
+        load_attribute(name)
+    except ValueError as error:
+        raise ValueError(
+            f"metrics: {name!r} is unknown; expected some of {', '.join(MEASURES)}, or a reward's name ({error})"
+        ) from None
+
+
+def measures_of(name: str) -> dict[str, tuple]:
+    "The metrics of a gauge, as {metric: (function of sums, which way is better)}."
+    return MEASURES.get(name) or {name: (ev.share(name, "studies"), "↑")}
+
 # %% ../../nbs/metrics/01_evaluate.ipynb #6b257cc2
 def pair_key(pair):
     return hashlib.sha256(json.dumps(pair).encode("utf-8", "surrogatepass")).hexdigest()[:32]
@@ -384,10 +422,10 @@ def made(names, options):
     "The gauges of `names` as {name: (gauge, key)}, and {name: what it wants} of those that cannot be had; so that what is wrong shows before anything is scored."
     gauges, not_run = {}, {}
     for name in names:
-        if name not in GAUGES:
+        if name in ("cider", "image"):  # they are no gauges: they look at all pairs, or at images
             continue
         try:
-            gauges[name] = GAUGES[name](options)
+            gauges[name] = GAUGES[name](options) if name in GAUGES else scorer_gauge(name)
         except NotRun as e:
             not_run[name] = str(e)
         except ValueError as e:
@@ -398,7 +436,7 @@ def made(names, options):
 def evaluate(paths, out, metrics=None, n_boot=5000, seed=0, image_root=None, **options):
     """Score the JSONL files `paths` (one system each, see `read_reports`) and write `table.csv`, `table.md` and `table.json` to folder `out`.
 
-    `n_boot`: bootstrap draws; a corrected p-value cannot be below 2 x comparisons / draws. `metrics`: some of `MEASURES` (all); `options`: which models, see `DEFAULTS`. Returns `(table, info)`: tidy rows, and what they were measured with. A metric
+    `n_boot`: bootstrap draws; a corrected p-value cannot be below 2 x comparisons / draws. `metrics`: some of `MEASURES` (all), and names of rewards (see `scorer`); `options`: which models, see `DEFAULTS`. Returns `(table, info)`: tidy rows, and what they were measured with. A metric
     that cannot run is in `info["not run"]` with what it wants. Raises ValueError for bad input, before anything is scored."""
     for name in options:
         if name not in DEFAULTS:
@@ -406,8 +444,7 @@ def evaluate(paths, out, metrics=None, n_boot=5000, seed=0, image_root=None, **o
                 f"unknown option {name}={options[name]!r}; expected some of {', '.join(DEFAULTS)}"
             )
     for name in metrics or ():
-        if name not in MEASURES:
-            raise ValueError(f"metrics: {name!r} is unknown; expected some of {', '.join(MEASURES)}")
+        check_metric(name)
     if n_boot < 10:
         raise ValueError(f"n_boot={n_boot!r}: allowed are numbers from 10")
     options, systems, out = DEFAULTS | options, systems_in(paths), Path(out)
@@ -428,10 +465,10 @@ def evaluate(paths, out, metrics=None, n_boot=5000, seed=0, image_root=None, **o
                         f"{system}: {name}",
                         *gauges[name],
                         list(zip(frame.candidate, frame.reference)),
-                        out / "scores" / f"{name}.jsonl",
+                        out / "scores" / f"{name.replace(':', '.')}.jsonl",
                     )
                 frames[system].append(part)
-            measures |= MEASURES[name]
+            measures |= measures_of(name)
         except NotRun as e:
             not_run[name] = str(e)
     frames = {s: pd.concat(parts, axis=1).set_axis(systems[s].index) for s, parts in frames.items()}
@@ -478,7 +515,7 @@ def formatted(table, not_run):
     )
     cells = cells.loc[table.metric.drop_duplicates(), table.system.drop_duplicates()]
     for name in not_run:
-        for metric in MEASURES[name]:
+        for metric in measures_of(name):
             cells.loc[metric] = "not run"
     return cells.rename_axis(None).rename_axis(None, axis=1)
 
