@@ -62,8 +62,8 @@ def checked_scores(
 ) -> tuple[list[float], list]:
     """Scores of a batch made usable (see `usable_scores`), and the studies of those that had to be changed.
 
-    `where` ("k=12") and `studies`, a name per pair, are for messages; `columns`: what `scorer.needs` besides the reference. Raises RewardError if the scorer raises or returns
-    another number of scores."""
+    `where` ("k=12") and `studies`, a name per pair, are for messages; `columns`: what `scorer.needs` besides
+    the reference. Raises RewardError if the scorer raises or returns another number of scores."""
     studies = list(studies or range(len(candidates)))
     try:
         scores = [float(score) for score in scorer.score(candidates, references, **columns)]
