@@ -72,7 +72,9 @@ def runs_of(page, benchmark):
 
 JOB = """import json, sys
 from valor.config import preset
-from valor.runs.experiment import SYSTEMS, check_scorers, check_updates, ensure, phase_of
+from valor.runs.makers import check_scorers
+from valor.runs.phases import check_updates, ensure
+from valor.runs.systems import SYSTEMS, phase_of
 cfg, phases = preset(**json.loads(sys.argv[1])), sys.argv[2:]
 check_updates("stage1", cfg)
 check_scorers([cfg])

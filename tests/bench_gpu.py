@@ -32,8 +32,9 @@ from trl import GRPOTrainer
 
 from valor.config import preset
 from valor.policy.tiny import TEMPLATE, build_policy, build_tokenizer, load_policy, lora_config, save_policy
+from valor.rewards.compose import CLINICAL_SCORERS, TEXT_SCORERS
 from valor.rewards.text import scorer
-from valor.train.grpo import CLINICAL_SCORERS, TEXT_SCORERS, Rewards, make_trainer
+from valor.train.grpo import Rewards, make_trainer
 from valor.train.memory import llava_med_7b, memory, shape_of
 
 REPORT = "<report> the heart is large . no effusion or edema seen . </report>"

@@ -21,7 +21,7 @@ from valor.config import preset
 from valor.data.benchmarks import load_benchmark
 from valor.policy.tiny import build_policy, conversations, load_policy, lora_config, save_policy
 from valor.rewards.text import minilm_folder, report_body
-from valor.runs.experiment import target, text_scorers
+from valor.runs.makers import target, text_scorers
 from valor.train.grpo import Rewards, make_trainer
 
 

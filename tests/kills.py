@@ -14,7 +14,7 @@ import pytest
 import torch
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["valor.runs.experiment"])
+SERVER.set_forkserver_preload(["valor.runs.makers", "valor.runs.systems"])
 CPU = dict(
     ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES=""
 )  # what a process of several is told, to leave a GPU alone

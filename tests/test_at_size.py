@@ -21,7 +21,8 @@ from valor.config import preset
 from valor.policy import models
 from valor.policy import tiny as policy
 from valor.policy.tiny import build_policy, conversations, load_policy, save_policy, sft
-from valor.runs.experiment import RunError, phase_key, share
+from valor.runs.phases import phase_key
+from valor.runs.processes import RunError, share
 from valor.train import grpo
 
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from valor import cli
-from valor.config import preset
-from valor.files import whole
+from valor.config import preset, runs_dir
 from valor.figures import sidecar
+from valor.files import whole
 from valor.policy.tiny import TrainingError, train_to_end
 from valor.rewards.text import Store, StoreError
-from valor.runs import experiment as ex
+from valor.runs import makers, phases, processes, systems
 from valor.train.grpo import MOST_SNAPSHOTS, Rewards, snapshot_every
 
 TINY = dict(
@@ -41,26 +41,26 @@ TINY = dict(
 def runs(tmp_path_factory):
     threads = torch.get_num_threads()
     with patch.dict(os.environ, VALOR_RUNS=str(tmp_path_factory.mktemp("runs"))):
-        yield ex.runs_dir()
+        yield runs_dir()
     torch.set_num_threads(threads)
 
 
 def test_a_batch_that_no_studies_fill_is_an_error_before_anything_is_trained(runs):
     cfg = preset("smoke", **TINY | dict(n_train=3, batch_size=8))
     for phase in ("stage1", "stage2", "eval_stage2", "progress_stage1"):
-        with pytest.raises(ex.RunError, match="batch_size = 8, but there are 3 training studies"):
-            ex.ensure(phase, cfg)
-    with pytest.raises(ex.RunError, match="batch_size = 8, but there are 3 training studies"):
-        ex.frames_of([cfg])
+        with pytest.raises(processes.RunError, match="batch_size = 8, but there are 3 training studies"):
+            phases.ensure(phase, cfg)
+    with pytest.raises(processes.RunError, match="batch_size = 8, but there are 3 training studies"):
+        systems.frames_of([cfg])
     assert {p.name.split("-")[0] for p in runs.iterdir() if p.is_dir()} == {"data"}
 
 
 def test_a_stage_goes_on_from_the_older_checkpoint_where_the_newest_is_broken(runs, capsys):
     "Left alone, and cut off at its end with the newest checkpoint broken in each of these ways: the same adapter."
     cfg = preset("smoke", **TINY)
-    ex.ensure("sft", cfg)
-    with patch.object(ex, "drop_checkpoints"):
-        folder = ex.ensure("stage1", cfg)
+    phases.ensure("sft", cfg)
+    with patch.object(phases, "drop_checkpoints"):
+        folder = phases.ensure("stage1", cfg)
     shutil.move(folder / "checkpoints", runs / "kept")
     weights = folder / "adapter" / "adapter_model.safetensors"
     whole = weights.read_bytes()
@@ -76,7 +76,7 @@ def test_a_stage_goes_on_from_the_older_checkpoint_where_the_newest_is_broken(ru
         shutil.copytree(runs / "kept", folder / "checkpoints")
         (folder / "checkpoints" / "checkpoint-x").mkdir()
         spoil(folder / "checkpoints" / "checkpoint-4" / name)
-        ex.ensure("stage1", cfg)
+        phases.ensure("stage1", cfg)
         said = capsys.readouterr().out
         assert (
             f"checkpoint-4 cannot be gone on from: {name} is missing or is not what was written; going on from checkpoint-2"
@@ -87,14 +87,14 @@ def test_a_stage_goes_on_from_the_older_checkpoint_where_the_newest_is_broken(ru
 
 def test_a_finished_run_is_read_where_nothing_can_be_written(runs):
     cfg = preset("smoke", **TINY)
-    folder = ex.ensure("stage1", cfg)
+    folder = phases.ensure("stage1", cfg)
     before = {p: p.stat().st_mtime_ns for p in runs.rglob("*")}
 
     def refused(*args, **kw):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    with patch.object(ex, "locked", refused), patch.object(ex, "whole", refused):
-        assert ex.ensure("stage1", cfg) == folder
+    with patch.object(phases, "locked", refused), patch.object(phases, "whole", refused):
+        assert phases.ensure("stage1", cfg) == folder
     assert {p: p.stat().st_mtime_ns for p in runs.rglob("*")} == before
 
 
@@ -184,12 +184,12 @@ def test_a_damaged_store_is_named_and_a_frozen_one_is_read(tmp_path):
 
 
 def test_scorers_are_tried_once(runs):
-    ex.TRIED.clear()
-    with patch.object(ex, "probe", wraps=ex.probe) as probe:
+    makers.TRIED.clear()
+    with patch.object(makers, "probe", wraps=makers.probe) as probe:
         for _ in range(2):
-            ex.check_scorers([preset("smoke"), preset("smoke", seed=1)])
+            makers.check_scorers([preset("smoke"), preset("smoke", seed=1)])
         assert probe.call_count == 1
-        ex.check_scorers([preset("smoke", lambda_length=0.1)])
+        makers.check_scorers([preset("smoke", lambda_length=0.1)])
         assert probe.call_count == 2
 
 
@@ -235,7 +235,7 @@ def test_interrupted_is_one_line_and_130(capsys):
 
 def test_a_run_ends_with_the_graph_that_started_it(tmp_path):
     parent = subprocess.Popen(["sleep", "60"])
-    code = "import sys, types\nfrom valor.runs import experiment as ex\nex.end_with_parent()\nprint('begun', flush=True)\nimport time; time.sleep(60)"
+    code = "from valor.runs import processes\nprocesses.end_with_parent()\nprint('begun', flush=True)\nimport time; time.sleep(60)"
     child = subprocess.Popen(
         [sys.executable, "-c", code],
         env=os.environ | dict(VALOR_ENDS_WITH=str(parent.pid)),

@@ -18,13 +18,13 @@ import trees
 from papermill import inspect_notebook
 
 from valor.cli import command_parser, main
-from valor.config import PRESETS, Config, parse_settings
+from valor.config import PRESETS, Config, parse_settings, runs_dir
 from valor.expert.frozen import miniature_biomedclip
 from valor.policy import server
 from valor.policy.convert import miniature_llava_med
 from valor.rewards.chexbert import miniature_chexbert
 from valor.rewards.radgraph import miniature_radgraph
-from valor.runs import experiment
+from valor.runs import phases, processes, systems
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = r"(?:[A-Z_]+=\S+ )*(?:valor|papermill|python|accelerate launch|torchrun|make|snakemake)"
@@ -173,9 +173,7 @@ def desk(tmp_path_factory):
 
 
 def newest(pattern):
-    return max(
-        (p for p in experiment.runs_dir().glob(pattern) if p.is_dir()), key=lambda p: p.stat().st_mtime
-    )
+    return max((p for p in runs_dir().glob(pattern) if p.is_dir()), key=lambda p: p.stat().st_mtime)
 
 
 def here(word, desk):
@@ -215,11 +213,11 @@ def run_to(phase, **more):
 
     def run(words, monkeypatch, said):
         def part(cfgs, out):
-            experiment.ensure(phase, cfgs[0])
-            raise experiment.RunError("far enough")
+            phases.ensure(phase, cfgs[0])
+            raise processes.RunError("far enough")
 
         if phase:
-            monkeypatch.setattr(experiment, "main_job", part)
+            monkeypatch.setattr(systems, "main_job", part)
         if not phase:
             main(small(words, **more))
             assert "VALOR w/o visual" in said().out

@@ -13,8 +13,8 @@ import trees
 from valor.config import preset
 from valor.contents import fingerprint, fingerprint_once
 from valor.data.studies import load_studies
-from valor.runs import experiment
-from valor.runs.experiment import begin, phase_config, phase_folder, phase_key
+from valor.runs import phases
+from valor.runs.phases import begin, phase_config, phase_folder, phase_key
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_files_of_pairs_splits_and_reports_count(runs, tmp_path):
 
 def test_embedded_runs_keep_their_keys(runs):
     "What no path reaches has no fingerprint: runs that were made before are still found."
-    for phase in experiment.PHASES:
+    for phase in phases.PHASES:
         assert "holds" not in phase_config(phase, preset("smoke"))
 
 

@@ -34,7 +34,7 @@ from valor.expert.frozen import (
 from valor.rewards.chexbert import LabelF1
 from valor.rewards.guard import RewardError
 from valor.rewards.rules import RuleLabeler
-from valor.runs import experiment
+from valor.runs import makers, phases, processes
 from valor.vocabulary import OBSERVATIONS
 
 ALL = "densenet121-res224-all"
@@ -524,14 +524,14 @@ def test_the_main_job_with_biomedclip_reports_what_was_cut(runs, weights, tmp_pa
         and "16 of 16 reports of" in said
     ), said
     cfg = preset("smoke", expert=str(clip), **SMALL)
-    log = pd.read_csv(experiment.phase_folder("stage2", cfg) / "log.csv")
+    log = pd.read_csv(phases.phase_folder("stage2", cfg) / "log.csv")
     assert (log["rewards/cut/mean"] > 0).all() and log["rewards/similarity/mean"].between(-1, 1).all()
-    frame = experiment.read_frame(experiment.phase_folder("eval_stage2", cfg), "test")
+    frame = makers.read_frame(phases.phase_folder("eval_stage2", cfg), "test")
     assert frame["cut"].sum() > 0 and frame["retrieved"].notna().all()
     miniature_biomedclip(clip, context_length=8, seed=1)  # other weights where the run found its own
     raises_one_line(
-        experiment.RunError,
-        lambda: experiment.open_expert(experiment.phase_folder("expert", cfg), cfg),
+        processes.RunError,
+        lambda: makers.open_expert(phases.phase_folder("expert", cfg), cfg),
         "other weights",
         "move",
     )
@@ -542,15 +542,15 @@ def test_stage_2_and_its_evaluation_with(kind, runs, weights, own):
     cfg = preset(
         "smoke", expert={"xrv": f"xrv:{ALL}:{weights / 'old.pt'}", "own": "own_expert:Own"}[kind], **SMALL
     )
-    log = pd.read_csv(experiment.ensure("stage2", cfg) / "log.csv")
+    log = pd.read_csv(phases.ensure("stage2", cfg) / "log.csv")
     assert (
         len(log) == 2
         and log["rewards/similarity/mean"].between(-1, 1).all()
         and "rewards/cut/mean" not in log
     )
-    frame = experiment.read_frame(experiment.ensure("eval_stage2", cfg), "test")
+    frame = makers.read_frame(phases.ensure("eval_stage2", cfg), "test")
     assert frame["retrieved"].notna().all() and frame["cut"].isna().all()
-    note = experiment.expert_note(cfg, {"VALOR": {0: frame}})
+    note = makers.expert_note(cfg, {"VALOR": {0: frame}})
     assert (
         note.startswith(f"expert {cfg.expert}")
         and "does not say what it cuts" in note

@@ -177,7 +177,8 @@ def test_both_stages_of_grpo_merge_and_reload(kind, folders, tmp_path):
 
     from valor.cli import main
     from valor.policy.generate import merge
-    from valor.train.grpo import CLINICAL_SCORERS, TEXT_SCORERS, Rewards, make_trainer
+    from valor.rewards.compose import CLINICAL_SCORERS, TEXT_SCORERS
+    from valor.train.grpo import Rewards, make_trainer
 
     class Share:
         def score(self, candidates, references):

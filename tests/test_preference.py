@@ -29,7 +29,7 @@ SMALL = dict(
 )
 RUN = f"""
 from valor.config import preset
-from valor.runs.experiment import ensure
+from valor.runs.phases import ensure
 for phase in ("dpo", "mmedpo"): ensure(phase, preset("smoke", **{SMALL}))
 """
 POINTS = ["samples-*/samples.jsonl", "mmedpo-*/checkpoints/checkpoint-2/trainer_state.json"]
@@ -193,7 +193,7 @@ def test_wrong_parameters_are_refused_before_anything_runs(tmp_path):
 
 
 def test_a_preference_file_replaces_the_samples(tmp_path, monkeypatch):
-    from valor.runs.experiment import ensure, load_data, phase_folder
+    from valor.runs.phases import ensure, load_data, phase_folder
 
     monkeypatch.setenv("VALOR_RUNS", str(tmp_path / "runs"))
     cfg = preset("smoke", **SMALL | dict(stage1_steps=1, stage2_steps=1))

@@ -10,7 +10,7 @@ import torch
 from datasets import DatasetDict
 
 from valor.config import preset
-from valor.runs import experiment as ex
+from valor.runs import makers, phases, processes
 
 
 def digest(folder):
@@ -26,7 +26,9 @@ def runs(tmp_path_factory):
 
 
 def test_a_stage_ends_the_same_with_and_without_snapshots(runs):
-    watched, not_watched = (ex.ensure("stage1", preset("smoke", threads=1, eval_steps=n)) for n in (1, None))
+    watched, not_watched = (
+        phases.ensure("stage1", preset("smoke", threads=1, eval_steps=n)) for n in (1, None)
+    )
     assert digest(watched) == digest(not_watched)
     assert sorted(p.name for p in (watched / "snapshots").iterdir()) == [
         "k0001",
@@ -38,20 +40,22 @@ def test_a_stage_ends_the_same_with_and_without_snapshots(runs):
 
 def test_evaluation_goes_on_where_it_was_interrupted(runs):
     cfg = preset("smoke", threads=1, eval_steps=1)
-    folder = ex.ensure("progress_stage1", cfg)
+    folder = phases.ensure("progress_stage1", cfg)
     whole, first = (folder / "progress.csv").read_bytes(), (folder / "frame k0000.csv").stat().st_mtime_ns
     assert pd.read_csv(folder / "progress.csv").k.tolist() == [0, 1, 2, 3, 4]
     for name in ("done.json", "progress.csv", "frame k0003.csv", "frame k0004.csv", "reports k0004.csv"):
         (folder / name).unlink()
-    with patch.object(ex, "generate", wraps=ex.generate) as generate:
-        ex.ensure("progress_stage1", cfg)
+    with patch.object(makers, "generate", wraps=makers.generate) as generate:
+        phases.ensure("progress_stage1", cfg)
     assert (folder / "progress.csv").read_bytes() == whole and generate.call_count == 2
     assert (folder / "frame k0000.csv").stat().st_mtime_ns == first
 
 
 def test_data_without_a_validation_split_is_named(runs, tmp_path):
     cfg = preset("smoke", threads=1, eval_steps=1)
-    data = ex.load_data(ex.phase_folder("data", cfg))
-    with patch.object(ex, "load_data", return_value=DatasetDict({s: data[s] for s in ("train", "test")})):
-        with pytest.raises(ex.RunError, match="no study is in the split 'val' .there are train, test."):
-            ex.MAKERS["progress_stage1"](tmp_path, cfg, {}, "progress_stage1")
+    data = phases.load_data(phases.phase_folder("data", cfg))
+    with patch.object(makers, "load_data", return_value=DatasetDict({s: data[s] for s in ("train", "test")})):
+        with pytest.raises(
+            processes.RunError, match="no study is in the split 'val' .there are train, test."
+        ):
+            phases.MAKERS["progress_stage1"](tmp_path, cfg, {}, "progress_stage1")

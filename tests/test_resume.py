@@ -5,7 +5,7 @@ from kills import digests, kill_everywhere
 RUN = """
 import sys
 from valor.config import preset
-from valor.runs.experiment import ensure
+from valor.runs.phases import ensure
 ensure("stage2", preset("smoke", threads=1))
 """
 # where to kill: the first file matching the pattern says that the phase is past its first checkpoint, or has just begun

@@ -16,9 +16,11 @@ from valor.cli import main
 from valor.config import preset
 from valor.metrics.evaluate import evaluate
 from valor.rewards.compose import extras_of
+from valor.rewards.guard import RewardError
 from valor.rewards.text import SCORERS as SCORERS_OF_THE_PACKAGE
 from valor.rewards.text import report_body, scorer, tokenize
-from valor.runs.experiment import RewardError, ensure, text_scorers
+from valor.runs.makers import text_scorers
+from valor.runs.phases import ensure
 
 WORDS = (
     "the heart is enlarged no pleural effusion . , or small left right nodule in upper lobe lungs are clear"

@@ -13,7 +13,7 @@ from valor import figures
 from valor.config import preset
 from valor.data import report as data_report
 from valor.data.restricted import PlaceError
-from valor.runs import experiment
+from valor.runs import phases
 
 WRITERS = {
     "to_csv",
@@ -68,21 +68,21 @@ WAYS_OUT = {
     "results.zeroshot.http_client_of": "follows nothing",
     "results.zeroshot._png_url": MEMORY,
     **{
-        f"runs.experiment.{f}": IN_RUN
+        f"runs.{f}": IN_RUN
         for f in (
-            "_write",
-            "locked",
-            "make_data",
-            "real_data",
-            "make_sft",
-            "make_stage",
-            "make_preference",
-            "make_evaluation",
-            "make_controls",
-            "make_progress",
+            "phases.write_json",
+            "phases.locked",
+            "makers.make_data",
+            "makers.real_data",
+            "makers.make_sft",
+            "makers.make_stage",
+            "makers.make_preference",
+            "makers.make_evaluation",
+            "makers.make_controls",
+            "makers.make_progress",
         )
     },
-    "runs.experiment.main_job": "through figures.save",
+    "runs.systems.main_job": "through figures.save",
     "train.grpo.CompletionTable": IN_RUN,
     "policy.tiny.keep": WEIGHTS,
     "policy.tiny.seal": NUMBERS,
@@ -90,7 +90,7 @@ WAYS_OUT = {
     "train.preference.whole_lines": IN_RUN,
     "train.preference.sample_reports": IN_RUN,
     **{f"metrics.evaluate.{f}": NUMBERS for f in ("kept_scores", "gauged", "evaluate")},
-    "rewards.text.Store": IN_RUN,
+    "rewards.text._connected": IN_RUN,
     "contents.Digests": NUMBERS,
     "data.sources.read_mimic": "a scratch folder of its own, which is 0700 and goes",
     "data.images.to_png": MEMORY,
@@ -173,7 +173,7 @@ def test_what_is_called_guarded_opens_the_guard():
         if why.startswith("guarded: "):
             assert f"with {why.removeprefix('guarded: ')}(" in found[name], name
     for module, function in (
-        ("runs/experiment", "ensure"),
+        ("runs/phases", "ensure"),
         ("data/studies", "load_studies"),
         ("results/zeroshot", "ask"),
         ("results/zeroshot", "_run"),
@@ -252,11 +252,11 @@ def test_a_run_on_restricted_studies_is_its_owners_and_never_in_a_repository(tmp
     monkeypatch.setenv("VALOR_CACHE", str(clone / "cache"))
     monkeypatch.setenv("VALOR_RUNS", str(tmp_path / "runs"))
     with pytest.raises(PlaceError, match="set VALOR_CACHE"):
-        experiment.ensure("data", cfg)
+        phases.ensure("data", cfg)
     monkeypatch.setenv("VALOR_CACHE", str(tmp_path / "cache"))
     before = os.umask(0o022)
     try:
-        folder = experiment.ensure("data", cfg)
+        folder = phases.ensure("data", cfg)
     finally:
         os.umask(before)
     assert all(
@@ -267,8 +267,8 @@ def test_a_run_on_restricted_studies_is_its_owners_and_never_in_a_repository(tmp
     (tmp_path / "runs").rename(clone / "runs")  # and once moved, it is not opened there
     monkeypatch.setenv("VALOR_RUNS", str(clone / "runs"))
     for use in (
-        lambda: experiment.ensure("data", cfg),
-        lambda: experiment.load_data(clone / "runs" / folder.name),
+        lambda: phases.ensure("data", cfg),
+        lambda: phases.load_data(clone / "runs" / folder.name),
     ):
         with pytest.raises(PlaceError, match="lies in a repository"):
             use()
@@ -276,7 +276,7 @@ def test_a_run_on_restricted_studies_is_its_owners_and_never_in_a_repository(tmp
     (tmp_path / "linked" / folder.name).symlink_to(clone / "runs" / folder.name)  # one phase alone
     monkeypatch.setenv("VALOR_RUNS", str(tmp_path / "linked"))
     with pytest.raises(PlaceError, match="lies in a repository"):
-        experiment.ensure("data", cfg)
+        phases.ensure("data", cfg)
 
 
 def test_figures_of_restricted_studies_go_among_the_runs(tmp_path, clone, monkeypatch):

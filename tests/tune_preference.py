@@ -11,7 +11,8 @@ from valor.config import preset
 from valor.figures import save
 from valor.metrics import statistics as ev
 from valor.policy.tiny import generate, image_lists
-from valor.runs.experiment import ensure, labeler, load_data, note_of, phase_folder, policy_of
+from valor.runs.makers import labeler, note_of, policy_of
+from valor.runs.phases import ensure, load_data, phase_folder
 
 SHOWN = ["BLEU-4", "ROUGE-L", "label micro F1", "located F1", "finding F1", "hallucinated", "missed", "words"]
 

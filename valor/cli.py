@@ -36,13 +36,13 @@ def _add_run_and_train(commands):
     run = commands.add_parser(
         "run", help="base, SFT, stage 1, stage 2, evaluation; resumes what was interrupted"
     )
-    run.set_defaults(run=_late("runs.experiment", "run_main"))
+    run.set_defaults(run=_late("runs.systems", "run_main"))
     train = commands.add_parser(
         "train",
         help="the training phases alone; also under torchrun or accelerate launch, on several processes",
     )
     train.add_argument("--until", choices=TRAINED, default="stage2", help="the last phase (default: stage2)")
-    train.set_defaults(run=_late("runs.experiment", "run_train"))
+    train.set_defaults(run=_late("runs.systems", "run_train"))
     for command in (run, train):
         command.add_argument("--preset", default="laptop")
         command.add_argument(

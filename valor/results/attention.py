@@ -34,7 +34,9 @@ from ..data.restricted import kept, safe_name
 from ..metrics import statistics as ev
 from ..policy.tiny import image_lists, render_prompt
 from ..rewards.chexbert import mentions
-from ..runs.experiment import SYSTEMS, ensure, load_data, policy_of, read_reports, target
+from ..runs.makers import policy_of, read_reports, target
+from ..runs.phases import ensure, load_data
+from ..runs.systems import SYSTEMS
 
 # %% ../../nbs/results/02_attention.ipynb #61194b34
 @dataclass(frozen=True)

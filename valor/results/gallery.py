@@ -49,7 +49,9 @@ from ..metrics import statistics as ev
 from ..policy.tiny import image_lists
 from ..rewards.rules import sentences
 from ..rewards.text import report_body
-from ..runs.experiment import SYSTEMS, labeler, load_data, phase_config, phase_key
+from ..runs.makers import labeler
+from ..runs.phases import load_data, phase_config, phase_key
+from ..runs.systems import SYSTEMS
 from ..vocabulary import OBSERVATIONS
 
 # %% ../../nbs/results/03_gallery.ipynb #fbeef08d

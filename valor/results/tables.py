@@ -23,16 +23,10 @@ from ..metrics import evaluate as judging
 from ..metrics import statistics as ev
 from ..rewards.guard import RewardError
 from ..rewards.text import report_body
-from valor.runs.experiment import (
-    RunError,
-    ensure,
-    load_data,
-    locked,
-    phase_folder,
-    phase_of,
-    read_frame,
-    read_reports,
-)
+from ..runs.makers import read_frame, read_reports
+from ..runs.phases import ensure, load_data, locked, phase_folder
+from ..runs.processes import RunError
+from ..runs.systems import phase_of
 
 # %% ../../nbs/results/00_tables.ipynb #1832fc26
 def false_labels(s):

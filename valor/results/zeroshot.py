@@ -57,7 +57,7 @@ from ..policy.server import complete, fingerprint
 from .paper import TABLE2
 from .tables import compare
 from ..rewards.text import report_body
-from ..runs.experiment import locked
+from ..runs.phases import locked
 
 # %% ../../nbs/results/04_zeroshot.ipynb #7abdcbb5
 ZERO_SHOT = (
