@@ -1,6 +1,8 @@
-"""Time and peak memory of indexing, reopening and storing real studies, by number of studies. `python tests/bench_data.py [n …]` (default 1000 10000).
+"""Time and peak memory of indexing, reopening and storing real studies, by number of studies. `python
+tests/bench_data.py [n …]` (default 1000 10000).
 
-Trees in MIMIC-CXR-JPG's, Kaggle's and Open-i's layout; their films are links to eight made-up radiographs of 2,544 x 3,056 pixels. Every measurement is a process of its own."""
+Trees in MIMIC-CXR-JPG's, Kaggle's and Open-i's layout; their films are links to eight made-up radiographs
+of 2,544 x 3,056 pixels. Every measurement is a process of its own."""
 
 import os
 import subprocess

@@ -1,10 +1,13 @@
-"""Speed and memory of one alignment step of a 7B LLaVA on a GPU, beside TRL's GRPOTrainer untouched at the same settings, in one run.
+"""Speed and memory of one alignment step of a 7B LLaVA on a GPU, beside TRL's GRPOTrainer untouched at
+the same settings, in one run.
 
-    python tests/bench_gpu.py --out DIR             # LLaVA 7B from its configuration, random weights, bfloat16; 8 prompts x G = 8, 576 image and 256 new tokens, LoRA r = 64
-    python tests/bench_gpu.py --out DIR --tiny      # a miniature on the CPU, under a minute: that the script runs
+python tests/bench_gpu.py --out DIR             # LLaVA 7B from its configuration, random weights,
+bfloat16; 8 prompts x G = 8, 576 image and 256 new tokens, LoRA r = 64 python tests/bench_gpu.py --out DIR
+--tiny      # a miniature on the CPU, under a minute: that the script runs
 
-Writes DIR/bench_gpu.json and one line of markdown, DIR/bench_gpu.md. Rewards are the text rewards with the embedded scorers; the first step of each system is not counted.
-The policy, about 15 GB, is written to DIR/policy and removed at the end."""
+Writes DIR/bench_gpu.json and one line of markdown, DIR/bench_gpu.md. Rewards are the text rewards with
+the embedded scorers; the first step of each system is not counted. The policy, about 15 GB, is written to
+DIR/policy and removed at the end."""
 
 import argparse
 import copy
@@ -228,7 +231,8 @@ def main():
         return (
             "does not fit"
             if r is None
-            else f"{r['step']:.2f} s ({r['rollout']:.2f} rollout, {r['rewards']:.2f} rewards, {r['update']:.2f} update), {r['tokens/s']:.0f} tokens/s"
+            else f"{r['step']:.2f} s ({r['rollout']:.2f} rollout, {r['rewards']:.2f} rewards, "
+            f"{r['update']:.2f} update), {r['tokens/s']:.0f} tokens/s"
             + (f", {r['peak GB']:.1f} GB" if r["peak GB"] else "")
         )
 

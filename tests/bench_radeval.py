@@ -1,7 +1,9 @@
-"""RadEval's `make_reward_fn("f1chexbert")` and `make_reward_fn("radgraph")` on the batch and weights that bench_rewards.py wrote; run by it in RadEval's own environment
-(`--radeval PYTHON`, where `pip install radeval==2.2.1 "numpy<2" "pandas<3.1" "pyarrow==24" "scikit-learn<1.6"` was done). Shims: the hub is asked for nothing (weights, configuration and
-vocabulary are handed over), the device is given (its default is a GPU), and radgraph's two of `valor.rewards.radgraph.shims`, and the
-package's own name, which its radgraph misspells."""
+"""RadEval's `make_reward_fn("f1chexbert")` and `make_reward_fn("radgraph")` on the batch and weights that
+bench_rewards.py wrote; run by it in RadEval's own environment (`--radeval PYTHON`, where `pip install
+radeval==2.2.1 "numpy<2" "pandas<3.1" "pyarrow==24" "scikit-learn<1.6"` was done). Shims: the hub is asked
+for nothing (weights, configuration and vocabulary are handed over), the device is given (its default is a
+GPU), and radgraph's two of `valor.rewards.radgraph.shims`, and the package's own name, which its radgraph
+misspells."""
 
 import json
 import os

@@ -1,10 +1,13 @@
-"""Seconds of a GRPO step of the embedded policy: an untouched TRL `GRPOTrainer` against rollout="merged", in turn, one run, the same length of completions.
+"""Seconds of a GRPO step of the embedded policy: an untouched TRL `GRPOTrainer` against rollout="merged",
+in turn, one run, the same length of completions.
 
-    OMP_NUM_THREADS=1 python tests/bench_rollout.py [--threads 1] [--tokens 64] [--prompts 4] [--group 8] [--steps 12] [--rewards [--packages]]
+OMP_NUM_THREADS=1 python tests/bench_rollout.py [--threads 1] [--tokens 64] [--prompts 4] [--group 8]
+[--steps 12] [--rewards [--packages]]
 
-Times are processor seconds of this process (other work on the machine does not count), wall seconds beside them. Without --rewards a
-step is timed with rewards that cost nothing; with it, with those of preset `laptop` (BERTScore's encoder, the rules), the same for both;
-with --packages as well, TRL's BERTScore is the package bert-score's, as one would plug it in."""
+Times are processor seconds of this process (other work on the machine does not count), wall seconds
+beside them. Without --rewards a step is timed with rewards that cost nothing; with it, with those of
+preset `laptop` (BERTScore's encoder, the rules), the same for both; with --packages as well, TRL's
+BERTScore is the package bert-score's, as one would plug it in."""
 
 import argparse
 import copy
@@ -100,7 +103,8 @@ def main():
         p.add_argument(f"--{name}", action="store_true")
     args = p.parse_args()
     torch.set_num_threads(args.threads)
-    # hardly anything is learned, so that both go on writing reports of one kind; a smaller lr would be lost in float32 weights, and the adapter would stay beside them
+    # hardly anything is learned, so that both go on writing reports of one kind; a smaller lr would be lost
+    # in float32 weights, and the adapter would stay beside them
     size = dict(lr=1e-6, max_new_tokens=args.tokens, group_size=args.group, batch_size=args.prompts)
     cfg = preset("laptop", threads=args.threads, **size)
     data = load_benchmark("phantom", 200, 8, 16, seed=0, size=96, sections="both")["train"]
@@ -141,7 +145,8 @@ def main():
     turn = threading.Semaphore(1), threading.Semaphore(0)
     both = {"TRL": theirs, "merged": ours}
     for trainer, mine, other in ((theirs, *turn), (ours, *turn[::-1])):
-        trainer.generation_config.eos_token_id = trainer.model.get_base_model().generation_config.eos_token_id = None  # every report as long as it may be
+        # every report as long as it may be
+        trainer.generation_config.eos_token_id = trainer.model.get_base_model().generation_config.eos_token_id = None
         trainer.eos_token_ids = []
         trainer.add_callback(Turns(mine, other))
     threads = [threading.Thread(target=t.train) for t in both.values()]
@@ -166,7 +171,9 @@ def main():
         {name: f.median() for name, f in spent.items()} | {"ratio": (spent["TRL"] / spent["merged"]).median()}
     ).loc[rows]
     print(
-        f"{cfg.batch_size} prompts x {cfg.group_size}, {args.tokens} new tokens, {args.threads} threads, medians of {args.steps - 2} pairs of steps, rewards {'of laptop' if args.rewards else 'free'}{', by the package for TRL' if args.packages else ''}\n{t.round(3).to_markdown()}"
+        f"{cfg.batch_size} prompts x {cfg.group_size}, {args.tokens} new tokens, {args.threads} threads, "
+        f"medians of {args.steps - 2} pairs of steps, rewards "
+        f"{'of laptop' if args.rewards else 'free'}{', by the package for TRL' if args.packages else ''}\n{t.round(3).to_markdown()}"
     )
 
 

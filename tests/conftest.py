@@ -1,4 +1,5 @@
-"""The longest files run first: a worker that ended with one would leave the other idle. What tests keep of studies is theirs, outside the repository and the user's own cache."""
+"""The longest files run first: a worker that ended with one would leave the other idle. What tests keep
+of studies is theirs, outside the repository and the user's own cache."""
 
 import os
 import tempfile

@@ -1,8 +1,10 @@
-"""How far the embedded rules stand in for the real CheXbert and RadGraph, in numbers: writes figures/fidelity_rules.csv.
+"""How far the embedded rules stand in for the real CheXbert and RadGraph, in numbers: writes
+figures/fidelity_rules.csv.
 
-    VALOR_REAL=<folder that holds iu_xray/ and real_iu/> python tests/fidelity_rules.py
+VALOR_REAL=<folder that holds iu_xray/ and real_iu/> python tests/fidelity_rules.py
 
-No text is written. Labels: R2Gen's train and val reports of IU X-Ray, each with the real CheXbert's labels. Entities: systems on its test reports, each pair with the real RadGraph's F1."""
+No text is written. Labels: R2Gen's train and val reports of IU X-Ray, each with the real CheXbert's
+labels. Entities: systems on its test reports, each pair with the real RadGraph's F1."""
 
 import json
 import os
@@ -54,7 +56,8 @@ def label_rows(place):
 
 
 def system_rows(place):
-    "Of each system in `real_iu`: Spearman between our and the real RadGraph's F1 per report, and the system's micro-F1 by the rules and by the real CheXbert, where the file has them."
+    """Of each system in `real_iu`: Spearman between our and the real RadGraph's F1 per report, and the
+    system's micro-F1 by the rules and by the real CheXbert, where the file has them."""
     rows = []
     for path in sorted((place / "real_iu").glob("*.json")):
         held, name = json.loads(path.read_text()), path.stem.removeprefix("iu_test_")

@@ -29,7 +29,8 @@ def work(code, runs, log, env):
 
 
 def start(code, runs, log=None, **env):
-    "The Python `code` in a new process that keeps its runs in the folder `runs`, and what it prints beside it (or beside `log`)."
+    """The Python `code` in a new process that keeps its runs in the folder `runs`, and what it prints
+    beside it (or beside `log`)."""
     process = SERVER.Process(target=work, args=(code, runs, log or runs, env))
     process.start()
     return process
@@ -55,7 +56,8 @@ def finish(code, runs, patience):
 
 
 def finish_pair(code, runs, port, patience, codes=(0, 0), **env):
-    "What `code` prints, and what it complains of, on two CPU processes that torch joins, as a launcher would start them."
+    """What `code` prints, and what it complains of, on two CPU processes that torch joins, as a launcher
+    would start them."""
     env |= CPU | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     logs = [f"{runs}.{rank}" for rank in (0, 1)]
     pair = [
@@ -80,9 +82,11 @@ def kill_at(code, runs, pattern, timeout, ready=lambda file: True):
 
 
 def kill_everywhere(code, tmp_path, phases, points, patience, timeout, ready=lambda file: True):
-    """Two run folders: of `code` left alone, and of it killed at each of `points` and then started once more. `patience`: seconds for a whole run, `timeout`: for a point to be reached.
+    """Two run folders: of `code` left alone, and of it killed at each of `points` and then started once
+    more. `patience`: seconds for a whole run, `timeout`: for a point to be reached.
 
-    The second has from the first, to save time, every phase that is not one of `phases`: what comes before the first kill."""
+    The second has from the first, to save time, every phase that is not one of `phases`: what comes
+    before the first kill."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(code, whole, patience)
     shutil.copytree(whole, killed, ignore=shutil.ignore_patterns(*(f"{phase}-*" for phase in phases)))

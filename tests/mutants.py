@@ -1,7 +1,8 @@
 """Puts one fault at a time into a copy of the package and checks that a test fails.
 
-Run by hand, it is not part of `make test` (a few seconds for each mutant): python tests/mutants.py [PART OF A NAME]
-A mutant that survives means that its test does not see the fault. Your checkout stays as it is."""
+Run by hand, it is not part of `make test` (a few seconds for each mutant): python tests/mutants.py [PART
+OF A NAME] A mutant that survives means that its test does not see the fault. Your checkout stays as it
+is."""
 
 import contextlib
 import os
@@ -227,7 +228,8 @@ def put_fault(mutant: Mutant, home: str):
 
 
 def killed(mutant: Mutant) -> bool:
-    "Whether the mutant's test fails on a copy with the fault. A forked process runs it, which spares the imports."
+    """Whether the mutant's test fails on a copy with the fault. A forked process runs it, which spares
+    the imports."""
     with tempfile.TemporaryDirectory() as home:
         copy_of_package(home)
         put_fault(mutant, home)
@@ -241,7 +243,8 @@ def killed(mutant: Mutant) -> bool:
 
 
 def tested(home: str, test: str) -> int:
-    "pytest's exit status for `test` on the package in `home`: 0 passed, 1 failed; 9 if another package was tested."
+    """pytest's exit status for `test` on the package in `home`: 0 passed, 1 failed; 9 if another package
+    was tested."""
     os.chdir(home)
     sys.path.insert(0, home)
     with (

@@ -1,10 +1,12 @@
-"""Compares what this checkout computes with what another commit computed, for changes that must not change behaviour. By hand, some four minutes on two cores:
+"""Compares what this checkout computes with what another commit computed, for changes that must not
+change behaviour. By hand, some four minutes on two cores:
 
-    python tests/net.py record /tmp/net.json     # on the commit before the change
-    python tests/net.py compare /tmp/net.json    # after each step; says "equal", or lists what differs
+python tests/net.py record /tmp/net.json     # on the commit before the change python tests/net.py compare
+/tmp/net.json    # after each step; says "equal", or lists what differs
 
-It records the keys of all phases for all presets and benchmarks, the help of every command, and, of smoke runs of both embedded benchmarks, hashes of all weights, tables, reports and figures.
-The hashes hold for one machine and one set of libraries, so the record is not committed. `--quick` leaves the runs out."""
+It records the keys of all phases for all presets and benchmarks, the help of every command, and, of smoke
+runs of both embedded benchmarks, hashes of all weights, tables, reports and figures. The hashes hold for
+one machine and one set of libraries, so the record is not committed. `--quick` leaves the runs out."""
 
 import argparse
 import csv
@@ -77,7 +79,8 @@ def table_without_times(path):
 
 
 def contents(path):
-    "What the hash of the file `path` is taken of, or None for a file that differs from run to run (times, paths)."
+    """What the hash of the file `path` is taken of, or None for a file that differs from run to run
+    (times, paths)."""
     if path.stem.endswith("_steps"):  # how long each part of a step took
         return None
     if path.suffix == ".csv":

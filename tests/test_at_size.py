@@ -1,4 +1,5 @@
-"""Training at size, as far as a CPU can tell: ready accelerate configurations, SFT in parts, arguments for vLLM and 4 bits, and the GPU benchmark's script."""
+"""Training at size, as far as a CPU can tell: ready accelerate configurations, SFT in parts, arguments
+for vLLM and 4 bits, and the GPU benchmark's script."""
 
 import json
 import os
@@ -31,7 +32,8 @@ def env_of(cfg):
 
 
 def test_configurations_are_accelerates(monkeypatch):
-    "Each file is read by accelerate's own class, which refuses keys that it does not know, and says what the notebook says of it."
+    """Each file is read by accelerate's own class, which refuses keys that it does not know, and says
+    what the notebook says of it."""
     read = {p.stem: load_config_from_file(str(p)) for p in sorted(CONFIGS.glob("*.yaml"))}
     assert {
         name: (c.distributed_type.value, c.num_machines, c.num_processes, c.mixed_precision)
@@ -80,7 +82,8 @@ def test_layers_to_shard_are_in_the_model(monkeypatch):
 
 @pytest.fixture
 def one_thread():
-    "Threads add in another order, and Adam moves a weight of almost no gradient by the sign of that rounding error."
+    """Threads add in another order, and Adam moves a weight of almost no gradient by the sign of that
+    rounding error."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -167,7 +170,8 @@ def test_four_bits(monkeypatch):
     [
         (
             dict(gradient_accumulation_steps=3),
-            "gradient_accumulation_steps=3 does not divide batch_size * group_size = 8; expected a divisor of it",
+            "gradient_accumulation_steps=3 does not divide batch_size * group_size = 8; expected a divisor "
+            "of it",
         ),
         (
             dict(gradient_checkpointing="maybe"),
@@ -190,7 +194,8 @@ def test_share_in_parts(monkeypatch):
     assert share(16, "n", 4) == 4
     with pytest.raises(
         RunError,
-        match="n = 8 cannot be shared by 4 processes in gradient_accumulation_steps = 4 parts; make it a multiple of 16",
+        match="n = 8 cannot be shared by 4 processes in gradient_accumulation_steps = 4 parts; make it a "
+        "multiple of 16",
     ):
         share(8, "n", 4)
 
@@ -209,7 +214,8 @@ def test_runs_differ_where_results_do():
 
 
 def test_gpu_benchmark_runs(tmp_path):
-    "The benchmark's script on a miniature: every figure is there, and its line says that no GPU was measured."
+    """The benchmark's script on a miniature: every figure is there, and its line says that no GPU was
+    measured."""
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("bench_gpu.py")), "--tiny", "--out", str(tmp_path)],
         capture_output=True,

@@ -1,4 +1,5 @@
-"""Attention of finding words: known attention comes out where it was put, the variants equal their definitions, Qwen2.5-VL's and Gemma 3's grids lie as they should, and the measures' properties."""
+"""Attention of finding words: known attention comes out where it was put, the variants equal their
+definitions, Qwen2.5-VL's and Gemma 3's grids lie as they should, and the measures' properties."""
 
 import numpy as np
 import pandas as pd
@@ -68,7 +69,8 @@ def test_denials_are_left_out():
 
 
 def looking_policy(cells):
-    "A policy whose first layer's first head looks, from any word, at the one image token that `cells` names for each study."
+    """A policy whose first layer's first head looks, from any word, at the one image token that `cells`
+    names for each study."""
     model, processor = build_policy(REPORTS, seed=1)
     model.eval()
     width, head = 128, 32

@@ -1,4 +1,5 @@
-"""What is broken, full or interrupted costs one line and nothing that was made: checkpoints, folders, media that cannot be written, keys that end a run."""
+"""What is broken, full or interrupted costs one line and nothing that was made: checkpoints, folders,
+media that cannot be written, keys that end a run."""
 
 import errno
 import json
@@ -56,7 +57,8 @@ def test_a_batch_that_no_studies_fill_is_an_error_before_anything_is_trained(run
 
 
 def test_a_stage_goes_on_from_the_older_checkpoint_where_the_newest_is_broken(runs, capsys):
-    "Left alone, and cut off at its end with the newest checkpoint broken in each of these ways: the same adapter."
+    """Left alone, and cut off at its end with the newest checkpoint broken in each of these ways: the
+    same adapter."""
     cfg = preset("smoke", **TINY)
     phases.ensure("sft", cfg)
     with patch.object(phases, "drop_checkpoints"):
@@ -79,8 +81,8 @@ def test_a_stage_goes_on_from_the_older_checkpoint_where_the_newest_is_broken(ru
         phases.ensure("stage1", cfg)
         said = capsys.readouterr().out
         assert (
-            f"checkpoint-4 cannot be gone on from: {name} is missing or is not what was written; going on from checkpoint-2"
-            in said
+            f"checkpoint-4 cannot be gone on from: {name} is missing or is not what was written; going on "
+            f"from checkpoint-2" in said
         )
         assert weights.read_bytes() == whole
 

@@ -1,4 +1,5 @@
-"""CheXbert and RadGraph on made-up weights in the true format, and the embedded rules: properties that hold whatever the weights."""
+"""CheXbert and RadGraph on made-up weights in the true format, and the embedded rules: properties that
+hold whatever the weights."""
 
 import math
 import random

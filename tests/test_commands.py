@@ -60,7 +60,8 @@ RUN = list(dict.fromkeys([*shown(ROOT / "docs/real-models-and-data.md")[0], *sum
 
 
 def check_valor(words):
-    "Raise unless the parser takes `words`, and every `--set` names a field and `--preset` a preset. A command's bare name is enough."
+    """Raise unless the parser takes `words`, and every `--set` names a field and `--preset` a preset. A
+    command's bare name is enough."""
     if len(words) == 1:
         assert words[0] == "--help" or f"{words[0]}" in command_parser().format_help()
         return
@@ -145,7 +146,8 @@ HUB = dict(
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
-    "A folder with everything that the commands name, under their names; `/models`, `/data` and `~` lie in it."
+    """A folder with everything that the commands name, under their names; `/models`, `/data` and `~` lie
+    in it."""
     desk = tmp_path_factory.mktemp("desk")
     miniature_llava_med(desk / "llava-med-v1.5-mistral-7b")
     miniature_biomedclip(desk / "models/biomedclip")
@@ -167,7 +169,8 @@ def desk(tmp_path_factory):
         )
     )
     (desk / "mylab.py").write_text(
-        "class Sides:\n    def score(self, candidates, references): return [float('left' in c) for c in candidates]\n"
+        "class Sides:\n    def score(self, candidates, references): return [float('left' in c) for c in "
+        "candidates]\n"
     )
     return desk
 
@@ -177,7 +180,8 @@ def newest(pattern):
 
 
 def here(word, desk):
-    "`word` of a command with its paths in `desk`; the `…` of a run's folder stands for the newest one, that of an adapter's base for its own."
+    """`word` of a command with its paths in `desk`; the `…` of a run's folder stands for the newest one,
+    that of an adapter's base for its own."""
     word = re.sub(r"(?<![\w.~-])/(models|data)/", rf"{desk}/\1/", word).replace("~/", f"{desk}/")
     for phase in re.findall(r"runs/(\w+)-…", word):
         if phase == "sft":

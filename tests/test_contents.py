@@ -1,4 +1,5 @@
-"""What is read from disk is part of a key: a table, a report or weights that were edited in place are never taken for what they were."""
+"""What is read from disk is part of a key: a table, a report or weights that were edited in place are
+never taken for what they were."""
 
 import dataclasses
 import shutil

@@ -1,4 +1,5 @@
-"""`valor convert-llava-med`: formats, memory, kills, bad input, and the converted folder in TRL and PEFT. All on checkpoints fabricated in the true on-disk format."""
+"""`valor convert-llava-med`: formats, memory, kills, bad input, and the converted folder in TRL and PEFT.
+All on checkpoints fabricated in the true on-disk format."""
 
 import argparse
 import json
@@ -129,7 +130,8 @@ def test_true_size_and_ids():
 
 @pytest.mark.skipif(
     "VALOR_MISTRAL_TOKENIZER" not in os.environ,
-    reason="VALOR_MISTRAL_TOKENIZER: path of Mistral 7B's tokenizer.model (tokenizer.model.v1 in the wheel mistral-common)",
+    reason="VALOR_MISTRAL_TOKENIZER: path of Mistral 7B's tokenizer.model (tokenizer.model.v1 in the wheel "
+    "mistral-common)",
 )
 def test_mistrals_own_vocabulary(tmp_path):
     "The true 32,000 pieces: as sentencepiece on 40,000 random texts and all Open-i reports."
@@ -254,7 +256,8 @@ def test_peak_memory_is_below_the_largest_file(big, tmp_path):
     largest = [max(p.stat().st_size for p in src.iterdir()) for src in sources]
     ratios = [int(peak) / size for peak, size in zip(done.stdout.split(), largest)]
     print(
-        f"largest file {largest[0] / 1e6:.0f} MB; peak {ratios[0]:.2f} of it from safetensors, {ratios[1]:.2f} from .bin"
+        f"largest file {largest[0] / 1e6:.0f} MB; peak {ratios[0]:.2f} of it from safetensors, "
+        f"{ratios[1]:.2f} from .bin"
     )
     assert min(largest) > 100e6 and max(ratios) < 1.3
     shutil.rmtree(tmp_path)

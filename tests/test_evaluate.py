@@ -1,4 +1,5 @@
-"""`valor evaluate` as a command: killed in the middle it goes on and ends with the same bytes; bad input is one line."""
+"""`valor evaluate` as a command: killed in the middle it goes on and ends with the same bytes; bad input
+is one line."""
 
 import json
 import random

@@ -1,4 +1,5 @@
-"""Every way to name an expert, on weights made up in the true formats: the features are right, what is missing is named in one line, and training runs with each."""
+"""Every way to name an expert, on weights made up in the true formats: the features are right, what is
+missing is named in one line, and training runs with each."""
 
 import json
 import multiprocessing
@@ -329,7 +330,8 @@ def test_only_centred_vectors_rank_reports_right():
     reports = [
         "no acute abnormality.",
         "small pleural effusion.",
-        "cardiomegaly. pneumonia. edema. atelectasis. pneumothorax. pleural effusion. consolidation. lung opacity.",
+        "cardiomegaly. pneumonia. edema. atelectasis. pneumothorax. pleural effusion. consolidation. lung "
+        "opacity.",
     ]
     s = normal.similarity(FILMS, reports)
     assert s.argsort(descending=True).tolist() == [0, 1, 2] and s[0] == pytest.approx(1)

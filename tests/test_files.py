@@ -1,4 +1,5 @@
-"""Files that others wrote: pictures of every make are read or refused in one line, archives and JSON are whole or named."""
+"""Files that others wrote: pictures of every make are read or refused in one line, archives and JSON are
+whole or named."""
 
 import gzip
 import io
@@ -145,7 +146,8 @@ def test_a_path_that_no_file_can_have_is_refused_as_a_missing_image_is(name):
             read(name)
 
 
-# ---- archives, tables and JSON, through the readers of studies ------------------------------------------------------------------------------
+# ---- archives, tables and JSON, through the readers of studies
+# ------------------------------------------------------------------------------
 
 
 def openi_archive(path, n=40, odd=()):
@@ -227,7 +229,8 @@ def test_the_package_s_own_archive_is_whole():
 def test_an_image_name_of_5000_letters_costs_its_image(tmp_path):
     (tmp_path / "ecgen-radiology").mkdir()
     (tmp_path / "ecgen-radiology" / "1.xml").write_text(
-        f'<r><uId id="CXR1"/><AbstractText Label="FINDINGS">Clear.</AbstractText><parentImage id="CXR1_1_IM-0001-{"1" * 5000}"/></r>'
+        f'<r><uId id="CXR1"/><AbstractText Label="FINDINGS">Clear.</AbstractText><parentImage '
+        f'id="CXR1_1_IM-0001-{"1" * 5000}"/></r>'
     )
     (study,) = read_openi_tree(tmp_path)
     good, faults = sound_images(study)
@@ -333,7 +336,8 @@ def test_tables_with_a_mark_are_read_and_broken_ones_are_named(tmp_path):
         list(read_own_table(path))
 
 
-# ---- files of reports, and files that we go on with ------------------------------------------------------------------------------------------
+# ---- files of reports, and files that we go on with
+# ------------------------------------------------------------------------------------------
 
 LINES = [
     dict(id="a", candidate="clear.\u2028 No effusion.", reference="clear."),

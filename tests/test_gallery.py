@@ -1,4 +1,5 @@
-"""The reading room in a real browser: 500 studies × 4 systems from disk in under 2 seconds, no request and no complaint, keys, filters, search, contrast, narrow screens, hostile text."""
+"""The reading room in a real browser: 500 studies × 4 systems from disk in under 2 seconds, no request
+and no complaint, keys, filters, search, contrast, narrow screens, hostile text."""
 
 import json
 import shutil
@@ -72,7 +73,8 @@ def browser(tmp_path_factory):
 
 
 def ready(browser, page, hash=""):
-    "Open the page afresh; milliseconds from the start of the navigation until its list and study stood there, images decoded."
+    """Open the page afresh; milliseconds from the start of the navigation until its list and study stood
+    there, images decoded."""
     browser.get("about:blank")
     browser.get(page.as_uri() + hash)
     end = time.time() + 20
@@ -93,7 +95,8 @@ def room(browser, page):
     js.study = lambda: js("return document.querySelector('#study h2').textContent")
     js.count = lambda: js("return document.getElementById('count').textContent")
     js.choose = lambda id, value: js(
-        "const e = document.getElementById(arguments[0]); e.value = arguments[1]; e.dispatchEvent(new Event(e.type === 'search' ? 'input' : 'change'))",
+        "const e = document.getElementById(arguments[0]); e.value = arguments[1]; e.dispatchEvent(new "
+        "Event(e.type === 'search' ? 'input' : 'change'))",
         id,
         value,
     )
@@ -199,7 +202,8 @@ def test_500_studies_of_4_systems_stand_there_in_under_2_seconds(browser, page, 
     for _ in range(3):
         times.append(ready(browser, page))
         assert browser.execute_script(
-            "return [...document.images].every(i => i.complete && i.naturalWidth > 0) && document.images.length > 5"
+            "return [...document.images].every(i => i.complete && i.naturalWidth > 0) && "
+            "document.images.length > 5"
         )
         assert (
             browser.execute_script("return document.querySelectorAll('*').length") < 1500
@@ -249,7 +253,8 @@ def test_hostile_reports_are_shown_and_do_nothing(browser, page, room):
     ready(browser, page, "#phantom-test-0-00005")
     assert "empty report" in room("return document.querySelectorAll('.card .report')[1].textContent")
     room(
-        "const s = document.createElement('script'); s.textContent = 'document.title = \"broken\"'; document.body.append(s)"
+        "const s = document.createElement('script'); s.textContent = 'document.title = \"broken\"'; "
+        "document.body.append(s)"
     )  # even a script that got in would not run
     assert browser.title == "A <b>title</b> & more"
 
@@ -270,7 +275,9 @@ def test_keys(browser, room):
     assert room.study() == names[2]
     room.keys([Keys.END])
     assert room.study() == names[499] and room(
-        "const r = document.querySelector('.row[aria-selected=true]').getBoundingClientRect(), l = document.getElementById('list').getBoundingClientRect(); return r.top > l.top - 1 && r.bottom < l.bottom + 1"
+        "const r = document.querySelector('.row[aria-selected=true]').getBoundingClientRect(), l = "
+        "document.getElementById('list').getBoundingClientRect(); return r.top > l.top - 1 && r.bottom < "
+        "l.bottom + 1"
     )
     room.keys("j")
     assert room.study() == names[499]
@@ -301,11 +308,13 @@ def test_keys(browser, room):
     room.keys("9")
     assert cards() == ["base", "SFT", "VALOR"]
     assert room(
-        "return [document.querySelectorAll('.film rect').length, document.querySelectorAll('.film canvas').length]"
+        "return [document.querySelectorAll('.film rect').length, document.querySelectorAll('.film "
+        "canvas').length]"
     ) == [room("return shown[at].boxes.length"), 0]
     room.keys("ba")
     assert room(
-        "return [document.querySelectorAll('.film rect').length, document.querySelectorAll('.film canvas').length]"
+        "return [document.querySelectorAll('.film rect').length, document.querySelectorAll('.film "
+        "canvas').length]"
     ) == [0, 1]
     room.keys("a")
     assert room("return document.querySelectorAll('.film canvas').length") == 0
@@ -402,7 +411,8 @@ def test_every_text_has_contrast_and_every_control_a_name(browser, room, scheme)
     time.sleep(0.3)
     background = room("return getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0] < 128")
     assert background == (scheme == "dark") and room(
-        "return ['right', 'wrong', 'mislocated'].every(k => document.querySelector(`mark.${k}`)) && document.querySelector('.chips.missing')"
+        "return ['right', 'wrong', 'mislocated'].every(k => document.querySelector(`mark.${k}`)) && "
+        "document.querySelector('.chips.missing')"
     )
     ratio, where = room(CONTRAST)
     assert ratio >= 4.5, (ratio, where)

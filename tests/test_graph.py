@@ -1,4 +1,5 @@
-"""The graph of all tables and figures: what it plans, that only what changed runs again, the same on SLURM, and one line for a wrong parameter. The jobs themselves are replaced by a stub."""
+"""The graph of all tables and figures: what it plans, that only what changed runs again, the same on
+SLURM, and one line for a wrong parameter. The jobs themselves are replaced by a stub."""
 
 import fcntl
 import os
@@ -114,7 +115,8 @@ def test_only_what_changed_runs_again(place):
 
 
 def test_what_a_killed_graph_left_locked_is_gone_on_with(place):
-    "Its locks are in the way while it lives (the system knows: it holds a lock of the file valor.alive), and no longer."
+    """Its locks are in the way while it lives (the system knows: it holds a lock of the file
+    valor.alive), and no longer."""
     few = ("preset=smoke", "seeds=7", "benchmarks=phantom", "pages=12_qualitative")
     locks = place / ".snakemake" / "locks"
     locks.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-"""What a command says beside its work: no noise of the libraries, and every parameter of a page where one asks for them."""
+"""What a command says beside its work: no noise of the libraries, and every parameter of a page where one
+asks for them."""
 
 import subprocess
 import sys
@@ -28,8 +29,10 @@ def test_papermill_lists_every_parameter_of_a_page(page):
 def test_noise_is_silenced_word_for_word():
     code = (
         "import logging, valor, warnings; log = logging.getLogger('bitsandbytes.backends.cpu.ops')\n"
-        "log.warning('Failed to load CPU gemm_4bit_forward from kernels-community: %s.', 'x'); log.warning('something else')\n"
-        "warnings.warn('`is_gradient_checkpointing` is deprecated and will be removed in v6.', FutureWarning); warnings.warn('`other` is deprecated', FutureWarning)"
+        "log.warning('Failed to load CPU gemm_4bit_forward from kernels-community: %s.', 'x'); "
+        "log.warning('something else')\n"
+        "warnings.warn('`is_gradient_checkpointing` is deprecated and will be removed in v6.', "
+        "FutureWarning); warnings.warn('`other` is deprecated', FutureWarning)"
     )
     said = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT

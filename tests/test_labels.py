@@ -1,4 +1,5 @@
-"""CheXbert on made-up weights in the true format: the package's own labels at every batch size, what reaches the model, what a wrong file is told, and the label score's properties."""
+"""CheXbert on made-up weights in the true format: the package's own labels at every batch size, what
+reaches the model, what a wrong file is told, and the label score's properties."""
 
 import os
 import random
@@ -283,7 +284,8 @@ def test_another_file_is_told_so(weights, state, tmp_path):
         path.write_bytes(data)
         with pytest.raises(
             ValueError,
-            match=r"chexbert.pth: not a CheXbert checkpoint .*StanfordAIMI/RRG_scorers; or give model='rules'",
+            match=r"chexbert.pth: not a CheXbert checkpoint .*StanfordAIMI/RRG_scorers; or give "
+            r"model='rules'",
         ):
             CheXbert(path)
     for saved in (

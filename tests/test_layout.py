@@ -1,4 +1,5 @@
-"""The package as rooms: doors that users come in by, and no circle of imports (the direction of the arrows is import-linter's, in `make test`)."""
+"""The package as rooms: doors that users come in by, and no circle of imports (the direction of the
+arrows is import-linter's, in `make test`)."""
 
 import subprocess
 import sys

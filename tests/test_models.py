@@ -1,4 +1,5 @@
-"""Any image-text-to-text model through one loader: miniatures of five architectures in the true on-disk format, through loading, sampling, SFT, both stages of GRPO, merging and `valor generate`."""
+"""Any image-text-to-text model through one loader: miniatures of five architectures in the true on-disk
+format, through loading, sampling, SFT, both stages of GRPO, merging and `valor generate`."""
 
 import functools
 import json
@@ -71,7 +72,8 @@ def run(model, processor):
 
 @pytest.mark.parametrize("kind", ALL)
 def test_prompt_is_one_and_the_same_for_sampling_sft_and_grpo(kind, folders, tmp_path):
-    "The ids that this package samples from are those that TRL's GRPO samples from, which are those that its SFT trains on."
+    """The ids that this package samples from are those that TRL's GRPO samples from, which are those that
+    its SFT trains on."""
     from valor.policy.tiny import as_prompt
 
     model, processor = load_policy(folders[kind])
@@ -428,7 +430,8 @@ def test_ways_of_loading(folders, monkeypatch, tmp_path):
 
 
 def test_four_bits(folders, tmp_path):
-    "QLoRA on a CPU: the base stays in four bits while the adapter trains, the result is the full base with the adapter merged."
+    """QLoRA on a CPU: the base stays in four bits while the adapter trains, the result is the full base
+    with the adapter merged."""
     pytest.importorskip("bitsandbytes")
     import bitsandbytes as bnb
 

@@ -1,4 +1,5 @@
-"""Scorers that run out of process: a stub that keeps the protocol, or breaks it, is always tested; RaTEScore and GREEN where their environment exists (`make scorers`)."""
+"""Scorers that run out of process: a stub that keeps the protocol, or breaks it, is always tested;
+RaTEScore and GREEN where their environment exists (`make scorers`)."""
 
 import json
 import os
@@ -274,7 +275,8 @@ def test_ratescore_equals_the_package_called_as_its_readme_says(weights):
         ) as s:
             ours = s.score(*lists(PAIRS))
         print(
-            f"RaTEScore, batch_size {size}: largest difference to the package {max(abs(a - b) for a, b in zip(ours, direct)):.1e}"
+            f"RaTEScore, batch_size {size}: largest difference to the package "
+            f"{max(abs(a - b) for a, b in zip(ours, direct)):.1e}"
         )
         assert ours == pytest.approx(direct, abs=1e-6)
 

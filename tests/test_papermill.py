@@ -1,4 +1,5 @@
-"""The ablation page takes parameters from the command line, from the repository root, and refuses wrong ones before anything is trained."""
+"""The ablation page takes parameters from the command line, from the repository root, and refuses wrong
+ones before anything is trained."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""What is sampled, scored and evaluated is one policy: in bfloat16 an adapter of early updates is in all of them, the log says how far apart they are, and nothing of a checkpoint's own sampling reaches them."""
+"""What is sampled, scored and evaluated is one policy: in bfloat16 an adapter of early updates is in all
+of them, the log says how far apart they are, and nothing of a checkpoint's own sampling reaches them."""
 
 import json
 
@@ -57,7 +58,8 @@ def delta(layer):
 
 
 def carried(layer, before, wanted):
-    "How much of the change `wanted` a layer, as it stands in what samples, adds to the outputs of the weights `before`; over so many random inputs that bfloat16's rounding averages out."
+    """How much of the change `wanted` a layer, as it stands in what samples, adds to the outputs of the
+    weights `before`; over so many random inputs that bfloat16's rounding averages out."""
     x = torch.randn(4096, before.shape[1], generator=torch.Generator().manual_seed(1)).to(before.dtype)
     with torch.no_grad():
         return kept_share(
@@ -173,7 +175,8 @@ def test_gap_is_logged_and_small(kind, share, dtype, tmp_path, capsys):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_updates_of_the_optimizer_reach_what_is_sampled(mixed, checkpointing, tmp_path, capsys):
-    "Real updates, in bfloat16 weights and in float32 weights that compute in bfloat16: the matrices that the next rollout samples with hold the adapter as it is then."
+    """Real updates, in bfloat16 weights and in float32 weights that compute in bfloat16: the matrices
+    that the next rollout samples with hold the adapter as it is then."""
     t = trainer(
         miniature("llava", tmp_path / "policy"),
         tmp_path / "t",
@@ -226,7 +229,8 @@ def test_another_policy_than_the_scored_one_raises_the_alarm(tmp_path, capsys, m
 
 
 def test_vllm_gap_comes_from_its_log_probabilities_and_weights_are_put_back(tmp_path, capsys, monkeypatch):
-    "TRL's own road to vLLM on a stub that does what TRL does: adds the adapter to bfloat16 weights and takes it off again."
+    """TRL's own road to vLLM on a stub that does what TRL does: adds the adapter to bfloat16 weights and
+    takes it off again."""
     t = trainer(
         miniature("llava", tmp_path / "policy"), tmp_path / "t", torch.bfloat16, False, 20, max_steps=1
     )

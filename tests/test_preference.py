@@ -1,4 +1,5 @@
-"""DPO and MMedPO as phases: loss as TRL's, bad preference files named, a killed run ends as if it had not been."""
+"""DPO and MMedPO as phases: loss as TRL's, bad preference files named, a killed run ends as if it had not
+been."""
 
 import gzip
 import json

@@ -1,4 +1,5 @@
-"""Adapters kept during training change nothing; their evaluation resumes where it was interrupted, and says which split it needs."""
+"""Adapters kept during training change nothing; their evaluation resumes where it was interrupted, and
+says which split it needs."""
 
 import hashlib
 import os

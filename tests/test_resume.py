@@ -1,4 +1,5 @@
-"""A run that is killed (SIGKILL) in SFT, stage 1 and stage 2 ends with the weights of one that was not, bit for bit."""
+"""A run that is killed (SIGKILL) in SFT, stage 1 and stage 2 ends with the weights of one that was not,
+bit for bit."""
 
 from kills import digests, kill_everywhere
 
@@ -8,7 +9,8 @@ from valor.config import preset
 from valor.runs.phases import ensure
 ensure("stage2", preset("smoke", threads=1))
 """
-# where to kill: the first file matching the pattern says that the phase is past its first checkpoint, or has just begun
+# where to kill: the first file matching the pattern says that the phase is past its first checkpoint, or
+# has just begun
 POINTS = [
     "sft-*/policy/checkpoints/checkpoint-4/trainer_state.json",
     "stage1-*/config.json",

@@ -1,4 +1,5 @@
-"""rollout="merged" against TRL's own road on every architecture: the same candidates, log-probabilities, loss and gradients; parts of an update and two views of a study."""
+"""rollout="merged" against TRL's own road on every architecture: the same candidates, log-probabilities,
+loss and gradients; parts of an update and two views of a study."""
 
 import numpy as np
 import pytest

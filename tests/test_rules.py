@@ -1,4 +1,5 @@
-"""The embedded rules: one preparation of every text, hard sentences, the phantom's planted truth, and, where VALOR_REAL names them, real reports with the real models' labels."""
+"""The embedded rules: one preparation of every text, hard sentences, the phantom's planted truth, and,
+where VALOR_REAL names them, real reports with the real models' labels."""
 
 import hashlib
 import json
@@ -57,7 +58,8 @@ def test_hard_sentences():
 
 
 def test_the_versions_of_the_rules_are_raised_when_what_they_say_changes():
-    "Stored scores are kept under a version: one that says something else must have another. Raise LABEL_RULES or GRAPH_RULES together with the digest here."
+    """Stored scores are kept under a version: one that says something else must have another. Raise
+    LABEL_RULES or GRAPH_RULES together with the digest here."""
     reports = [study["findings"] for study in read_openi() if study["findings"]] + list(
         pd.read_csv(ROOT / "tests" / "hard_sentences.csv", keep_default_na=False).sentence
     )

@@ -1,4 +1,5 @@
-"""Real-data loading: trees in every distributor's layout load whole; over sixty kinds of fault cost at most the study they are in."""
+"""Real-data loading: trees in every distributor's layout load whole; over sixty kinds of fault cost at
+most the study they are in."""
 
 import json
 import os
@@ -139,7 +140,407 @@ def test_split_file(masters, tmp_path):
     ] and studies.set_aside.kind.tolist() == ["absent study"]
 
 
-# ---- faults -------------------------------------------------------------------------------------------------------------------------------
+# ---- faults
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+# -------------------------------------------------------------------------------------------------------------------------------
 
 
 def edit(path, old, new, count=1):
@@ -836,7 +1237,8 @@ def test_the_report_shows_no_text(masters, tmp_path):
 
 
 def test_two_images_reach_the_policy(masters, tmp_path):
-    "`view='both'`: SFT, a GRPO step and generation see two images a study, and the prompt has a place for each."
+    """`view='both'`: SFT, a GRPO step and generation see two images a study, and the prompt has a place
+    for each."""
     from trl import GRPOConfig, GRPOTrainer
 
     from valor.policy.tiny import (
@@ -911,7 +1313,8 @@ def main_images(studies):
 
 
 def test_openi_takes_the_frontal_film_by_its_picture(tmp_path):
-    "Open-i's XML names no view: the main image of CXR1 and CXR10 is the second film, as it is in the real archive (there by the name -4001 and -2001)."
+    """Open-i's XML names no view: the main image of CXR1 and CXR10 is the second film, as it is in the
+    real archive (there by the name -4001 and -2001)."""
     root = trees.openi(tmp_path / "t", N)
     swap(
         root,
@@ -1014,7 +1417,8 @@ def real(*names):
 
 
 def test_views_of_real_films():
-    "All films of IU X-Ray, at 24 x 24 pixels, and the frontal ones that are here at 192 x 192: what Kaggle's projections say."
+    """All films of IU X-Ray, at 24 x 24 pixels, and the frontal ones that are here at 192 x 192: what
+    Kaggle's projections say."""
     known = np.load(real("iu_xray", "views_24.npz"))
     read = np.array([v.removeprefix("unsure ") for v in views_of(known["images"])])
     assert (
@@ -1264,7 +1668,8 @@ def test_the_message_names_the_cause(name, masters, tmp_path):
 
 
 def test_smoke_reads_the_real_r2gen_split(tmp_path):
-    "Here every study has its frontal film alone: 11 of 2,947 are called lateral by their pictures, listed and set aside; no study lacks its report."
+    """Here every study has its frontal film alone: 11 of 2,947 are called lateral by their pictures,
+    listed and set aside; no study lacks its report."""
     root = real("iu_xray")
     studies = load_studies(
         "r2gen_iu",

@@ -1,4 +1,5 @@
-"""The main table: paired tests that hold their level and find what is there, and a reason for every cell without a number."""
+"""The main table: paired tests that hold their level and find what is there, and a reason for every cell
+without a number."""
 
 import numpy as np
 import pandas as pd
@@ -138,7 +139,7 @@ def test_the_rest_of_the_table_still_comes(cfg, tmp_path, monkeypatch):
     )
     text = with_footnotes(side, notes)
     assert (
-        "DPO: not run: seed 0 has no run eval_dpo-1; `papermill nbs/09_main_results.ipynb out.ipynb -y '{preset: smoke, seeds: [0], benchmark: phantom}'` runs it"
-        in text
+        "DPO: not run: seed 0 has no run eval_dpo-1; `papermill nbs/09_main_results.ipynb out.ipynb -y "
+        "'{preset: smoke, seeds: [0], benchmark: phantom}'` runs it" in text
     )
     assert "GREEN: not run; wants" in text and "27.03" in text

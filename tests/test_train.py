@@ -1,4 +1,5 @@
-"""`valor train` on two CPU processes: it trains, and a pair of which one was killed, started again, ends as if it had not been."""
+"""`valor train` on two CPU processes: it trains, and a pair of which one was killed, started again, ends
+as if it had not been."""
 
 import json
 import os

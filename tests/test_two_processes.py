@@ -1,4 +1,5 @@
-"""One update is one update, however it is shared out: over two processes (groups that span both are ranked as one, both count k alike) and in parts, one after the other."""
+"""One update is one update, however it is shared out: over two processes (groups that span both are
+ranked as one, both count k alike) and in parts, one after the other."""
 
 import json
 from pathlib import Path
@@ -101,7 +102,8 @@ def test_two_processes_equal_one(folder, one):
 
 
 def test_sharded_equals_one(folder, one):
-    "FSDP2 with configs/fsdp2.yaml's choices (float32 here), each layer sharded over two CPU processes; the adapter on disk is whole."
+    """FSDP2 with configs/fsdp2.yaml's choices (float32 here), each layer sharded over two CPU processes;
+    the adapter on disk is whole."""
     chosen = load_config_from_file(str(CONFIGS / "fsdp2.yaml")).fsdp_config
     ranks = two(
         folder,

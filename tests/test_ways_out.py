@@ -1,4 +1,5 @@
-"""Every place of the package that writes a file or opens a connection, and what it may carry. A new one has to be named here; where it may carry restricted studies, `valor.data.restricted` guards it."""
+"""Every place of the package that writes a file or opens a connection, and what it may carry. A new one
+has to be named here; where it may carry restricted studies, `valor.data.restricted` guards it."""
 
 import ast
 import json
@@ -56,7 +57,8 @@ WAYS_OUT = {
     "figures.save_page": "guarded: _guarded",
     "figures._saved": "inside save, which opens the guard",
     "results.gallery.gallery": "guarded: kept",
-    "policy.generate.write_reports": "closed to others; whose films they are nobody has said, which valor generate says where it writes into a repository",
+    "policy.generate.write_reports": "closed to others; whose films they are nobody has said, which valor "
+    "generate says where it writes into a repository",
     "policy.generate.begin_or_go_on": "settings alone, for write_reports",
     "data.studies._opened": IN_INDEX,
     "data.studies.Index": IN_INDEX,
@@ -189,7 +191,8 @@ def test_what_is_called_guarded_opens_the_guard():
 def test_the_list_finds_a_new_way_out():
     assert set(
         ways_out(
-            "def f(p): p.write_text('x')\ndef g(p): open(p, 'a')\ndef h(p): open(p).read()\ndef i(u): requests.post(u)",
+            "def f(p): p.write_text('x')\ndef g(p): open(p, 'a')\ndef h(p): open(p).read()\ndef i(u): "
+            "requests.post(u)",
             "m",
         )
     ) == {"m.f", "m.g", "m.i"}

@@ -21,7 +21,8 @@ MESH = [["Pleural Effusion/left/small"], ["normal"], ["Opacity/lung/base/right"]
 
 
 def film(path, i, mode="L", size=(60, 50), view="frontal"):
-    "A film that looks `frontal` or `lateral`, different for every `i`, as PNG (8 or 16 bits), JPEG or DICOM by the ending of `path`."
+    """A film that looks `frontal` or `lateral`, different for every `i`, as PNG (8 or 16 bits), JPEG or
+    DICOM by the ending of `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     values = drawn_film(view, size, seed=i).astype(np.uint16) * 16 + 8
     if path.suffix == ".dcm":
@@ -55,7 +56,8 @@ def openi(root, n=12, images="png"):
         )
         majors = "".join(f"<major>{m}</major>" for m in MESH[i % 3])
         (root / "ecgen-radiology" / f"{i}.xml").write_text(
-            f'<?xml version="1.0" encoding="utf-8"?><eCitation><meta type="rr"/><uId id="CXR{i}"/><MedlineCitation><Article>'
+            f'<?xml version="1.0" encoding="utf-8"?><eCitation><meta type="rr"/><uId '
+            f'id="CXR{i}"/><MedlineCitation><Article>'
             f"<Abstract>{abstract}</Abstract></Article></MedlineCitation><MeSH>{majors}</MeSH>{parents}</eCitation>"
         )
         for j, name in enumerate(names):
@@ -95,7 +97,8 @@ def kaggle(root, n=12):
 
 
 def r2gen(root, n=12, flat=False, mimic=False):
-    "annotation.json and images/; `flat`: the variant with flat file names and no `split` in its rows; `mimic`: MIMIC's paths and keys."
+    """annotation.json and images/; `flat`: the variant with flat file names and no `split` in its rows;
+    `mimic`: MIMIC's paths and keys."""
     data = {"train": [], "val": [], "test": []}
     for i in range(1, n + 1):
         split = "test" if i % 4 == 0 else "val" if i % 6 == 1 else "train"
@@ -154,7 +157,9 @@ def mimic(root, n=12):
         )
         findings, impression = texts(i)
         (folder / f"s{study}.txt").write_text(
-            f"                                 FINAL REPORT\n EXAMINATION:  CHEST (PA AND LAT)\n \n INDICATION:  ___ year old with cough.\n \n FINDINGS: \n \n {findings}\n \n IMPRESSION: \n \n {impression}\n"
+            f"                                 FINAL REPORT\n EXAMINATION:  CHEST (PA AND LAT)\n \n "
+            f"INDICATION:  ___ year old with cough.\n \n FINDINGS: \n \n {findings}\n \n IMPRESSION: \n \n "
+            f"{impression}\n"
         )
     for name, rows in dict(metadata=metadata, split=split, chexpert=chexpert).items():
         write_csv(root / f"mimic-cxr-2.1.0-{name}.csv.gz", rows)

@@ -1,7 +1,8 @@
-"""Where `dpo_lr` comes from: DPO and MMedPO at several learning rates, judged on the validation studies of phantom, seed 0 (not on the test set). Takes about a quarter of an hour; writes figures/dpo_lr_phantom.csv.
+"""Where `dpo_lr` comes from: DPO and MMedPO at several learning rates, judged on the validation studies
+of phantom, seed 0 (not on the test set). Takes about a quarter of an hour; writes
+figures/dpo_lr_phantom.csv.
 
-python tests/tune_preference.py [RATE ...]
-"""
+python tests/tune_preference.py [RATE ...]"""
 
 import sys
 

@@ -1,6 +1,7 @@
 """Updates of a miniature stage 2 on completions that were sampled once, however they are shared out.
 
-Imported by test_two_processes.py, which also runs it on two processes: then what each process saw is written to its folder."""
+Imported by test_two_processes.py, which also runs it on two processes: then what each process saw is
+written to its folder."""
 
 import json
 from pathlib import Path
@@ -52,7 +53,8 @@ def whole(tensor):
 
 
 def trained(out, sft, processes=1, parts=1, taken=None, resume=None, **change):
-    """Three updates, each process computing its share in `parts`. `taken`: {k: token lists} to replay; None: sample. Returns what this process saw, as a dict."""
+    """Three updates, each process computing its share in `parts`. `taken`: {k: token lists} to replay;
+    None: sample. Returns what this process saw, as a dict."""
     calls, data = (
         [],
         Dataset.from_dict(
@@ -135,7 +137,8 @@ def trained(out, sft, processes=1, parts=1, taken=None, resume=None, **change):
 
 
 def shard_on_cpu():
-    "accelerate turns FSDP on for GPUs only; FSDP2 itself runs on CPU processes as well. Let accelerate take these for GPUs."
+    """accelerate turns FSDP on for GPUs only; FSDP2 itself runs on CPU processes as well. Let accelerate
+    take these for GPUs."""
     first = PartialState.__init__
 
     def init(self, *args, **kw):

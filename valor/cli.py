@@ -90,7 +90,8 @@ def _add_evaluate(commands):
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="which models: chexbert, radgraph, bertscore_model, … as for `valor run`; ratescore, green, expert",
+        help="which models: chexbert, radgraph, bertscore_model, … as for `valor run`; ratescore, green, "
+        "expert",
     )
     p.set_defaults(run=_late("metrics.evaluate", "run_command"))
 
@@ -129,7 +130,8 @@ def _add_convert(commands):
         "--vision-tower",
         default="own",
         metavar="own|openai|PATH",
-        help="the checkpoint's own (default), OpenAI's CLIP ViT-L/14-336 as the official loader takes, or the folder of a CLIP",
+        help="the checkpoint's own (default), OpenAI's CLIP ViT-L/14-336 as the official loader takes, or "
+        "the folder of a CLIP",
     )
     p.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
     p.set_defaults(run=_late("policy.convert", "run_command"))
@@ -172,8 +174,10 @@ def _add_serve(commands):
     p.add_argument("--adapter", help="the adapter that was trained on it")
     p.add_argument("--host", default="127.0.0.1", help="another than this machine needs --key-env")
     p.epilog = (
-        "A request has at most 64 MiB, 20,000 characters of text and images of 50 million pixels, and must come whole within 30 seconds; 32 connections are held, 8 requests wait. "
-        "It is JSON (application/json) with a Content-Length. Without --key-env, only this machine's programs are answered, no page of a browser."
+        "A request has at most 64 MiB, 20,000 characters of text and images of 50 million pixels, and must "
+        "come whole within 30 seconds; 32 connections are held, 8 requests wait. "
+        "It is JSON (application/json) with a Content-Length. Without --key-env, only this machine's "
+        "programs are answered, no page of a browser."
     )
     p.add_argument("--port", type=int, default=8000, help="0 takes a free one")
     p.add_argument("--max-new-tokens", type=int, default=512, help="the most that a request gets")
@@ -212,7 +216,8 @@ NO_ROOM, NO_LEAVE = (errno.ENOSPC, errno.EDQUOT), (errno.EROFS, errno.EACCES, er
 
 
 def in_one_line(work):
-    "Do `work()`. Ctrl-C, a full disk and a place that cannot be written end the process in one line that says how to go on."
+    """Do `work()`. Ctrl-C, a full disk and a place that cannot be written end the process in one line
+    that says how to go on."""
     try:
         work()
     except KeyboardInterrupt:
@@ -225,7 +230,8 @@ def in_one_line(work):
 
 
 def _of_the_disk(error):
-    "What to tell a user of `error` where the disk is to blame, whichever library said so; None where it is not."
+    """What to tell a user of `error` where the disk is to blame, whichever library said so; None where it
+    is not."""
     number, place, text = getattr(error, "errno", None), getattr(error, "filename", None), str(error)
     where = f"{place}: " if place else ""
     if number in NO_ROOM or any(
@@ -259,7 +265,8 @@ def command_parser():
 
 
 def bars_for_a_log():
-    "Where the bars go into a file or a pipe, they are written once a minute instead of ten times a second. tqdm reads these variables on being imported."
+    """Where the bars go into a file or a pipe, they are written once a minute instead of ten times a
+    second. tqdm reads these variables on being imported."""
     for name in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL"):
         os.environ.setdefault(name, "60")
 

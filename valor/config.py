@@ -34,10 +34,13 @@ REAL_SOURCES = ("openi", "kaggle_indiana", "r2gen_iu", "r2gen_mimic", "mimic_cxr
 # %% ../nbs/00_config.ipynb #136ecdc6
 @dataclass(frozen=True)
 class Config:
-    "Every choice of a run. Paper symbols keep their names; defaults are those of the `laptop` preset on `phantom`."
+    """Every choice of a run. Paper symbols keep their names; defaults are those of the `laptop` preset on
+    `phantom`."""
 
     preset: str = "laptop"
-    benchmark: str = "phantom"  # "phantom", "openi_rendered" (real reports, images rendered from their codes), or a source of real studies
+    # "phantom", "openi_rendered" (real reports, images rendered from their codes), or a source of real
+    # studies
+    benchmark: str = "phantom"
     data_root: str | None = None  # folder or file of a real source
     data_options: dict = dataclasses.field(
         default_factory=dict
@@ -50,10 +53,14 @@ class Config:
     n_val: int | None = 100
     n_test: int | None = 300
     image_size: int = 96  # pixels, square
-    sections: str = "both"  # report = findings and impression ("both", the paper's) or "findings" alone; of real sources also "impression", their one "report", or "auto": by the columns of a table
+    # report = findings and impression ("both", the paper's) or "findings" alone; of real sources also
+    # "impression", their one "report", or "auto": by the columns of a table
+    sections: str = "both"
     render_copies: int = 1  # renderings of each training study that SFT sees
     # frozen image-text expert (Eq. 6)
-    expert: str = "embedded"  # trained here; "embedded-labels" (a classifier, trained here too); a folder of open_clip or hf-hub:owner/name, xrv:NAME (torchxrayvision), or package.module:attribute
+    # trained here; "embedded-labels" (a classifier, trained here too); a folder of open_clip or
+    # hf-hub:owner/name, xrv:NAME (torchxrayvision), or package.module:attribute
+    expert: str = "embedded"
     expert_seed: int = 101  # independent of the policy's
     expert_steps: int = 400
     # base policy: "embedded" (built and trained here) or a folder that transformers can load
@@ -96,14 +103,17 @@ class Config:
         None  # folder with its text encoder's configuration and tokenizer, where the hub cannot be reached
     )
     radgraph_level: str = "partial"  # "simple", "partial" or "complete"
-    # rewards that are not the paper's: {name or package.module:attribute: [equation 3, 4 or 8, weight]}, and two penalties (rewards/06_guard)
+    # rewards that are not the paper's: {name or package.module:attribute: [equation 3, 4 or 8, weight]},
+    # and two penalties (rewards/06_guard)
     extra_rewards: dict = dataclasses.field(default_factory=dict)
     lambda_length: float = 0.0
     lambda_repetition: float = 0.0
     # visual reward (Eq. 7-9)
     lambda_vis: float = 0.5
     rank_norm: str = "centered"
-    text_in_mix: str = "raw"  # R_text as it enters Eq. 8: "raw" (the paper's), or "ranked" in its group by Eq. 7, so that text and image count alike at lambda_vis .5
+    # R_text as it enters Eq. 8: "raw" (the paper's), or "ranked" in its group by Eq. 7, so that text and
+    # image count alike at lambda_vis .5
+    text_in_mix: str = "raw"
     # GRPO (Eq. 10)
     group_size: int = 8  # G candidates per image
     batch_size: int = 4  # prompts per rollout batch; one rollout batch is one generation
@@ -122,11 +132,17 @@ class Config:
     lora_alpha: int = 32
     stage1_modules: str = "language"  # what the adapter reaches in stage 1
     stage2_modules: str = "language+projector"  # … and in stage 2
-    rollout: str = "merged"  # how candidates are sampled: "merged" (train/01_rollout: each prompt read once, the adapter inside the weights), "transformers" (TRL's road), "vllm_colocate", "vllm_server"
+    # how candidates are sampled: "merged" (train/01_rollout: each prompt read once, the adapter inside the
+    # weights), "transformers" (TRL's road), "vllm_colocate", "vllm_server"
+    rollout: str = "merged"
     # training at size: how an update is computed
-    gradient_accumulation_steps: int = 1  # parts that each process computes its share of an update in, one after the other; the update stays the same
+    # parts that each process computes its share of an update in, one after the other; the update stays the
+    # same
+    gradient_accumulation_steps: int = 1
     gradient_checkpointing: str = "auto"  # "on", "off"; "auto" is on where there is a GPU
-    policy_weights: str = "float32"  # as the policy's frozen weights are held: "float32", "bfloat16", or "nf4" (4 bits: QLoRA; needs bitsandbytes); an adapter's stay float32
+    # as the policy's frozen weights are held: "float32", "bfloat16", or "nf4" (4 bits: QLoRA; needs
+    # bitsandbytes); an adapter's stay float32
+    policy_weights: str = "float32"
     vllm_server_url: str | None = None  # where `trl vllm-serve` answers, for rollout="vllm_server"
     vllm_gpu_memory_utilization: float = 0.3  # share of each GPU that rollout="vllm_colocate" takes
     # preference optimisation (DPO, MMedPO): as many updates as both stages have, as many reports in each
@@ -138,18 +154,24 @@ class Config:
     )
     dpo_beta: float = 0.1
     dpo_lr: float = 5e-5  # chosen on validation studies: tests/tune_preference.py
-    mmedpo_noise: str = "lesions"  # the rejected image of an image pair: noise over what was drawn, "diffusion" all over, or "none": text pairs alone
-    mmedpo_scorer: str = "chexbert"  # clinical relevance of a pair = 1 − this scorer's F1 of rejected and chosen report ("chexbert" labels, "radgraph" entities)
+    # the rejected image of an image pair: noise over what was drawn, "diffusion" all over, or "none": text
+    # pairs alone
+    mmedpo_noise: str = "lesions"
+    # clinical relevance of a pair = 1 − this scorer's F1 of rejected and chosen report ("chexbert" labels,
+    # "radgraph" entities)
+    mmedpo_scorer: str = "chexbert"
     # held-out evaluation during training
     eval_steps: int | None = (
         10  # the adapter is kept every so many updates, to be evaluated then (Fig. 7); None is never
     )
     eval_studies: int = 48  # validation studies that it is evaluated on
     # evaluation
-    eval_batch_size: int = 100  # reports written at once on held-out studies; lower it where a GPU's memory does not hold so many
+    # reports written at once on held-out studies; lower it where a GPU's memory does not hold so many
+    eval_batch_size: int = 100
     # bookkeeping
     save_steps: int = 10  # checkpoints, in updates
-    keep_completions: bool = True  # a table of all candidates with their scores, rewards and advantages, compressed, beside each stage
+    # a table of all candidates with their scores, rewards and advantages, compressed, beside each stage
+    keep_completions: bool = True
     n_boot: int = 1000  # bootstrap draws of every interval
 
 # %% ../nbs/00_config.ipynb #dedfa19c
@@ -173,7 +195,8 @@ _POSITIVE, _UNIT = (
 _SEED = (lambda v: 0 <= v < 2**32), "a whole number from 0 to 2**32 - 1, as torch and numpy take"
 _RUN_SEED = (
     (lambda v: 0 <= v <= 4 * 10**8),
-    "a whole number from 0 to 400000000 (stages are seeded by 10 * seed + stage, which must stay below 2**32)",
+    "a whole number from 0 to 400000000 (stages are seeded by 10 * seed + stage, which must stay below "
+    "2**32)",
 )
 RULES = {
     "seed": _RUN_SEED,
@@ -272,7 +295,8 @@ def _check_type(name, value, hint):
 
 
 def _check_extra_rewards(extras):
-    "Raise unless every entry of `extra_rewards` can be loaded and joins Eq. 3, 4 or 8 with a weight of at least 0."
+    """Raise unless every entry of `extra_rewards` can be loaded and joins Eq. 3, 4 or 8 with a weight of
+    at least 0."""
     from valor.rewards.text import load_attribute
 
     for name, joins in extras.items():
@@ -285,13 +309,15 @@ def _check_extra_rewards(extras):
         )
         if not ok:
             raise ValueError(
-                f"extra_rewards={{{name!r}: {joins!r}}} is not allowed; expected [equation, weight] with equation 3, 4 or 8 and a weight >= 0"
+                f"extra_rewards={{{name!r}: {joins!r}}} is not allowed; expected [equation, weight] with "
+                f"equation 3, 4 or 8 and a weight >= 0"
             )
         load_attribute(name)
 
 
 def _check_expert(name):
-    "Raise unless `name` can be an expert; only what is neither embedded nor on the hub needs the library to tell."
+    """Raise unless `name` can be an expert; only what is neither embedded nor on the hub needs the
+    library to tell."""
     if name in ("embedded", "embedded-labels") or re.fullmatch(r"hf-hub:[\w.-]+/[\w.-]+", name):
         return
     from valor.expert.frozen import check_expert
@@ -300,15 +326,18 @@ def _check_expert(name):
 
 
 def _check_data(cfg):
-    "Raise unless the data parameters go together: real sources have a root, and only drawn images can be drawn again."
+    """Raise unless the data parameters go together: real sources have a root, and only drawn images can
+    be drawn again."""
     if cfg.benchmark in BENCHMARKS:
         if cfg.data_root is not None or cfg.data_options:
             raise ValueError(
-                f"data_root={cfg.data_root!r}, data_options={cfg.data_options!r}: the embedded benchmark {cfg.benchmark!r} takes neither; expected benchmark to be one of {', '.join(REAL_SOURCES)}"
+                f"data_root={cfg.data_root!r}, data_options={cfg.data_options!r}: the embedded benchmark "
+                f"{cfg.benchmark!r} takes neither; expected benchmark to be one of {', '.join(REAL_SOURCES)}"
             )
         if cfg.sections not in ("both", "findings"):
             raise ValueError(
-                f"sections={cfg.sections!r} is not allowed with benchmark={cfg.benchmark!r}; expected 'both' or 'findings'"
+                f"sections={cfg.sections!r} is not allowed with benchmark={cfg.benchmark!r}; expected "
+                f"'both' or 'findings'"
             )
         return
     if cfg.data_root is None:
@@ -318,20 +347,24 @@ def _check_data(cfg):
     for name in ("size", "sections", "cache", "refresh"):
         if name in cfg.data_options:
             raise ValueError(
-                f"data_options={{{name!r}: …}} is not allowed; expected {dict(size='image_size', sections='sections').get(name, 'VALOR_CACHE')} instead"
+                f"data_options={{{name!r}: …}} is not allowed; expected "
+                f"{dict(size='image_size', sections='sections').get(name, 'VALOR_CACHE')} instead"
             )
     if cfg.mmedpo_noise == "lesions":
         raise ValueError(
-            f"mmedpo_noise='lesions' is not allowed with benchmark={cfg.benchmark!r}: nobody stated where the lesions of real studies are; expected 'diffusion' or 'none'"
+            f"mmedpo_noise='lesions' is not allowed with benchmark={cfg.benchmark!r}: nobody stated where "
+            f"the lesions of real studies are; expected 'diffusion' or 'none'"
         )
     if cfg.render_copies != 1:
         raise ValueError(
-            f"render_copies={cfg.render_copies} is not allowed with benchmark={cfg.benchmark!r}: real images cannot be drawn again; expected 1"
+            f"render_copies={cfg.render_copies} is not allowed with benchmark={cfg.benchmark!r}: real "
+            f"images cannot be drawn again; expected 1"
         )
 
 
 def validate(cfg):
-    "Return `cfg` with numbers in their declared type, or raise `ValueError` naming the parameter, the value and what is allowed."
+    """Return `cfg` with numbers in their declared type, or raise `ValueError` naming the parameter, the
+    value and what is allowed."""
     hints = typing.get_type_hints(Config)
     for name, value in vars(cfg).items():
         _check_type(name, value, hints[name])
@@ -345,7 +378,8 @@ def validate(cfg):
         )
     if cfg.benchmark == "phantom" and None in (cfg.n_train, cfg.n_val, cfg.n_test):
         raise ValueError(
-            f"n_train={cfg.n_train}, n_val={cfg.n_val}, n_test={cfg.n_test}: phantoms are made on demand; expected numbers"
+            f"n_train={cfg.n_train}, n_val={cfg.n_val}, n_test={cfg.n_test}: phantoms are made on demand; "
+            f"expected numbers"
         )
     if cfg.expert.startswith("embedded") and cfg.image_size % 32:
         raise ValueError(
@@ -355,7 +389,8 @@ def validate(cfg):
         raise ValueError(f"bertscore_layer={cfg.bertscore_layer} is not allowed; MiniLM has layers 1 to 6")
     if cfg.policy_weights != "float32" and cfg.sft_mode == "full":
         raise ValueError(
-            f"policy_weights={cfg.policy_weights!r}: weights that are trained are held in float32; expected sft_mode='lora' or policy_weights='float32'"
+            f"policy_weights={cfg.policy_weights!r}: weights that are trained are held in float32; "
+            f"expected sft_mode='lora' or policy_weights='float32'"
         )
     for name, n in (
         ("batch_size * group_size", cfg.batch_size * cfg.group_size),
@@ -363,18 +398,21 @@ def validate(cfg):
     ):
         if n % cfg.gradient_accumulation_steps:
             raise ValueError(
-                f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} does not divide {name} = {n}; expected a divisor of it"
+                f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} does not divide {name} = "
+                f"{n}; expected a divisor of it"
             )
     if cfg.rollout == "merged" and cfg.policy_weights == "nf4":
         raise ValueError(
-            "rollout='merged' is not allowed with policy_weights='nf4': an adapter cannot be added to weights of 4 bits; expected rollout='transformers' or a vLLM one"
+            "rollout='merged' is not allowed with policy_weights='nf4': an adapter cannot be added to "
+            "weights of 4 bits; expected rollout='transformers' or a vLLM one"
         )
     _check_extra_rewards(cfg.extra_rewards)
     _check_expert(cfg.expert)
     _check_data(cfg)
     if cfg.rank_norm == "grpo" and cfg.lambda_vis:
         raise ValueError(
-            f"rank_norm='grpo' is TRL's normalisation of the text reward alone; expected lambda_vis=0, not {cfg.lambda_vis}"
+            f"rank_norm='grpo' is TRL's normalisation of the text reward alone; expected lambda_vis=0, not "
+            f"{cfg.lambda_vis}"
         )
     if cfg.base.startswith(("/", ".", "~")) and not Path(cfg.base).expanduser().is_dir():
         raise ValueError(f"base={cfg.base!r}: no such folder")
@@ -446,13 +484,15 @@ ON_BENCHMARK = {
 
 
 def preset(name, **overrides):
-    "Validated `Config` of a preset, with `overrides` by field name (`threads=None` is the preset's own). Raises `ValueError` for an unknown preset or parameter."
+    """Validated `Config` of a preset, with `overrides` by field name (`threads=None` is the preset's
+    own). Raises `ValueError` for an unknown preset or parameter."""
     overrides = {n: v for n, v in overrides.items() if not (n == "threads" and v is None)}
     if name not in PRESETS:
         raise ValueError(f"preset={name!r} is unknown; expected one of {', '.join(PRESETS)}")
     if overrides.get("preset", name) != name:
         raise ValueError(
-            f"preset={overrides['preset']!r} among the parameters of preset {name!r}: it would only rename the results; expected --preset {overrides['preset']}"
+            f"preset={overrides['preset']!r} among the parameters of preset {name!r}: it would only rename "
+            f"the results; expected --preset {overrides['preset']}"
         )
     fields = {f.name for f in dataclasses.fields(Config)}
     for key in overrides:
@@ -500,7 +540,8 @@ def parse_settings(pairs):
 
 # %% ../nbs/00_config.ipynb #c57b3e88
 def sweeps(cfg):
-    "What is swept around `cfg`: {parameter: {label: change of the configuration}}, an empty change where the label is `cfg` itself. The first two are the paper's (Tables 3 and 4)."
+    """What is swept around `cfg`: {parameter: {label: change of the configuration}}, an empty change
+    where the label is `cfg` itself. The first two are the paper's (Tables 3 and 4)."""
     G, smoke = cfg.group_size, cfg.preset == "smoke"
 
     def same_count(n):
@@ -543,7 +584,8 @@ def _is_ours(folder):
 
 
 def repo_root():
-    "Folder that holds this project's `settings.ini`: the working directory or a parent, else that of the installed package; else the working directory."
+    """Folder that holds this project's `settings.ini`: the working directory or a parent, else that of
+    the installed package; else the working directory."""
     for p in (Path.cwd(), *Path.cwd().parents, Path(find_spec("valor").origin).resolve().parents[1]):
         if _is_ours(p):
             return p

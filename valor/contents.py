@@ -25,7 +25,8 @@ def cache_dir():
 
 
 def _files(root):
-    "`(path below root, DirEntry)` of every file under the folder `root`, but for hidden ones and those of runs and caches."
+    """`(path below root, DirEntry)` of every file under the folder `root`, but for hidden ones and those
+    of runs and caches."""
     been, left = {os.path.realpath(p) for p in (runs_dir(), cache_dir())}, [(str(root), "")]
     while left:
         folder, below = left.pop()
@@ -50,7 +51,8 @@ class Digests:
         self.db = sqlite3.connect(cache_dir() / "digests.sqlite", timeout=60)
         (cache_dir() / "digests.sqlite").chmod(0o600)  # paths may name patients
         self.db.execute(
-            "CREATE TABLE IF NOT EXISTS digests (path TEXT PRIMARY KEY, size INTEGER, mtime INTEGER, digest TEXT) WITHOUT ROWID"
+            "CREATE TABLE IF NOT EXISTS digests (path TEXT PRIMARY KEY, size INTEGER, mtime INTEGER, "
+            "digest TEXT) WITHOUT ROWID"
         )
         found = self.db.execute(
             "SELECT path, size, mtime, digest FROM digests WHERE path >= ? AND path < ?",
@@ -76,7 +78,8 @@ class Digests:
 
 # %% ../nbs/00e_contents.ipynb #c0a1c007
 def fingerprint(path):
-    "What the file or folder at `path` holds, as a short text that changes when it does; None where nothing is there. Hidden files do not count, films count by name and size."
+    """What the file or folder at `path` holds, as a short text that changes when it does; None where
+    nothing is there. Hidden files do not count, films count by name and size."""
     path = Path(path).expanduser().resolve()
     if not path.exists():
         return None

@@ -99,7 +99,8 @@ def _differing(run, now):
 
 
 def _computed_on(runs):
-    "On how many threads of which CPUs the phases `runs` were computed: a list of {threads, cpu}. Results on other ones may differ."
+    """On how many threads of which CPUs the phases `runs` were computed: a list of {threads, cpu}.
+    Results on other ones may differ."""
     records = [_record(r) for r in runs]
     return [
         dict(threads=t, cpu=c)
@@ -131,7 +132,8 @@ def slug(name):
 
 
 def place_of(cfgs=()):
-    "Where the figures of runs `cfgs` go unless a folder is named: `figures_dir()` for preset `laptop`, whose are committed; for another a folder among the runs, so that a trial does not replace them."
+    """Where the figures of runs `cfgs` go unless a folder is named: `figures_dir()` for preset `laptop`,
+    whose are committed; for another a folder among the runs, so that a trial does not replace them."""
     other = sorted({c.preset for c in cfgs} - {"laptop"}) or sorted(
         {c.benchmark for c in cfgs if terms_of(c.benchmark).restricted}
     )
@@ -143,9 +145,12 @@ def place_of(cfgs=()):
 
 
 def save(stem, data, figure=None, cfgs=(), runs=(), note="", out=None):
-    """Write `{stem}.csv` (the DataFrame `data`; its index only where it is no plain count), `{stem}.png` and `.svg` (where there is a `figure`) and `{stem}.json` (the sidecar) into folder `out` (default: `place_of(cfgs)`).
+    """Write `{stem}.csv` (the DataFrame `data`; its index only where it is no plain count), `{stem}.png`
+    and `.svg` (where there is a `figure`) and `{stem}.json` (the sidecar) into folder `out` (default:
+    `place_of(cfgs)`).
 
-    `cfgs`: the configurations, `runs`: the phase folders, or their names, that it was made from. Returns the paths. Equal input gives equal bytes. ValueError for a stem that is no plain file name."""
+    `cfgs`: the configurations, `runs`: the phase folders, or their names, that it was made from. Returns
+    the paths. Equal input gives equal bytes. ValueError for a stem that is no plain file name."""
     if not re.fullmatch(r"[\w-][\w.-]*", stem):
         raise ValueError(f"stem={stem!r}: expected a file name of letters, digits, '_', '-' and '.'")
     out = Path(out or place_of(cfgs))

@@ -25,7 +25,8 @@ ADDRESS = re.compile(r" <_io\S* object at \w+>")
 
 
 def one_line(error: BaseException, kind: bool = False, longest: int | None = None) -> str:
-    """What `error` says, in one line: the first paragraph of its message, or its type's name if it says nothing.
+    """What `error` says, in one line: the first paragraph of its message, or its type's name if it says
+    nothing.
 
     `kind`: put the type's name in front; `longest`: cut the message to that many characters."""
     paragraph = re.split(r"\n\s*\n", str(error).strip())[0]
@@ -40,7 +41,8 @@ def one_line(error: BaseException, kind: bool = False, longest: int | None = Non
 def whole(path: Path | str) -> Iterator[Path]:
     """A temporary file to write to, which takes the name `path` when the block ends without an error.
 
-    It lies beside `path` under a name of its own, so that two processes never write to the same one. If the block raises, it is removed and `path` stays as it was."""
+    It lies beside `path` under a name of its own, so that two processes never write to the same one. If
+    the block raises, it is removed and `path` stays as it was."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
@@ -51,7 +53,8 @@ def whole(path: Path | str) -> Iterator[Path]:
 
 # %% ../nbs/00d_files.ipynb #a1f0d007
 def repository_of(place: Path | str) -> Path | None:
-    """The repository (a folder with `.git` or `settings.ini`) that `place` lies in, or None. Links are followed; `place` need not exist yet."""
+    """The repository (a folder with `.git` or `settings.ini`) that `place` lies in, or None. Links are
+    followed; `place` need not exist yet."""
     here = Path(place).expanduser().resolve()
     for folder in (here, *here.parents):
         if (folder / ".git").exists() or (folder / "settings.ini").exists():
@@ -60,11 +63,13 @@ def repository_of(place: Path | str) -> Path | None:
 
 # %% ../nbs/00d_files.ipynb #e23e45d4
 class DataError(ValueError):
-    "Data that cannot be read as they were described; the message names the file (and row) and what was expected."
+    """Data that cannot be read as they were described; the message names the file (and row) and what was
+    expected."""
 
 
 def opened(path):
-    "The binary contents of the file `path`, unpacked where its first bytes say gzip, bzip2 or xz (or its name says gzip)."
+    """The binary contents of the file `path`, unpacked where its first bytes say gzip, bzip2 or xz (or
+    its name says gzip)."""
     with open(path, "rb") as f:
         head = f.read(6)
     unpack = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}.get(
@@ -82,7 +87,8 @@ UNREADABLE = (
 
 # %% ../nbs/00d_files.ipynb #72caa9d1
 def check_archive(path):
-    "The number of members of the tar archive `path`. Raises `DataError` unless all of it is whole: checksums hold and only zeros follow the last member."
+    """The number of members of the tar archive `path`. Raises `DataError` unless all of it is whole:
+    checksums hold and only zeros follow the last member."""
     try:
         with opened(path) as f, tarfile.open(fileobj=f, mode="r:") as tar:
             members = len(tar.getmembers())
@@ -96,7 +102,8 @@ def check_archive(path):
                 raise tarfile.TarError(f"its end is missing after member {members:,}")
     except (tarfile.TarError, *UNREADABLE, ValueError, OverflowError) as e:
         raise DataError(
-            f"{path}: not readable as a tar archive, or damaged ({one_line(e)}); expected a whole one, fetch it again"
+            f"{path}: not readable as a tar archive, or damaged ({one_line(e)}); expected a whole one, "
+            f"fetch it again"
         ) from e
     return members
 
@@ -105,7 +112,8 @@ MEMBER = 1 << 26  # bytes that a file in an archive of reports may have
 
 
 def archive_files(path, ending=""):
-    """`(name, bytes)` of each member of the tar archive `path` whose name ends in `ending`; None for bytes where it is no plain file (a link, folder or device) or has more than 64 MB.
+    """`(name, bytes)` of each member of the tar archive `path` whose name ends in `ending`; None for
+    bytes where it is no plain file (a link, folder or device) or has more than 64 MB.
 
     The archive is checked to its end first. Raises `DataError` where it is damaged."""
     count = check_archive(path)
@@ -120,7 +128,8 @@ def archive_files(path, ending=""):
 
 # %% ../nbs/00d_files.ipynb #9689c95e
 def check_weights(path):
-    "Raise `DataError` where a part of the torch file `path` does not have the checksum that it was written with. Files older than torch 1.6 have none."
+    """Raise `DataError` where a part of the torch file `path` does not have the checksum that it was
+    written with. Files older than torch 1.6 have none."""
     try:
         if not zipfile.is_zipfile(path):
             return
@@ -155,7 +164,9 @@ def json_value(text):
 
 
 def json_lines(path, expected="one JSON object a line", stop=True):
-    """`(line number, value)` of each line of the JSONL file `path` (or `.jsonl.gz`) that is not blank. A broken line raises `DataError` naming it and what is `expected`, or is yielded as that error unless `stop`."""
+    """`(line number, value)` of each line of the JSONL file `path` (or `.jsonl.gz`) that is not blank. A
+    broken line raises `DataError` naming it and what is `expected`, or is yielded as that error unless
+    `stop`."""
     try:
         if not Path(path).is_file():
             raise DataError(f"{path}: no such file; expected {expected}")
@@ -184,9 +195,11 @@ REPORTS = "JSON lines with id and candidate, or what valor generate writes"
 
 
 def report_lines(path, needed=(), expected=REPORTS):
-    """`(line number, row)` of a JSONL file of reports: dicts with `id` and `candidate` as text, and whatever else a line has. Raises `DataError` naming the line.
+    """`(line number, row)` of a JSONL file of reports: dicts with `id` and `candidate` as text, and
+    whatever else a line has. Raises `DataError` naming the line.
 
-    `needed`: fields that every line must have as text; where `candidate` is one of them, nothing stands for it."""
+    `needed`: fields that every line must have as text; where `candidate` is one of them, nothing stands
+    for it."""
     found = False
     for number, row in json_lines(path, expected):
 
@@ -218,16 +231,19 @@ def report_lines(path, needed=(), expected=REPORTS):
 
 # %% ../nbs/00d_files.ipynb #b4680230
 def own_lines(path, begins, mend=True):
-    """`(line number, object)` of the whole lines of a JSONL file that this program writes ([] where there is none); a last line without its end is left out, and cut off where `mend`.
+    """`(line number, object)` of the whole lines of a JSONL file that this program writes ([] where there
+    is none); a last line without its end is left out, and cut off where `mend`.
 
-    `begins`: how our lines begin, such as `{"id": `. Raises `DataError`, and changes nothing, where the file begins otherwise or holds a broken line."""
+    `begins`: how our lines begin, such as `{"id": `. Raises `DataError`, and changes nothing, where the
+    file begins otherwise or holds a broken line."""
     path = Path(path)
     data = path.read_bytes() if path.exists() else b""
     start, begins = data[: len(begins.encode())], begins.encode()
 
     def other(line, what):
         return DataError(
-            f"{path}:{line}: not a line that this program writes ({what}); nothing was changed, choose another file or move this one away"
+            f"{path}:{line}: not a line that this program writes ({what}); nothing was changed, choose "
+            f"another file or move this one away"
         )
 
     if start != begins[: len(start)] or start != begins and b"\n" in data:

@@ -39,18 +39,21 @@ from ..vocabulary import OBSERVATIONS
 
 # %% ../../nbs/data/01_benchmarks.ipynb #efe64976
 def openi_archive():
-    "Path of the Open-i report archive inside the installed `torchxrayvision` (which is found, not imported). Raises `ValueError` if it is not there."
+    """Path of the Open-i report archive inside the installed `torchxrayvision` (which is found, not
+    imported). Raises `ValueError` if it is not there."""
     spec = importlib.util.find_spec("torchxrayvision")
     path = Path(spec.origin).parent / "data" / "NLMCXR_reports.tgz" if spec else None
     if path is None or not path.exists():
         raise ValueError(
-            "openi_rendered needs the report archive that the package `torchxrayvision` carries; install it with `pip install torchxrayvision`"
+            "openi_rendered needs the report archive that the package `torchxrayvision` carries; install "
+            "it with `pip install torchxrayvision`"
         )
     return path
 
 # %% ../../nbs/data/01_benchmarks.ipynb #448ef289
 def parse_openi(xml):
-    "One Open-i report (`bytes` of XML) as a dict: `uid`, the four sections as they stand (empty string if absent), `codes` (MeSH) and `images` (names)."
+    """One Open-i report (`bytes` of XML) as a dict: `uid`, the four sections as they stand (empty string
+    if absent), `codes` (MeSH) and `images` (names)."""
     root = ET.fromstring(xml)
     sections = {e.get("Label"): " ".join((e.text or "").split()) for e in root.iter("AbstractText")}
     return dict(
@@ -65,7 +68,8 @@ def parse_openi(xml):
 
 
 def read_openi(path=None):
-    "All studies of the Open-i archive at `path` (default: `openi_archive()`), as a list of dicts (see `parse_openi`) in the order of their numbers."
+    """All studies of the Open-i archive at `path` (default: `openi_archive()`), as a list of dicts (see
+    `parse_openi`) in the order of their numbers."""
     studies = [
         parse_openi(xml) for _, xml in archive_files(path or openi_archive(), ".xml") if xml is not None
     ]
@@ -105,7 +109,8 @@ MESH_SEVERITIES = {
 
 @dataclass(frozen=True)
 class Code:
-    "A MeSH code taken apart: `head`, `qualifiers` (the rest, lower-case), and what they say about `side`, `zone` and `severity` (or None)."
+    """A MeSH code taken apart: `head`, `qualifiers` (the rest, lower-case), and what they say about
+    `side`, `zone` and `severity` (or None)."""
 
     head: str
     qualifiers: tuple = ()
@@ -115,7 +120,8 @@ class Code:
 
 
 def parse_code(text):
-    "Takes a MeSH code such as `Opacity/lung/base/left/mild` apart into a `Code`. Where two qualifiers say the same kind of thing, the first counts."
+    """Takes a MeSH code such as `Opacity/lung/base/left/mild` apart into a `Code`. Where two qualifiers
+    say the same kind of thing, the first counts."""
     head, *rest = [" ".join(p.split()) for p in text.split("/")]
     rest = [q.lower() for q in rest]
 
@@ -275,8 +281,9 @@ def _drawn_name(code):
 
 
 def code_to_findings(text):
-    """The `Finding`s that are drawn for one MeSH code: none, one, or a left and a right one where a code says bilateral and `FINDINGS` knows
-    single sides only. Attributes are kept where the renderer knows them; what the code leaves open stays None (the renderer chooses)."""
+    """The `Finding`s that are drawn for one MeSH code: none, one, or a left and a right one where a code
+    says bilateral and `FINDINGS` knows single sides only. Attributes are kept where the renderer knows
+    them; what the code leaves open stays None (the renderer chooses)."""
     code = parse_code(text)
     name = _drawn_name(code)
     if name is None:
@@ -300,8 +307,9 @@ def code_to_findings(text):
 
 
 def codes_to_findings(codes):
-    """MeSH codes of one study as `(findings, drawn, not_drawn)`: the distinct `Finding`s for the renderer, and the codes that they come from or that are left over.
-    `normal` and `No Indexing` are statements about the study, not findings, and appear in neither list."""
+    """MeSH codes of one study as `(findings, drawn, not_drawn)`: the distinct `Finding`s for the
+    renderer, and the codes that they come from or that are left over. `normal` and `No Indexing` are
+    statements about the study, not findings, and appear in neither list."""
     drawn, left, findings = [], [], []
     for code in codes:
         if code in ("normal", "No Indexing"):
@@ -313,8 +321,9 @@ def codes_to_findings(codes):
 
 # %% ../../nbs/data/01_benchmarks.ipynb #a48a3633
 def coverage(studies):
-    """How much of the indexers' codes is drawn, over `studies` with `codes`. Returns counts `studies`, `abnormal` (with a code other than
-    normal), `codes`, `codes_drawn` and the shares `drawn` (of codes), `any` and `all` (abnormal studies with at least one / every code drawn)."""
+    """How much of the indexers' codes is drawn, over `studies` with `codes`. Returns counts `studies`,
+    `abnormal` (with a code other than normal), `codes`, `codes_drawn` and the shares `drawn` (of codes),
+    `any` and `all` (abnormal studies with at least one / every code drawn)."""
     parts = [codes_to_findings(s["codes"])[1:] for s in studies]
     abnormal = [(len(d), len(d) + len(n)) for d, n in parts if d or n]
     n_drawn, n_codes = sum(d for d, _ in abnormal), sum(n for _, n in abnormal)
@@ -339,14 +348,16 @@ def hash_unit(text):
 
 
 def split_of(uid):
-    "The split that the Open-i patient `uid` belongs to, for ever: `train` (80 %), `val` (5 %) or `test` (15 %)."
+    """The split that the Open-i patient `uid` belongs to, for ever: `train` (80 %), `val` (5 %) or `test`
+    (15 %)."""
     u = hash_unit(uid)
     return "train" if u < 0.80 else "val" if u < 0.85 else "test"
 
 # %% ../../nbs/data/01_benchmarks.ipynb #e98ef613
 def clean_openi(studies, deidentified="drop", min_words=5):
-    """The Open-i `studies` that can be used, with normalised `findings` and `impression` and their `split`, in the order of a hash (so that the first n are
-    a fair sample), and a `Counter` of the reasons for which the others were left out."""
+    """The Open-i `studies` that can be used, with normalised `findings` and `impression` and their
+    `split`, in the order of a hash (so that the first n are a fair sample), and a `Counter` of the
+    reasons for which the others were left out."""
     kept, dropped = [], Counter()
     for s in studies:
         texts = {k: clean_text(s[k], deidentified) for k in ("findings", "impression")}
@@ -369,8 +380,10 @@ def clean_openi(studies, deidentified="drop", min_words=5):
 
 # %% ../../nbs/data/01_benchmarks.ipynb #ed99ab3c
 def code_labels(codes):
-    """The 14 CheXpert observations (1 present, 0 absent, None where the codes do not tell) that the MeSH `codes` of a study state. No Finding is 1 where the codes say `normal` and
-    nowhere else; it is None where they name only what none of the other 13 stands for (`Hernia, Hiatal`): that is a finding, and no observation."""
+    """The 14 CheXpert observations (1 present, 0 absent, None where the codes do not tell) that the MeSH
+    `codes` of a study state. No Finding is 1 where the codes say `normal` and nowhere else; it is None
+    where they name only what none of the other 13 stands for (`Hernia, Hiatal`): that is a finding, and
+    no observation."""
     pneumonia = [c for c in codes if parse_code(c).head == "Pneumonia"]
     row = list(labels(codes_to_findings([c for c in codes if c not in pneumonia])[0]))
     if pneumonia:
@@ -382,22 +395,26 @@ def code_labels(codes):
 
 # %% ../../nbs/data/01_benchmarks.ipynb #982df602
 def study_seed(study_id, seed):
-    "The seed that `render` takes for a study: a hash of its identifier and of `seed`, so that every image can be drawn alone and in any order."
+    """The seed that `render` takes for a study: a hash of its identifier and of `seed`, so that every
+    image can be drawn alone and in any order."""
     return int(hash_unit(f"{study_id} {seed}") * 2**32)
 
 
 def render_study(study_id, findings, seed, size):
-    "`(image, truth)` of one row of the schema: the PNG, and the `findings` with their boxes (x0, y0, x1, y1 in [0, 1])."
+    """`(image, truth)` of one row of the schema: the PNG, and the `findings` with their boxes (x0, y0,
+    x1, y1 in [0, 1])."""
     pixels, boxes = render(findings, study_seed(study_id, seed), size)
     return png_bytes(pixels), to_truth(findings, boxes)
 
 
 def openi_dataset(studies, split, n=None, size=96, sections="both", render_seed=0):
-    "The first `n` (None: all) cleaned Open-i `studies` of `split` as a `Dataset` with `FEATURES`: real text, images rendered at `size` pixels. Raises `ValueError` if there are fewer."
+    """The first `n` (None: all) cleaned Open-i `studies` of `split` as a `Dataset` with `FEATURES`: real
+    text, images rendered at `size` pixels. Raises `ValueError` if there are fewer."""
     chosen = [s for s in studies if s["split"] == split]
     if n is not None and not 1 <= n <= len(chosen):
         raise ValueError(
-            f"n_{split}={n}: openi_rendered has {len(chosen)} {split} studies; give 1 to {len(chosen)}, or None for all"
+            f"n_{split}={n}: openi_rendered has {len(chosen)} {split} studies; give 1 to {len(chosen)}, or "
+            f"None for all"
         )
     rows = []
     for s in tqdm(chosen[:n], desc=f"openi_rendered {split}", disable=len(chosen[:n]) < 500, leave=False):
@@ -423,9 +440,11 @@ BENCHMARKS = ["phantom", "openi_rendered"]
 def load_benchmark(
     name, n_train=None, n_val=None, n_test=None, seed=0, size=96, sections="both", render_seed=0
 ):
-    """The benchmark `name` as a `DatasetDict` (train, val, test) with `FEATURES`; the same parameters give the same rows.
-    `phantom`: n studies per split, made from `seed`. `openi_rendered`: real reports, a split that no seed changes, the first n of each split (None: all); `render_seed` chooses the anatomy.
-    `sections` is what `report` holds: `both` or `findings`. Raises `ValueError` naming the parameter for an unknown name or section, or an impossible n."""
+    """The benchmark `name` as a `DatasetDict` (train, val, test) with `FEATURES`; the same parameters
+    give the same rows. `phantom`: n studies per split, made from `seed`. `openi_rendered`: real reports,
+    a split that no seed changes, the first n of each split (None: all); `render_seed` chooses the
+    anatomy. `sections` is what `report` holds: `both` or `findings`. Raises `ValueError` naming the
+    parameter for an unknown name or section, or an impossible n."""
     if name not in BENCHMARKS:
         raise ValueError(f"benchmark name={name!r}: must be one of {', '.join(BENCHMARKS)}")
     compose_report("", "", sections)  # raises for unknown sections
@@ -446,7 +465,8 @@ def load_benchmark(
 
 # %% ../../nbs/data/01_benchmarks.ipynb #0b184bbd
 def rerender(dataset, seed):
-    "A copy of a benchmark `dataset` whose images show the same findings (and `truth` their new boxes) in another anatomy, by `seed`. Text, labels, order and size stay."
+    """A copy of a benchmark `dataset` whose images show the same findings (and `truth` their new boxes)
+    in another anatomy, by `seed`. Text, labels, order and size stay."""
     size = dataset[0]["image"].size[0]
     rows = tqdm(
         zip(dataset["study_id"], dataset["truth"]),
@@ -463,8 +483,9 @@ def rerender(dataset, seed):
 
 # %% ../../nbs/data/01_benchmarks.ipynb #2e1b9b40
 def leaked(test, train, column="report"):
-    """Which rows of `test` are leaked, a boolean array: the text in `column` stands word for word in `train`, or the patient is there (where both have
-    `patient_id`). `test` and `train`: datasets or dicts of columns. The only definition: notes, tables and the data report ask it."""
+    """Which rows of `test` are leaked, a boolean array: the text in `column` stands word for word in
+    `train`, or the patient is there (where both have `patient_id`). `test` and `train`: datasets or dicts
+    of columns. The only definition: notes, tables and the data report ask it."""
 
     def read(data, name):
         if name not in getattr(data, "column_names", data):
@@ -478,13 +499,16 @@ def leaked(test, train, column="report"):
 
 # %% ../../nbs/data/01_benchmarks.ipynb #8fe33233
 def benchmark_note(name, dataset):
-    "One line that results print: source, what is real and what is rendered, coverage of the codes over the studies of `dataset` (a `Dataset` or `DatasetDict`), licence."
+    """One line that results print: source, what is real and what is rendered, coverage of the codes over
+    the studies of `dataset` (a `Dataset` or `DatasetDict`), licence."""
     parts = dataset.values() if isinstance(dataset, dict) else [dataset]
     ids = {i for d in parts for i in d["study_id"]}
     if name == "phantom":
         return f"phantom: {len(ids):,} made-up studies, images and reports from planted truth"
     c = coverage([s for s in read_openi() if s["uid"] in ids])
     return (
-        f"openi_rendered: {c['studies']:,} real Open-i reports, images RENDERED from MeSH codes: {c['drawn']:.1%} of {c['codes']:,} codes drawn, at least one in {c['any']:.1%} and all in "
-        f"{c['all']:.1%} of {c['abnormal']:,} abnormal studies; text CC BY-NC-ND 4.0, read from the torchxrayvision wheel at run time"
+        f"openi_rendered: {c['studies']:,} real Open-i reports, images RENDERED from MeSH codes: "
+        f"{c['drawn']:.1%} of {c['codes']:,} codes drawn, at least one in {c['any']:.1%} and all in "
+        f"{c['all']:.1%} of {c['abnormal']:,} abnormal studies; text CC BY-NC-ND 4.0, read from the "
+        f"torchxrayvision wheel at run time"
     )

@@ -37,7 +37,8 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Finding:
-    "One finding: `name` of FINDINGS, the patient's `side`, `zone`, `severity`; `kind` for devices only. None: not stated."
+    """One finding: `name` of FINDINGS, the patient's `side`, `zone`, `severity`; `kind` for devices only.
+    None: not stated."""
 
     name: str
     side: str | None = None
@@ -133,7 +134,8 @@ def _compatible(finding, others):
 
 
 def sample_findings(rng):
-    "Draw the truth of one study: a tuple of Finding, empty for about a fifth of the studies, else one to three."
+    """Draw the truth of one study: a tuple of Finding, empty for about a fifth of the studies, else one
+    to three."""
     n, names, found = int(rng.choice(4, p=[0.2, 0.3, 0.3, 0.2])), rng.permutation(PHANTOM_NAMES), []
     for name in map(str, names):
         f = _random_finding(name, rng)
@@ -185,7 +187,8 @@ def _bump(distance, width):
 
 
 def _strokes(size, lines):
-    "Anti-aliased polylines: `lines` holds (points [(x, y)…], width, brightness in [0, 1]) in units of the image."
+    """Anti-aliased polylines: `lines` holds (points [(x, y)…], width, brightness in [0, 1]) in units of
+    the image."""
     scale = 3
     canvas = Image.new("L", (size * scale,) * 2)
     draw = ImageDraw.Draw(canvas)
@@ -309,7 +312,8 @@ _TO_TABLE = CubicSpline(_KNOTS, np.eye(len(_KNOTS)))(_TABLE)
 
 
 def _borders(a, y):
-    "Distance of the mediastinal border and of the chest wall from the midline for each row: (left, right, wall)."
+    """Distance of the mediastinal border and of the chest wall from the midline for each row: (left,
+    right, wall)."""
     t = (y - a.apex) / (a.dome - a.apex)
     heart = a.ctr * 2 * a.half / 0.31  # at 1 the heart is .31 wide
     grow = 1 + (heart - 1) * np.clip((_KNOTS - 0.38) / 0.3, 0, 1)
@@ -322,7 +326,8 @@ def _borders(a, y):
 
 # %% ../../nbs/data/00_phantom.ipynb #c2357189
 def _expose(a, size, rng):
-    "Paint a healthy patient; returns a film: layers `base`, `haze`, `bone` and the geometry that findings are placed by."
+    """Paint a healthy patient; returns a film: layers `base`, `haze`, `bone` and the geometry that
+    findings are placed by."""
     x, y = _grid(size)
     row = y[:, 0]
     left, right, wall = _borders(a, row)
@@ -442,7 +447,8 @@ def _bones(f):
 
 
 def _rib_course(s, y):
-    "How far a posterior rib has come down at `s`, its distance from the midline in half chests: first up a little, then round."
+    """How far a posterior rib has come down at `s`, its distance from the midline in half chests: first
+    up a little, then round."""
     return (0.155 * s**2.4 - 0.04 * s) * (0.75 + 0.6 * y)
 
 
@@ -881,10 +887,11 @@ def _shape(film, finding, rng):
 
 # %% ../../nbs/data/00_phantom.ipynb #3f0b3779
 def render(findings, seed, size=96):
-    """Render a study. Returns (image, boxes): uint8 (size, size), 0 black; one box (x0, y0, x1, y1) in [0, 1] per finding.
+    """Render a study. Returns (image, boxes): uint8 (size, size), 0 black; one box (x0, y0, x1, y1) in
+    [0, 1] per finding.
 
-    Deterministic in its arguments; anatomy, exposure and whatever the findings leave open vary with `seed`.
-    Raises ValueError for a finding that is not in FINDINGS or a size under 32."""
+    Deterministic in its arguments; anatomy, exposure and whatever the findings leave open vary with
+    `seed`. Raises ValueError for a finding that is not in FINDINGS or a size under 32."""
     for f in findings:
         if f.name not in FINDINGS:
             raise ValueError(f"finding {f.name!r} is unknown; expected one of {', '.join(FINDINGS)}")
@@ -901,7 +908,8 @@ def render(findings, seed, size=96):
 
 # %% ../../nbs/data/00_phantom.ipynb #ab89e691
 def show_studies(studies, seeds, size=192, columns=4, draw_boxes=False, width=1.7):
-    "A grid of rendered studies (each a tuple of Finding), captioned with their findings; returns the matplotlib figure."
+    """A grid of rendered studies (each a tuple of Finding), captioned with their findings; returns the
+    matplotlib figure."""
     import matplotlib.pyplot as plt
 
     rows = -(-len(studies) // columns)
@@ -1085,7 +1093,8 @@ _NORMAL = (
 
 
 def _negatives(findings, rng):
-    "Sentences (organ, text) about absent findings: heart and pleura first, each name denied once, fewer when much is present."
+    """Sentences (organ, text) about absent findings: heart and pleura first, each name denied once, fewer
+    when much is present."""
     present, said, out = {f.name for f in findings}, set(), []
     room = 6 - len(present)
     for names, ways in _NEGATIVES:
@@ -1096,10 +1105,11 @@ def _negatives(findings, rng):
 
 
 def write_report(findings, rng):
-    """Report in words: (findings_text, impression_text), lower case; wording, order and negatives vary with `rng`.
+    """Report in words: (findings_text, impression_text), lower case; wording, order and negatives vary
+    with `rng`.
 
-    Everything in `findings` is stated in both, in FINDINGS with all attributes; negatives speak of absent findings only.
-    Raises ValueError for a finding outside the phantom benchmark."""
+    Everything in `findings` is stated in both, in FINDINGS with all attributes; negatives speak of absent
+    findings only. Raises ValueError for a finding outside the phantom benchmark."""
     for f in findings:
         if f.what not in _NOUNS:
             raise ValueError(f"finding {f.what!r} has no words; expected one of {', '.join(PHANTOM_NAMES)}")
@@ -1143,7 +1153,8 @@ _CLOSINGS = (
 
 
 def generic_description(findings, rng):
-    "Lay description without tags or sections, partly informative: a finding is mentioned with chance .7, its side with .6."
+    """Lay description without tags or sections, partly informative: a finding is mentioned with chance
+    .7, its side with .6."""
     said = [_pick(rng, _OPENINGS)]
     for f in findings:
         if rng.random() < 0.7:
@@ -1205,7 +1216,8 @@ _NOT = re.compile(r"\b(?:no|not|without|negative|free|absent|absence|resolved)\b
 
 
 def _chunks(text):
-    "(start, end, denied_from) of each chunk: a negation before `denied_from` reaches into it; None if there is none."
+    """(start, end, denied_from) of each chunk: a negation before `denied_from` reaches into it; None if
+    there is none."""
     for sentence in _SENTENCE.finditer(text):
         cuts = [
             sentence.start(),
@@ -1254,7 +1266,8 @@ def _as_finding(what, got):
 
 
 def parse_report(text):
-    "The findings that a report states, as a tuple of Finding in order of mention; reads any text, tags and garbage included."
+    """The findings that a report states, as a tuple of Finding in order of mention; reads any text, tags
+    and garbage included."""
     found = {}
     for f, _, _, negated in _mentions(text):
         if not negated and (f.where not in found or found[f.where].severity is None):
@@ -1263,7 +1276,8 @@ def parse_report(text):
 
 # %% ../../nbs/data/00_phantom.ipynb #7f25a7cb
 def compare(predicted, truth):
-    """Counts over two collections of Finding: dict(matched, mislocated, hallucinated, missed, severity_ok), all int.
+    """Counts over two collections of Finding: dict(matched, mislocated, hallucinated, missed,
+    severity_ok), all int.
 
     A match agrees in name, kind, side and zone; `severity_ok` are the matches whose severity agrees too."""
     wanted, rest, matched, severity_ok = list(truth), [], 0, 0
@@ -1291,13 +1305,15 @@ def compare(predicted, truth):
 
 
 def located_f1(counts):
-    "F1 of the located findings from counts of `compare` (of one report, or summed); 1 when nothing is there and nothing said."
+    """F1 of the located findings from counts of `compare` (of one report, or summed); 1 when nothing is
+    there and nothing said."""
     total = 2 * counts["matched"] + 2 * counts["mislocated"] + counts["hallucinated"] + counts["missed"]
     return 2 * counts["matched"] / total if total else 1.0
 
 # %% ../../nbs/data/00_phantom.ipynb #f403a5b6
 def spans(text, truth):
-    """Stretches of `text` that state a finding: list of (start, end, verdict), verdict "correct", "wrong" or "mislocated".
+    """Stretches of `text` that state a finding: list of (start, end, verdict), verdict "correct", "wrong"
+    or "mislocated".
 
     Denials are judged too: denying what is there is "wrong", denying what is absent is not listed."""
     places, whats, out = {t.where for t in truth}, {t.what for t in truth}, []
@@ -1322,7 +1338,8 @@ def duplicates(text):
 
 # %% ../../nbs/data/00_phantom.ipynb #b5b411d0
 def labels(findings):
-    "The 14 CheXpert observations of a set of findings: 1 present, 0 absent; No Finding is 1 when none of the other 13 is present but, as CheXpert counts, Support Devices."
+    """The 14 CheXpert observations of a set of findings: 1 present, 0 absent; No Finding is 1 when none
+    of the other 13 is present but, as CheXpert counts, Support Devices."""
     present = {FINDINGS[f.name].observation for f in findings} & set(OBSERVATIONS)
     return [
         int(o in present) if o != "No Finding" else int(not present - {"Support Devices"})
@@ -1397,7 +1414,8 @@ FEATURES = datasets.Features(
 
 
 def compose_report(findings, impression, sections="both"):
-    'The report text a policy writes: "findings: … impression: …" or, for sections="findings", the findings alone.'
+    """The report text a policy writes: "findings: … impression: …" or, for sections="findings", the
+    findings alone."""
     if sections not in ("both", "findings"):
         raise ValueError(f"sections={sections!r} is not allowed; expected 'both' or 'findings'")
     return findings if sections == "findings" else f"findings: {findings} impression: {impression}"
@@ -1438,7 +1456,8 @@ def _study(seed, split, number, size, sections):
 
 
 def make_phantom(n, seed, split, size=96, sections="both"):
-    """A `datasets.Dataset` of `n` phantom studies with FEATURES; `split` names it and keeps its seeds apart from other splits.
+    """A `datasets.Dataset` of `n` phantom studies with FEATURES; `split` names it and keeps its seeds
+    apart from other splits.
 
     Raises ValueError for n < 1 or unknown sections."""
     if n < 1:

@@ -31,8 +31,9 @@ from ..vocabulary import OBSERVATIONS
 # %% ../../nbs/data/04_sources.ipynb #6aa7dbd5
 @dataclass
 class Study:
-    """One examination as its source states it. `images`: `(path or bytes, view)` with view `frontal`, `lateral` or `unknown`; `where`: file (and row) it was read from;
-    `codes`: MeSH codes; `labels`: the 14 CheXpert observations (1, 0, −1 uncertain, None) where the source has them."""
+    """One examination as its source states it. `images`: `(path or bytes, view)` with view `frontal`,
+    `lateral` or `unknown`; `where`: file (and row) it was read from; `codes`: MeSH codes; `labels`: the
+    14 CheXpert observations (1, 0, −1 uncertain, None) where the source has them."""
 
     study_id: str
     patient_id: str
@@ -46,7 +47,8 @@ class Study:
     labels: list | None = None
 
     def __post_init__(self):
-        "Identifiers without blanks around them (`x` and `x ` are one patient), and no text where a table was saved anew with `nan` for an empty cell."
+        """Identifiers without blanks around them (`x` and `x ` are one patient), and no text where a
+        table was saved anew with `nan` for an empty cell."""
         self.study_id, self.patient_id = self.study_id.strip(), self.patient_id.strip()
         for name in ("findings", "impression", "report"):
             text = getattr(self, name).strip()
@@ -67,7 +69,8 @@ EMPTY_CELLS = (
 
 @dataclass
 class Fault:
-    "What is wrong with one study (`level` study: set aside) or one of its images (`level` image: left out), in one clear line."
+    """What is wrong with one study (`level` study: set aside) or one of its images (`level` image: left
+    out), in one clear line."""
 
     study_id: str
     kind: str
@@ -84,7 +87,8 @@ def _folder(root, *expected):
     root = Path(root).expanduser()
     if not root.is_dir():
         raise DataError(
-            f"root={str(root)!r}: {'is a file' if root.exists() else 'no such folder'}; expected the folder that holds {' and '.join(expected)}"
+            f"root={str(root)!r}: {'is a file' if root.exists() else 'no such folder'}; expected the "
+            f"folder that holds {' and '.join(expected)}"
         )
     for name in expected:
         if not (root / name).exists():
@@ -116,7 +120,8 @@ BROKEN_ROW = "a row with more or fewer cells than the header, or with a NUL byte
 
 
 def _rows(path):
-    "`(row number, cells)` of a CSV in UTF-8 (`.csv`, or packed as `.csv.gz`). Raises `DataError` naming the file and row that cannot be read."
+    """`(row number, cells)` of a CSV in UTF-8 (`.csv`, or packed as `.csv.gz`). Raises `DataError` naming
+    the file and row that cannot be read."""
     row, held = 1, []
     try:
         with io.TextIOWrapper(opened(path), "utf-8-sig", newline="") as f:
@@ -127,7 +132,8 @@ def _rows(path):
                 yield row, cells
             if row > 1 and len(lines) > 1 and sum(line.count('"') for line in lines) % 2:
                 raise DataError(
-                    f"{path}:{row - len(lines) + 1}: a quotation mark opens in this row and never closes; all that follows it is lost"
+                    f"{path}:{row - len(lines) + 1}: a quotation mark opens in this row and never closes; "
+                    f"all that follows it is lost"
                 )
     except (UnicodeDecodeError, csv.Error, *UNREADABLE) as e:
         near = "" if row == 1 else f", after row {row}"
@@ -135,7 +141,8 @@ def _rows(path):
 
 
 def _header(path, rows):
-    "The names of a CSV's columns, from the first of its `rows`. Raises `DataError` where one name occurs twice, or where the cells are separated by something other than commas."
+    """The names of a CSV's columns, from the first of its `rows`. Raises `DataError` where one name
+    occurs twice, or where the cells are separated by something other than commas."""
     header = [h.strip() for h in next(rows, (1, []))[1]]
     twice = sorted({h for h in header if header.count(h) > 1})
     if twice:
@@ -151,15 +158,18 @@ def _header(path, rows):
         )
     ):
         raise DataError(
-            f"{path}: the cells are separated by {found} (the header reads {header[0][:80]!r}); expected commas: save it as CSV with commas"
+            f"{path}: the cells are separated by {found} (the header reads {header[0][:80]!r}); expected "
+            f"commas: save it as CSV with commas"
         )
     return header
 
 
 def read_table(path, needed):
-    """Rows of a CSV (`.csv`, `.csv.gz`) as `(row number, {column: text})`; the first row after the header is 2. A row of the wrong length comes as `(row number, None)`.
+    """Rows of a CSV (`.csv`, `.csv.gz`) as `(row number, {column: text})`; the first row after the header
+    is 2. A row of the wrong length comes as `(row number, None)`.
 
-    Raises `DataError` for a missing, unreadable or empty file and for a header without the `needed` columns."""
+    Raises `DataError` for a missing, unreadable or empty file and for a header without the `needed`
+    columns."""
     if not path.is_file():
         raise DataError(f"{path}: no such file; expected a CSV with the columns {', '.join(needed)}")
     rows = _rows(path)
@@ -167,7 +177,8 @@ def read_table(path, needed):
     missing = [c for c in needed if c not in header]
     if missing:
         raise DataError(
-            f"{path}: the header has no column {', '.join(missing)}; it reads {', '.join(header[:12]) or '(nothing)'}; expected {', '.join(needed)}"
+            f"{path}: the header has no column {', '.join(missing)}; it reads "
+            f"{', '.join(header[:12]) or '(nothing)'}; expected {', '.join(needed)}"
         )
     for row, cells in rows:
         if cells:
@@ -206,7 +217,8 @@ def openi_views():
 
 
 def dicom_name(image):
-    "The name that the DICOM files and their table give an `image` of the XML: `CXR1_1_IM-0001-3001` is `CXR1_IM-0001-3001`."
+    """The name that the DICOM files and their table give an `image` of the XML: `CXR1_1_IM-0001-3001` is
+    `CXR1_IM-0001-3001`."""
     return re.sub(r"^(CXR\d+)_\d+_IM", r"\1_IM", image)
 
 # %% ../../nbs/data/04_sources.ipynb #31103d2e
@@ -214,10 +226,12 @@ _IU_NAME = re.compile(r"CXR\d+(_\d+)?|(CXR)?\d+(_\d+)?_IM-[\w.-]+")
 
 
 def check_is_iu(name, where):
-    "Raise `DataError` unless `name` (an id, or a path with an image's name in it) is recognisably from Open-i / IU X-Ray: only then do its terms, which restrict nothing, apply."
+    """Raise `DataError` unless `name` (an id, or a path with an image's name in it) is recognisably from
+    Open-i / IU X-Ray: only then do its terms, which restrict nothing, apply."""
     if not any(_IU_NAME.fullmatch(part) for part in name.split("/")):
         raise DataError(
-            f"{where}: {name[:60]!r} is not a name of IU X-Ray; expected one such as CXR1_IM-0001-3001 or 1_IM-0001-3001.dcm.png. What comes from anywhere else is restricted"
+            f"{where}: {name[:60]!r} is not a name of IU X-Ray; expected one such as CXR1_IM-0001-3001 or "
+            f"1_IM-0001-3001.dcm.png. What comes from anywhere else is restricted"
         )
 
 # %% ../../nbs/data/04_sources.ipynb #9a47095b
@@ -255,13 +269,15 @@ def _openi_xmls(root, reports):
         return ((str(p), p.read_bytes()) for p in paths)
     if not archive.is_file():
         raise DataError(
-            f"{root}: neither ecgen-radiology/ nor NLMCXR_reports.tgz in it; expected one of them, or reports='wheel' for the archive that the package torchxrayvision carries"
+            f"{root}: neither ecgen-radiology/ nor NLMCXR_reports.tgz in it; expected one of them, or "
+            f"reports='wheel' for the archive that the package torchxrayvision carries"
         )
     return ((f"{archive}:{name}", xml) for name, xml in archive_files(archive, ".xml"))
 
 
 def read_openi_tree(root, reports=None):
-    "Open-i's raw distribution under `root`. `reports`: None (`ecgen-radiology/` or `NLMCXR_reports.tgz` in `root`), `wheel` (torchxrayvision's archive), or a folder or archive."
+    """Open-i's raw distribution under `root`. `reports`: None (`ecgen-radiology/` or `NLMCXR_reports.tgz`
+    in `root`), `wheel` (torchxrayvision's archive), or a folder or archive."""
     root = _folder(root) if root is not None else Path()
     seen = openi_views()
     for where, xml in _openi_xmls(root, reports):
@@ -299,7 +315,8 @@ def _uid(cell):
 
 
 def read_kaggle(root):
-    "Kaggle's `chest-xrays-indiana-university`: `indiana_reports.csv`, `indiana_projections.csv` and `images/images_normalized/` under `root`."
+    """Kaggle's `chest-xrays-indiana-university`: `indiana_reports.csv`, `indiana_projections.csv` and
+    `images/images_normalized/` under `root`."""
     root, images = _folder(root, "indiana_reports.csv", "indiana_projections.csv"), {}
     projections = root / "indiana_projections.csv"
     for row, r in read_table(projections, ["uid", "filename", "projection"]):
@@ -349,12 +366,14 @@ _DEEP = 100  # levels of brackets that an annotation file may have; R2Gen's have
 
 
 def _check_characters(path):
-    "Raise `DataError` where the JSON file `path` escapes half a surrogate pair, which the parser would turn into '?' in silence."
+    """Raise `DataError` where the JSON file `path` escapes half a surrogate pair, which the parser would
+    turn into '?' in silence."""
     with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if found := SURROGATE.search(data):
             line = data[: found.start()].count(b"\n") + 1
             raise DataError(
-                f"{path}:{line}: holds half a surrogate pair ({found[0].decode()}), which is no character; expected text"
+                f"{path}:{line}: holds half a surrogate pair ({found[0].decode()}), which is no character; "
+                f"expected text"
             )
 
 
@@ -370,7 +389,8 @@ def _annotation(path):
                 depth += opens
                 if depth > _DEEP:
                     raise DataError(
-                        f'{path}: brackets nested deeper than {_DEEP}; expected {{"train": [...], "val": [...], "test": [...]}}'
+                        f'{path}: brackets nested deeper than {_DEEP}; expected {{"train": [...], "val": '
+                        f'[...], "test": [...]}}'
                     )
                 if depth == 1 and event == "map_key":
                     split, index = value, 0
@@ -397,16 +417,19 @@ def _annotation(path):
 
 
 def read_r2gen(root, credentialed, annotation="annotation.json"):
-    """R2Gen's layout: the file `annotation` and `images/` under `root`. `credentialed`: the file may be MIMIC-CXR's, and its studies are restricted whatever they are.
+    """R2Gen's layout: the file `annotation` and `images/` under `root`. `credentialed`: the file may be
+    MIMIC-CXR's, and its studies are restricted whatever they are.
 
-    Else it must be IU X-Ray's: raises `DataError` at the first study whose id or image is not recognisably from there."""
+    Else it must be IU X-Ray's: raises `DataError` at the first study whose id or image is not
+    recognisably from there."""
     root = _folder(root, annotation)
     path = root / annotation
     for split, index, entry in _annotation(path):
         where = f"{path}:{split}[{index}]"
         if not split.strip():
             raise DataError(
-                f"{path}: the studies of one split stand under {split!r}, a key of blanks alone; expected train, val or test: name it in the file (SERPENT-VLM's has its test split there)"
+                f"{path}: the studies of one split stand under {split!r}, a key of blanks alone; expected "
+                f"train, val or test: name it in the file (SERPENT-VLM's has its test split there)"
             )
 
         def fault(kind, message):
@@ -456,7 +479,8 @@ def _one(root, pattern):
     found = sorted(root.glob(pattern))
     if len(found) != 1:
         raise DataError(
-            f"{root}: {'no' if not found else 'more than one'} {pattern} in it; expected MIMIC-CXR-JPG 2.x with its split, metadata and chexpert tables"
+            f"{root}: {'no' if not found else 'more than one'} {pattern} in it; expected MIMIC-CXR-JPG 2.x "
+            f"with its split, metadata and chexpert tables"
         )
     return found[0]
 
@@ -519,7 +543,8 @@ def _mimic_labels(row, where):
 
 
 def read_mimic(root, reports=None):
-    "MIMIC-CXR-JPG 2.x under `root`; `reports`: the folder that holds `files/p10/…/s….txt` (default: `root` too)."
+    """MIMIC-CXR-JPG 2.x under `root`; `reports`: the folder that holds `files/p10/…/s….txt` (default:
+    `root` too)."""
     root = _folder(root, "files")
     texts = root if reports is None else _folder(reports, "files")
     with tempfile.TemporaryDirectory() as scratch, sqlite3.connect(f"{scratch}/tables.db") as db:
@@ -530,10 +555,13 @@ def read_mimic(root, reports=None):
             (texts / _mimic_folder(subject) / f"s{study}.txt").is_file() for study, subject in some
         ):
             raise DataError(
-                f"{texts}: no report of the first {len(some)} studies of {splits.name} is in it; expected files/p10/p10…/s….txt: MIMIC-CXR-JPG holds no reports, give the folder of MIMIC-CXR's with options={{'reports': FOLDER}}"
+                f"{texts}: no report of the first {len(some)} studies of {splits.name} is in it; expected "
+                f"files/p10/p10…/s….txt: MIMIC-CXR-JPG holds no reports, give the folder of MIMIC-CXR's "
+                f"with options={{'reports': FOLDER}}"
             )
         for study, subject, split, n_splits, row in db.execute(
-            "select study, min(subject), min(split), count(distinct split), min(row) from split group by study order by min(row)"
+            "select study, min(subject), min(split), count(distinct split), min(row) from split group by "
+            "study order by min(row)"
         ):
             yield _mimic_study(
                 db, root, texts, study, subject, split, n_splits, f"{splits}:{row}", metadata, chexpert
@@ -611,7 +639,8 @@ COLUMNS = ("image", "report", "findings", "impression", "split", "study_id", "pa
 
 
 def _no_path(image, base):
-    "Why the text `image` cannot be the path of a file below `base`, with what was expected; None where it can."
+    """Why the text `image` cannot be the path of a file below `base`, with what was expected; None where
+    it can."""
     if re.match(r"\w+://", image):
         return "is a URL; expected a file on this machine: fetch it first"
     if image.startswith("[") and image.endswith("]"):
@@ -674,7 +703,8 @@ def _own(r, where, base, name):
 def _check_columns(columns, where):
     if "image" not in columns or not {"report", "findings", "impression"} & set(columns):
         raise DataError(
-            f"{where}: the columns are {', '.join(map(str, columns)) or '(none)'}; expected image and report (or findings, impression), and maybe {', '.join(COLUMNS[4:])}"
+            f"{where}: the columns are {', '.join(map(str, columns)) or '(none)'}; expected image and "
+            f"report (or findings, impression), and maybe {', '.join(COLUMNS[4:])}"
         )
 
 
@@ -683,7 +713,8 @@ def read_own_table(root):
     path = Path(root).expanduser()
     if not path.is_file():
         raise DataError(
-            f"root={str(path)!r}: {'is a folder' if path.is_dir() else 'no such file'}; expected a .csv or .jsonl file"
+            f"root={str(path)!r}: {'is a folder' if path.is_dir() else 'no such file'}; expected a .csv or "
+            f".jsonl file"
         )
     kind = path.name.removesuffix(".gz").rsplit(".", 1)[-1]
     if kind not in ("csv", "jsonl"):
@@ -726,13 +757,15 @@ def _hf_parts(root):
         )
     except (FileNotFoundError, ValueError, ConnectionError, OSError) as e:
         raise DataError(
-            f"root={name!r}: no Hugging Face dataset ({one_line(e)}); expected a folder of save_to_disk or a dataset's name"
+            f"root={name!r}: no Hugging Face dataset ({one_line(e)}); expected a folder of save_to_disk or "
+            f"a dataset's name"
         ) from e
     return list(found.items() if isinstance(found, dict) else [(None, found)])
 
 
 def text_columns(source, root):
-    "Which of report, findings and impression are columns of a user's own table or dataset; None for the other sources, whose texts are known."
+    """Which of report, findings and impression are columns of a user's own table or dataset; None for the
+    other sources, whose texts are known."""
     if source == "hf":
         columns = {c for _, part in _hf_parts(root) for c in part.column_names}
     elif source == "table" and Path(root).expanduser().is_file():
@@ -771,7 +804,8 @@ def read_hf(root):
 # %% ../../nbs/data/04_sources.ipynb #d7eaae6e
 @dataclass(frozen=True)
 class Terms:
-    "Under what a source may be used. `restricted`: nothing of it may leave the machine unless the user names the endpoint as permitted."
+    """Under what a source may be used. `restricted`: nothing of it may leave the machine unless the user
+    names the endpoint as permitted."""
 
     name: str
     licence: str
@@ -788,8 +822,9 @@ _MADE = Terms("made-up phantoms", "none needed", False)
 
 @dataclass(frozen=True)
 class Source:
-    """A kind of source: its reader, its terms, where labels come from unless the user says otherwise, and whether the views that it states are right
-    (`trusted_views`; where they are not, and where none is stated, the picture decides: chapter 01g)."""
+    """A kind of source: its reader, its terms, where labels come from unless the user says otherwise, and
+    whether the views that it states are right (`trusted_views`; where they are not, and where none is
+    stated, the picture decides: chapter 01g)."""
 
     read: object
     terms: Terms
@@ -816,7 +851,8 @@ def terms_of(benchmark):
         return SOURCES[benchmark].terms
     if benchmark not in ("phantom", "openi_rendered"):
         raise ValueError(
-            f"source={benchmark!r} is unknown; expected one of {', '.join([*SOURCES, 'phantom', 'openi_rendered'])}"
+            f"source={benchmark!r} is unknown; expected one of "
+            f"{', '.join([*SOURCES, 'phantom', 'openi_rendered'])}"
         )
     return _MADE if benchmark == "phantom" else _IU
 
@@ -834,12 +870,15 @@ def is_local(endpoint):
 
 
 def check_endpoint(benchmark, endpoint, permitted=()):
-    """Raise `PermissionError` unless text and images of `benchmark` may be sent to the URL `endpoint`: its terms allow it, it is on this machine, or the user
-    has named its host or the URL in `permitted` or in the environment variable VALOR_PERMITTED_ENDPOINTS (comma-separated)."""
+    """Raise `PermissionError` unless text and images of `benchmark` may be sent to the URL `endpoint`:
+    its terms allow it, it is on this machine, or the user has named its host or the URL in `permitted` or
+    in the environment variable VALOR_PERMITTED_ENDPOINTS (comma-separated)."""
     terms = terms_of(benchmark)
     named = {p.strip() for p in [*permitted, *os.environ.get("VALOR_PERMITTED_ENDPOINTS", "").split(",")]}
     host = urlsplit(endpoint if "//" in endpoint else f"//{endpoint}").hostname
     if terms.restricted and not is_local(endpoint) and not {endpoint, host} & named:
         raise PermissionError(
-            f"{endpoint}: {benchmark} is {terms.name} ({terms.licence}); nothing of it is sent there. If the terms permit it, name the endpoint: permitted_endpoints={[host]} or VALOR_PERMITTED_ENDPOINTS={host}"
+            f"{endpoint}: {benchmark} is {terms.name} ({terms.licence}); nothing of it is sent there. If "
+            f"the terms permit it, name the endpoint: permitted_endpoints={[host]} or "
+            f"VALOR_PERMITTED_ENDPOINTS={host}"
         )

@@ -59,10 +59,14 @@ ONE_TEXT = ("r2gen_iu", "r2gen_mimic")  # these sources have a report and no sec
 
 
 def reading(preset="valor", source=None, **changes):
-    """How studies are read: the parameters of a `preset` with `changes` (those that are not None). Raises `ValueError` naming a parameter that is unknown or out of range.
+    """How studies are read: the parameters of a `preset` with `changes` (those that are not None). Raises
+    `ValueError` naming a parameter that is unknown or out of range.
 
-    `sections`: `both`, `findings`, `impression`, `report`, or `auto` (see `sections_of`; a user's own table unless it is given). `view`: `frontal` (one image), `both` (a frontal and a lateral one), `listed` (the first two as they come) or `none` (text only). `unknown_view`, for images whose
-    view nobody states and whose picture is `unsure`: `keep` (used where no image is known to be right), `drop`, or `guess` (the first image of a study is frontal, the others lateral)."""
+    `sections`: `both`, `findings`, `impression`, `report`, or `auto` (see `sections_of`; a user's own
+    table unless it is given). `view`: `frontal` (one image), `both` (a frontal and a lateral one),
+    `listed` (the first two as they come) or `none` (text only). `unknown_view`, for images whose view
+    nobody states and whose picture is `unsure`: `keep` (used where no image is known to be right),
+    `drop`, or `guess` (the first image of a study is frontal, the others lateral)."""
     if preset not in TEXT_PRESETS:
         raise ValueError(f"preset={preset!r} is unknown; expected one of {', '.join(TEXT_PRESETS)}")
     how = TEXT_PRESETS[preset] | dict(
@@ -96,7 +100,8 @@ def reading(preset="valor", source=None, **changes):
 
 
 def sections_of(source, root, preset):
-    'What `sections="auto"` is: what the `preset` asks for where the source has it, else the first of report, findings and impression that is a column of the user\'s own table.'
+    """What `sections="auto"` is: what the `preset` asks for where the source has it, else the first of
+    report, findings and impression that is a column of the user's own table."""
     if source in ONE_TEXT:
         return "report"
     wish, there = TEXT_PRESETS[preset]["sections"], text_columns(source, root)
@@ -110,7 +115,8 @@ def in_doubt(view):
 
 
 def guessed(images):
-    "`images` with views in doubt replaced: the first of the study is frontal, the others lateral (`guessed frontal`, `guessed lateral`)."
+    """`images` with views in doubt replaced: the first of the study is frontal, the others lateral
+    (`guessed frontal`, `guessed lateral`)."""
     return [
         (path, view if not in_doubt(view) else "guessed frontal" if i == 0 else "guessed lateral")
         for i, (path, view) in enumerate(images)
@@ -118,7 +124,8 @@ def guessed(images):
 
 
 def choose_images(images, view, unknown_view):
-    "The `(path, view)` pairs that represent a study (see `reading`), first the main one; [] where the view asked for does not exist."
+    """The `(path, view)` pairs that represent a study (see `reading`), first the main one; [] where the
+    view asked for does not exist."""
     if view == "none":
         return []
     images = (
@@ -143,7 +150,8 @@ def choose_images(images, view, unknown_view):
 
 # %% ../../nbs/data/05_studies.ipynb #d1f1a2d4
 def seen_view(image):
-    "The view that the picture of one image (path or bytes) shows, or the `ImageError` that it cannot be read for."
+    """The view that the picture of one image (path or bytes) shows, or the `ImageError` that it cannot be
+    read for."""
     try:
         pixels = read_image(image)
         if pixels.min() == pixels.max():
@@ -154,8 +162,9 @@ def seen_view(image):
 
 
 def read_pictures(studies, source, how, full, known, pool):
-    """{image: view, or `ImageError`} by their pictures, for the images of `studies` whose stated view is not to be trusted or missing, and for all where they are decoded anyway (`full`).
-    `known`: a `KnownViews`, in which files are looked up; `pool`: of threads that decode the others."""
+    """{image: view, or `ImageError`} by their pictures, for the images of `studies` whose stated view is
+    not to be trusted or missing, and for all where they are decoded anyway (`full`). `known`: a
+    `KnownViews`, in which files are looked up; `pool`: of threads that decode the others."""
     if how["view"] == "none":
         return {}
     asked = how["view"] in ("frontal", "both")
@@ -176,8 +185,9 @@ def read_pictures(studies, source, how, full, known, pool):
 
 
 def sound_images(study, full=False, pictures=None, trusted=True):
-    """The images of `study` that can be used, and a `Fault` for each that cannot: those in `pictures` (see `read_pictures`) were read, the others pass `check_image`.
-    The view is the stated one where it is `trusted`, else the picture's."""
+    """The images of `study` that can be used, and a `Fault` for each that cannot: those in `pictures`
+    (see `read_pictures`) were read, the others pass `check_image`. The view is the stated one where it is
+    `trusted`, else the picture's."""
     good, faults = [], []
     for i, (image, view) in enumerate(study.images):
         name = image if isinstance(image, str) else f"{study.where} image {i}"
@@ -260,7 +270,8 @@ def row_of(study, source, how, images):
         remedy = f"; {turned}take the images as they come with view='listed'"
         return fault(
             "no image of the view",
-            f"no usable image for view={how['view']!r}, unknown_view={how['unknown_view']!r} (its images: {views}){remedy}",
+            f"no usable image for view={how['view']!r}, unknown_view={how['unknown_view']!r} (its images: "
+            f"{views}){remedy}",
         )
     (image, view), (second, second_view) = _stored(chosen, 0), _stored(chosen, 1)
     drawn = codes_to_findings(study.codes)[0]
@@ -307,7 +318,8 @@ def add_labels(rows, studies, how):
             s.study_id,
             "no labels",
             s.where,
-            f"no {'MeSH codes' if how['labels'] == 'codes' else 'row in the CheXpert table'}; labels={how['labels']!r} needs them (labels='rules' reads the report instead)",
+            f"no {'MeSH codes' if how['labels'] == 'codes' else 'row in the CheXpert table'}; "
+            f"labels={how['labels']!r} needs them (labels='rules' reads the report instead)",
         )
         for i, s in enumerate(studies)
         if judged[i] is None
@@ -335,7 +347,8 @@ def _splits_table(path):
 
 
 class Index:
-    "Writes rows by split and counts what was seen; `strict` raises the first fault that sets a study aside as `DataError`."
+    """Writes rows by split and counts what was seen; `strict` raises the first fault that sets a study
+    aside as `DataError`."""
 
     def __init__(self, folder, features, strict):
         self.folder, self.features, self.strict, self.writers, self.seen, self.first = (
@@ -354,7 +367,8 @@ class Index:
         self.pictures.writerow(["study_id", "image", "tag", "picture", "used"])
 
     def saw(self, study, pictures, sound, how):
-        "Note what the pictures of `study` show beside what its source states, and where they choose another main image."
+        """Note what the pictures of `study` show beside what its source states, and where they choose
+        another main image."""
         stated, chosen = (
             dict(study.images),
             [i for i, _ in choose_images(sound, how["view"], how["unknown_view"])],
@@ -418,7 +432,8 @@ def _count(seen, study):
 
 
 def _with_pictures(items, source, how, full, known, several=64):
-    "`(item, what its pictures show)` for everything in `items` (see `read_pictures`), some studies at a time, in several threads."
+    """`(item, what its pictures show)` for everything in `items` (see `read_pictures`), some studies at a
+    time, in several threads."""
     items = iter(items)
     with ThreadPool(os.cpu_count()) as pool:
         while some := list(islice(items, several)):
@@ -481,7 +496,8 @@ def _sound_rows(index, items, source, how, splits, full, known):
 
 
 def write_index(folder, source, root, how, size, splits, check, strict, options, known):
-    "Read the source and write its index to `folder`: `{split}.arrow`, `set_aside.csv`, `views.csv` (what pictures show), `info.json`."
+    """Read the source and write its index to `folder`: `{split}.arrow`, `set_aside.csv`, `views.csv`
+    (what pictures show), `info.json`."""
     index, batch = Index(folder, study_features(size), strict), []
 
     def flush():
@@ -520,7 +536,8 @@ def write_index(folder, source, root, how, size, splits, check, strict, options,
 
 # %% ../../nbs/data/05_studies.ipynb #17fa999e
 class Studies(DatasetDict):
-    "A `DatasetDict` of real studies. `info`: source, parameters and counts of what was read; `set_aside`: a table of everything left out, with reasons; `folder`: its index."
+    """A `DatasetDict` of real studies. `info`: source, parameters and counts of what was read;
+    `set_aside`: a table of everything left out, with reasons; `folder`: its index."""
 
     @classmethod
     def open(cls, folder):
@@ -540,7 +557,8 @@ class Studies(DatasetDict):
 
     @property
     def views(self):
-        "A table of the images whose picture was read: the view that the source states (`tag`), what the `picture` shows, and whether the image is `used` (main, second)."
+        """A table of the images whose picture was read: the view that the source states (`tag`), what the
+        `picture` shows, and whether the image is `used` (main, second)."""
         return pd.read_csv(self.folder / "views.csv", keep_default_na=False)
 
 
@@ -558,12 +576,16 @@ def load_studies(
     options=None,
     **changes,
 ):
-    """Real studies as a `Studies` (a `DatasetDict`: train, val, test, those that exist) in the schema of the embedded benchmarks, images decoded on access.
+    """Real studies as a `Studies` (a `DatasetDict`: train, val, test, those that exist) in the schema of
+    the embedded benchmarks, images decoded on access.
 
-    `source`: one of `SOURCES`; `root`: its folder or file (None: no images, with `view="none"`). `preset` and `changes`: see `reading`. `size`: pixels of the square images (None: as large as the
-    files). `splits`: a CSV with study_id and split that replaces the source's. `check`: `glance` reads the ends of every image file, `full` decodes all. `strict`: the first fault
-    stops. `refresh`: read the source again though an index exists. `cache`: where indexes are kept. `options`: for the reader, such as `reports`.
-    Raises `ValueError` for an unknown parameter, `DataError` where the source cannot be read (or, if `strict`, has any fault) or no study is left."""
+    `source`: one of `SOURCES`; `root`: its folder or file (None: no images, with `view="none"`). `preset`
+    and `changes`: see `reading`. `size`: pixels of the square images (None: as large as the files).
+    `splits`: a CSV with study_id and split that replaces the source's. `check`: `glance` reads the ends
+    of every image file, `full` decodes all. `strict`: the first fault stops. `refresh`: read the source
+    again though an index exists. `cache`: where indexes are kept. `options`: for the reader, such as
+    `reports`. Raises `ValueError` for an unknown parameter, `DataError` where the source cannot be read
+    (or, if `strict`, has any fault) or no study is left."""
     if source not in SOURCES:
         raise ValueError(f"source={source!r} is unknown; expected one of {', '.join(SOURCES)}")
     if check not in ("glance", "full"):
@@ -639,7 +661,8 @@ def _nothing_left(source, root, index, how):
     texts = [t for t in ("findings", "impression", "report") if seen[f"with {t}"]]
     lacks = [t for t in ("findings", "impression", "report") if seen[f"study: no {t}"]]
     remedy = (
-        f"; sections={how['sections']!r} needs {' and '.join(lacks)}, and what the studies have is {', '.join(texts)}: give sections={texts[-1]!r}"
+        f"; sections={how['sections']!r} needs {' and '.join(lacks)}, and what the studies have is "
+        f"{', '.join(texts)}: give sections={texts[-1]!r}"
         if lacks and texts
         else ""
     )
@@ -663,7 +686,8 @@ def _decode(item):
 
 
 def store_images(dataset, folder, size, desc="images", shard=500, workers=None):
-    """`dataset` with every image decoded to a square of `size` pixels, in Arrow shards under `folder`; shards that exist are kept. Returns `(Dataset, faults)`.
+    """`dataset` with every image decoded to a square of `size` pixels, in Arrow shards under `folder`;
+    shards that exist are kept. Returns `(Dataset, faults)`.
 
     `faults`: a `Fault` for each study whose image turned out to be unusable; it is left out."""
     folder = Path(folder)

@@ -28,7 +28,8 @@ from ..vocabulary import OBSERVATIONS
 
 # %% ../../nbs/expert/00_embedded.ipynb #7e979eb7
 class WordTokenizer:
-    "Word-level tokenizer with open_clip's calling convention: texts -> (N, context_length) long tensor, zero-padded."
+    """Word-level tokenizer with open_clip's calling convention: texts -> (N, context_length) long tensor,
+    zero-padded."""
 
     def __init__(self, words, context_length):
         self.words, self.context_length = list(words), context_length
@@ -38,7 +39,8 @@ class WordTokenizer:
 
     @classmethod
     def build(cls, texts, min_count=1, max_length=72):
-        "Tokenizer over words that occur at least `min_count` times in `texts` (alphabetical); the context fits the longest text and a bit more, up to `max_length`."
+        """Tokenizer over words that occur at least `min_count` times in `texts` (alphabetical); the
+        context fits the longest text and a bit more, up to `max_length`."""
         split = [cls.split(t) for t in texts]
         counts = Counter(w for words in split for w in words)
         return cls(
@@ -61,7 +63,8 @@ class WordTokenizer:
 
 # %% ../../nbs/expert/00_embedded.ipynb #05a1f994
 def expert_config(tokenizer, size=96, width=16, text_width=64, embed_dim=128):
-    "open_clip's model config of the embedded expert, about 1.5 M parameters. `size`: image side in pixels, a multiple of 32."
+    """open_clip's model config of the embedded expert, about 1.5 M parameters. `size`: image side in
+    pixels, a multiple of 32."""
     if size < 64 or size % 32:
         raise ValueError(
             f"size={size}: the expert's ResNet reads images of 64, 96, 128, … pixels (multiples of 32)"
@@ -82,7 +85,8 @@ def expert_config(tokenizer, size=96, width=16, text_width=64, embed_dim=128):
 
 
 def build_expert(texts, size=96, seed=101, min_count=1):
-    "An untrained `Expert` for images of `size` pixels whose vocabulary comes from `texts`; weights fixed by `seed`."
+    """An untrained `Expert` for images of `size` pixels whose vocabulary comes from `texts`; weights
+    fixed by `seed`."""
     tokenizer = WordTokenizer.build(texts, min_count)
     config = expert_config(tokenizer, size)
     with torch.random.fork_rng(devices=[]):  # the caller's random stream stays where it was
@@ -95,7 +99,8 @@ GREY = dict(mean=0.45, std=0.25)  # of phantom films, roughly
 
 
 def as_batch(images, size):
-    "Grey images (PIL or (H, W) uint8 arrays) as a normalised tensor (N, 3, size, size), resized one by one where needed."
+    """Grey images (PIL or (H, W) uint8 arrays) as a normalised tensor (N, 3, size, size), resized one by
+    one where needed."""
 
     def one(image):
         x = (
@@ -115,7 +120,8 @@ def as_batch(images, size):
 
 
 class Expert:
-    "A frozen open_clip `model` with its `tokenizer` (texts -> ids), `preprocess` (list of images -> tensor) and, for an embedded one, its `config`. Works where the model is; answers are on the CPU."
+    """A frozen open_clip `model` with its `tokenizer` (texts -> ids), `preprocess` (list of images ->
+    tensor) and, for an embedded one, its `config`. Works where the model is; answers are on the CPU."""
 
     def __init__(self, model, tokenizer, preprocess, config=None):
         self.model, self.tokenizer, self.preprocess, self.config = (
@@ -136,7 +142,8 @@ class Expert:
             )
 
     def image_features(self, images, batch_size=128):
-        "Unit vectors (N, D) of a list of images (PIL or uint8 arrays). Worth keeping: an image is fixed, its candidates are many."
+        """Unit vectors (N, D) of a list of images (PIL or uint8 arrays). Worth keeping: an image is
+        fixed, its candidates are many."""
         return self._features(self.model.encode_image, self.preprocess, list(images), batch_size)
 
     def text_features(self, texts, batch_size=256):
@@ -158,7 +165,8 @@ KINDS = list(EDITS)  # flipped, dropped, added, moved
 
 
 class GrammarEdits:
-    "Edited reports of phantom studies: `edits(i, kind, rng)` is study i's report after one edit, in fresh words, or None where that is impossible."
+    """Edited reports of phantom studies: `edits(i, kind, rng)` is study i's report after one edit, in
+    fresh words, or None where that is impossible."""
 
     def __init__(self, dataset):
         self.truth = [from_truth(t) for t in dataset["truth"]]
@@ -170,7 +178,8 @@ class GrammarEdits:
 
 
 class SentenceEdits:
-    "Edited reports of any text: `edits(i, kind, rng)` as for `GrammarEdits`. `labeler` says which observations a sentence asserts."
+    """Edited reports of any text: `edits(i, kind, rng)` as for `GrammarEdits`. `labeler` says which
+    observations a sentence asserts."""
 
     def __init__(self, dataset, labeler):
         self.reports = [re.split(r"(?<=[.:])\s+", r) for r in dataset["report"]]
@@ -203,8 +212,9 @@ def edits_for(dataset, benchmark):
 
 # %% ../../nbs/expert/00_embedded.ipynb #2a2cbc9a
 def contrastive_loss(images, texts, edited, owner, same, scale):
-    """The loss above, for unit vectors images (B, D), texts (B, D) and edited (E, D); `owner` (E,) says whose edit each is;
-    `same` (B, B) is True where two studies have the same truth (the diagonal does not matter)."""
+    """The loss above, for unit vectors images (B, D), texts (B, D) and edited (E, D); `owner` (E,) says
+    whose edit each is; `same` (B, B) is True where two studies have the same truth (the diagonal does not
+    matter)."""
     mask = (same & ~torch.eye(len(same), dtype=torch.bool)).float() * -1e4
     logits, target = scale * images @ texts.T + mask, torch.arange(len(images))
     rejected = scale * images @ edited.T
@@ -226,10 +236,12 @@ def train_expert(
     min_count=1,
     progress=True,
 ):
-    """A frozen `Expert` trained on the pairs of `dataset` for `steps` batches; the same parameters and number of threads give the same weights.
+    """A frozen `Expert` trained on the pairs of `dataset` for `steps` batches; the same parameters and
+    number of threads give the same weights.
 
-    `edits(i, kind, rng)`: reports with one edit (see `edits_for`), `n_edits` per study and visit. `renderings`: datasets with the same rows in other anatomies
-    (`data.rerender`); every visit to a study draws one of them. `expert.losses` keeps the loss of every step."""
+    `edits(i, kind, rng)`: reports with one edit (see `edits_for`), `n_edits` per study and visit.
+    `renderings`: datasets with the same rows in other anatomies (`data.rerender`); every visit to a study
+    draws one of them. `expert.losses` keeps the loss of every step."""
     expert = build_expert(dataset["report"], dataset[0]["image"].size[0], seed, min_count)
     rng, model = (
         np.random.default_rng(seed),
@@ -289,7 +301,8 @@ def some_edits(edits, i, n, rng):
 
 # %% ../../nbs/expert/00_embedded.ipynb #a70c9179
 def retrieval(similarity, keys, rng, n=8):
-    "R@1 among `n` from similarity (N reports, N images): dict(distinct truths; any; any with perfect knowledge of `keys`, the truths)."
+    """R@1 among `n` from similarity (N reports, N images): dict(distinct truths; any; any with perfect
+    knowledge of `keys`, the truths)."""
     ids, N = np.unique([str(k) for k in keys], return_inverse=True)[1], len(keys)
     hits, anyhits, perfect = [], [], []
     for i in range(N):
@@ -310,7 +323,8 @@ def retrieval(similarity, keys, rng, n=8):
 
 
 def quality(expert, dataset, edits, rng):
-    "How well `expert` judges the studies of `dataset`: R@1 among 8 (see `retrieval`) and, per kind of edit, how often it prefers the true report, over how many pairs, and before a wrong image."
+    """How well `expert` judges the studies of `dataset`: R@1 among 8 (see `retrieval`) and, per kind of
+    edit, how often it prefers the true report, over how many pairs, and before a wrong image."""
     images, texts = expert.image_features(dataset["image"]), expert.text_features(dataset["report"])
     out = retrieval(
         (texts @ images.T).numpy(), [sorted(map(str, from_truth(t))) for t in dataset["truth"]], rng

@@ -54,8 +54,10 @@ def fingerprint(model):
 
 # %% ../../nbs/expert/01_frozen.ipynb #250e31f8
 class FrozenExpert:
-    """`inner` behind the common interface. It has `image_features(list of PIL images)` and `text_features(list of str)`, each (N, D) arrays or tensors, and may have `key` (names the
-    model and its weights: then image features are kept in the folder `cache`), `cut(texts)` (which texts are too long for it) and `note` (a line about it). RewardError where it fails."""
+    """`inner` behind the common interface. It has `image_features(list of PIL images)` and
+    `text_features(list of str)`, each (N, D) arrays or tensors, and may have `key` (names the model and
+    its weights: then image features are kept in the folder `cache`), `cut(texts)` (which texts are too
+    long for it) and `note` (a line about it). RewardError where it fails."""
 
     def __init__(self, inner, name, cache=None, keep=2**14):
         self.inner, self.name, self.key, self.note = (
@@ -73,7 +75,8 @@ class FrozenExpert:
         self.batch, self.keep, self.kept, self.computed = (64 if device == "cuda" else 1), keep, {}, 0
 
     def image_features(self, images):
-        "Unit vectors (N, D), float32 on the CPU, of PIL images or uint8 arrays; of those not seen before, `computed` counts how many."
+        """Unit vectors (N, D), float32 on the CPU, of PIL images or uint8 arrays; of those not seen
+        before, `computed` counts how many."""
         images = [im if isinstance(im, Image.Image) else Image.fromarray(im) for im in images]
         keys = [image_key(im) for im in images]
         wanted = dict(zip(keys, images))
@@ -131,11 +134,13 @@ class FrozenExpert:
             ).float()
         except Exception as e:
             raise RewardError(
-                f"expert={self.name!r}: {method} failed on {len(items)} item(s) ({one_line(e, kind=True, longest=200)})"
+                f"expert={self.name!r}: {method} failed on {len(items)} item(s) "
+                f"({one_line(e, kind=True, longest=200)})"
             ) from e
         if out.ndim != 2 or len(out) != len(items):
             raise RewardError(
-                f"expert={self.name!r}: {method} gave shape {tuple(out.shape)} for {len(items)} item(s); expected ({len(items)}, D)"
+                f"expert={self.name!r}: {method} gave shape {tuple(out.shape)} for {len(items)} item(s); "
+                f"expected ({len(items)}, D)"
             )
         if not out.isfinite().all():
             raise RewardError(
@@ -148,7 +153,8 @@ VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "to
 
 
 def part_of(source, filename):
-    "Path of a file of the model `source`: in that folder, or in the hub repository of that name, cached or downloaded. None where it is not to be had."
+    """Path of a file of the model `source`: in that folder, or in the hub repository of that name, cached
+    or downloaded. None where it is not to be had."""
     if Path(source).is_dir():
         return Path(source) / filename if (Path(source) / filename).is_file() else None
     from huggingface_hub import hf_hub_download
@@ -170,7 +176,8 @@ def read_config(folder):
         )
     except (ValueError, KeyError, TypeError, OSError) as e:
         raise ValueError(
-            f"{path}: not an open_clip configuration ({one_line(e, kind=True, longest=200)}); expected JSON with model_cfg.text_cfg and model_cfg.vision_cfg"
+            f"{path}: not an open_clip configuration ({one_line(e, kind=True, longest=200)}); expected "
+            f"JSON with model_cfg.text_cfg and model_cfg.vision_cfg"
         ) from None
 
 
@@ -178,12 +185,15 @@ def check_tokenizer_name(name, text):
     "Raise ValueError where open_clip would take another tokenizer than the text tower's."
     if text.get("hf_model_name") and not text.get("hf_tokenizer_name"):
         raise ValueError(
-            f"expert={name!r}: hf_tokenizer_name is empty in open_clip_config.json, and open_clip would take CLIP's vocabulary for {text['hf_model_name']}; expected the name of the text tower's tokenizer"
+            f"expert={name!r}: hf_tokenizer_name is empty in open_clip_config.json, and open_clip would "
+            f"take CLIP's vocabulary for {text['hf_model_name']}; expected the name of the text tower's "
+            f"tokenizer"
         )
 
 
 def overlay(folder, into):
-    """A copy by links, in the folder `into`, of an open_clip model's `folder` that loads without the hub: the text tower's `config.json` and tokenizer lie in it and are pointed to.
+    """A copy by links, in the folder `into`, of an open_clip model's `folder` that loads without the hub:
+    the text tower's `config.json` and tokenizer lie in it and are pointed to.
 
     ValueError naming the file that is missing and how to get it."""
     folder, into = Path(folder).resolve(), Path(into).resolve()
@@ -191,7 +201,8 @@ def overlay(folder, into):
     check_tokenizer_name(str(folder), text)
     if not any(p.suffix in (".safetensors", ".bin", ".pth") for p in folder.iterdir()):
         raise ValueError(
-            f"expert={str(folder)!r}: no weights there; expected open_clip_model.safetensors or open_clip_pytorch_model.bin beside open_clip_config.json"
+            f"expert={str(folder)!r}: no weights there; expected open_clip_model.safetensors or "
+            f"open_clip_pytorch_model.bin beside open_clip_config.json"
         )
     for path in folder.iterdir():
         (into / path.name).symlink_to(path)
@@ -207,7 +218,8 @@ def overlay(folder, into):
         found = {f: p for f in files if (p := part_of(source, f))}
         if not found:
             raise ValueError(
-                f"expert={str(folder)!r}: {files[0]} of the text tower {source} is missing; put it there: hf download {source} {files[0]} --local-dir {folder}"
+                f"expert={str(folder)!r}: {files[0]} of the text tower {source} is missing; put it there: "
+                f"hf download {source} {files[0]} --local-dir {folder}"
             )
         for file, path in found.items():
             (into / file).symlink_to(path)
@@ -246,7 +258,8 @@ class CountingTokenizer:
 
 
 def open_clip_expert(name):
-    "The frozen `Expert` at `hf-hub:owner/name` or in an open_clip folder, on the GPU where there is one. ValueError, one line, where it cannot be loaded."
+    """The frozen `Expert` at `hf-hub:owner/name` or in an open_clip folder, on the GPU where there is
+    one. ValueError, one line, where it cannot be loaded."""
     hub = name.startswith("hf-hub:")
     with tempfile.TemporaryDirectory() as links:
         source = name if hub else f"local-dir:{overlay(Path(name).expanduser(), links)}"
@@ -265,12 +278,14 @@ def open_clip_expert(name):
             raise ValueError(
                 str(e)
                 if str(e).startswith("expert=")
-                else f"expert={name!r}: open_clip cannot load it ({one_line(e, kind=True, longest=200)}); {remedy}"
+                else f"expert={name!r}: open_clip cannot load it ({one_line(e, kind=True, longest=200)}); "
+                f"{remedy}"
             ) from None
     rows = getattr(model, "text", model).vocab_size
     if tokenizer.size > rows:
         raise ValueError(
-            f"expert={name!r}: the tokenizer has {tokenizer.size} ids and the text tower {rows} rows; they do not belong together"
+            f"expert={name!r}: the tokenizer has {tokenizer.size} ids and the text tower {rows} rows; they "
+            f"do not belong together"
         )
     expert = Expert(
         model.to(resolve_device()),
@@ -283,7 +298,8 @@ def open_clip_expert(name):
 
 # %% ../../nbs/expert/01_frozen.ipynb #91684dc3
 def miniature_biomedclip(folder, text_config=True, context_length=256, seed=0):
-    "A made-up BiomedCLIP: the files and architecture of the true one, small, random weights. `text_config`: whether the text tower's config.json lies there too (on the hub it does not)."
+    """A made-up BiomedCLIP: the files and architecture of the true one, small, random weights.
+    `text_config`: whether the text tower's config.json lies there too (on the hub it does not)."""
     from transformers import BertConfig, BertTokenizer
 
     folder = Path(folder)
@@ -337,9 +353,12 @@ def miniature_biomedclip(folder, text_config=True, context_length=256, seed=0):
 
 # %% ../../nbs/expert/01_frozen.ipynb #a3bc4161
 class LabelExpert:
-    """A classifier as an expert: `classify(list of PIL images)` gives probabilities (N, C) of the `observations`, some of the 14; `labeler` labels reports (`valor.rewards.chexbert.LabelF1`, `RuleLabeler`).
+    """A classifier as an expert: `classify(list of PIL images)` gives probabilities (N, C) of the
+    `observations`, some of the 14; `labeler` labels reports (`valor.rewards.chexbert.LabelF1`,
+    `RuleLabeler`).
 
-    A vector is 2p − 1 over these observations; in a report, p is 1 where an observation is asserted, 0 where not, and where it is uncertain what the labeler's `uncertain` says ("class": ½)."""
+    A vector is 2p − 1 over these observations; in a report, p is 1 where an observation is asserted, 0
+    where not, and where it is uncertain what the labeler's `uncertain` says ("class": ½)."""
 
     def __init__(self, classify, observations, labeler, key=None, note=""):
         self.classify, self.observations, self.labeler, self.key, self.note = (
@@ -370,13 +389,16 @@ def build_classifier(size, classes, seed=0):
 
 
 def train_classifier(images, labels, observations, out, steps=400, seed=101, batch_size=32, lr=1e-3):
-    """Train on PIL `images` and `labels` (N, C), 1 where an observation is present, and write the folder `out`: weights and what they are.
+    """Train on PIL `images` and `labels` (N, C), 1 where an observation is present, and write the folder
+    `out`: weights and what they are.
 
-    Observations that are never, or always, present cannot be learned and are left out. ValueError where none is left. The same parameters and number of threads give the same weights."""
+    Observations that are never, or always, present cannot be learned and are left out. ValueError where
+    none is left. The same parameters and number of threads give the same weights."""
     kept = np.flatnonzero((labels == 1).any(0) & (labels != 1).any(0))
     if not len(kept):
         raise ValueError(
-            f"labels of {len(labels)} studies: no observation is present in some and absent in others; expected at least one"
+            f"labels of {len(labels)} studies: no observation is present in some and absent in others; "
+            f"expected at least one"
         )
     size, target = images[0].size[0], torch.tensor((labels[:, kept] == 1).astype(np.float32))
     model, rng = build_classifier(size, len(kept), seed).train(), np.random.default_rng(seed)
@@ -453,14 +475,16 @@ def xrv_columns(name):
 
 
 def prepared(image, size):
-    "A PIL image as torchxrayvision's models want it: (1, size, size) float32 in [-1024, 1024], the centre square."
+    """A PIL image as torchxrayvision's models want it: (1, size, size) float32 in [-1024, 1024], the
+    centre square."""
     package = xrv()
     grey = package.utils.normalize(np.asarray(image.convert("L")), 255)[None]
     return package.datasets.XRayResizer(size)(package.datasets.XRayCenterCrop()(grey)).astype(np.float32)
 
 # %% ../../nbs/expert/01_frozen.ipynb #5f9cd9eb
 class Shell:
-    "Stands for any class of torch.nn or torchxrayvision in a pickle: keeps what was in it and can do nothing."
+    """Stands for any class of torch.nn or torchxrayvision in a pickle: keeps what was in it and can do
+    nothing."""
 
     dump_patches = False
 
@@ -518,7 +542,8 @@ def tensors_of(shell, prefix=""):
 
 
 def read_module(path):
-    "State dict of a whole pickled model, old or new file format, without running anything that the file names."
+    """State dict of a whole pickled model, old or new file format, without running anything that the file
+    names."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch compares old source code with our shell's
         found = torch.load(
@@ -538,7 +563,8 @@ def read_weights(path):
             state = read_module(path)
         except Exception as e:
             raise ValueError(
-                f"{path}: no weights of torchxrayvision ({one_line(e, kind=True, longest=200)}); expected a state dict or a pickled model"
+                f"{path}: no weights of torchxrayvision ({one_line(e, kind=True, longest=200)}); expected "
+                f"a state dict or a pickled model"
             ) from None
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise ValueError(f"{path}: holds a {type(state).__name__}; expected a state dict")
@@ -546,7 +572,8 @@ def read_weights(path):
 
 # %% ../../nbs/expert/01_frozen.ipynb #7fc1d814
 def parse_xrv(expert):
-    "(name of the model, path of its weights or None) of `xrv:NAME`, `xrv:NAME:/path` or `xrv:/path` with a file that is named as released. ValueError for other names."
+    """(name of the model, path of its weights or None) of `xrv:NAME`, `xrv:NAME:/path` or `xrv:/path`
+    with a file that is named as released. ValueError for other names."""
     urls = xrv().models.model_urls
     rest = expert.removeprefix("xrv:")
     name, _, path = rest.partition(":")
@@ -564,23 +591,27 @@ def parse_xrv(expert):
         )
     if name is None:
         raise ValueError(
-            f"expert={expert!r}: no model of torchxrayvision; expected xrv:NAME or xrv:NAME:/path/weights.pt with NAME one of {', '.join(n for n in urls if '-res' in n)}"
+            f"expert={expert!r}: no model of torchxrayvision; expected xrv:NAME or "
+            f"xrv:NAME:/path/weights.pt with NAME one of {', '.join(n for n in urls if '-res' in n)}"
         )
     if path and not Path(path).expanduser().is_file():
         raise ValueError(
-            f"expert={expert!r}: {path}: no such file; expected the weights of {name} ({urls[name]['weights_url']})"
+            f"expert={expert!r}: {path}: no such file; expected the weights of {name} "
+            f"({urls[name]['weights_url']})"
         )
     return name, Path(path).expanduser() if path else None
 
 
 def xrv_weights(name):
-    "Path of the weights of the package's model `name` in its own cache, downloaded there where need be. ValueError saying what to get and where to put it."
+    """Path of the weights of the package's model `name` in its own cache, downloaded there where need be.
+    ValueError saying what to get and where to put it."""
     url = xrv().models.model_urls[name]["weights_url"]
     try:
         return Path(xrv().models.get_weights(name))
     except Exception as e:
         raise ValueError(
-            f"expert='xrv:{name}': its weights are not in torchxrayvision's cache and could not be downloaded ({type(e).__name__}); get {url} and give expert='xrv:{name}:/path/of/the/file'"
+            f"expert='xrv:{name}': its weights are not in torchxrayvision's cache and could not be "
+            f"downloaded ({type(e).__name__}); get {url} and give expert='xrv:{name}:/path/of/the/file'"
         ) from None
 
 
@@ -605,7 +636,8 @@ def xrv_model(name, path):
             )
     except RuntimeError as e:
         raise ValueError(
-            f"{path}: not the weights of {name} ({one_line(e, kind=True, longest=200)}); expected {info['weights_url']}"
+            f"{path}: not the weights of {name} ({one_line(e, kind=True, longest=200)}); expected "
+            f"{info['weights_url']}"
         ) from None
     return model.eval().requires_grad_(False).to(resolve_device())
 
@@ -627,7 +659,8 @@ def xrv_expert(expert, labeler):
         columns,
         labeler,
         key=f"xrv {name} {fingerprint(model)} {xrv().__version__}",
-        note=f"{name} of torchxrayvision: {len(columns)} observations count; unknown to it and left out: {', '.join(unknown)}",
+        note=f"{name} of torchxrayvision: {len(columns)} observations count; unknown to it and left out: "
+        f"{', '.join(unknown)}",
     )
 
 # %% ../../nbs/expert/01_frozen.ipynb #ea37258a
@@ -635,7 +668,8 @@ OWN = re.compile(r"[A-Za-z_][\w.]*:\w+")
 
 
 def own_expert(name):
-    "What `package.module:attribute` names: an expert, or a class or function without arguments that makes one. ValueError if it cannot be imported or made, or is no expert."
+    """What `package.module:attribute` names: an expert, or a class or function without arguments that
+    makes one. ValueError if it cannot be imported or made, or is no expert."""
     module, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a command does not look there by itself
@@ -643,7 +677,8 @@ def own_expert(name):
         made = getattr(import_module(module), attribute)
     except Exception as e:
         raise ValueError(
-            f"expert={name!r}: cannot be imported ({one_line(e, kind=True, longest=200)}); expected package.module:attribute"
+            f"expert={name!r}: cannot be imported ({one_line(e, kind=True, longest=200)}); expected "
+            f"package.module:attribute"
         ) from e
     try:
         expert = made if hasattr(made, "image_features") and not inspect.isclass(made) else made()
@@ -654,13 +689,15 @@ def own_expert(name):
     missing = [m for m in ("image_features", "text_features") if not callable(getattr(expert, m, None))]
     if missing:
         raise ValueError(
-            f"expert={name!r}: has no method {' and '.join(missing)}; expected image_features(list of images) and text_features(list of str), both (N, D)"
+            f"expert={name!r}: has no method {' and '.join(missing)}; expected image_features(list of "
+            f"images) and text_features(list of str), both (N, D)"
         )
     return expert
 
 
 def check_expert(name):
-    'Raise ValueError unless `name` can be an expert: "embedded", "embedded-labels", `hf-hub:owner/name`, `xrv:…`, a folder of open_clip, or `package.module:attribute`. Loads no weights.'
+    """Raise ValueError unless `name` can be an expert: "embedded", "embedded-labels",
+    `hf-hub:owner/name`, `xrv:…`, a folder of open_clip, or `package.module:attribute`. Loads no weights."""
     if name in ("embedded", "embedded-labels") or re.fullmatch(r"hf-hub:[\w.-]+/[\w.-]+", name):
         return
     if name.startswith("xrv:"):
@@ -676,14 +713,18 @@ def check_expert(name):
             else "no such folder"
         )
         raise ValueError(
-            f"expert={name!r}: {why}; expected 'embedded', 'embedded-labels', a folder with open_clip_config.json, hf-hub:owner/name, xrv:NAME (torchxrayvision) or package.module:attribute"
+            f"expert={name!r}: {why}; expected 'embedded', 'embedded-labels', a folder with "
+            f"open_clip_config.json, hf-hub:owner/name, xrv:NAME (torchxrayvision) or "
+            f"package.module:attribute"
         )
 
 
 def load_expert(name, labeler=None, cache=None):
-    """The `FrozenExpert` called `name` (a folder of `save_expert`, or see `check_expert`), on this process's GPU where there is one.
+    """The `FrozenExpert` called `name` (a folder of `save_expert`, or see `check_expert`), on this
+    process's GPU where there is one.
 
-    `labeler`: labels reports for a classifier (default: the rules); `cache`: folder that keeps image features. ValueError where it cannot be loaded."""
+    `labeler`: labels reports for a classifier (default: the rules); `cache`: folder that keeps image
+    features. ValueError where it cannot be loaded."""
     name = str(name)
     folder = Path(name).expanduser()
     if (folder / "words.json").is_file():
@@ -698,7 +739,8 @@ def load_expert(name, labeler=None, cache=None):
         return FrozenExpert(classifier_expert(folder, labeler or RuleLabeler()), "embedded-labels", cache)
     if name in ("embedded", "embedded-labels"):
         raise ValueError(
-            f"expert={name!r}: a run trains it and keeps it in its own folder; expected that folder (expert-…/model)"
+            f"expert={name!r}: a run trains it and keeps it in its own folder; expected that folder "
+            f"(expert-…/model)"
         )
     check_expert(name)
     if name.startswith("xrv:"):
@@ -711,12 +753,14 @@ def load_expert(name, labeler=None, cache=None):
 
 
 def try_expert(expert):
-    "Send an image and the trial texts of `valor.rewards.guard` through `expert`. Raises RewardError for what fails or does not fit together."
+    """Send an image and the trial texts of `valor.rewards.guard` through `expert`. Raises RewardError for
+    what fails or does not fit together."""
     image = expert.image_features([np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1))])
     text = expert.text_features([t for t, _ in PROBES])
     if image.shape[1] != text.shape[1]:
         raise RewardError(
-            f"expert={expert.name!r}: image_features have {image.shape[1]} dimensions and text_features {text.shape[1]}; expected one space"
+            f"expert={expert.name!r}: image_features have {image.shape[1]} dimensions and text_features "
+            f"{text.shape[1]}; expected one space"
         )
     expert.cut([t for t, _ in PROBES])
     return expert

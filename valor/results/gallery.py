@@ -438,11 +438,15 @@ def payload(
 
 # %% ../../nbs/results/03_gallery.ipynb #b8cbd288
 JUDGED = {
-    "phantom": "Colours mark each mention of a finding, judged against the planted findings: right agrees in finding, side and zone; mislocated names a finding that is there in another place; wrong states what is not there or "
+    "phantom": "Colours mark each mention of a finding, judged against the planted findings: right agrees "
+    "in finding, side and zone; mislocated names a finding that is there in another place; wrong "
+    "states what is not there or "
     "denies what is. Counts take each finding once; severity is not judged."
 }
 BY_LABELS = (
-    "Colours mark sentences, judged by the labels ({labeler}) of the reference: right states an observation that the reference has; wrong states one that it has not, or denies one that it has. Missing are the reference's "
+    "Colours mark sentences, judged by the labels ({labeler}) of the reference: right states an "
+    "observation that the reference has; wrong states one that it has not, or denies one that it has. "
+    "Missing are the reference's "
     "observations that a report does not state. Places are not judged."
 )
 

@@ -101,7 +101,8 @@ def finished(phase, cfg, missing):
 
 
 def rows_of(cfgs, systems=ROWS, missing="run", controls=True):
-    "`({row: {seed: (folder, condition)}}, {system: why it is not there})` for runs `cfgs` (one per seed); with `controls` also those of the test set and VALOR on wrong images."
+    """`({row: {seed: (folder, condition)}}, {system: why it is not there})` for runs `cfgs` (one per
+    seed); with `controls` also those of the test set and VALOR on wrong images."""
     rows, why = {}, {}
     for system in systems:
         for cfg in cfgs:
@@ -132,7 +133,8 @@ def rows_of(cfgs, systems=ROWS, missing="run", controls=True):
 
 # %% ../../nbs/results/00_tables.ipynb #b583d710
 def options_of(cfg, models):
-    "Which models the gauges use: the run's own, and `models` (such as ratescore=FOLDER, green=FOLDER, see `valor evaluate`)."
+    """Which models the gauges use: the run's own, and `models` (such as ratescore=FOLDER, green=FOLDER,
+    see `valor evaluate`)."""
     if strange := [n for n in models if n not in judging.DEFAULTS]:
         raise ValueError(f"models: {strange[0]!r} is unknown; expected some of {', '.join(judging.DEFAULTS)}")
     return (
@@ -168,7 +170,8 @@ def gauges_for(metrics, options):
 
 
 def with_gauges(frame, written, references, gauges, cider, folder):
-    "`frame` with the columns of the `gauges` (and of CIDEr), from the reports as `written`; what was scored before is read from `folder`."
+    """`frame` with the columns of the `gauges` (and of CIDEr), from the reports as `written`; what was
+    scored before is read from `folder`."""
     said = [report_body(w) for w in written]
     parts = [frame.reset_index(drop=True)]
     with locked(folder):
@@ -189,7 +192,8 @@ def with_gauges(frame, written, references, gauges, cider, folder):
 
 
 def scored(rows, cfg, metrics, models={}):
-    "`({row: {seed: frame}}, {metric: why not})`: every row's frame with all that `metrics` need. References are those of the test set of `cfg`."
+    """`({row: {seed: frame}}, {metric: why not})`: every row's frame with all that `metrics` need.
+    References are those of the test set of `cfg`."""
     gauges, why = gauges_for(metrics, options_of(cfg, models))
     references, cider = list(load_data(phase_folder("data", cfg))["test"]["report"]), "CIDEr" in metrics
     return {
@@ -204,9 +208,12 @@ def scored(rows, cfg, metrics, models={}):
 
 # %% ../../nbs/results/00_tables.ipynb #5d38a59e
 def compare(frames, metrics, against="VALOR", n=20_000, seed=0):
-    """Tidy table: system, metric, value, lo, hi, seeds, studies, and difference to `against` (theirs minus its), its interval, p and Holm-corrected p.
+    """Tidy table: system, metric, value, lo, hi, seeds, studies, and difference to `against` (theirs
+    minus its), its interval, p and Holm-corrected p.
 
-    `frames`: {row: {seed: frame}} as from `scored`. Where a row lacks a seed that `against` has, the two are compared on the seeds that both have; a row of one seed, as the controls are, with the mean over all."""
+    `frames`: {row: {seed: frame}} as from `scored`. Where a row lacks a seed that `against` has, the two
+    are compared on the seeds that both have; a row of one seed, as the controls are, with the mean over
+    all."""
     chosen = {m: METRICS[m] for m in metrics}
     rows, seen = [], {s: ev.drawn(f, chosen, n, seed) for s, f in frames.items()}
     for system, by_seed in frames.items():
@@ -251,7 +258,10 @@ def compare(frames, metrics, against="VALOR", n=20_000, seed=0):
 def main_table(
     cfgs, systems=ROWS, metrics=None, missing="run", models={}, n=20_000, against="VALOR", controls=True
 ):
-    '`(tidy, parts, why, runs)` of the runs `cfgs` (one per seed): `compare` on all studies; the same on those that are not leaked and on those that are (`data.leaked`: report word for word in train, or patient there; {"unleaked": …, "leaked": …}; {} where a part has less than two); {system or metric: why there is no number}; the evaluations\' folders.'
+    """`(tidy, parts, why, runs)` of the runs `cfgs` (one per seed): `compare` on all studies; the same on
+    those that are not leaked and on those that are (`data.leaked`: report word for word in train, or
+    patient there; {"unleaked": …, "leaked": …}; {} where a part has less than two); {system or metric:
+    why there is no number}; the evaluations' folders."""
     cfg, metrics = cfgs[0], list(metrics or shown_metrics(cfgs[0].benchmark))
     rows, why = rows_of(cfgs, systems, missing, controls)
     if not rows:
@@ -296,7 +306,8 @@ def command_for(cfgs, notebook="09_main_results"):
 
 
 def wide(tidy, systems=(), why={}):
-    "Metrics as rows, systems as columns, cells `value [lo, hi]`; * marks a Holm-corrected p < 0.05 against VALOR, `not run` a system or metric that `why` tells of."
+    """Metrics as rows, systems as columns, cells `value [lo, hi]`; * marks a Holm-corrected p < 0.05
+    against VALOR, `not run` a system or metric that `why` tells of."""
 
     def cell(r):
         if pd.isna(r.value):

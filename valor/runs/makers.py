@@ -97,9 +97,11 @@ def target(report):
 
 # %% ../../nbs/runs/02_makers.ipynb #15d22441
 def real_data(out, cfg):
-    """The studies that `cfg` names as a `DatasetDict`, images decoded, and the data report in `out`. Of each split the first n in a random order (by `data_seed`) that is the same for every n.
+    """The studies that `cfg` names as a `DatasetDict`, images decoded, and the data report in `out`. Of
+    each split the first n in a random order (by `data_seed`) that is the same for every n.
 
-    Raises `DataError` where the source cannot be read or has no train or test split, `PlaceError` where restricted data would be copied into a repository."""
+    Raises `DataError` where the source cannot be read or has no train or test split, `PlaceError` where
+    restricted data would be copied into a repository."""
     check_place(out, cfg.benchmark, OUTSIDE)
     studies = load_studies(
         cfg.benchmark, cfg.data_root, size=cfg.image_size, sections=cfg.sections, **cfg.data_options
@@ -107,7 +109,8 @@ def real_data(out, cfg):
     for split in ("train", "test"):
         if split not in studies:
             raise DataError(
-                f'{cfg.data_root}: no study is in the split {split!r} (there are {", ".join(studies)}); give a split file: data_options={{"splits": "FILE.csv"}}'
+                f"{cfg.data_root}: no study is in the split {split!r} (there are {', '.join(studies)}); "
+                f'give a split file: data_options={{"splits": "FILE.csv"}}'
             )
     (out / "data_report.md").write_text(to_markdown(data_report(studies)))
     made, faults = {}, []
@@ -132,15 +135,19 @@ def scorers_note(cfg):
 
 
 def note_of(cfg):
-    "One line that results print: what the studies of the run `cfg` are, where labels come from, what was set aside, licence, and what scores them."
+    """One line that results print: what the studies of the run `cfg` are, where labels come from, what
+    was set aside, licence, and what scores them."""
     folder = phase_folder("data", cfg)
     if cfg.benchmark in BENCHMARKS:
         return f"{benchmark_note(cfg.benchmark, load_data(folder))}; {scorers_note(cfg)}"
     data, aside = load_data(folder), pd.read_csv(folder / "set_aside.csv")
     leaks = leaked(data["test"], data["train"]).sum()
     return (
-        f"{cfg.benchmark}: {', '.join(f'{len(d):,} {s}' for s, d in data.items())} real studies, {(aside.level == 'study').sum():,} set aside (set_aside.csv says why), {leaks:,} of {len(data['test']):,} test studies leaked "
-        f"(report word for word in train, or patient there); {terms_of(cfg.benchmark).licence}; {scorers_note(cfg)}"
+        f"{cfg.benchmark}: {', '.join(f'{len(d):,} {s}' for s, d in data.items())} real studies, "
+        f"{(aside.level == 'study').sum():,} set aside (set_aside.csv says why), {leaks:,} of "
+        f"{len(data['test']):,} test studies leaked "
+        f"(report word for word in train, or patient there); {terms_of(cfg.benchmark).licence}; "
+        f"{scorers_note(cfg)}"
     )
 
 # %% ../../nbs/runs/02_makers.ipynb #716c139e
@@ -174,19 +181,22 @@ def make_expert(out, cfg, after, name):
 
 
 def open_expert(folder, cfg):
-    "The expert of an `expert` phase; the features of images are kept for all runs. `RunError` where another model lies now where the phase found its own."
+    """The expert of an `expert` phase; the features of images are kept for all runs. `RunError` where
+    another model lies now where the phase found its own."""
     elsewhere = Path(folder) / "expert.json"
     given = read_json(elsewhere) if elsewhere.exists() else dict(path=Path(folder) / "model")
     expert = load_expert(given["path"], labeler(cfg), cache=runs_dir() / "scores")
     if given.get("key") not in (None, expert.key):
         raise RunError(
-            f"{elsewhere}: this run began with other weights ({given['key']}) than expert={cfg.expert!r} has now ({expert.key}); restore them, or move {folder} away and start again"
+            f"{elsewhere}: this run began with other weights ({given['key']}) than expert={cfg.expert!r} "
+            f"has now ({expert.key}); restore them, or move {folder} away and start again"
         )
     return expert
 
 
 def expert_note(cfg, frames):
-    "One line that results print: which expert, what it judges, and how many reports of each system ran beyond its context and were cut. `frames`: {system: {seed: frame}}."
+    """One line that results print: which expert, what it judges, and how many reports of each system ran
+    beyond its context and were cut. `frames`: {system: {seed: frame}}."""
     elsewhere = phase_folder("expert", cfg) / "expert.json"
     about = f" ({note})" if elsewhere.exists() and (note := read_json(elsewhere).get("note")) else ""
     cut = {
@@ -210,7 +220,8 @@ def renderings(train, copies):
 
 @maker("base")
 def make_base(out, cfg, after, name):
-    "The embedded base: vision warm-up on what was drawn, then generic descriptions; or a note of where the real one is."
+    """The embedded base: vision warm-up on what was drawn, then generic descriptions; or a note of where
+    the real one is."""
     if cfg.base != "embedded":
         return write_json(out / "policy.json", dict(path=cfg.base))
     shown = renderings(load_data(after["data"])["train"], cfg.render_copies)
@@ -247,7 +258,8 @@ def make_base(out, cfg, after, name):
 
 
 def lay_findings(row):
-    "What a layman may have seen in a study: the findings of its truth, or, where nobody stated them, what its labels say."
+    """What a layman may have seen in a study: the findings of its truth, or, where nobody stated them,
+    what its labels say."""
     if row["truth"]:
         return [f for f in from_truth(row["truth"]) if FINDINGS[f.name].in_phantom]
     return [
@@ -265,7 +277,8 @@ BY_OBSERVATION = {
 
 
 def warm_up_targets(data):
-    "Multi-hot targets `(N, C)` of the vision warm-up: findings with side and zone where they are known, else the 14 labels."
+    """Multi-hot targets `(N, C)` of the vision warm-up: findings with side and zone where they are known,
+    else the 14 labels."""
     if any(data["truth"]):
         return finding_targets(data["truth"])[0]
     return torch.tensor(data["labels"]).float().clamp(min=0)
@@ -324,7 +337,8 @@ def text_scorers(cfg):
 
 
 def check_scorers(cfgs):
-    "Make the scorers and the expert that the runs `cfgs` name and try them, so that missing weights and broken rewards show before anything is trained (ValueError, RewardError)."
+    """Make the scorers and the expert that the runs `cfgs` name and try them, so that missing weights and
+    broken rewards show before anything is trained (ValueError, RewardError)."""
     given = {
         ("scorers", key_of([getattr(cfg, f) for f in (*SCORING, "lambda_length", "lambda_repetition")])): (
             lambda cfg=cfg: probe(text_scorers(cfg))
@@ -356,17 +370,20 @@ def labeler(cfg):
 
 
 def expert_similarity(expert):
-    "Eq. 6 as a function of `(candidates, rows)`; see `valor.expert.frozen.FrozenExpert` for what is computed once."
+    """Eq. 6 as a function of `(candidates, rows)`; see `valor.expert.frozen.FrozenExpert` for what is
+    computed once."""
     return lambda texts, rows: expert.similarity([row["image"] for row in rows], texts).tolist()
 
 
 def context_watch(expert):
-    "Watched, never rewarded: the share of candidates that run beyond the context of `expert`, which judges their beginning alone."
+    """Watched, never rewarded: the share of candidates that run beyond the context of `expert`, which
+    judges their beginning alone."""
     return {"cut": lambda texts, rows: [float(c) for c in expert.cut(texts)]} if expert.counts else {}
 
 
 def truth_watch(cfg):
-    "What training is watched by but never rewarded with: F1 against the planted truth, and the share of true findings that are named."
+    """What training is watched by but never rewarded with: F1 against the planted truth, and the share of
+    true findings that are named."""
     if cfg.benchmark not in BENCHMARKS:
         return {}
     names = (
@@ -443,7 +460,8 @@ def make_samples(out, cfg, after, name):
 
 
 def pairs_for(name, cfg, folder, train):
-    "The pairs that phase `name` ('dpo' or 'mmedpo') trains on, from the samples or the preference file in `folder`."
+    """The pairs that phase `name` ('dpo' or 'mmedpo') trains on, from the samples or the preference file
+    in `folder`."""
     if (folder / "pairs.json").exists():
         return [p | (dict(weight=1.0) if name == "dpo" else {}) for p in read_json(folder / "pairs.json")]
     samples = read_samples(folder / "samples.jsonl")
@@ -486,7 +504,8 @@ def policy_of(name, cfg):
 
 
 def policy_with(weights, cfg, adapter=None):
-    "`(model, processor)` of phase `weights` (base or sft), with the adapter of folder `adapter` in or beside its weights (`with_adapter`)."
+    """`(model, processor)` of phase `weights` (base or sft), with the adapter of folder `adapter` in or
+    beside its weights (`with_adapter`)."""
     model, processor = load_policy(
         policy_in(phase_folder(weights, cfg)),
         torch.float32 if cfg.policy_weights == "float32" else torch.bfloat16,
@@ -496,7 +515,8 @@ def policy_with(weights, cfg, adapter=None):
 
 
 def snapshots_of(stage, cfg):
-    "{k: folder of the adapter} after update k of a finished stage, in order; stage 1 begins with {0: None}, the SFT policy."
+    """{k: folder of the adapter} after update k of a finished stage, in order; stage 1 begins with {0:
+    None}, the SFT policy."""
     folder = phase_folder(stage, cfg)
     kept = {int(p.name[1:]): p for p in (folder / "snapshots").glob("k*")} | {
         int(pd.read_csv(folder / "log.csv")["k"].max()): folder / "adapter"
@@ -561,11 +581,13 @@ def read_reports(folder, condition):
 # %% ../../nbs/runs/02_makers.ipynb #03d8a29c
 @maker("progress_stage1", "progress_stage2")
 def make_progress(out, cfg, after, name):
-    "Greedy reports and frames on validation studies for every snapshot of a stage, and `progress.csv`: all measures by k. What is there already is kept."
+    """Greedy reports and frames on validation studies for every snapshot of a stage, and `progress.csv`:
+    all measures by k. What is there already is kept."""
     stage, data = name.removeprefix("progress_"), load_data(phase_folder("data", cfg))
     if "val" not in data:
         raise RunError(
-            f"{cfg.data_root}: no study is in the split 'val' (there are {', '.join(data)}); progress is measured on it"
+            f"{cfg.data_root}: no study is in the split 'val' (there are {', '.join(data)}); progress is "
+            f"measured on it"
         )
     val, rows = data["val"].select(range(min(cfg.eval_studies, len(data["val"])))), []
     for k, adapter in tqdm(snapshots_of(stage, cfg).items(), desc=name, leave=False):

@@ -64,7 +64,8 @@ _GIVEN = {
     "base": Phase(
         ("data",),
         _fields(
-            "threads base base_seed base_studies warmup_epochs base_epochs render_copies sft_lr sft_batch_size"
+            "threads base base_seed base_studies warmup_epochs base_epochs render_copies sft_lr "
+            "sft_batch_size"
         )
         + tuple(LOADING),
         1,
@@ -130,8 +131,8 @@ NO_PATHS = ("embedded", "embedded-labels", "rules", "samples", "minilm")  # valu
 
 
 def phase_config(name: str, cfg: Config) -> dict:
-    """All that determines the phase `name` under `cfg`: its own fields, what the files and folders that they name
-    hold, the version of its code, and the keys of the phases before it."""
+    """All that determines the phase `name` under `cfg`: its own fields, what the files and folders that
+    they name hold, the version of its code, and the keys of the phases before it."""
     after, fields, version = PHASES[name]
     holds = {}
     for field in fields:
@@ -157,8 +158,8 @@ def phase_folder(name: str, cfg: Config) -> Path:
 # %% ../../nbs/runs/01_phases.ipynb #phs00008
 def held_by(name: str, value) -> dict[str, str]:
     """{path: what it holds} for the files and folders that the `value` of the parameter `name` names (see
-    `fingerprint_once`). For a path that is gone: what it held when a phase in the runs folder began with it, so
-    that finished runs stay readable."""
+    `fingerprint_once`). For a path that is gone: what it held when a phase in the runs folder began with
+    it, so that finished runs stay readable."""
     if isinstance(value, dict):
         return {path: state for each in value.values() for path, state in held_by(name, each).items()}
     if not isinstance(value, str) or value in NO_PATHS:
@@ -201,7 +202,8 @@ def _read_dict(path: Path, *keys: str) -> dict:
 
 # %% ../../nbs/runs/01_phases.ipynb #phs0000b
 def inspect_phase(folder: Path, expected: dict) -> str:
-    "'new', 'interrupted' or 'finished'. Raises `RunError` if `folder` holds anything but this phase, undamaged."
+    """'new', 'interrupted' or 'finished'. Raises `RunError` if `folder` holds anything but this phase,
+    undamaged."""
     if not folder.exists() or all(path.suffix == ".tmp" for path in folder.iterdir()):
         return "new"  # a kill may leave half a config.json.tmp
     if not (folder / "config.json").exists():
@@ -232,8 +234,9 @@ def _sha256(path: str, size: int, mtime: int) -> str:
 
 # %% ../../nbs/runs/01_phases.ipynb #phs0000c
 def check_machine(folder: Path, status: str) -> None:
-    """Raise `RunError` where an interrupted phase would be resumed with other libraries, threads or processes than
-    it began with. Another CPU is printed, and so are other libraries than those that made a finished phase."""
+    """Raise `RunError` where an interrupted phase would be resumed with other libraries, threads or
+    processes than it began with. Another CPU is printed, and so are other libraries than those that made
+    a finished phase."""
     record, now = _read_dict(folder / "config.json", "versions", "threads"), versions()
     changed = [f"{n} {old} → {now.get(n)}" for n, old in record["versions"].items() if now.get(n) != old]
     if status == "finished":
@@ -245,7 +248,8 @@ def check_machine(folder: Path, status: str) -> None:
             changed.append(f"{name} {record.get(name, 1)} → {value}")
     if changed:
         raise RunError(
-            f"{folder}: was interrupted under other conditions ({', '.join(changed)}) and would not end as it began; "
+            f"{folder}: was interrupted under other conditions ({', '.join(changed)}) and would not end as "
+            f"it began; "
             "restore them or move it away and start again"
         )
     if record.get("cpu") not in (None, cpu_model()):
@@ -269,7 +273,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def finish(folder: Path) -> None:
-    "Declare `folder` complete: list its files with their digests, then delete what was only needed to resume."
+    """Declare `folder` complete: list its files with their digests, then delete what was only needed to
+    resume."""
     for left in folder.rglob(".*.tmp"):
         left.unlink()  # half a file, of a process that was killed
     digests = {}
@@ -282,8 +287,8 @@ def finish(folder: Path) -> None:
 
 
 def drop_checkpoints(folder: Path) -> None:
-    """Delete what was only needed to resume. What cannot be deleted (a read-only medium), or is being deleted by
-    another process, is left."""
+    """Delete what was only needed to resume. What cannot be deleted (a read-only medium), or is being
+    deleted by another process, is left."""
     with contextlib.suppress(OSError):
         for path in list(folder.rglob("checkpoints")):
             shutil.rmtree(path, ignore_errors=True)
@@ -305,8 +310,8 @@ def maker(*names: str) -> Callable:
 
 
 def ensure(name: str, cfg: Config) -> Path:
-    """Folder of the finished phase `name` under `cfg`. The phase and those before it are made or resumed where
-    needed. A finished one is only read: that needs no lock, and the medium may be read-only."""
+    """Folder of the finished phase `name` under `cfg`. The phase and those before it are made or resumed
+    where needed. A finished one is only read: that needs no lock, and the medium may be read-only."""
     end_with_parent()
     if processes() > 1 and name not in JOINT:
         return together(lambda: alone(name, cfg))
@@ -365,8 +370,8 @@ def _record(expected: dict, cfg: Config) -> dict:
 # %% ../../nbs/runs/01_phases.ipynb #phs00013
 @lru_cache(8)
 def load_data(folder: Path | str) -> DatasetDict:
-    """The studies in the data phase `folder`. Raises `PlaceError` where restricted ones lie in a repository, because
-    they, or the folder `runs`, were moved there."""
+    """The studies in the data phase `folder`. Raises `PlaceError` where restricted ones lie in a
+    repository, because they, or the folder `runs`, were moved there."""
     record = Path(folder) / "config.json"
     if record.exists():
         check_place(folder, read_json(record)["full"]["benchmark"], "move it outside")
@@ -379,14 +384,16 @@ def comes_after(name: str) -> set[str]:
 
 
 def check_updates(name: str, cfg: Config) -> None:
-    """Raise `RunError` where the phase `name`, or one before it, samples rollout batches that the training studies
-    cannot fill, so that no update would be made. Makes the data phase where it is missing, and begins nothing else."""
+    """Raise `RunError` where the phase `name`, or one before it, samples rollout batches that the
+    training studies cannot fill, so that no update would be made. Makes the data phase where it is
+    missing, and begins nothing else."""
     if "stage1" not in comes_after(name):
         return
     train = load_data(ensure("data", cfg))["train"]
     if len(train) < cfg.batch_size:
         raise RunError(
-            f"batch_size = {cfg.batch_size}, but there are {len(train)} training studies: no rollout batch would be "
+            f"batch_size = {cfg.batch_size}, but there are {len(train)} training studies: no rollout batch "
+            f"would be "
             f"whole and no update be made; lower batch_size to {len(train)} or less, or give more studies"
         )
 

@@ -42,8 +42,8 @@ def is_first() -> bool:
 
 
 def together(f: Callable):
-    """What `f()` returns on the first process, on every process. An error of the first is raised on every process
-    too, so that none waits for one that has failed."""
+    """What `f()` returns on the first process, on every process. An error of the first is raised on every
+    process too, so that none waits for one that has failed."""
     if processes() == 1:
         return f()
     # a phase of the first process may take long
@@ -62,8 +62,8 @@ def together(f: Callable):
 
 # %% ../../nbs/runs/00_processes.ipynb #prc00004
 def share(n: int, name: str, parts: int = 1) -> int:
-    """One process's share of `n`, the value of the parameter `name`. Raises `RunError` unless `n` is divisible by
-    processes × `parts`."""
+    """One process's share of `n`, the value of the parameter `name`. Raises `RunError` unless `n` is
+    divisible by processes × `parts`."""
     if n % processes():
         raise RunError(f"{name} = {n} cannot be shared by {processes()} processes; make it a multiple")
     if n % (processes() * parts):
@@ -75,8 +75,8 @@ def share(n: int, name: str, parts: int = 1) -> int:
 # %% ../../nbs/runs/00_processes.ipynb #prc00006
 @lru_cache
 def end_with_parent() -> None:
-    """Where VALOR_ENDS_WITH names a process of this machine (the graph's, which started this one), end this process
-    when that one is gone."""
+    """Where VALOR_ENDS_WITH names a process of this machine (the graph's, which started this one), end
+    this process when that one is gone."""
     parent = os.environ.get("VALOR_ENDS_WITH")
     if not parent or not os.path.exists("/proc/self"):
         return  # only Linux shows processes as files
@@ -92,7 +92,8 @@ def end_with_parent() -> None:
 
 
 def setup(cfg: Config) -> None:
-    "Set the number of threads that `cfg` declares, and silence the libraries: each phase shows one progress bar."
+    """Set the number of threads that `cfg` declares, and silence the libraries: each phase shows one
+    progress bar."""
     torch.set_num_threads(cfg.threads)
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.logging.set_verbosity_error()

@@ -81,7 +81,8 @@ def phase_of(system, cfg):
 
 
 def frames_of(cfgs, systems=MAIN_SYSTEMS):
-    "{system: {seed: frame}} for the runs `cfgs` (one per seed) and names of `SYSTEMS`, controls included; missing phases are run."
+    """{system: {seed: frame}} for the runs `cfgs` (one per seed) and names of `SYSTEMS`, controls
+    included; missing phases are run."""
     for cfg in cfgs:
         for phase, changed in (phase_of(system, cfg) for system in systems):
             check_updates(phase, changed)
@@ -107,7 +108,8 @@ def control_frames(cfg):
 
 
 def log_of(cfgs):
-    "Training logs of both stages of the runs `cfgs`, one row per update, with columns `system`, `seed`, `stage` and `k`."
+    """Training logs of both stages of the runs `cfgs`, one row per update, with columns `system`, `seed`,
+    `stage` and `k`."""
     logs = []
     for cfg in cfgs:
         one = pd.read_csv(ensure("stage1", cfg) / "log.csv")
@@ -138,7 +140,8 @@ def step_profile(log):
 
 # %% ../../nbs/runs/03_systems.ipynb #sys00004
 def progress_of(cfg):
-    "Held-out measures of a run over both stages, one row per snapshot, with columns `k` (0 is SFT), `stage` and the measures; missing phases are run."
+    """Held-out measures of a run over both stages, one row per snapshot, with columns `k` (0 is SFT),
+    `stage` and the measures; missing phases are run."""
     return pd.concat(
         [pd.read_csv(ensure(f"progress_{s}", cfg) / "progress.csv") for s in ("stage1", "stage2")],
         ignore_index=True,
@@ -146,9 +149,11 @@ def progress_of(cfg):
 
 # %% ../../nbs/runs/03_systems.ipynb #f690af1a
 def main_job(cfgs, out):
-    """The main job for the runs `cfgs` (one benchmark, one per seed): table, progression and cases, written to folder `out`.
+    """The main job for the runs `cfgs` (one benchmark, one per seed): table, progression and cases,
+    written to folder `out`.
 
-    Returns `(table, tidy, files)`: the formatted table, the tidy numbers behind it, and the paths written."""
+    Returns `(table, tidy, files)`: the formatted table, the tidy numbers behind it, and the paths
+    written."""
     fingerprint_once.cache_clear()  # in a notebook, something may have been edited since
     out, cfg, stem = Path(out), cfgs[0], f"main_{cfgs[0].benchmark}"
     use_style()
@@ -176,7 +181,8 @@ def main_job(cfgs, out):
         ""
         if not 1 < len(some) < len(frames["VALOR"][cfg.seed])
         else (
-            f"Without the {len(frames['VALOR'][cfg.seed]) - len(some)} test studies that are leaked (report word for word in train, or patient there; {len(some)} are left):\n\n"
+            f"Without the {len(frames['VALOR'][cfg.seed]) - len(some)} test studies that are leaked "
+            f"(report word for word in train, or patient there; {len(some)} are left):\n\n"
             f"{ev.result_table(ev.aggregate(fresh, n_boot=cfg.n_boot), shown_metrics).to_markdown()}\n\n"
         )
     )
@@ -205,7 +211,8 @@ def main_job(cfgs, out):
 
 # %% ../../nbs/runs/03_systems.ipynb #66dc464b
 def check_packages(cfg):
-    "Raise ValueError where `cfg` needs a package that is not installed (vLLM, bitsandbytes), before anything is trained."
+    """Raise ValueError where `cfg` needs a package that is not installed (vLLM, bitsandbytes), before
+    anything is trained."""
     frozen_weights(cfg.policy_weights)
     vllm_args(cfg.rollout, cfg, image_token="")
 
@@ -223,7 +230,8 @@ def run_main(args, settings):
     out = runs_dir() / "results" / f"{cfg.preset}-{key_of(dataclasses.asdict(cfg))}"
     if runs_dir().exists() and not os.access(runs_dir(), os.W_OK):
         print(
-            f"{runs_dir()} is read-only: tables and figures go to {(out := Path(tempfile.mkdtemp(prefix='valor-')))}"
+            f"{runs_dir()} is read-only: tables and figures go to "
+            f"{(out := Path(tempfile.mkdtemp(prefix='valor-')))}"
         )
     try:
         table, _, files = main_job([cfg], out)
@@ -256,7 +264,8 @@ def run_main(args, settings):
 
 
 def run_train(args, settings):
-    "Run `valor train` with parsed arguments and `--set` settings: the training phases up to `args.until`, on as many processes as were launched."
+    """Run `valor train` with parsed arguments and `--set` settings: the training phases up to
+    `args.until`, on as many processes as were launched."""
     try:
         cfg = preset(args.preset, **settings)
         check_packages(cfg)
@@ -271,5 +280,6 @@ def run_train(args, settings):
     print(f"{folder}")
     if args.until != "sft":
         print(
-            f"one folder of it: valor merge --base {policy_in(phase_folder('sft', cfg))} --adapter {folder / 'adapter'} --out FOLDER"
+            f"one folder of it: valor merge --base {policy_in(phase_folder('sft', cfg))} --adapter "
+            f"{folder / 'adapter'} --out FOLDER"
         )

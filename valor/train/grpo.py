@@ -36,8 +36,9 @@ from .rollout import SharedRollout
 def grpo_loss(logps, old_logps, ref_logps, advantages, mask, epsilon=0.2, beta=0.04):
     """Eq. 10 for one group: a scalar to minimise.
 
-    `logps`, `old_logps`, `ref_logps`: `(G, T)` log-probabilities of the sampled tokens under the current, the sampling and the
-    reference policy; `advantages`: `(G,)`; `mask`: `(G, T)`, 1 on report tokens. A report without tokens contributes 0."""
+    `logps`, `old_logps`, `ref_logps`: `(G, T)` log-probabilities of the sampled tokens under the current,
+    the sampling and the reference policy; `advantages`: `(G,)`; `mask`: `(G, T)`, 1 on report tokens. A
+    report without tokens contributes 0."""
     ratio = (logps - old_logps).exp()
     A = advantages[:, None]
     surrogate = torch.min(ratio * A, ratio.clamp(1 - epsilon, 1 + epsilon) * A)
@@ -48,7 +49,8 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, mask, epsilon=0.2, beta=0
 
 # %% ../../nbs/train/00_grpo.ipynb #88a71765
 def group_correlation(a, b, group_size):
-    "Mean over groups of Pearson's correlation of `a` and `b`, both `(N,)`; groups where either is constant are left out (nan if all)."
+    """Mean over groups of Pearson's correlation of `a` and `b`, both `(N,)`; groups where either is
+    constant are left out (nan if all)."""
     a, b = (
         x.view(-1, group_size) - x.view(-1, group_size).mean(1, keepdim=True)
         for x in (a.double(), b.double())
@@ -61,10 +63,11 @@ def group_correlation(a, b, group_size):
 class Rewards:
     """Scorers as TRL reward functions over the dataset columns `report` and `image`.
 
-    `scorers`: name → object with `.score(candidates, references)`; `extras`: {name: (equation, weight)} of those that are not the paper's;
-    `similarity(candidates, rows)` → Eq. 6 or None; `watch`: name → function of `(candidates, rows)`, logged only. `rows` are dicts of the columns
-    `study_id`, `image`, `truth`, … that the data has. `odd`: {reward: studies whose score in the last batch could not be taken as it is} (see `checked_scores`).
-    Raises RewardError where a scorer fails on the trial texts."""
+    `scorers`: name → object with `.score(candidates, references)`; `extras`: {name: (equation, weight)}
+    of those that are not the paper's; `similarity(candidates, rows)` → Eq. 6 or None; `watch`: name →
+    function of `(candidates, rows)`, logged only. `rows` are dicts of the columns `study_id`, `image`,
+    `truth`, … that the data has. `odd`: {reward: studies whose score in the last batch could not be taken
+    as it is} (see `checked_scores`). Raises RewardError where a scorer fails on the trial texts."""
 
     def __init__(self, scorers, k_clin, similarity=None, watch=None, extras={}):
         self.scorers, self.k_clin, self.extras, self.k, self.odd = scorers, k_clin, extras, 1, {}
@@ -122,7 +125,8 @@ class Rewards:
 
 
 class Similarity:
-    "The image-text expert's `similarity(candidates, rows)` as `checked_scores` asks for scores; a cosine, so −1 is the lowest."
+    """The image-text expert's `similarity(candidates, rows)` as `checked_scores` asks for scores; a
+    cosine, so −1 is the lowest."""
 
     range = (-1.0, 1.0)
 
@@ -148,10 +152,12 @@ def _named(function, name):
 
 # %% ../../nbs/train/00_grpo.ipynb #c0mp1e71
 class CompletionTable(TrainerCallback):
-    """Every candidate of a stage in the file `out/completions/generations.jsonl.gz`: a row each with k, group, candidate, study_id, completion,
-    a column per score (None where it was not asked for), r_vis (Eq. 7), R (Eq. 8) and A (Eq. 9).
+    """Every candidate of a stage in the file `out/completions/generations.jsonl.gz`: a row each with k,
+    group, candidate, study_id, completion, a column per score (None where it was not asked for), r_vis
+    (Eq. 7), R (Eq. 8) and A (Eq. 9).
 
-    A generation is appended whole; how long the file then is goes into the checkpoints, so that a stage that is resumed cuts it back to its own."""
+    A generation is appended whole; how long the file then is goes into the checkpoints, so that a stage
+    that is resumed cuts it back to its own."""
 
     def __init__(self, out):
         self.path = Path(out) / "completions" / "generations.jsonl.gz"
@@ -164,12 +170,14 @@ class CompletionTable(TrainerCallback):
         with self.path.open("ab") as file:
             if file.tell() < kept or (state.global_step and not kept):
                 tqdm.write(
-                    f"{self.path}: candidates of before update {state.global_step} are missing here; those that follow are kept"
+                    f"{self.path}: candidates of before update {state.global_step} are missing here; those "
+                    f"that follow are kept"
                 )
             file.truncate(min(file.tell(), kept))
 
     def add(self, state, k, group_size, columns):
-        "Append the generation `k`; `columns`: name → list, one item a candidate, groups of `group_size` one after the other."
+        """Append the generation `k`; `columns`: name → list, one item a candidate, groups of `group_size`
+        one after the other."""
 
         def known(x):
             return None if isinstance(x, float) and math.isnan(x) else x
@@ -184,9 +192,11 @@ class CompletionTable(TrainerCallback):
 
 
 def completions_of(folder):
-    """The table that `CompletionTable` kept in the folder of a stage, as a DataFrame, k rising; a score that was not asked for is NaN.
+    """The table that `CompletionTable` kept in the folder of a stage, as a DataFrame, k rising; a score
+    that was not asked for is NaN.
 
-    Raises ValueError where there is none. Of a stage that was killed while it wrote, the torn generation is left out, and that is said."""
+    Raises ValueError where there is none. Of a stage that was killed while it wrote, the torn generation
+    is left out, and that is said."""
     path, rows = Path(folder) / "completions" / "generations.jsonl.gz", []
     if not path.is_file():
         raise ValueError(f"{path}: no such file; a stage trained with keep_completions=True has it")
@@ -196,7 +206,8 @@ def completions_of(folder):
                 rows.append(json.loads(line))
     except (EOFError, OSError, ValueError, zlib.error):
         tqdm.write(
-            f"{path}: the last generation was not written whole and is left out; it comes again where the stage is resumed"
+            f"{path}: the last generation was not written whole and is left out; it comes again where the "
+            f"stage is resumed"
         )
         if rows:
             rows = rows[
@@ -209,7 +220,8 @@ def completions_of(folder):
 
 # %% ../../nbs/train/00_grpo.ipynb #b42f5a12
 class ValorTrainer(SharedRollout):
-    "TRL's GRPO with the advantages of Eq. 5-9. `rank_norm='grpo'` keeps TRL's own (R − mean)/std: the paper's GRPO baseline."
+    """TRL's GRPO with the advantages of Eq. 5-9. `rank_norm='grpo'` keeps TRL's own (R − mean)/std: the
+    paper's GRPO baseline."""
 
     def __init__(self, model, rewards, cfg, lambda_vis, k_start=0, table=None, **kw):
         super().__init__(model, reward_funcs=rewards.functions(), share=cfg.rollout == "merged", **kw)
@@ -254,7 +266,8 @@ class ValorTrainer(SharedRollout):
         return output
 
     def _keep(self, inputs, scores, R):
-        "Add a generation of training to the table of completions: `scores` and `R` are gathered already, `inputs` are this process's."
+        """Add a generation of training to the table of completions: `scores` and `R` are gathered
+        already, `inputs` are this process's."""
         if self.table is None or not self.model.training:
             return
         studies, G = gather_object([row.get("study_id") for row in inputs]), self.num_generations
@@ -278,7 +291,8 @@ class ValorTrainer(SharedRollout):
             self.table.add(self.state, self.k, G, columns)
 
     def _record(self, scores, R, A):
-        "Log the composite, each column's agreement with it inside the groups, and the agreement with watched truth."
+        """Log the composite, each column's agreement with it inside the groups, and the agreement with
+        watched truth."""
         log = self._metrics["train" if self.model.training else "eval"]
         recent = list(self._logs["advantages"])[: -len(A)]
         self._logs["advantages"].clear()
@@ -316,7 +330,8 @@ class ValorTrainer(SharedRollout):
             for name, (first, last) in raised.items():
                 if name not in self._alarmed and self.is_world_process_zero():
                     tqdm.write(
-                        f"alarm at k={self.k}: {name} fell from {first:.3g} to {last:.3g} (means over ten generations)"
+                        f"alarm at k={self.k}: {name} fell from {first:.3g} to {last:.3g} (means over ten "
+                        f"generations)"
                     )
             self._alarmed = set(raised)
             odd, self.rewards.odd = self.rewards.odd, {}  # said once: a generation may have several updates
@@ -341,7 +356,8 @@ class ValorTrainer(SharedRollout):
 
 # %% ../../nbs/train/00_grpo.ipynb #9ded5fe3
 def check_references(data):
-    "Raise ValueError, naming the study, unless every row of `data` has a report with text in it: there would be nothing to compare with."
+    """Raise ValueError, naming the study, unless every row of `data` has a report with text in it: there
+    would be nothing to compare with."""
     ids = data["study_id"] if "study_id" in data.column_names else range(len(data))
     for study, report in zip(ids, data["report"]):
         if not (isinstance(report, str) and report.strip()):
@@ -351,21 +367,25 @@ def check_references(data):
 
 
 def vllm_args(rollout, cfg, image_token):
-    """Arguments of GRPOConfig for `rollout` = 'vllm_colocate' (vLLM on the GPUs that train) or 'vllm_server' (`trl vllm-serve` at `vllm_server_url`); none for any other.
+    """Arguments of GRPOConfig for `rollout` = 'vllm_colocate' (vLLM on the GPUs that train) or
+    'vllm_server' (`trl vllm-serve` at `vllm_server_url`); none for any other.
 
-    TRL would weigh or mask reports by how far vLLM's probabilities are from the policy's own; Eq. 10 has no such factor, so it is off. An image token is never sampled. Not yet run on a GPU.
-    Raises `ValueError` where the server's address or the package is missing."""
+    TRL would weigh or mask reports by how far vLLM's probabilities are from the policy's own; Eq. 10 has
+    no such factor, so it is off. An image token is never sampled. Not yet run on a GPU. Raises
+    `ValueError` where the server's address or the package is missing."""
     if not rollout.startswith("vllm_"):
         return {}
     if rollout == "vllm_server" and cfg.vllm_server_url is None:
         raise ValueError(
-            "vllm_server_url=None: rollout='vllm_server' samples from a server; expected its address, such as 'http://host:8000' (start one with: trl vllm-serve --model FOLDER)"
+            "vllm_server_url=None: rollout='vllm_server' samples from a server; expected its address, such "
+            "as 'http://host:8000' (start one with: trl vllm-serve --model FOLDER)"
         )
     if rollout == "vllm_server":
         check_server(cfg.benchmark, cfg.vllm_server_url)
     if not find_spec("vllm"):
         raise ValueError(
-            f"rollout={rollout!r}: the package vllm is not installed; expected it (pip install 'trl[vllm]', for GPUs), or rollout='transformers'"
+            f"rollout={rollout!r}: the package vllm is not installed; expected it (pip install "
+            f"'trl[vllm]', for GPUs), or rollout='transformers'"
         )
     return dict(
         use_vllm=True,
@@ -378,12 +398,14 @@ def vllm_args(rollout, cfg, image_token):
 
 
 def whole_generations(updates, cfg):
-    "`updates`, or the next number of them that makes whole generations: a checkpoint amid a generation could not be gone on from bit for bit."
+    """`updates`, or the next number of them that makes whole generations: a checkpoint amid a generation
+    could not be gone on from bit for bit."""
     return -(-updates // cfg.num_iterations) * cfg.num_iterations
 
 
 def steps_of(steps, cfg, n):
-    "Updates of a stage on `n` studies: `steps`, or where that is None `rl_epochs` over them, each generation used for `num_iterations` updates."
+    """Updates of a stage on `n` studies: `steps`, or where that is None `rl_epochs` over them, each
+    generation used for `num_iterations` updates."""
     return steps or cfg.rl_epochs * -(-n // cfg.batch_size) * cfg.num_iterations
 
 
@@ -401,9 +423,11 @@ def make_trainer(
     adapter=None,
     per_device=None,
 ):
-    """A `ValorTrainer` on the policy in `sft_folder`, its adapter on `modules` started from folder `adapter` (or fresh).
+    """A `ValorTrainer` on the policy in `sft_folder`, its adapter on `modules` started from folder
+    `adapter` (or fresh).
 
-    A rollout batch (a generation, which serves for `num_iterations` updates) is `batch_size` × `group_size` completions; `per_device` of them on each process (default: all on one), which computes
+    A rollout batch (a generation, which serves for `num_iterations` updates) is `batch_size` ×
+    `group_size` completions; `per_device` of them on each process (default: all on one), which computes
     its share of the update in `gradient_accumulation_steps` parts."""
     check_references(data)
     set_seed(seed)
@@ -469,12 +493,14 @@ MOST_SNAPSHOTS = 20  # of a stage; those of LLaVA-Med's adapter take 671 MB each
 
 
 def snapshot_every(eval_steps, steps):
-    "Updates between two kept adapters: `eval_steps`, or the multiple of it at which a stage of `steps` updates keeps no more than `MOST_SNAPSHOTS`."
+    """Updates between two kept adapters: `eval_steps`, or the multiple of it at which a stage of `steps`
+    updates keeps no more than `MOST_SNAPSHOTS`."""
     return eval_steps * max(1, -(-steps // (eval_steps * (MOST_SNAPSHOTS + 1))))
 
 
 class Snapshots(TrainerCallback):
-    "Keeps the adapter after every `every`-th update but the last as `folder/k0010`, …; nothing is drawn or trained for it, so the run is the same without."
+    """Keeps the adapter after every `every`-th update but the last as `folder/k0010`, …; nothing is drawn
+    or trained for it, so the run is the same without."""
 
     def __init__(self, trainer, folder, every):
         self.trainer, self.folder, self.every = trainer, Path(folder), every
@@ -485,10 +511,13 @@ class Snapshots(TrainerCallback):
 
 
 def align(sft_folder, data, out, rewards, cfg, stage, lambda_vis, k_start=0, adapter=None):
-    """Run stage 1 or 2 of Algorithm 1 and write the adapter to `out/adapter`; returns the log, one dict per update.
+    """Run stage 1 or 2 of Algorithm 1 and write the adapter to `out/adapter`; returns the log, one dict
+    per update.
 
-    Every `cfg.eval_steps` updates (in a long stage less often, see `snapshot_every`) the adapter is kept in `out/snapshots`, and every generation's candidates in a `CompletionTable`. Checkpoints go to `out/checkpoints`; a killed run that is started again ends with the same adapter: bit for bit
-    on one CPU thread (on more, any two runs may differ in the last bits)."""
+    Every `cfg.eval_steps` updates (in a long stage less often, see `snapshot_every`) the adapter is kept
+    in `out/snapshots`, and every generation's candidates in a `CompletionTable`. Checkpoints go to
+    `out/checkpoints`; a killed run that is started again ends with the same adapter: bit for bit on one
+    CPU thread (on more, any two runs may differ in the last bits)."""
     steps, modules = ((cfg.stage1_steps, cfg.stage1_modules), (cfg.stage2_steps, cfg.stage2_modules))[
         stage - 1
     ]
@@ -513,7 +542,8 @@ def align(sft_folder, data, out, rewards, cfg, stage, lambda_vis, k_start=0, ada
         trainer.add_callback(Snapshots(trainer, Path(out) / "snapshots", every))
     if cfg.eval_steps and every > whole_generations(cfg.eval_steps, cfg) and trainer.is_world_process_zero():
         print(
-            f"stage {stage}: the adapter is kept every {every:,} updates, not every eval_steps={cfg.eval_steps}: at most {MOST_SNAPSHOTS} times in {steps:,} updates",
+            f"stage {stage}: the adapter is kept every {every:,} updates, not every "
+            f"eval_steps={cfg.eval_steps}: at most {MOST_SNAPSHOTS} times in {steps:,} updates",
             flush=True,
         )
     with memory_line(

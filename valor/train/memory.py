@@ -76,7 +76,8 @@ def qwen25_vl_7b():
 
 @dataclass(frozen=True)
 class Shape:
-    "Sizes of a policy: L layers of width W with inner width I, kv = width of keys (and of values), and its parameters, `linear` of them in layers that 4 bits can hold."
+    """Sizes of a policy: L layers of width W with inner width I, kv = width of keys (and of values), and
+    its parameters, `linear` of them in layers that 4 bits can hold."""
 
     layers: int
     width: int
@@ -89,7 +90,8 @@ class Shape:
 
 
 def shape_of(config):
-    "`Shape` of a transformers configuration; parameters are counted on the model itself, built on the meta device."
+    """`Shape` of a transformers configuration; parameters are counted on the model itself, built on the
+    meta device."""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     t, top = config.text_config, model.get_output_embeddings()
@@ -127,7 +129,8 @@ def kv_bytes(s, tokens, size=2):
 
 # %% ../../nbs/train/02_memory.ipynb #0a0dedb3
 def layer_bytes(s, r, sequences, length):
-    "Bytes that autograd keeps of one layer for the backward pass of `sequences` × `length` tokens (bfloat16 autocast, float32 LoRA of rank `r`)."
+    """Bytes that autograd keeps of one layer for the backward pass of `sequences` × `length` tokens
+    (bfloat16 autocast, float32 LoRA of rank `r`)."""
     per_token = 2 * (8 * s.width + 4 * s.inner + 2 * s.kv + 7 * r + length) + 4 * (2 * s.width + s.heads + 2)
     return sequences * length * per_token + 2 * adapter_parameters(s, r) // s.layers
 
@@ -145,9 +148,11 @@ GB, SCORERS = 1e9, 1.8e9
 def memory(
     s, held="bfloat16", r=64, sequences=64, parts=1, checkpointing=True, prompt=620, new=256, shards=1
 ):
-    """GB on one GPU, by part, for one rollout batch of `sequences` reports on it (prompts × G over the number of GPUs), `prompt` tokens (576 of them the image's) and `new` tokens each.
+    """GB on one GPU, by part, for one rollout batch of `sequences` reports on it (prompts × G over the
+    number of GPUs), `prompt` tokens (576 of them the image's) and `new` tokens each.
 
-    The update is computed in `parts`; `shards` GPUs share weights and adapter (FSDP2, ZeRO-3; one layer at a time is whole). Computed, not measured."""
+    The update is computed in `parts`; `shards` GPUs share weights and adapter (FSDP2, ZeRO-3; one layer
+    at a time is whole). Computed, not measured."""
     length, step = prompt + new, -(-sequences // parts)
     fixed = (
         (weight_bytes(s, held) + adapter_bytes(s, r)) / shards
@@ -165,7 +170,8 @@ def memory(
 
 
 def fewest_parts(s, gpu, **settings):
-    "The fewest parts (a power of two) in which an update fits on `gpu` GB, a tenth of it left free, with the memory it takes; None where the rollout or a single sequence does not."
+    """The fewest parts (a power of two) in which an update fits on `gpu` GB, a tenth of it left free,
+    with the memory it takes; None where the rollout or a single sequence does not."""
     parts = 1
     while parts <= settings.get("sequences", 64):
         m = memory(s, parts=parts, **settings)
@@ -175,8 +181,9 @@ def fewest_parts(s, gpu, **settings):
 
 
 def fits(s, gpus=(24, 40, 80, 141), group=8, prompts=8, **settings):
-    """Table of settings that fit, one row per GPU size, kind of weights and checkpointing: prompts of G = `group` in a rollout (at most `prompts`, halved until they fit) and
-    `gradient_accumulation_steps`. Every cell is computed."""
+    """Table of settings that fit, one row per GPU size, kind of weights and checkpointing: prompts of G =
+    `group` in a rollout (at most `prompts`, halved until they fit) and `gradient_accumulation_steps`.
+    Every cell is computed."""
     rows = []
     for gpu in gpus:
         for held in ("bfloat16", "nf4"):

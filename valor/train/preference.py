@@ -41,13 +41,15 @@ from .grpo import Rewards, steps_of
 
 # %% ../../nbs/train/03_preference.ipynb #0237bf34
 def weighted_dpo_loss(chosen, rejected, ref_chosen, ref_rejected, weights=1.0, beta=0.1):
-    "Mean over pairs of w · −log σ(β · margin), and the margins (N,); arguments are log-probabilities of whole reports (N,) under the policy and the reference."
+    """Mean over pairs of w · −log σ(β · margin), and the margins (N,); arguments are log-probabilities of
+    whole reports (N,) under the policy and the reference."""
     margins = (chosen - ref_chosen) - (rejected - ref_rejected)
     return (weights * -logsigmoid(beta * margins)).mean(), margins
 
 # %% ../../nbs/train/03_preference.ipynb #67f734bd
 def text_rewards(candidates, rows, rewards, cfg):
-    "The GRPO baseline's reward of each candidate, `(N,)`: Eq. 3 and format, no clinical and no visual part. `rows`: dict of columns of the candidates' studies; `rewards`: a `Rewards` with k_clin=None."
+    """The GRPO baseline's reward of each candidate, `(N,)`: Eq. 3 and format, no clinical and no visual
+    part. `rows`: dict of columns of the candidates' studies; `rewards`: a `Rewards` with k_clin=None."""
     columns = {n: f(completions=candidates, **rows) for n, f in zip(rewards.scorers, rewards.functions())}
     scores = {n: torch.tensor(c, dtype=torch.float32) for n, c in columns.items() if c[0] is not None}
     return advantages(
@@ -56,7 +58,8 @@ def text_rewards(candidates, rows, rewards, cfg):
 
 
 def whole_lines(path, chunk):
-    "Cut the file `path` to a whole number of chunks of `chunk` lines (or make it empty) and return how many lines those are."
+    """Cut the file `path` to a whole number of chunks of `chunk` lines (or make it empty) and return how
+    many lines those are."""
     whole = len(own_lines(path, '{"row": ')) // chunk * chunk
     kept = path.read_bytes().split(b"\n")[:whole] if whole else []
     path.write_bytes(b"".join(line + b"\n" for line in kept))
@@ -64,9 +67,11 @@ def whole_lines(path, chunk):
 
 
 def sample_reports(policy, data, path, rewards, cfg, n, chunk=8):
-    """Write `cfg.group_size` samples and their rewards of `n` studies of `data` (a random choice by `cfg.seed`) to the JSONL file `path`: {row, study_id, samples, rewards}.
+    """Write `cfg.group_size` samples and their rewards of `n` studies of `data` (a random choice by
+    `cfg.seed`) to the JSONL file `path`: {row, study_id, samples, rewards}.
 
-    `policy`: (model, processor). A run that is started again goes on after the last whole chunk and ends with the same file."""
+    `policy`: (model, processor). A run that is started again goes on after the last whole chunk and ends
+    with the same file."""
     order, G = np.random.default_rng(cfg.seed).permutation(len(data))[:n].tolist(), cfg.group_size
     done = whole_lines(path, chunk)
     with path.open("a") as file:
@@ -104,7 +109,8 @@ def read_samples(path):
 
 # %% ../../nbs/train/03_preference.ipynb #e0138ac1
 def pair(row, chosen, rejected, weight=1.0, noised=False, image="", prompt=PROMPT):
-    "One preference pair. `row`: its study in the training data, or −1 where `image` is a file; `noised`: the rejected report is shown the image in noise."
+    """One preference pair. `row`: its study in the training data, or −1 where `image` is a file;
+    `noised`: the rejected report is shown the image in noise."""
     return dict(
         row=row,
         image=image,
@@ -136,13 +142,15 @@ def _turns(row, field):
     )
     if not ok or [t.get("from") for t in turns] != ["human", "gpt"]:
         raise ValueError(
-            f"{field} is not one question from 'human' and one answer from 'gpt', each with text in its 'value'"
+            f"{field} is not one question from 'human' and one answer from 'gpt', each with text in its "
+            f"'value'"
         )
     return turns[0]["value"].replace("<image>", "").strip(), turns[1]["value"].strip()
 
 
 def _preference(row, rows_of, folder):
-    "The pair of one row of a preference file, None where both reports are the same; ValueError saying what is wrong with it."
+    """The pair of one row of a preference file, None where both reports are the same; ValueError saying
+    what is wrong with it."""
     if not isinstance(row, dict):
         raise ValueError(f"is a {type(row).__name__}, not an object")
     (prompt, chosen), (_, rejected) = _turns(row, "conversations"), _turns(row, "rejected_conversations")
@@ -171,7 +179,8 @@ def _preference(row, rows_of, folder):
 
 
 def read_preferences(path, study_ids):
-    """Pairs of a preference file in MMedPO's schema (JSON or JSONL); `study_ids`: of the training data, in order. Pairs of equal reports are set aside, and their number is printed.
+    """Pairs of a preference file in MMedPO's schema (JSON or JSONL); `study_ids`: of the training data,
+    in order. Pairs of equal reports are set aside, and their number is printed.
 
     ValueError naming the file and its bad rows."""
     path = Path(path).expanduser()
@@ -198,7 +207,9 @@ def read_preferences(path, study_ids):
             bad.append(f"row {i}: {e}")
     if bad:
         raise ValueError(
-            f"{path}: {len(bad)} of {len(rows)} rows are bad ({'; '.join(bad[:3])}{'; …' if len(bad) > 3 else ''}); expected id, image, conversations, rejected_conversations, weighted_score in every row"
+            f"{path}: {len(bad)} of {len(rows)} rows are bad "
+            f"({'; '.join(bad[:3])}{'; …' if len(bad) > 3 else ''}); expected id, image, conversations, "
+            f"rejected_conversations, weighted_score in every row"
         )
     different = [p for p in pairs if p is not None]
     if not different:
@@ -207,7 +218,8 @@ def read_preferences(path, study_ids):
         )
     if len(different) < len(pairs):
         print(
-            f"{path}: {len(pairs) - len(different):,} of {len(pairs):,} pairs set aside: chosen and rejected report are the same"
+            f"{path}: {len(pairs) - len(different):,} of {len(pairs):,} pairs set aside: chosen and "
+            f"rejected report are the same"
         )
     return different
 
@@ -216,7 +228,8 @@ ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))  # the linear schedule
 
 
 def add_noise(image, boxes=None, step=500, seed=0):
-    "`image` (PIL) with diffusion noise of `step` (1 to 1000) inside `boxes` (x0, y0, x1, y1 in [0, 1]), or all over where `boxes` is None."
+    """`image` (PIL) with diffusion noise of `step` (1 to 1000) inside `boxes` (x0, y0, x1, y1 in [0, 1]),
+    or all over where `boxes` is None."""
     x = np.asarray(image, float) / 127.5 - 1
     noise = np.random.default_rng(seed).standard_normal(x.shape)
     noisy = np.sqrt(ALPHA_BAR[step - 1]) * x + np.sqrt(1 - ALPHA_BAR[step - 1]) * noise
@@ -237,12 +250,14 @@ NOTHING = "no acute cardiopulmonary abnormality."
 
 
 def relevance(chosen, rejected, judge):
-    "Clinical relevance in [0, 1] of each pair: 1 − `judge`'s score of the rejected against the chosen report."
+    """Clinical relevance in [0, 1] of each pair: 1 − `judge`'s score of the rejected against the chosen
+    report."""
     return [min(1.0, max(0.0, 1 - s)) for s in judge.score(list(rejected), list(chosen))]
 
 
 def clinical_pairs(samples, data, judge, noise):
-    "MMedPO's pairs: the reference against the worst sample of each study, and, unless `noise` is 'none', against itself with the image in noise; weighed by `judge`, weight 0 left out."
+    """MMedPO's pairs: the reference against the worst sample of each study, and, unless `noise` is
+    'none', against itself with the image in noise; weighed by `judge`, weight 0 left out."""
     rows = [s["row"] for s in samples]
     truth = [as_completion(r) for r in data.select_columns(["report"])[rows]["report"]]
     worst = [s["samples"][int(np.argmin(s["rewards"]))] for s in samples]
@@ -251,7 +266,8 @@ def clinical_pairs(samples, data, judge, noise):
 
 
 def noised_pairs(rows, reports, data, judge, noise):
-    "Image pairs of the studies `rows` of `data` with their `reports`; with 'lesions' of those where something is drawn."
+    """Image pairs of the studies `rows` of `data` with their `reports`; with 'lesions' of those where
+    something is drawn."""
     if noise == "none":
         return []
     drawn = data.select_columns(["truth"])[rows]["truth"] if noise == "lesions" else [True] * len(rows)
@@ -271,7 +287,8 @@ def _shown(p, data):
 
 
 def pair_dataset(pairs, data, noise="none"):
-    "`pairs` as a dataset with `prompt`, `chosen`, `rejected` (messages), `images`, `rejected_images` and `weight`; `noise` as in `mmedpo_noise`."
+    """`pairs` as a dataset with `prompt`, `chosen`, `rejected` (messages), `images`, `rejected_images`
+    and `weight`; `noise` as in `mmedpo_noise`."""
 
     def opened(batch):
         rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
@@ -344,9 +361,11 @@ class MMedPOTrainer(DPOTrainer):
 
 # %% ../../nbs/train/03_preference.ipynb #1f4cd26a
 def preference_trainer(sft_folder, pairs, data, out, cfg, weighted, steps, seed, per_device=None):
-    """TRL's `DPOTrainer` (or, `weighted`, an `MMedPOTrainer`) on `pairs`, started at the policy in `sft_folder`, which is the reference as well.
+    """TRL's `DPOTrainer` (or, `weighted`, an `MMedPOTrainer`) on `pairs`, started at the policy in
+    `sft_folder`, which is the reference as well.
 
-    An update sees `batch_size` × `group_size` reports, as one of GRPO's does: half as many pairs, `per_device` of them on each process (default: all on one)."""
+    An update sees `batch_size` × `group_size` reports, as one of GRPO's does: half as many pairs,
+    `per_device` of them on each process (default: all on one)."""
     set_seed(seed)
     model, processor = load_policy(sft_folder, **frozen_weights(cfg.policy_weights), **loading(cfg))
     check_completions([p[side] for p in pairs for side in ("chosen", "rejected")], model, processor)
@@ -383,13 +402,16 @@ def updates_of(cfg, n):
 
 
 def prefer(sft_folder, pairs, data, out, cfg, weighted, per_device=None):
-    """Train on `pairs` for as many updates as both stages of VALOR have and write the adapter to `out/adapter`; returns the log, one dict per update.
+    """Train on `pairs` for as many updates as both stages of VALOR have and write the adapter to
+    `out/adapter`; returns the log, one dict per update.
 
-    `weighted`: MMedPO, else DPO. Checkpoints go to `out/checkpoints`. Raises ValueError where there are no pairs."""
+    `weighted`: MMedPO, else DPO. Checkpoints go to `out/checkpoints`. Raises ValueError where there are
+    no pairs."""
     name = "MMedPO" if weighted else "DPO"
     if not pairs:
         raise ValueError(
-            f"{name}: no pairs (dpo_pairs={cfg.dpo_pairs!r}, dpo_margin={cfg.dpo_margin}); expected at least one: lower dpo_margin or raise the temperature"
+            f"{name}: no pairs (dpo_pairs={cfg.dpo_pairs!r}, dpo_margin={cfg.dpo_margin}); expected at "
+            f"least one: lower dpo_margin or raise the temperature"
         )
     trainer = preference_trainer(
         sft_folder,

@@ -24,17 +24,22 @@ from ..policy.adapter import KEPT, adapted_layers, adapted_weight, beside, merge
 # %% ../../nbs/train/01_rollout.ipynb #8055c71b
 @contextmanager
 def merged(model, kept, dtype=None, share=None):
-    """The model inside the PEFT `model` that samples as `model` scores; afterwards every weight is what it was, bit for bit.
+    """The model inside the PEFT `model` that samples as `model` scores; afterwards every weight is what
+    it was, bit for bit.
 
-    Where its weights keep `KEPT` of the adapter, it is added to them; otherwise it stays beside them (`valor.policy.adapter`).
-    `kept`: dict that holds the frozen weights in host memory from the first merge on; `dtype`: what the model computes in, where that is not what its weights are held in: another rounding of the
-    sum than scoring has, so the adapter stays beside; `share`: what `merged_share` says of `model`, where it is known already. Raises ValueError where weights are quantised and cannot take an adapter in."""
+    Where its weights keep `KEPT` of the adapter, it is added to them; otherwise it stays beside them
+    (`valor.policy.adapter`). `kept`: dict that holds the frozen weights in host memory from the first
+    merge on; `dtype`: what the model computes in, where that is not what its weights are held in: another
+    rounding of the sum than scoring has, so the adapter stays beside; `share`: what `merged_share` says
+    of `model`, where it is known already. Raises ValueError where weights are quantised and cannot take
+    an adapter in."""
     layers = adapted_layers(model)
     for name, layer in layers.items():
         weight = adapted_weight(layer)
         if not weight.is_floating_point():
             raise ValueError(
-                f"rollout='merged': the weights of {name} are quantised ({weight.dtype}); expected rollout='transformers' or a vLLM one with them"
+                f"rollout='merged': the weights of {name} are quantised ({weight.dtype}); expected "
+                f"rollout='transformers' or a vLLM one with them"
             )
     if stays_beside(model, merged_share(model) if share is None else share, dtype):
         try:
@@ -61,28 +66,32 @@ def merged(model, kept, dtype=None, share=None):
 
 
 def stays_beside(model, share, dtype=None):
-    "Whether an adapter of which the weights of `model` would keep `share` is sampled beside them; `dtype`: as for `merged`."
+    """Whether an adapter of which the weights of `model` would keep `share` is sampled beside them;
+    `dtype`: as for `merged`."""
     return share < KEPT or any(
         dtype not in (None, adapted_weight(layer).dtype) for layer in adapted_layers(model).values()
     )
 
 
 def keep(layers, kept):
-    "Copy the frozen weights of `layers` (see `adapted_layers`) that are not in the dict `kept` yet into it, in host memory."
+    """Copy the frozen weights of `layers` (see `adapted_layers`) that are not in the dict `kept` yet into
+    it, in host memory."""
     for name, layer in layers.items():
         if name not in kept:
             kept[name] = adapted_weight(layer).detach().to("cpu", copy=True)
 
 
 def restore(layers, kept):
-    "Give `layers` back the frozen weights in `kept`, bit for bit, and take their adapter for one that is not merged."
+    """Give `layers` back the frozen weights in `kept`, bit for bit, and take their adapter for one that
+    is not merged."""
     for name, layer in layers.items():
         layer.merged_adapters.clear()
         adapted_weight(layer).data.copy_(kept[name])
 
 # %% ../../nbs/train/01_rollout.ipynb #25a5c5cb
 def distinct_prompts(prompts):
-    "`(first, of)`: where the distinct conversations of the list `prompts` first occur, and for each prompt its place among them."
+    """`(first, of)`: where the distinct conversations of the list `prompts` first occur, and for each
+    prompt its place among them."""
 
     def seen(part):
         return (
@@ -100,7 +109,8 @@ BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"
 
 
 def collate(prompts, pad_token_id, device):
-    "Model inputs of several prepared prompts (dicts of tensors, one prompt each): by-token fields padded on the left, by-image fields joined end to end."
+    """Model inputs of several prepared prompts (dicts of tensors, one prompt each): by-token fields
+    padded on the left, by-image fields joined end to end."""
     length = max(p["input_ids"].shape[1] for p in prompts)
 
     def padded(name, x):
@@ -114,7 +124,8 @@ def collate(prompts, pad_token_id, device):
 
 # %% ../../nbs/train/01_rollout.ipynb #11d1e9c9
 def read_prompts(model, base, inputs, of):
-    """What attention keeps of the prompts `inputs` without their last tokens, one row for each candidate: a transformers cache.
+    """What attention keeps of the prompts `inputs` without their last tokens, one row for each candidate:
+    a transformers cache.
 
     `of` `(N,)`: which prompt each candidate answers. `base` is the model inside the wrappers of `model`."""
     cut = {name: x[:, :-1] if name in BY_TOKEN else x for name, x in inputs.items()}
@@ -140,7 +151,8 @@ def positions_after(base, mask, length):
 
 # %% ../../nbs/train/01_rollout.ipynb #44406fb1
 class Roomy(DynamicLayer):
-    "The cache layer `full` with room for `more` tokens, which are written in place; for sampling, not for gradients."
+    """The cache layer `full` with room for `more` tokens, which are written in place; for sampling, not
+    for gradients."""
 
     def __init__(self, full, more):
         super().__init__()
@@ -162,16 +174,20 @@ class Roomy(DynamicLayer):
 
 
 def with_room(cache, more):
-    "`cache` with its plain layers (not those of a sliding window, which stay as they are) given room for `more` tokens."
+    """`cache` with its plain layers (not those of a sliding window, which stay as they are) given room
+    for `more` tokens."""
     cache.layers = [Roomy(layer, more) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 # %% ../../nbs/train/01_rollout.ipynb #f2ef9780
 def sample(policy, last, mask, cache, more, temperature, ends, said=None):
-    """Draw up to `more` tokens for every row: `(tokens (N, ≤ more), lengths (N,), log-probabilities (N, ≤ more))`, the ending token included; what follows it means nothing.
+    """Draw up to `more` tokens for every row: `(tokens (N, ≤ more), lengths (N,), log-probabilities (N, ≤
+    more))`, the ending token included; what follows it means nothing.
 
-    `last` `(N, 1)`: the prompts' last tokens, `mask` `(N, L)`: their attention masks, `cache`: what was kept of the rest; `ends`: ids of tokens that end a report.
-    Log-probabilities are at `temperature` and over all tokens, those that are never drawn too, as TRL's scores are. `said` `(N, ≤ more)`: tokens to take instead of drawing any."""
+    `last` `(N, 1)`: the prompts' last tokens, `mask` `(N, L)`: their attention masks, `cache`: what was
+    kept of the rest; `ends`: ids of tokens that end a report. Log-probabilities are at `temperature` and
+    over all tokens, those that are never drawn too, as TRL's scores are. `said` `(N, ≤ more)`: tokens to
+    take instead of drawing any."""
     banned = torch.tensor(
         policy.generation_config.suppress_tokens or [], dtype=torch.long, device=last.device
     )
@@ -216,15 +232,18 @@ IMAGE_FIELDS = (
 
 
 def mean_gap(sampled, scored, mask):
-    "Mean |sampled − scored| of log-probabilities `(N, T)` where `mask` is 1 and both are known (vLLM leaves some out), as a tensor of one number."
+    """Mean |sampled − scored| of log-probabilities `(N, T)` where `mask` is 1 and both are known (vLLM
+    leaves some out), as a tensor of one number."""
     apart = (sampled - scored).abs()
     return apart[mask.bool() & ~apart.isnan()].mean()
 
 
 def gap_alarm(gap, noise, dtype=torch.float32, times=1.5):
-    """A line where the `gap` between sampled and scored log-probabilities is above `times` that of the policy without an adapter (`noise`); otherwise None.
+    """A line where the `gap` between sampled and scored log-probabilities is above `times` that of the
+    policy without an adapter (`noise`); otherwise None.
 
-    Up to the precision of `dtype` (.008 in bfloat16), and up to .001, a gap is rounding, however small `noise` came out on few tokens."""
+    Up to the precision of `dtype` (.008 in bfloat16), and up to .001, a gap is rounding, however small
+    `noise` came out on few tokens."""
     floor = max(1e-3, torch.finfo(dtype).eps)
     if gap <= max(times * noise, floor):
         return None
@@ -233,7 +252,8 @@ def gap_alarm(gap, noise, dtype=torch.float32, times=1.5):
 
 @contextmanager
 def _reading(model, temperature):
-    "While `model` generates, its log-probabilities at `temperature` are noted: gives a function of the token lists that were generated."
+    """While `model` generates, its log-probabilities at `temperature` are noted: gives a function of the
+    token lists that were generated."""
     logps, last = [], []
 
     def note(module, args, kwargs, out):
@@ -253,10 +273,12 @@ def _reading(model, temperature):
 
 
 class SharedRollout(GRPOTrainer):
-    """TRL's GRPO; with `share` each prompt is prepared and read once for all of its candidates, which `merged` samples.
+    """TRL's GRPO; with `share` each prompt is prepared and read once for all of its candidates, which
+    `merged` samples.
 
-    On every road the log has `policy/gap`, the mean |log p when sampled − log p when scored| over sampled tokens, and, where TRL or `merged` could add the adapter to weights, `policy/kept`: how
-    much of the adapter is in what samples. See `gap_alarm`."""
+    On every road the log has `policy/gap`, the mean |log p when sampled − log p when scored| over sampled
+    tokens, and, where TRL or `merged` could add the adapter to weights, `policy/kept`: how much of the
+    adapter is in what samples. See `gap_alarm`."""
 
     share = False
 
@@ -273,7 +295,8 @@ class SharedRollout(GRPOTrainer):
             )  # TRL's own configuration does not ask the model's: tokens that stand for images
         if share and self._spread:
             raise ValueError(
-                "rollout='merged': the weights are spread over processes (FSDP, ZeRO); expected rollout='transformers' or a vLLM one"
+                "rollout='merged': the weights are spread over processes (FSDP, ZeRO); expected "
+                "rollout='transformers' or a vLLM one"
             )
 
     def _tokenize_prompts(self, prompts):
@@ -334,7 +357,8 @@ class SharedRollout(GRPOTrainer):
         return tuple([row[:n] for row, n in zip(x.tolist(), lengths.tolist())] for x in (new, logps))
 
     def _generate_by_trl(self, *args, **kw):
-        "TRL's own generation; log-probabilities come from vLLM, or are read off the logits while transformers generates."
+        """TRL's own generation; log-probabilities come from vLLM, or are read off the logits while
+        transformers generates."""
         if not self.use_vllm:
             with _reading(self._base(self.model), self.temperature) as logps_of:
                 tokens, _ = super()._generate_single_turn(*args, **kw)
@@ -356,7 +380,8 @@ class SharedRollout(GRPOTrainer):
         return model.get_base_model() if isinstance(model, PeftModel) else model
 
     def _note_kept(self, road):
-        "Log how much of the adapter is in what samples; say, once for each road that is taken, which it is and why. Returns what `merged_share` says, None where weights are spread."
+        """Log how much of the adapter is in what samples; say, once for each road that is taken, which it
+        is and why. Returns what `merged_share` says, None where weights are spread."""
         if self._spread:
             return None
         share, held = merged_share(self.model), str(self._base(self.model).dtype).removeprefix("torch.")
@@ -379,7 +404,8 @@ class SharedRollout(GRPOTrainer):
             + (
                 ""
                 if apart or share >= KEPT
-                else f"; expected {KEPT} or more: what is sampled is not what is trained; take rollout='merged', or policy_weights='float32'"
+                else f"; expected {KEPT} or more: what is sampled is not what is trained; take "
+                f"rollout='merged', or policy_weights='float32'"
             )
         )
         return share
@@ -416,9 +442,11 @@ class SharedRollout(GRPOTrainer):
 
     @torch.no_grad()
     def _noise_of(self, model, inputs):
-        """The gap of the same policy without its adapter on the tokens of the batch `inputs`, token by token against all at once: the rounding of its arithmetic.
+        """The gap of the same policy without its adapter on the tokens of the batch `inputs`, token by
+        token against all at once: the rounding of its arithmetic.
 
-        0 in float32; None where weights are spread over processes or there is no adapter: the first gap stands for it."""
+        0 in float32; None where weights are spread over processes or there is no adapter: the first gap
+        stands for it."""
         if self._precision() == torch.float32:
             return 0.0
         if self._spread or not isinstance(self.accelerator.unwrap_model(model), PeftModel):
@@ -542,7 +570,8 @@ class SharedRollout(GRPOTrainer):
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
 
     def _score(self, model, ids, mask, prompts, compute_entropy):
-        "Log-probabilities and entropies, both `(N, T)`, of the candidates `ids` to the prompts numbered `prompts` `(N,)`."
+        """Log-probabilities and entropies, both `(N, T)`, of the candidates `ids` to the prompts numbered
+        `prompts` `(N,)`."""
         base = self._base(model)
         if self.args.gradient_checkpointing and base.is_gradient_checkpointing and torch.is_grad_enabled():
             return self._score_apart(model, ids, mask, prompts, compute_entropy)
@@ -577,7 +606,8 @@ class SharedRollout(GRPOTrainer):
 
 
 class _HasRun:
-    "Stands for the processor where TRL runs it again on what it has just run it on: in place of pixels every candidate carries the number of its prompt."
+    """Stands for the processor where TRL runs it again on what it has just run it on: in place of pixels
+    every candidate carries the number of its prompt."""
 
     def __init__(self, trainer):
         self._trainer = trainer
