@@ -1,5 +1,6 @@
-"""Fail unless the package is what the notebooks export, and the notebooks are clean."""
+"""Fail unless the package is what the notebooks export, and the notebooks are clean and name their kernel."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = (("valor", "*.py"), ("nbs", "*.ipynb"))
+# What JupyterLab needs to start a kernel without asking. nbdev_clean sets display_name to the kernel's name.
+METADATA = {
+    "kernelspec": {"display_name": "python3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
 
 
 def files(folder, pattern):
@@ -20,6 +26,15 @@ def files(folder, pattern):
 
 def changed(before, after):
     return sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))
+
+
+def name_kernel(path):
+    "Write `METADATA` into the notebook `path`."
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    if notebook["metadata"] | METADATA != notebook["metadata"]:
+        notebook["metadata"] |= METADATA
+        text = json.dumps(notebook, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
+        path.write_text(text, encoding="utf-8")
 
 
 def main(fix=False):
@@ -37,6 +52,9 @@ def main(fix=False):
             )
         for command in ("nbdev_export", "nbdev_clean"):
             subprocess.run([Path(sys.executable).with_name(command)], cwd=copy, check=True)
+        for path in (copy / "nbs").rglob("*.ipynb"):
+            if ".ipynb_checkpoints" not in path.parts:
+                name_kernel(path)
         wrong = [
             f"{name}/{f}"
             for name, old in before.items()

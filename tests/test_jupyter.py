@@ -1,5 +1,6 @@
-"""Notebooks in JupyterLab as `make lab` starts it: what it saves after Run All is clean."""
+"""JupyterLab as `make lab` starts it: notebooks open unmarked, and what is saved after Run All is clean."""
 
+import asyncio
 import copy
 import json
 import shutil
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from jupyter_server.services.contents.filemanager import FileContentsManager
+from jupyter_client import KernelManager
 from traitlets.config import PyFileConfigLoader
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,6 +23,12 @@ def room(tmp_path):
     (tmp_path / "nbs").mkdir()
     shutil.copy(ROOT / "nbs" / "rewards" / "04_ranknorm.ipynb", tmp_path / "nbs" / "chapter.ipynb")
     return tmp_path
+
+
+def contents_manager(room):
+    "What reads and saves notebooks in JupyterLab as `make lab` starts it."
+    config = PyFileConfigLoader("jupyter_lab_config.py", str(ROOT / ".jupyter")).load_config()
+    return config.ServerApp.contents_manager_class(root_dir=str(room / "nbs"), config=config)
 
 
 def as_run(notebook):
@@ -40,13 +47,34 @@ def as_run(notebook):
 def test_saving_after_run_all_leaves_a_clean_notebook(room):
     path = room / "nbs" / "chapter.ipynb"
     before = path.read_text()
-    config = PyFileConfigLoader("jupyter_lab_config.py", str(ROOT / ".jupyter")).load_config()
-    manager = FileContentsManager(root_dir=str(room / "nbs"), config=config)
-    model = manager.get("chapter.ipynb", content=True)
+    manager = contents_manager(room)
+    model = asyncio.run(manager.get("chapter.ipynb"))
     model["content"] = as_run(nbformat.from_dict(model["content"]))
-    manager.save(model, "chapter.ipynb")
+    asyncio.run(manager.save(model, "chapter.ipynb"))
     saved = json.loads(path.read_text())
     assert all(c.get("execution_count") is None for c in saved["cells"])
     subprocess.run([Path(sys.executable).with_name("nbdev_clean")], cwd=room, check=True)
     assert path.read_text() == before
     assert json.loads(before) == saved
+
+
+def test_a_notebook_opens_with_what_its_kernel_says_of_itself(room):
+    "JupyterLab marks a notebook as changed unless its metadata are equal to these."
+    metadata = asyncio.run(contents_manager(room).get("chapter.ipynb"))["content"]["metadata"]
+    kernel = KernelManager(kernel_name="python3")
+    kernel.start_kernel()
+    try:
+        client = kernel.blocking_client()
+        client.start_channels()
+        client.wait_for_ready(timeout=60)
+        said = client.kernel_info(reply=True, timeout=60)["content"]["language_info"]
+        client.stop_channels()
+    finally:
+        kernel.shutdown_kernel(now=True)
+    assert metadata["language_info"] == said
+    spec = kernel.kernel_spec
+    assert metadata["kernelspec"] == {
+        "name": "python3",
+        "display_name": spec.display_name,
+        "language": spec.language,
+    }
