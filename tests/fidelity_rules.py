@@ -1,10 +1,9 @@
-"""How far the embedded rules stand in for the real CheXbert and RadGraph, in numbers: writes
-figures/fidelity_rules.csv.
+"""Measures how well the rules replace the real CheXbert and RadGraph: writes figures/fidelity_rules.csv.
 
-VALOR_REAL=<folder that holds iu_xray/ and real_iu/> python tests/fidelity_rules.py
+    VALOR_REAL=<folder that holds iu_xray/ and real_iu/> python tests/fidelity_rules.py
 
-No text is written. Labels: R2Gen's train and val reports of IU X-Ray, each with the real CheXbert's
-labels. Entities: systems on its test reports, each pair with the real RadGraph's F1."""
+No text of a report is written. Labels are compared on R2Gen's train and val reports of IU X-Ray, each with
+the real CheXbert's labels; entities on systems' test reports, each pair with the real RadGraph's F1."""
 
 import json
 import os
@@ -19,11 +18,7 @@ from valor.rewards.rules import RuleGraph, RuleLabeler, set_f1
 from valor.vocabulary import OBSERVATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
-LEVELS = {
-    "simple": "rg_e",
-    "partial": "rg_er",
-    "complete": "rg_bar_er",
-}  # ours, and the key of the real RadGraph's
+LEVELS = {"simple": "rg_e", "partial": "rg_er", "complete": "rg_bar_er"}  # ours: the real RadGraph's
 
 
 def scores(name, read, true):
@@ -55,46 +50,45 @@ def label_rows(place):
     return [dict(measure="labels", name="reports", n=len(table)), *rows]
 
 
+def entity_rows(name, texts, real):
+    "Spearman's correlation with `real`, the real RadGraph's F1 per pair, at each level."
+    graphs = {side: RuleGraph().graphs(texts[side]) for side in texts}
+    rows = []
+    for level, key in LEVELS.items():
+        pairs = zip(graphs["candidate"], graphs["reference"])
+        ours = [set_f1(graph_set(c, level), graph_set(r, level)) for c, r in pairs]
+        rho = spearmanr(ours, [scores[key] for scores in real])[0]
+        rows.append(dict(measure="entities", name=f"{name} {level}", n=len(ours), spearman=rho))
+    return rows
+
+
+def micro_rows(name, texts, real):
+    "Micro-F1 by the rules, and by the real CheXbert from its counts `real` per observation."
+    said = {side: RuleLabeler().labels(texts[side]).isin([1, -1]) for side in texts}
+    both = (said["candidate"] & said["reference"]).to_numpy().sum()
+    all_said = sum(labels.to_numpy().sum() for labels in said.values())
+    counts = {kind: sum(row[kind] for row in real.values()) for kind in ("tp", "fp", "fn")}
+    f1 = 2 * counts["tp"] / (2 * counts["tp"] + counts["fp"] + counts["fn"])
+    n = len(texts["candidate"])
+    return [
+        dict(measure="system", name=f"{name} by the rules", n=n, f1=2 * both / all_said),
+        dict(measure="system", name=f"{name} by CheXbert", n=n, f1=f1),
+    ]
+
+
 def system_rows(place):
-    """Of each system in `real_iu`: Spearman between our and the real RadGraph's F1 per report, and the
-    system's micro-F1 by the rules and by the real CheXbert, where the file has them."""
+    """Rows of each system in `real_iu`, where its file has the real model's results.
+
+    Spearman's correlation of our and the real RadGraph's F1; micro-F1 by the rules and by CheXbert."""
     rows = []
     for path in sorted((place / "real_iu").glob("*.json")):
-        held, name = json.loads(path.read_text()), path.stem.removeprefix("iu_test_")
+        held = json.loads(path.read_text())
+        name = path.stem.removeprefix("iu_test_")
         texts = {side: [pair[side] for pair in held["pairs"]] for side in ("candidate", "reference")}
         if "radgraph" in held["pairs"][0]:
-            graphs = {side: RuleGraph().graphs(texts[side]) for side in texts}
-            for level, key in LEVELS.items():
-                ours = [
-                    set_f1(graph_set(c, level), graph_set(r, level))
-                    for c, r in zip(graphs["candidate"], graphs["reference"])
-                ]
-                theirs = [pair["radgraph"][key] for pair in held["pairs"]]
-                rows.append(
-                    dict(
-                        measure="entities",
-                        name=f"{name} {level}",
-                        n=len(ours),
-                        spearman=spearmanr(ours, theirs)[0],
-                    )
-                )
+            rows += entity_rows(name, texts, [pair["radgraph"] for pair in held["pairs"]])
         if "chexbert" in held:
-            said = {side: RuleLabeler().labels(texts[side]).isin([1, -1]) for side in texts}
-            both, all_said = (
-                (said["candidate"] & said["reference"]).to_numpy().sum(),
-                sum(s.to_numpy().sum() for s in said.values()),
-            )
-            counts = {k: sum(o[k] for o in held["chexbert"].values()) for k in ("tp", "fp", "fn")}
-            real = 2 * counts["tp"] / (2 * counts["tp"] + counts["fp"] + counts["fn"])
-            rows += [
-                dict(
-                    measure="system",
-                    name=f"{name} by the rules",
-                    n=len(held["pairs"]),
-                    f1=2 * both / all_said,
-                ),
-                dict(measure="system", name=f"{name} by CheXbert", n=len(held["pairs"]), f1=real),
-            ]
+            rows += micro_rows(name, texts, held["chexbert"])
     return rows
 
 

@@ -1,5 +1,6 @@
-"""CheXbert and RadGraph on made-up weights in the true format, and the embedded rules: properties that
-hold whatever the weights."""
+"""Properties that hold whatever the weights.
+
+Checked on CheXbert and RadGraph with made-up weights in the true format, and on the embedded rules."""
 
 import math
 import random
@@ -11,7 +12,10 @@ from hypothesis import strategies as st
 from valor.rewards.chexbert import LabelF1, miniature_chexbert
 from valor.rewards.radgraph import LEVELS, EntityF1, miniature_radgraph
 
-WORDS = "the heart is enlarged no pleural effusion . , or small left right nodule in upper lobe lungs are clear possible pneumonia".split()
+WORDS = (
+    "the heart is enlarged no pleural effusion . , or small left right nodule in upper lobe lungs are clear "
+    "possible pneumonia"
+).split()
 report = st.lists(st.sampled_from(WORDS), min_size=1, max_size=25).map(" ".join)
 anything = st.one_of(
     report,

@@ -1,5 +1,6 @@
-"""RadGraph on a made-up archive in the true format: packs against the package one report at a time,
-places, cost, rewards, and everything that may be wrong with what is given."""
+"""RadGraph with a made-up archive in the true format.
+
+Packed reports against the package, which reads one at a time; places, cost and rewards; wrong input."""
 
 import json
 import os
@@ -33,7 +34,10 @@ from valor.rewards.radgraph import (
 )
 from valor.rewards.text import scorer
 
-WORDS = "the heart is mildly enlarged no pleural effusion left lower lobe nodule old rib fracture . , measuring 5 mm focal consolidation Stable UPPER (new) x/y hydropneumothorax".split()
+WORDS = (
+    "the heart is mildly enlarged no pleural effusion left lower lobe nodule old rib fracture . , measuring "
+    "5 mm focal consolidation Stable UPPER (new) x/y hydropneumothorax"
+).split()
 ODD = WORDS + [
     "/.",
     "/?",
@@ -119,8 +123,8 @@ def test_without_the_cut_shorter_reports_get_relations_that_are_not_theirs(both)
         set(b) <= set(a) for a, b in zip(related(said), related(alone))
     )
     print(
-        f"{ours.model_type}: {len(wrong)} of 60 reports differ, {sum(same for same, _ in wrong)} of them "
-        f"by repetitions alone"
+        f"{ours.model_type}: {len(wrong)} of 60 reports differ, "
+        f"{sum(same for same, _ in wrong)} of them by repetitions alone"
     )
 
 
@@ -343,406 +347,7 @@ def test_other_precisions_change_the_encoder_alone(place):
         EntityF1(model=place, dtype="int8")
 
 
-# -- what is given
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-# ------------------------------------------------------------------------------------------------------------------------------
+# -- what is given ------------------------------------------------------------
 
 
 def pack(archive, place, inside="", only=("config.json", "vocabulary", "weights.th")):
@@ -762,8 +367,8 @@ def test_archives_are_unpacked_once_wherever_they_lie(place, tmp_path, inside):
         "radgraph-xl.tar.gz",
     ]
     expected = RadGraph(place, device="cpu").annotate(REPORTS[:9])
-    for given in (tmp_path, str(tmp_path), tmp_path / "radgraph-xl", tmp_path / "radgraph-xl.tar.gz"):
-        assert RadGraph(given, device="cpu").annotate(REPORTS[:9]) == expected
+    for model in (tmp_path, str(tmp_path), tmp_path / "radgraph-xl", tmp_path / "radgraph-xl.tar.gz"):
+        assert RadGraph(model, device="cpu").annotate(REPORTS[:9]) == expected
 
 
 class Harm:
@@ -787,7 +392,8 @@ def narrower(weights):
     [
         (
             lambda d: (d / "weights.th").unlink(),
-            "weights.th missing in .* part of radgraph-xl.tar.gz of StanfordAIMI/RRG_scorers; or give model='rules'",
+            "weights.th missing in .* part of radgraph-xl.tar.gz of StanfordAIMI/RRG_scorers; "
+            "or give model='rules'",
         ),
         (lambda d: shutil.rmtree(d / "vocabulary"), "vocabulary/radgraph-xl__ner_labels.txt and .* missing"),
         (
@@ -902,7 +508,8 @@ def test_the_network_is_never_asked_for_an_encoder(place, tmp_path, monkeypatch)
     start = time.perf_counter()
     with pytest.raises(
         ValueError,
-        match="encoder='microsoft/BiomedNLP-nowhere': no text encoder there, nor in the local cache; give encoder=",
+        match="encoder='microsoft/BiomedNLP-nowhere': no text encoder there, nor in the local cache; "
+        "give encoder=",
     ):
         RadGraph(tmp_path, device="cpu")
     assert time.perf_counter() - start < 5

@@ -1,5 +1,7 @@
-"""CheXbert on made-up weights in the true format: the package's own labels at every batch size, what
-reaches the model, what a wrong file is told, and the label score's properties."""
+"""CheXbert with made-up weights in the true format.
+
+Its labels equal the package's at every batch size; which texts reach the model; the messages for wrong files;
+and properties of the label score."""
 
 import os
 import random
@@ -31,7 +33,10 @@ from valor.rewards.rules import report_labels
 from valor.rewards.text import minilm_folder, scorer
 from valor.vocabulary import OBSERVATIONS
 
-WORDS = "the heart is enlarged no pleural effusion . , or small left right nodule in upper lobe lungs are clear possible pneumonia edema not seen picc".split()
+WORDS = (
+    "the heart is enlarged no pleural effusion . , or small left right nodule in upper lobe lungs are clear "
+    "possible pneumonia edema not seen picc"
+).split()
 ODD = [
     "",
     " ",
@@ -197,16 +202,12 @@ def test_only_what_is_new_reaches_the_model(weights, tmp_path, duplicates):
     seen, new = [], 64 - duplicates
     for run in (1, 2):  # two runs that share a cache folder
         judge = LabelF1(weights, cache=tmp_path, device="cpu")
-        real = judge.labeler.model.bert.register_forward_pre_hook(
-            lambda module, args: seen.append(len(args[0]))
-        )
+        # rows of the tensors that the network is given
+        judge.labeler.model.bert.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
         for epoch in (1, 2):
             seen.clear()
             judge.score(candidates, references)
-            assert sum(seen) == new + (8 if run == epoch == 1 else 0), (
-                run,
-                epoch,
-            )  # rows of the tensors that the network is given
+            assert sum(seen) == new + (8 if run == epoch == 1 else 0), (run, epoch)
         assert judge.sent == 2 * new + (8 if run == 1 else 0)
     if duplicates == 10:
         done = subprocess.run(
@@ -284,8 +285,8 @@ def test_another_file_is_told_so(weights, state, tmp_path):
         path.write_bytes(data)
         with pytest.raises(
             ValueError,
-            match=r"chexbert.pth: not a CheXbert checkpoint .*StanfordAIMI/RRG_scorers; or give "
-            r"model='rules'",
+            match=r"chexbert.pth: not a CheXbert checkpoint "
+            r".*StanfordAIMI/RRG_scorers; or give model='rules'",
         ):
             CheXbert(path)
     for saved in (

@@ -1,5 +1,6 @@
-"""The embedded rules: one preparation of every text, hard sentences, the phantom's planted truth, and,
-where VALOR_REAL names them, real reports with the real models' labels."""
+"""The embedded rules on hard sentences and on the phantom's planted truth.
+
+Where VALOR_REAL names a folder of real reports, also against the real models' labels."""
 
 import hashlib
 import json
@@ -27,7 +28,7 @@ REAL = Path(os.environ.get("VALOR_REAL") or "nowhere")
 needs_real = pytest.mark.skipif(
     not REAL.is_dir(), reason="VALOR_REAL: a folder with iu_xray/, real_iu/ and cases/"
 )
-SPEARMAN = {
+SPEARMAN = {  # of the entity rules before November 2026
     "beam3 simple": 0.9104,
     "beam3 partial": 0.8698,
     "beam3 complete": 0.8517,
@@ -37,7 +38,7 @@ SPEARMAN = {
     "template simple": 0.9047,
     "template partial": 0.8524,
     "template complete": 0.8587,
-}  # of the entity rules before November 2026
+}
 
 
 def right(table, expected):
@@ -58,8 +59,9 @@ def test_hard_sentences():
 
 
 def test_the_versions_of_the_rules_are_raised_when_what_they_say_changes():
-    """Stored scores are kept under a version: one that says something else must have another. Raise
-    LABEL_RULES or GRAPH_RULES together with the digest here."""
+    """Stored scores are kept under a version, so rules that say something else need another version.
+
+    Raise LABEL_RULES or GRAPH_RULES together with the digest here."""
     reports = [study["findings"] for study in read_openi() if study["findings"]] + list(
         pd.read_csv(ROOT / "tests" / "hard_sentences.csv", keep_default_na=False).sentence
     )
@@ -249,16 +251,11 @@ def test_the_phantoms_reports_are_read_as_planted():
     assert (read == (np.array([planted_labels(findings) for findings in studies]) == 1)).all()
 
 
-def test_readme_says_what_the_table_holds():
+def test_the_results_page_says_what_the_table_holds():
     table = pd.read_csv(ROOT / "figures" / "fidelity_rules.csv").set_index("name")
-    readme = (ROOT / "README.md").read_text()
-
-    def short(x):
-        return f"{x:.2f}".removeprefix("0")
-
+    page = (ROOT / "docs" / "results.md").read_text()
     for name in [*OBSERVATIONS, "micro without No Finding", "micro"]:
         row = table.loc[name]
-        assert (
-            f"| {name} | {row.n:,.0f} | {short(row.precision)} | {short(row.recall)} | {short(row.f1)} |"
-            in readme
-        ), name
+        assert f"| {name} | {row.n:,.0f} | {row.precision:.3f} | {row.recall:.3f} | {row.f1:.3f} |" in page, (
+            name
+        )
