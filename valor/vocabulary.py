@@ -6,7 +6,7 @@
 __all__ = ['OBSERVATIONS']
 
 # %% ../nbs/00_vocabulary.ipynb #v2
-OBSERVATIONS = [
+OBSERVATIONS: list[str] = [
     "Enlarged Cardiomediastinum",
     "Cardiomegaly",
     "Lung Opacity",
