@@ -1,11 +1,12 @@
-"""What a rollout batch of rewards costs: `scorer(...)` against calling each package as its README says,
-on the same weights, in one run.
+"""What a rollout batch of rewards costs: `scorer(...)` and each package as its README calls it.
 
-Weights are made up at the true size (BERT-base) unless real ones are given; speed does not depend on
-their values. Run: python tests/bench_rewards.py [--prompts 8] [--device cuda] [--chexbert chexbert.pth]
-[--radgraph FOLDER]. The packages need shims on transformers 5, and get no more than these: f1chexbert,
-`encode_plus` and a network made without the hub (`package_chexbert`); radgraph, `encode_plus` and
-`build_inputs_with_special_tokens` (`shims`)."""
+python tests/bench_rewards.py [--prompts 8] [--device cuda] [--chexbert chexbert.pth] [--radgraph FOLDER]
+
+Weights are made up at the true size (BERT-base) unless real ones are given; the values do not
+matter for speed.
+The packages get only the shims that they need on transformers 5:
+f1chexbert gets `encode_plus` and a network made without the hub (`package_chexbert`),
+radgraph gets `encode_plus` and `build_inputs_with_special_tokens` (`shims`)."""
 
 import argparse
 import json
@@ -36,8 +37,7 @@ PHRASES = [
 
 
 def batch(prompts, group, duplicates, seed=0):
-    """Candidates and references of one rollout batch, eight sentences a report; a share `duplicates` of
-    the candidates repeats another of its group."""
+    "Candidates and references of one batch, eight sentences a report; a share `duplicates` repeats another."
     rng, said = random.Random(seed), lambda: " ".join(rng.choices(PHRASES, k=8))
     references = [f"{said()} study {i} ." for i in range(prompts) for _ in (0,)]
     candidates = [said() + f" {i} ." for i in range(prompts * group)]
@@ -119,8 +119,9 @@ def main():
             "radgraph": lambda: package(c + r),
         }
         print(
-            f"{len(c)} candidates, {a.group} to a reference, {a.duplicates:.0%} duplicates, {a.device}, "
-            f"{a.threads} thread(s)\n{'':10}{'package':>10}{'epoch 1':>10}{'epoch 2':>10}{'ratio':>9}{'ratio':>7}"
+            f"{len(c)} candidates, {a.group} to a reference, {a.duplicates:.0%} duplicates, "
+            f"{a.device}, {a.threads} thread(s)\n"
+            f"{'':10}{'package':>10}{'epoch 1':>10}{'epoch 2':>10}{'ratio':>9}{'ratio':>7}"
         )
         total = [0, 0, 0]
         with shims(), torch.no_grad():

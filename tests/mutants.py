@@ -1,8 +1,7 @@
 """Puts one fault at a time into a copy of the package and checks that a test fails.
 
-Run by hand, it is not part of `make test` (a few seconds for each mutant): python tests/mutants.py [PART
-OF A NAME] A mutant that survives means that its test does not see the fault. Your checkout stays as it
-is."""
+By hand, not part of `make test`, a few seconds for each mutant: python tests/mutants.py [PART OF A NAME]
+A mutant that survives means that its test does not see the fault. Your checkout stays as it is."""
 
 import contextlib
 import os
@@ -101,7 +100,7 @@ MUTANTS = [
     Mutant(
         name="epsilon ignored",
         module="train/grpo",
-        before=", epsilon=cfg.epsilon",
+        before="        epsilon=cfg.epsilon,\n",
         after="",
         test="test_exact.py::test_configuration_reaches_trl",
     ),
@@ -150,15 +149,15 @@ MUTANTS = [
     Mutant(
         name="k counts evaluations as well",
         module="train/grpo",
-        before='if self.model.training: self.state.stateful_callbacks["k"]',
-        after='self.state.stateful_callbacks["k"]',
+        before='        if self.model.training:\n            self.state.stateful_callbacks["k"]',
+        after='        if True:\n            self.state.stateful_callbacks["k"]',
         test="test_exact.py::test_k_counts_training_generations_alone",
     ),
     Mutant(
         name="located F1: mislocated findings are not missed",
         module="metrics/statistics",
-        before='c["mislocated"] + c["missed"], c["mislocated"]',
-        after='c["missed"], c["mislocated"]',
+        before='c["mislocated"] + c["missed"],',
+        after='c["missed"],',
         test="test_exact.py::test_columns_of_planted_findings",
     ),
     Mutant(
@@ -171,22 +170,22 @@ MUTANTS = [
     Mutant(
         name="abnormal recall counts what is mentioned",
         module="metrics/statistics",
-        before='{"positive": 1, "negative": 0, "class": 2}[uncertain], 0))',
-        after='{"positive": 1, "negative": 0, "class": 2}[uncertain], labels == 0))',
+        before='"class": 2}[uncertain], 0)\n',
+        after='"class": 2}[uncertain], labels == 0)\n',
         test="test_exact.py::test_abnormal_recall_counts_what_is_present",
     ),
     Mutant(
         name="seeds are not drawn (runs, tables, attention: one bootstrap)",
         module="metrics/statistics",
-        before="study_draws(len(each), n_boot, seed + 1) / len(each)",
-        after="np.full((n_boot, len(each)), 1 / len(each))",
+        before="taken = study_draws(len(each), n_boot, seed + 1) / len(",
+        after="taken = np.ones((n_boot, len(each))) / len(",
         test="test_exact.py::test_every_bootstrap_draws_the_seeds_anew",
     ),
     Mutant(
         name="p is lost where a draw is undefined",
         module="metrics/statistics",
-        before="    gaps = gaps[~np.isnan(gaps)]\n    return min",
-        after="    return min",
+        before="    gaps = gaps[~np.isnan(gaps)]\n    return (\n        min",
+        after="    return (\n        min",
         test="test_exact.py::test_one_bootstrap_for_valor_evaluate_and_the_tables",
     ),
     Mutant(
@@ -228,8 +227,7 @@ def put_fault(mutant: Mutant, home: str):
 
 
 def killed(mutant: Mutant) -> bool:
-    """Whether the mutant's test fails on a copy with the fault. A forked process runs it, which spares
-    the imports."""
+    "Whether the mutant's test fails on a copy with the fault. A fork runs it, to save the imports."
     with tempfile.TemporaryDirectory() as home:
         copy_of_package(home)
         put_fault(mutant, home)
@@ -243,8 +241,7 @@ def killed(mutant: Mutant) -> bool:
 
 
 def tested(home: str, test: str) -> int:
-    """pytest's exit status for `test` on the package in `home`: 0 passed, 1 failed; 9 if another package
-    was tested."""
+    "pytest's exit status for `test` on the package in `home`: 0 passed, 1 failed, 9 not this package."
     os.chdir(home)
     sys.path.insert(0, home)
     with (

@@ -1,9 +1,10 @@
-"""Tiny weights for RaTEScore and GREEN in the true format, and RaTEScore called directly; run by the
-Python of `make scorers`, without valor.
+"""Tiny weights for RaTEScore and GREEN in the true format, and RaTEScore called directly.
 
-python outside_weights.py make FOLDER       writes FOLDER/ner, FOLDER/encoder, FOLDER/green python
-outside_weights.py direct FOLDER     reads [[candidates], [references]] as JSON from the input, prints the
-scores of the package as its README calls it"""
+Run by the Python of `make scorers`, without valor:
+
+python outside_weights.py make FOLDER       writes FOLDER/ner, FOLDER/encoder, FOLDER/green
+python outside_weights.py direct FOLDER     reads [[candidates], [references]] as JSON from its input, prints
+                                            the scores of the package, called as its README says"""
 
 import importlib.util
 import json
@@ -11,10 +12,13 @@ import sys
 from pathlib import Path
 
 TYPES = ["ABNORMALITY", "ANATOMY", "DISEASE", "NON-ABNORMALITY", "NON-DISEASE"]
-TEXT = """the heart is normal in size . the lungs are clear . there is no pleural effusion or pneumothorax . small left effusion is seen .
-right upper lobe nodule , unchanged . mild cardiomegaly with pulmonary edema . no focal consolidation . stable low lung volumes ."""
-# what the tiny Llama answers: the first to most pairs, the second to pairs with the word in MARKER; scores
-# 3/4 and 1/4
+TEXT = (
+    "the heart is normal in size . the lungs are clear . there is no pleural effusion or pneumothorax . "
+    "small left effusion is seen .\n"
+    "right upper lobe nodule , unchanged . mild cardiomegaly with pulmonary edema . no focal consolidation . "
+    "stable low lung volumes ."
+)
+# what the tiny Llama answers: the first to most pairs, the second to pairs with MARKER; scores 3/4 and 1/4
 MARKER = "pneumothorax"
 ANSWERS = [
     [
@@ -120,8 +124,7 @@ def make_encoder(folder):
 
 
 def make_green(folder, prompt):
-    """A Llama whose next token depends on the last one (a chain through an answer), and whose first
-    depends on whether MARKER is anywhere before."""
+    "A Llama whose next token follows from the last one; whether MARKER came before chooses the first."
     import torch
     from transformers import AddedToken, LlamaConfig, LlamaForCausalLM, LlamaTokenizerFast
 

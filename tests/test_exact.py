@@ -1,5 +1,7 @@
-"""Equations, seeds and counts against numbers by hand, with no two weights alike: a weight dropped,
-doubled or swapped shows (tests/mutants.py does just that)."""
+"""Equations, seeds and counts against numbers by hand.
+
+No two weights are equal, so that a weight that is dropped, doubled or swapped shows; tests/mutants.py does
+just that."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -83,8 +85,7 @@ class Recorder:
 
 
 def arguments(monkeypatch, tmp_path, **change):
-    """The arguments that `make_trainer` gives TRL under unequal weights, without a policy: (arguments,
-    names of the rewards)."""
+    "What `make_trainer` gives TRL under unequal weights, without a policy: (arguments, rewards' names)."
     for name, stub in dict(
         load_policy=lambda *a, **kw: (None, SimpleNamespace(image_token="<image>")),
         check_references=lambda data: None,
@@ -275,8 +276,7 @@ CASES = dict(
 
 
 def test_abnormal_recall_counts_what_is_present():
-    """Three are abnormal; one report says so (of another thing), one denies it, one says nothing: a
-    denial names an observation, but finds nothing."""
+    "Three are abnormal: one report says so (of another thing), one denies it (no finding), one is silent."
     columns = ev.label_columns(CASES["candidate"], CASES["reference"], LabelF1())
     assert columns.abnormal.tolist() == [1, 1, 1, 0] and columns.abnormal_found.tolist() == [0, 1, 0, 0]
 
@@ -289,8 +289,7 @@ def seeds(values, n=12, name="rouge_l"):
 
 
 def test_every_bootstrap_draws_the_seeds_anew():
-    """Seeds that differ and studies that do not: all of an interval's width comes from seeds. Of 4 the
-    mean of a draw has standard deviation .05."""
+    "Seeds differ, studies do not: all of an interval's width comes from seeds (a draw's mean has sd .05)."
     one, other = seeds([0.2, 0.3, 0.4, 0.3]), seeds([0.31, 0.31, 0.31, 0.31])
     full = {s: f.reindex(columns=ev.STATISTICS, fill_value=0.0) for s, f in one.items()}
     tidy = tables.compare({"x": one, "VALOR": other}, ["ROUGE-L"], n=2000).set_index("system")
@@ -313,8 +312,7 @@ def test_every_bootstrap_draws_the_seeds_anew():
 
 
 def test_one_bootstrap_for_valor_evaluate_and_the_tables():
-    """Eight studies, one abnormal: a third of the draws lack it, and abnormal recall is not defined
-    there. Both leave these out."""
+    "One of eight studies is abnormal; both leave out the third of the draws that lack it (no recall)."
 
     def frame(found):
         return pd.DataFrame(

@@ -1,5 +1,7 @@
-"""Scorers that run out of process: a stub that keeps the protocol, or breaks it, is always tested;
-RaTEScore and GREEN where their environment exists (`make scorers`)."""
+"""Scorers in a Python of their own.
+
+A stub that keeps or breaks the protocol is always tested, RaTEScore and GREEN if `make scorers` built
+their environment."""
 
 import json
 import os
@@ -156,7 +158,10 @@ def alive(pid):
 def test_no_orphan_when_the_parent_is_killed(tmp_path):
     (tmp_path / "stub.py").write_text(STUB)
     code = f"""import sys, time; from valor.rewards.outside import OutsideScorer
-s = OutsideScorer({str(tmp_path / "stub.py")!r}, python=sys.executable, timeout=60); s.score(["a"], ["b"]); print(s.child.process.pid, flush=True); time.sleep(60)"""
+s = OutsideScorer({str(tmp_path / "stub.py")!r}, python=sys.executable, timeout=60)
+s.score(["a"], ["b"])
+print(s.child.process.pid, flush=True)
+time.sleep(60)"""
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     child = int(parent.stdout.readline())
     assert alive(child)
@@ -171,7 +176,9 @@ s = OutsideScorer({str(tmp_path / "stub.py")!r}, python=sys.executable, timeout=
 
 NOISY = """
 import importlib.util, os, sys
-spec = importlib.util.spec_from_file_location("worker", sys.argv[1]); worker = importlib.util.module_from_spec(spec); spec.loader.exec_module(worker)
+spec = importlib.util.spec_from_file_location("worker", sys.argv[1])
+worker = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(worker)
 def load():
     print("loading"); os.write(1, b"from C"); os.system("echo from a shell")
     def score(pairs):
