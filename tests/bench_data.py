@@ -19,7 +19,7 @@ from pathlib import Path
 from valor.data.studies import load_studies
 source, root, cache = sys.argv[1:4]
 memory = lambda what: int(Path("/proc/self/status").read_text().split(what)[1].split()[0]) / 1024
-Path("/proc/self/clear_refs").write_text("5")                 # the peak from here on, without that of the imports
+Path("/proc/self/clear_refs").write_text("5")  # the peak from here on, without that of the imports
 before, start = memory("VmRSS:"), time.perf_counter()
 studies = load_studies(source, root, cache=cache, size=336)
 print(sum(map(len, studies.values())), time.perf_counter() - start, memory("VmHWM:") - before)

@@ -146,7 +146,8 @@ def main():
     both = {"TRL": theirs, "merged": ours}
     for trainer, mine, other in ((theirs, *turn), (ours, *turn[::-1])):
         # every report as long as it may be
-        trainer.generation_config.eos_token_id = trainer.model.get_base_model().generation_config.eos_token_id = None
+        trainer.generation_config.eos_token_id = None
+        trainer.model.get_base_model().generation_config.eos_token_id = None
         trainer.eos_token_ids = []
         trainer.add_callback(Turns(mine, other))
     threads = [threading.Thread(target=t.train) for t in both.values()]
@@ -173,7 +174,8 @@ def main():
     print(
         f"{cfg.batch_size} prompts x {cfg.group_size}, {args.tokens} new tokens, {args.threads} threads, "
         f"medians of {args.steps - 2} pairs of steps, rewards "
-        f"{'of laptop' if args.rewards else 'free'}{', by the package for TRL' if args.packages else ''}\n{t.round(3).to_markdown()}"
+        f"{'of laptop' if args.rewards else 'free'}{', by the package for TRL' if args.packages else ''}"
+        f"\n{t.round(3).to_markdown()}"
     )
 
 

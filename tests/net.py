@@ -26,7 +26,10 @@ from valor.config import BENCHMARKS, PRESETS, REAL_SOURCES, preset
 from importlib import import_module
 from importlib.util import find_spec
 rooms = find_spec("valor.runs")
-module = "valor.experiment" if rooms is None else "valor.runs.phases" if find_spec("valor.runs.phases") else "valor.runs.experiment"
+if rooms is None:
+    module = "valor.experiment"
+else:
+    module = "valor.runs.phases" if find_spec("valor.runs.phases") else "valor.runs.experiment"
 phases = import_module(module)
 PHASES, phase_key = phases.PHASES, phases.phase_key
 keys = {}

@@ -73,7 +73,7 @@ def looking_policy(cells):
     names for each study."""
     model, processor = build_policy(REPORTS, seed=1)
     model.eval()
-    width, head = 128, 32
+    head = 32
     with torch.no_grad():
         model.get_input_embeddings().weight.zero_()[:, 1] = 1  # a word is e1
         layer = model.get_decoder().layers[0].self_attn
@@ -228,7 +228,11 @@ def qwen():
     tokenizer = build_tokenizer(REPORTS)
     tokenizer.add_special_tokens({"additional_special_tokens": specials})
     tokenizer.image_token, tokenizer.video_token = specials[:2]
-    template = "{% for m in messages %}<s>{% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    template = (
+        "{% for m in messages %}<s>{% for c in m['content'] %}{% if c['type'] == 'image' "
+        "%}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% "
+        "endfor %}"
+    )
     processor = Qwen2_5_VLProcessor(
         Qwen2VLImageProcessor(size={"shortest_edge": 28 * 28 * 4, "longest_edge": 28 * 28 * 20}),
         tokenizer,
@@ -302,7 +306,10 @@ def gemma():
     tokenizer.image_token_id, tokenizer.boi_token_id, tokenizer.eoi_token_id = (
         tokenizer.convert_tokens_to_ids([names[n] for n in ("image_token", "boi_token", "eoi_token")])
     )
-    template = "{% for m in messages %}<s>{% for c in m['content'] %}{% if c['type'] == 'image' %}<start_of_image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    template = (
+        "{% for m in messages %}<s>{% for c in m['content'] %}{% if c['type'] == 'image' "
+        "%}<start_of_image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    )
     processor = Gemma3Processor(
         Gemma3ImageProcessor(size=dict(height=64, width=64)),
         tokenizer,

@@ -237,7 +237,10 @@ def test_interrupted_is_one_line_and_130(capsys):
 
 def test_a_run_ends_with_the_graph_that_started_it(tmp_path):
     parent = subprocess.Popen(["sleep", "60"])
-    code = "from valor.runs import processes\nprocesses.end_with_parent()\nprint('begun', flush=True)\nimport time; time.sleep(60)"
+    code = (
+        "from valor.runs import processes\nprocesses.end_with_parent()\nprint('begun', flush=True)\nimport "
+        "time; time.sleep(60)"
+    )
     child = subprocess.Popen(
         [sys.executable, "-c", code],
         env=os.environ | dict(VALOR_ENDS_WITH=str(parent.pid)),

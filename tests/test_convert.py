@@ -221,7 +221,7 @@ import sys; from pathlib import Path
 from valor.policy.convert import convert_llava_med, miniature_llava_med
 status = lambda name: next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(name)) * 1024
 small = Path(sys.argv[1])
-convert_llava_med(miniature_llava_med(small / "o"), small / "d")                      # what is imported late is imported now
+convert_llava_med(miniature_llava_med(small / "o"), small / "d")  # what is imported late is imported now
 for src in sys.argv[2:]:
     open("/proc/self/clear_refs", "w").write("5")                                    # the peak starts anew
     base = status("VmRSS"); convert_llava_med(src, small / Path(src).name); print(status("VmHWM") - base)

@@ -38,7 +38,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path):
     write(tmp_path / "mine.jsonl")
 
     def evaluate(out):
-        return f"from valor.cli import main; main(['evaluate', '{tmp_path}/mine.jsonl', '--out', '{tmp_path / out}', '--metrics', 'lexical,bertscore,radgraph', '--n-boot', '100'])"
+        command = ["evaluate", f"{tmp_path}/mine.jsonl", "--out", f"{tmp_path / out}"]
+        command += ["--metrics", "lexical,bertscore,radgraph", "--n-boot", "100"]
+        return f"from valor.cli import main; main({command})"
 
     shown = finish(evaluate("whole"), tmp_path, 300)
     assert "RadGraph partial" in shown and "chexbert=rules" in shown

@@ -416,7 +416,8 @@ import numpy as np
 
 class Own:
     key = "own 1"
-    def image_features(self, images): return np.array([[np.asarray(im.convert("L")).mean() / 255, 1.] for im in images])
+    def image_features(self, images):
+        return np.array([[np.asarray(im.convert("L")).mean() / 255, 1.] for im in images])
     def text_features(self, texts): return np.array([[t.count("opacity"), 1. + len(t)] for t in texts])
 
 def made(): return Own()

@@ -154,7 +154,10 @@ def openi_archive(path, n=40, odd=()):
     "NLMCXR_reports.tgz of `n` made-up reports, with members of the types `odd`."
     with tarfile.open(path, "w:gz") as tar:
         for i in range(1, n + 1):
-            xml = f'<r><uId id="CXR{i}"/><AbstractText Label="FINDINGS">No effusion {i * 7}.</AbstractText><major>normal</major><parentImage id="CXR{i}_1"/></r>'.encode()
+            xml = (
+                f'<r><uId id="CXR{i}"/><AbstractText Label="FINDINGS">No effusion '
+                f'{i * 7}.</AbstractText><major>normal</major><parentImage id="CXR{i}_1"/></r>'
+            ).encode()
             member = tarfile.TarInfo(f"ecgen-radiology/{i}.xml")
             member.size = len(xml)
             tar.addfile(member, io.BytesIO(xml))

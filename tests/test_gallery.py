@@ -16,7 +16,10 @@ needs_browser = pytest.mark.skipif(
     not (BROWSER and DRIVER),
     reason="no chromium and chromedriver on this machine (Debian: apt-get install chromium chromium-driver)",
 )
-FLAGS = "--headless=new --no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync --no-first-run --disable-dev-shm-usage --window-size=1440,900"
+FLAGS = (
+    "--headless=new --no-sandbox --disable-gpu --disable-background-networking --disable-component-update "
+    "--disable-sync --no-first-run --disable-dev-shm-usage --window-size=1440,900"
+)
 HOSTILE = [
     "<script>document.title='broken'</script>",
     "</script><script>document.title='broken'</script>",
@@ -393,10 +396,27 @@ def test_search_filters_and_order(room, data):
 
 
 CONTRAST = """
-const number = c => c.match(/[\\d.]+/g).map(Number), light = c => { const [r, g, b] = number(c).slice(0, 3).map(v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126 * r + .7152 * g + .0722 * b; };
-const behind = e => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor; if (number(c)[3] !== 0) return c; } return 'rgb(255, 255, 255)'; };
-return [...document.querySelectorAll('body *')].filter(e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()) && e.offsetParent && !e.closest('script, .unseen, dialog:not([open]), option')).map(e => {
-  const [a, b] = [light(getComputedStyle(e).color), light(behind(e))]; return [(Math.max(a, b) + .05) / (Math.min(a, b) + .05), e.tagName + '.' + e.className + ': ' + e.textContent.slice(0, 30)]; }).sort((a, b) => a[0] - b[0])[0];
+const number = c => c.match(/[\\d.]+/g).map(Number);
+const light = c => {
+  const [r, g, b] = number(c).slice(0, 3).map(
+    v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+  return .2126 * r + .7152 * g + .0722 * b;
+};
+const behind = e => {
+  for (; e; e = e.parentElement) {
+    const c = getComputedStyle(e).backgroundColor;
+    if (number(c)[3] !== 0) return c;
+  }
+  return 'rgb(255, 255, 255)';
+};
+return [...document.querySelectorAll('body *')].filter(e =>
+  [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())
+  && e.offsetParent && !e.closest('script, .unseen, dialog:not([open]), option')
+).map(e => {
+  const [a, b] = [light(getComputedStyle(e).color), light(behind(e))];
+  const text = e.tagName + '.' + e.className + ': ' + e.textContent.slice(0, 30);
+  return [(Math.max(a, b) + .05) / (Math.min(a, b) + .05), text];
+}).sort((a, b) => a[0] - b[0])[0];
 """
 
 

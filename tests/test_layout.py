@@ -47,7 +47,10 @@ def test_no_circle_of_imports():
 
 
 def test_a_command_that_only_helps_imports_no_library():
-    code = "import sys; from valor.cli import command_parser; command_parser(); print([m for m in ('torch', 'transformers', 'pandas') if m in sys.modules])"
+    code = (
+        "import sys; from valor.cli import command_parser; command_parser(); print([m for m in ('torch', "
+        "'transformers', 'pandas') if m in sys.modules])"
+    )
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         == "[]\n"
