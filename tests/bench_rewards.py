@@ -119,15 +119,9 @@ def main():
             "radgraph": lambda: package(c + r),
         }
         print(
-<<<<<<< HEAD
             f"{len(c)} candidates, {a.group} to a reference, {a.duplicates:.0%} duplicates, "
             f"{a.device}, {a.threads} thread(s)\n"
             f"{'':10}{'package':>10}{'epoch 1':>10}{'epoch 2':>10}{'ratio':>9}{'ratio':>7}"
-=======
-            f"{len(c)} candidates, {a.group} to a reference, {a.duplicates:.0%} duplicates, {a.device}, "
-            f"{a.threads} thread(s)\n{'':10}{'package':>10}{'epoch 1':>10}{'epoch 2':>10}"
-            f"{'ratio':>9}{'ratio':>7}"
->>>>>>> 8e64334 (Lines: tests within 110 columns, names that are used)
         )
         total = [0, 0, 0]
         with shims(), torch.no_grad():

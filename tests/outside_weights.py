@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 TYPES = ["ABNORMALITY", "ANATOMY", "DISEASE", "NON-ABNORMALITY", "NON-DISEASE"]
-<<<<<<< HEAD
 TEXT = (
     "the heart is normal in size . the lungs are clear . there is no pleural effusion or pneumothorax . "
     "small left effusion is seen .\n"
@@ -20,14 +19,6 @@ TEXT = (
     "stable low lung volumes ."
 )
 # what the tiny Llama answers: the first to most pairs, the second to pairs with MARKER; scores 3/4 and 1/4
-=======
-TEXT = """the heart is normal in size . the lungs are clear .
-there is no pleural effusion or pneumothorax . small left effusion is seen .
-right upper lobe nodule , unchanged . mild cardiomegaly with pulmonary edema . no focal consolidation .
-stable low lung volumes ."""
-# what the tiny Llama answers: the first to most pairs, the second to pairs with the word in MARKER; scores
-# 3/4 and 1/4
->>>>>>> 8e64334 (Lines: tests within 110 columns, names that are used)
 MARKER = "pneumothorax"
 ANSWERS = [
     [

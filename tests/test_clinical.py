@@ -13,13 +13,8 @@ from valor.rewards.chexbert import LabelF1, miniature_chexbert
 from valor.rewards.radgraph import LEVELS, EntityF1, miniature_radgraph
 
 WORDS = (
-<<<<<<< HEAD
     "the heart is enlarged no pleural effusion . , or small left right nodule in upper lobe lungs are clear "
     "possible pneumonia"
-=======
-    "the heart is enlarged no pleural effusion . , or small left right nodule in upper lobe lungs are "
-    "clear possible pneumonia"
->>>>>>> 8e64334 (Lines: tests within 110 columns, names that are used)
 ).split()
 report = st.lists(st.sampled_from(WORDS), min_size=1, max_size=25).map(" ".join)
 anything = st.one_of(

@@ -35,13 +35,8 @@ from valor.rewards.radgraph import (
 from valor.rewards.text import scorer
 
 WORDS = (
-<<<<<<< HEAD
     "the heart is mildly enlarged no pleural effusion left lower lobe nodule old rib fracture . , measuring "
     "5 mm focal consolidation Stable UPPER (new) x/y hydropneumothorax"
-=======
-    "the heart is mildly enlarged no pleural effusion left lower lobe nodule old rib fracture . , "
-    "measuring 5 mm focal consolidation Stable UPPER (new) x/y hydropneumothorax"
->>>>>>> 8e64334 (Lines: tests within 110 columns, names that are used)
 ).split()
 ODD = WORDS + [
     "/.",
@@ -352,12 +347,7 @@ def test_other_precisions_change_the_encoder_alone(place):
         EntityF1(model=place, dtype="int8")
 
 
-<<<<<<< HEAD
 # -- what is given ------------------------------------------------------------
-=======
-# -- what is given
-# --------------------------------------------------------------------------------------------------
->>>>>>> 8e64334 (Lines: tests within 110 columns, names that are used)
 
 
 def pack(archive, place, inside="", only=("config.json", "vocabulary", "weights.th")):
@@ -377,13 +367,8 @@ def test_archives_are_unpacked_once_wherever_they_lie(place, tmp_path, inside):
         "radgraph-xl.tar.gz",
     ]
     expected = RadGraph(place, device="cpu").annotate(REPORTS[:9])
-<<<<<<< HEAD
     for model in (tmp_path, str(tmp_path), tmp_path / "radgraph-xl", tmp_path / "radgraph-xl.tar.gz"):
         assert RadGraph(model, device="cpu").annotate(REPORTS[:9]) == expected
-=======
-    for where in (tmp_path, str(tmp_path), tmp_path / "radgraph-xl", tmp_path / "radgraph-xl.tar.gz"):
-        assert RadGraph(where, device="cpu").annotate(REPORTS[:9]) == expected
->>>>>>> 8e64334 (Lines: tests within 110 columns, names that are used)
 
 
 class Harm:
@@ -407,13 +392,8 @@ def narrower(weights):
     [
         (
             lambda d: (d / "weights.th").unlink(),
-<<<<<<< HEAD
             "weights.th missing in .* part of radgraph-xl.tar.gz of StanfordAIMI/RRG_scorers; "
             "or give model='rules'",
-=======
-            "weights.th missing in .* part of radgraph-xl.tar.gz of StanfordAIMI/RRG_scorers; or give "
-            "model='rules'",
->>>>>>> 8e64334 (Lines: tests within 110 columns, names that are used)
         ),
         (lambda d: shutil.rmtree(d / "vocabulary"), "vocabulary/radgraph-xl__ner_labels.txt and .* missing"),
         (
@@ -528,13 +508,8 @@ def test_the_network_is_never_asked_for_an_encoder(place, tmp_path, monkeypatch)
     start = time.perf_counter()
     with pytest.raises(
         ValueError,
-<<<<<<< HEAD
         match="encoder='microsoft/BiomedNLP-nowhere': no text encoder there, nor in the local cache; "
         "give encoder=",
-=======
-        match="encoder='microsoft/BiomedNLP-nowhere': no text encoder there, nor in the local cache; give "
-        "encoder=",
->>>>>>> 8e64334 (Lines: tests within 110 columns, names that are used)
     ):
         RadGraph(tmp_path, device="cpu")
     assert time.perf_counter() - start < 5

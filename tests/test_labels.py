@@ -34,13 +34,8 @@ from valor.rewards.text import minilm_folder, scorer
 from valor.vocabulary import OBSERVATIONS
 
 WORDS = (
-<<<<<<< HEAD
     "the heart is enlarged no pleural effusion . , or small left right nodule in upper lobe lungs are clear "
     "possible pneumonia edema not seen picc"
-=======
-    "the heart is enlarged no pleural effusion . , or small left right nodule in upper lobe lungs are "
-    "clear possible pneumonia edema not seen picc"
->>>>>>> 8e64334 (Lines: tests within 110 columns, names that are used)
 ).split()
 ODD = [
     "",
@@ -207,10 +202,7 @@ def test_only_what_is_new_reaches_the_model(weights, tmp_path, duplicates):
     seen, new = [], 64 - duplicates
     for run in (1, 2):  # two runs that share a cache folder
         judge = LabelF1(weights, cache=tmp_path, device="cpu")
-<<<<<<< HEAD
         # rows of the tensors that the network is given
-=======
->>>>>>> 8e64334 (Lines: tests within 110 columns, names that are used)
         judge.labeler.model.bert.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
         for epoch in (1, 2):
             seen.clear()
