@@ -1283,3 +1283,31 @@ def test_smoke_reads_the_real_r2gen_split(tmp_path):
         studies.set_aside.kind.value_counts().to_dict() == {"no image of the view": 11}
         and len(studies.views) == 2947
     )
+
+
+def test_every_source_of_a_configuration_has_a_reader_and_terms():
+    "A configuration accepts exactly the benchmarks and sources that data knows; every one of them has terms."
+    from valor import config
+    from valor.data.benchmarks import BENCHMARKS
+    from valor.data.sources import SOURCES, terms_of
+
+    assert set(config.REAL_SOURCES) == set(SOURCES)
+    assert set(config.BENCHMARKS) == set(BENCHMARKS)
+    assert all(terms_of(name).licence for name in (*BENCHMARKS, *SOURCES))
+
+
+def test_a_benchmark_is_added_by_one_registration(monkeypatch):
+    from valor import config
+    from valor.data import benchmarks
+    from valor.metrics.statistics import true_columns
+
+    monkeypatch.setattr(benchmarks, "BENCHMARKS", dict(benchmarks.BENCHMARKS))
+    monkeypatch.setattr(config, "BENCHMARKS", list(config.BENCHMARKS))
+    phantom = benchmarks.benchmark_of("phantom")
+    benchmarks.register_benchmark(
+        benchmarks.Benchmark("mine", phantom.load, phantom.note, phantom.terms, truth="findings")
+    )
+    cfg = config.preset("smoke", benchmark="mine")
+    test = benchmarks.load_benchmark(cfg.benchmark, 2, 1, 3)["test"]
+    assert (true_columns(test["report"], test, "mine", None)["missed"] == 0).all()
+    assert benchmarks.benchmark_note("mine", test).startswith("phantom: 3 made-up studies")

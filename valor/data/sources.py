@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['EMPTY_CELLS', 'BROKEN_ROW', 'FRONTAL', 'LATERAL', 'CHEXPERT', 'COLUMNS', 'SOURCES', 'Study', 'Fault', 'read_table',
            'view_of', 'openi_views', 'dicom_name', 'check_is_iu', 'read_openi_tree', 'read_kaggle', 'read_r2gen',
-           'read_mimic', 'read_own_table', 'read_header', 'text_columns', 'read_hf', 'Terms', 'Source', 'terms_of',
-           'is_local', 'check_endpoint']
+           'read_mimic', 'read_own_table', 'read_header', 'text_columns', 'read_hf', 'Source', 'terms_of', 'is_local',
+           'check_endpoint']
 
 # %% ../../nbs/data/04_sources.ipynb #57ebc54f
 import csv
@@ -23,7 +23,7 @@ from xml.etree.ElementTree import ParseError
 import ijson
 
 from ..config import REAL_SOURCES
-from .benchmarks import openi_archive, parse_openi
+from .benchmarks import BENCHMARKS, OPENI_TERMS, Terms, openi_archive, parse_openi
 from .sections import parse_sections
 from ..files import SURROGATE, UNREADABLE, DataError, archive_files, json_lines, one_line, opened
 from ..vocabulary import OBSERVATIONS
@@ -802,29 +802,17 @@ def read_hf(root):
             )
 
 # %% ../../nbs/data/04_sources.ipynb #d7eaae6e
-@dataclass(frozen=True)
-class Terms:
-    """Under what a source may be used. `restricted`: nothing of it may leave the machine unless the user
-    names the endpoint as permitted."""
-
-    name: str
-    licence: str
-    restricted: bool
-
-
-_IU = Terms("Open-i / IU X-Ray", "CC BY-NC-ND 4.0", False)
+_IU = OPENI_TERMS
 _MIMIC = Terms(
     "MIMIC-CXR", "PhysioNet Credentialed Health Data License 1.5.0 and its data use agreement", True
 )
 _OWN = Terms("the user's own data", "unknown to valor", True)
-_MADE = Terms("made-up phantoms", "none needed", False)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A kind of source: its reader, its terms, where labels come from unless the user says otherwise, and
-    whether the views that it states are right (`trusted_views`; where they are not, and where none is
-    stated, the picture decides: chapter 01g)."""
+    """A kind of source: its reader, its terms, where labels come from unless the user says otherwise, and whether the views that it states are right
+    (`trusted_views`; where they are not, and where none is stated, the picture decides: chapter 01g)."""
 
     read: object
     terms: Terms
@@ -849,12 +837,11 @@ def terms_of(benchmark):
     "The `Terms` of a source or embedded benchmark. Raises `ValueError` for an unknown name."
     if benchmark in SOURCES:
         return SOURCES[benchmark].terms
-    if benchmark not in ("phantom", "openi_rendered"):
+    if benchmark not in BENCHMARKS:
         raise ValueError(
-            f"source={benchmark!r} is unknown; expected one of "
-            f"{', '.join([*SOURCES, 'phantom', 'openi_rendered'])}"
+            f"source={benchmark!r} is unknown; expected one of {', '.join([*SOURCES, *BENCHMARKS])}"
         )
-    return _MADE if benchmark == "phantom" else _IU
+    return BENCHMARKS[benchmark].terms
 
 # %% ../../nbs/data/04_sources.ipynb #c216318e
 from urllib.parse import urlsplit

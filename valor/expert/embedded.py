@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from ..data.benchmarks import benchmark_of
 from ..data.phantom import EDITS, compose_report, from_truth, write_report
 from ..rewards.rules import RuleLabeler
 from ..rewards.text import report_body
@@ -207,8 +208,10 @@ class SentenceEdits:
 
 
 def edits_for(dataset, benchmark):
-    "The edits that fit a benchmark: by the grammar on `phantom`, by sentences elsewhere."
-    return GrammarEdits(dataset) if benchmark == "phantom" else SentenceEdits(dataset, RuleLabeler())
+    "The edits that fit a benchmark: by the grammar where it made the text up, by sentences elsewhere."
+    if benchmark_of(benchmark).made_up:
+        return GrammarEdits(dataset)
+    return SentenceEdits(dataset, RuleLabeler())
 
 # %% ../../nbs/expert/00_embedded.ipynb #2a2cbc9a
 def contrastive_loss(images, texts, edited, owner, same, scale):

@@ -19,6 +19,7 @@ import pandas as pd
 import seaborn as sns
 
 from ..data import phantom
+from ..data.benchmarks import benchmark_of
 from ..data.phantom import compare, compose_report, from_truth, parse_report, write_report
 from ..figures import COLOURS, MISPLACED, PAGE, RIGHT, WRONG
 from ..rewards.rules import RuleLabeler
@@ -123,10 +124,11 @@ def drawn_columns(said, drawn):
 
 # %% ../../nbs/metrics/00_statistics.ipynb #8f2c87f1
 def true_columns(reports, dataset, benchmark, labeler):
-    "`FINDING_COLUMNS` of every report against what its image was drawn from; all NaN where `benchmark` is neither embedded one."
-    if benchmark == "phantom":
+    "`FINDING_COLUMNS` of every report against what its image was drawn from; all NaN where `benchmark` has no truth."
+    truth = benchmark_of(benchmark).truth
+    if truth == "findings":
         rows = [planted_columns(r, from_truth(t)) for r, t in zip(reports, dataset["truth"])]
-    elif benchmark == "openi_rendered":
+    elif truth == "observations":
         said = positives(reports, labeler) > 0
         true = np.array(dataset["labels"]) == 1
 
@@ -469,14 +471,11 @@ def retrieval_by_expert(train, dataset, expert):
 
 def controls(train, dataset, benchmark, sections="both", seed=0):
     "The controls that need no policy, {name: completions}; the ceiling's name says what it is."
-    if benchmark not in ("phantom", "openi_rendered"):
-        ceiling = {}  # nobody knows the truth
-    else:
-        ceiling = (
-            {"perfect findings": perfect_findings(dataset, sections, seed)}
-            if benchmark == "phantom"
-            else {"retrieval by true codes": retrieval_by_true_codes(train, dataset)}
-        )
+    truth, ceiling = benchmark_of(benchmark).truth, {}
+    if truth == "findings":
+        ceiling = {"perfect findings": perfect_findings(dataset, sections, seed)}
+    elif truth == "observations":
+        ceiling = {"retrieval by true codes": retrieval_by_true_codes(train, dataset)}
     return {
         "normal template": normal_template(train, len(dataset), seed=seed),
         "random report": random_reports(train, len(dataset), seed),

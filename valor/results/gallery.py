@@ -31,6 +31,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..config import Config, preset
+from ..data.benchmarks import benchmark_of
 from valor.data.phantom import (
     EDITS,
     Finding,
@@ -353,13 +354,8 @@ def attention_of(folder: Path | str, ids: Sequence[str]) -> list[dict | None]:
 # %% ../../nbs/results/03_gallery.ipynb #3a40e5d4
 def measures_of(benchmark):
     "The measures that a page shows for each report, by their names in `valor.metrics.statistics.METRICS`."
-    return [
-        "BLEU-4",
-        "ROUGE-L",
-        "label micro F1",
-        *{"phantom": ["located F1"], "openi_rendered": ["finding F1"]}.get(benchmark, []),
-        "words",
-    ]
+    f1 = benchmark_of(benchmark).f1
+    return ["BLEU-4", "ROUGE-L", "label micro F1", *([f1] if f1 else []), "words"]
 
 
 def per_study(frame, names):
@@ -373,7 +369,7 @@ def judge(systems, test, benchmark, label):
     """({system name: [Judged]}, [findings of each study as (name, description)]): against planted
     findings on `phantom`, else against the reference's labels."""
     texts = {s.name: [report_body(s.texts[i]) for i in test["study_id"]] for s in systems}
-    if benchmark == "phantom":
+    if benchmark_of(benchmark).truth == "findings":
         truth = [from_truth(t) for t in test["truth"]]
         return {n: [planted(t, true) for t, true in zip(ts, truth)] for n, ts in texts.items()}, [
             [_named(f) for f in t] for t in truth
@@ -432,7 +428,7 @@ def payload(
     return dict(
         systems=[dict(name=name, colour=colour) for name, colour in zip(names, colours)],
         measures=measures_of(cfg.benchmark),
-        planted=cfg.benchmark == "phantom",
+        planted=benchmark_of(cfg.benchmark).truth == "findings",
         studies=studies,
     )
 
@@ -495,10 +491,11 @@ def check_page_place(benchmark: str, out: Path | str) -> None:
 
 def _licence(benchmark: str) -> str:
     "What the page says of where its studies come from."
-    if benchmark == "phantom":
+    known = benchmark_of(benchmark)
+    if known.made_up:
         return "made-up studies, images and reports"
     terms = terms_of(benchmark)
-    drawn = "; real text, images rendered from its codes" if benchmark == "openi_rendered" else ""
+    drawn = f"; {known.described}" if known.described else ""
     return f"{terms.name}, {terms.licence}{drawn}"
 
 

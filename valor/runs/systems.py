@@ -21,6 +21,7 @@ import torch
 
 from ..config import key_of, preset, runs_dir
 from ..contents import fingerprint_once
+from ..data.benchmarks import benchmark_of
 from ..figures import save, save_page, use_style
 from ..metrics import statistics as ev
 from ..policy.models import check_policy
@@ -194,7 +195,7 @@ def main_job(cfgs, out):
     files += kept(f"{stem}_progression", shown, ev.plot_progression(shown, k_clin=cfg.k_clin)) + kept(
         f"{stem}_steps", step_profile(log)
     )
-    if cfg.benchmark == "phantom":  # text of real reports is not shown: CC BY-NC-ND
+    if benchmark_of(cfg.benchmark).text_shown:
         reports = {
             s: read_reports(ensure(*phase_of(s, cfg)), "test") for s in ("SFT", "VALOR w/o visual", "VALOR")
         }
