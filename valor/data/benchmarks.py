@@ -4,8 +4,8 @@
 __all__ = ['MESH_SIDES', 'MESH_ZONES', 'MESH_SEVERITIES', 'MESH_FINDINGS', 'BENCHMARKS', 'OPENI_TERMS', 'openi_archive',
            'parse_openi', 'read_openi', 'Code', 'parse_code', 'code_to_findings', 'codes_to_findings', 'coverage',
            'hash_unit', 'split_of', 'clean_openi', 'code_labels', 'study_seed', 'render_study', 'openi_dataset',
-           'Terms', 'Benchmark', 'register_benchmark', 'benchmark_of', 'load_benchmark', 'rerender', 'leaked',
-           'benchmark_note']
+           'Terms', 'Benchmark', 'register_benchmark', 'benchmark_of', 'load_benchmark', 'benchmark_note', 'rerender',
+           'leaked']
 
 # %% ../../nbs/data/01_benchmarks.ipynb #e459c624
 import hashlib
@@ -439,7 +439,8 @@ def openi_dataset(studies, split, n=None, size=96, sections="both", render_seed=
 # %% ../../nbs/data/01_benchmarks.ipynb #bench000
 @dataclass(frozen=True)
 class Terms:
-    "Terms of use. `restricted`: nothing of it may leave the machine unless the user names the endpoint as permitted."
+    """Terms of use. `restricted`: nothing of it may leave the machine unless the user names the endpoint
+    as permitted."""
 
     name: str
     licence: str
@@ -450,9 +451,10 @@ class Terms:
 class Benchmark:
     """All that the package knows about a benchmark; `register_benchmark` adds one.
 
-    `load(counts, seed, size, sections, render_seed)` returns a `DatasetDict` with `FEATURES`; `counts` is {split: number of
-    studies or None for all}. `note(study_ids)` returns the line under its results. `truth` says what `truth_metrics` are
-    measured against: "findings" (planted, with their places), "observations" (what the image was drawn from), or None."""
+    `load(counts, seed, size, sections, render_seed)` returns a `DatasetDict` with `FEATURES`; `counts` is
+    {split: number of studies or None for all}. `note(study_ids)` returns the line under its results.
+    `truth` says what `truth_metrics` are measured against: "findings" (planted, with their places),
+    "observations" (what the image was drawn from), or None."""
 
     name: str
     load: Callable | None = None
@@ -512,40 +514,6 @@ def _load_openi(counts, seed, size, sections, render_seed):
         parts[split] = openi_dataset(studies, split, n, size, sections, render_seed)
     return DatasetDict(parts)
 
-# %% ../../nbs/data/01_benchmarks.ipynb #0b184bbd
-def rerender(dataset, seed):
-    """A copy of a benchmark `dataset` whose images show the same findings (and `truth` their new boxes)
-    in another anatomy, by `seed`. Text, labels, order and size stay."""
-    size = dataset[0]["image"].size[0]
-    rows = tqdm(
-        zip(dataset["study_id"], dataset["truth"]),
-        desc="rerender",
-        total=len(dataset),
-        disable=len(dataset) < 500,
-        leave=False,
-    )
-    redrawn = [render_study(uid, from_truth(truth), seed, size) for uid, truth in rows]
-    rest = dataset.remove_columns(["image", "truth"]).to_dict()
-    return Dataset.from_dict(
-        rest | dict(image=[i for i, _ in redrawn], truth=[t for _, t in redrawn]), features=FEATURES
-    )
-
-# %% ../../nbs/data/01_benchmarks.ipynb #2e1b9b40
-def leaked(test, train, column="report"):
-    """Which rows of `test` are leaked, a boolean array: the text in `column` stands word for word in
-    `train`, or the patient is there (where both have `patient_id`). `test` and `train`: datasets or dicts
-    of columns. The only definition: notes, tables and the data report ask it."""
-
-    def read(data, name):
-        if name not in getattr(data, "column_names", data):
-            return []
-        return data.select_columns([name])[:][name] if hasattr(data, "column_names") else data[name]
-
-    texts, patients = set(read(train, column)), set(read(train, "patient_id")) - {None, ""}
-    again = np.array([text in texts for text in read(test, column)], dtype=bool)
-    there = np.array([p in patients for p in read(test, "patient_id")], dtype=bool)
-    return again | there if len(there) else again
-
 # %% ../../nbs/data/01_benchmarks.ipynb #8fe33233
 def benchmark_note(name, dataset):
     """One line that results print: source, what is real and what is rendered, coverage of the codes over
@@ -596,3 +564,37 @@ register_benchmark(
         described="real text, images rendered from its codes",
     )
 )
+
+# %% ../../nbs/data/01_benchmarks.ipynb #0b184bbd
+def rerender(dataset, seed):
+    """A copy of a benchmark `dataset` whose images show the same findings (and `truth` their new boxes)
+    in another anatomy, by `seed`. Text, labels, order and size stay."""
+    size = dataset[0]["image"].size[0]
+    rows = tqdm(
+        zip(dataset["study_id"], dataset["truth"]),
+        desc="rerender",
+        total=len(dataset),
+        disable=len(dataset) < 500,
+        leave=False,
+    )
+    redrawn = [render_study(uid, from_truth(truth), seed, size) for uid, truth in rows]
+    rest = dataset.remove_columns(["image", "truth"]).to_dict()
+    return Dataset.from_dict(
+        rest | dict(image=[i for i, _ in redrawn], truth=[t for _, t in redrawn]), features=FEATURES
+    )
+
+# %% ../../nbs/data/01_benchmarks.ipynb #2e1b9b40
+def leaked(test, train, column="report"):
+    """Which rows of `test` are leaked, a boolean array: the text in `column` stands word for word in
+    `train`, or the patient is there (where both have `patient_id`). `test` and `train`: datasets or dicts
+    of columns. The only definition: notes, tables and the data report ask it."""
+
+    def read(data, name):
+        if name not in getattr(data, "column_names", data):
+            return []
+        return data.select_columns([name])[:][name] if hasattr(data, "column_names") else data[name]
+
+    texts, patients = set(read(train, column)), set(read(train, "patient_id")) - {None, ""}
+    again = np.array([text in texts for text in read(test, column)], dtype=bool)
+    there = np.array([p in patients for p in read(test, "patient_id")], dtype=bool)
+    return again | there if len(there) else again

@@ -811,8 +811,9 @@ _OWN = Terms("the user's own data", "unknown to valor", True)
 
 @dataclass(frozen=True)
 class Source:
-    """A kind of source: its reader, its terms, where labels come from unless the user says otherwise, and whether the views that it states are right
-    (`trusted_views`; where they are not, and where none is stated, the picture decides: chapter 01g)."""
+    """A kind of source: its reader, its terms, where labels come from unless the user says otherwise, and
+    whether the views that it states are right (`trusted_views`; where they are not, and where none is
+    stated, the picture decides: chapter 01g)."""
 
     read: object
     terms: Terms

@@ -35,7 +35,8 @@ BLEU_COLUMNS = (
 
 
 def bleu_statistics(candidate, reference):
-    "The ten `BLEU_COLUMNS` of one pair of token lists: clipped n-gram matches, n-grams of the candidate (n = 1…4), both lengths."
+    """The ten `BLEU_COLUMNS` of one pair of token lists: clipped n-gram matches, n-grams of the candidate
+    (n = 1…4), both lengths."""
 
     def grams(tokens, n):
         return Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
@@ -45,7 +46,8 @@ def bleu_statistics(candidate, reference):
 
 
 def corpus_bleu(sums, order):
-    """BLEU-`order` from summed `BLEU_COLUMNS` (a mapping of column to number or array), equal to pycocoevalcap's corpus BLEU.
+    """BLEU-`order` from summed `BLEU_COLUMNS` (a mapping of column to number or array), equal to
+    pycocoevalcap's corpus BLEU.
 
     The tiny constants are pycocoevalcap's: they keep an empty candidate from dividing by zero."""
     precision = np.prod(
@@ -59,8 +61,9 @@ PATHOLOGIES = OBSERVATIONS[:12]  # without Support Devices and No Finding
 
 
 def positives(texts, labeler):
-    """What `labeler` finds in each of `texts`, as `labeler.uncertain` counts it: integers `(N, 14)`, 0 not there, 1 there, 2 uncertain
-    (only where "class" makes that an answer of its own). A labeler without `uncertain` counts uncertain observations as there."""
+    """What `labeler` finds in each of `texts`, as `labeler.uncertain` counts it: integers `(N, 14)`, 0
+    not there, 1 there, 2 uncertain (only where "class" makes that an answer of its own). A labeler
+    without `uncertain` counts uncertain observations as there."""
     labels, uncertain = (
         labeler.labels(list(texts))[OBSERVATIONS].to_numpy(),
         getattr(labeler, "uncertain", "positive"),
@@ -71,8 +74,9 @@ def positives(texts, labeler):
 
 
 def label_columns(candidates, references, labeler):
-    """True/false positives and false negatives of the 14 labels per pair, as 42 columns `tp Edema`, `fp Edema`, …, and the two abnormality
-    flags: an observation is right where it is the same in both (see `positives`). The only such count: runs and `valor evaluate` use it."""
+    """True/false positives and false negatives of the 14 labels per pair, as 42 columns `tp Edema`, `fp
+    Edema`, …, and the two abnormality flags: an observation is right where it is the same in both (see
+    `positives`). The only such count: runs and `valor evaluate` use it."""
     said, true = (positives(texts, labeler) for texts in (candidates, references))
     right = (said == true) & (true > 0)
     counts = dict(tp=right, fp=(said > 0) & ~right, fn=(true > 0) & ~right)
@@ -98,7 +102,8 @@ FINDING_COLUMNS = [
 
 
 def planted_columns(report, truth):
-    "`FINDING_COLUMNS` of one report against planted findings; a finding named right but put in the wrong place is a located error, not a hallucination."
+    """`FINDING_COLUMNS` of one report against planted findings; a finding named right but put in the
+    wrong place is a located error, not a hallucination."""
     c = compare(parse_report(report), truth)
     return [
         c["matched"] + c["mislocated"],
@@ -124,7 +129,8 @@ def drawn_columns(said, drawn):
 
 # %% ../../nbs/metrics/00_statistics.ipynb #8f2c87f1
 def true_columns(reports, dataset, benchmark, labeler):
-    "`FINDING_COLUMNS` of every report against what its image was drawn from; all NaN where `benchmark` has no truth."
+    """`FINDING_COLUMNS` of every report against what its image was drawn from; all NaN where `benchmark`
+    has no truth."""
     truth = benchmark_of(benchmark).truth
     if truth == "findings":
         rows = [planted_columns(r, from_truth(t)) for r, t in zip(reports, dataset["truth"])]
@@ -142,19 +148,22 @@ def true_columns(reports, dataset, benchmark, labeler):
 
 # %% ../../nbs/metrics/00_statistics.ipynb #10707673
 def distractors(keys, n=7, seed=0):
-    "For every study the indices (N, n) of `n` others with another key (the truth, as anything hashable), fixed by `seed`. ValueError where there are too few."
+    """For every study the indices (N, n) of `n` others with another key (the truth, as anything
+    hashable), fixed by `seed`. ValueError where there are too few."""
     rng = np.random.default_rng(seed)
     ids = np.unique([str(k) for k in keys], return_inverse=True)[1]
     different = [np.flatnonzero(ids != i) for i in ids]
     if min(map(len, different)) < n:
         raise ValueError(
-            f"n={n}: some study has only {min(map(len, different))} others with another truth among {len(keys)}; score more studies or ask for fewer"
+            f"n={n}: some study has only {min(map(len, different))} others with another truth among "
+            f"{len(keys)}; score more studies or ask for fewer"
         )
     return np.stack([rng.choice(d, n, replace=False) for d in different])
 
 
 def retrieved(text_features, image_features, others):
-    "1 where a report (N, D) is strictly closer to its own image (N, D) than to every distractor (N, n), else 0."
+    """1 where a report (N, D) is strictly closer to its own image (N, D) than to every distractor (N, n),
+    else 0."""
     own = (text_features * image_features).sum(-1)
     rest = (text_features[:, None] * image_features[others]).sum(-1)
     return (own > rest.max(1)).astype(float)
@@ -177,7 +186,8 @@ STATISTICS = [
 
 
 def truth_keys(dataset):
-    "What makes two studies different for retrieval: the set of drawn findings, or the report's text where no truth is known at all."
+    """What makes two studies different for retrieval: the set of drawn findings, or the report's text
+    where no truth is known at all."""
     return (
         [sorted(map(str, from_truth(t))) for t in dataset["truth"]]
         if any(dataset["truth"])
@@ -198,9 +208,11 @@ def score_reports(
 ):
     """One row of additive statistics per study, for `summarize` and `aggregate`.
 
-    `completions`: raw text, one for each row of `dataset` (a `valor.data.benchmarks` schema), tags included; what counts as the report is decided by
-    `rewards.report_body`. `leaked`: where given, a boolean array that says which studies are (`data.leaked`). `expert`: where given, R@1 among
-    8 test images (`image_features` (N, D), if they are at hand, save the images' pass), n/a where fewer than 7 studies have another truth. Raises ValueError if the lengths differ."""
+    `completions`: raw text, one for each row of `dataset` (a `valor.data.benchmarks` schema), tags
+    included; what counts as the report is decided by `rewards.report_body`. `leaked`: where given, a
+    boolean array that says which studies are (`data.leaked`). `expert`: where given, R@1 among 8 test
+    images (`image_features` (N, D), if they are at hand, save the images' pass), n/a where fewer than 7
+    studies have another truth. Raises ValueError if the lengths differ."""
     if len(completions) != len(dataset):
         raise ValueError(f"completions: {len(completions)} for {len(dataset)} studies; give one for each")
     labeler = labeler or RuleLabeler()
@@ -291,25 +303,29 @@ METRICS = {  # name: (function of sums, which way is better)
 
 # %% ../../nbs/metrics/00_statistics.ipynb #a975580c
 def study_draws(n, n_boot=1000, seed=0):
-    "How often each of `n` studies is taken in each of `n_boot` bootstrap draws: (n_boot, n) counts with rows that sum to n."
+    """How often each of `n` studies is taken in each of `n_boot` bootstrap draws: (n_boot, n) counts with
+    rows that sum to n."""
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_boot).astype(float)
 
 
 def measure(frame, draws=None, metrics=METRICS):
-    "All `metrics` of a frame from `score_reports`: metric -> number, or with `draws` (B, n) -> array (B,). What the data does not allow is NaN."
+    """All `metrics` of a frame from `score_reports`: metric -> number, or with `draws` (B, n) -> array
+    (B,). What the data does not allow is NaN."""
     weights = np.ones((1, len(frame))) if draws is None else draws
     sums = dict(zip(frame.columns, (weights @ frame.to_numpy()).T)) | {"studies": weights.sum(1)}
     return {name: f(sums)[0] if draws is None else f(sums) for name, (f, _) in metrics.items()}
 
 
 def interval(values):
-    "95 % percentile interval (lo, hi) of bootstrap values; draws in which the measure is undefined are left out."
+    """95 % percentile interval (lo, hi) of bootstrap values; draws in which the measure is undefined are
+    left out."""
     values = values[~np.isnan(values)]
     return tuple(np.percentile(values, [2.5, 97.5])) if len(values) else (np.nan, np.nan)
 
 
 def p_value(gaps):
-    "Two-sided bootstrap p of drawn differences; draws in which the measure is undefined are left out, NaN where it always is."
+    """Two-sided bootstrap p of drawn differences; draws in which the measure is undefined are left out,
+    NaN where it always is."""
     gaps = gaps[~np.isnan(gaps)]
     return (
         min(1.0, 2 * (1 + min((gaps <= 0).sum(), (gaps >= 0).sum())) / (1 + len(gaps)))
@@ -319,10 +335,12 @@ def p_value(gaps):
 
 
 def drawn(by_seed, metrics, n_boot=1000, seed=0):
-    """{metric: (value, draws `(n_boot,)`)} of one system from `by_seed` {seed: frame}: the one bootstrap of this package.
+    """{metric: (value, draws `(n_boot,)`)} of one system from `by_seed` {seed: frame}: the one bootstrap
+    of this package.
 
-    `value` is the mean over seeds; each draw takes seeds and studies with replacement. Systems with as many seeds and the same number of
-    studies are drawn alike, so that their draws may be subtracted. Seeds with other studies than the first draw studies of their own."""
+    `value` is the mean over seeds; each draw takes seeds and studies with replacement. Systems with as
+    many seeds and the same number of studies are drawn alike, so that their draws may be subtracted.
+    Seeds with other studies than the first draw studies of their own."""
     each = list(by_seed.values())
     crossed = all(f.index.equals(each[0].index) for f in each)
     draws = [study_draws(len(f), n_boot, seed + (0 if crossed else 1000 * i)) for i, f in enumerate(each)]
@@ -340,7 +358,8 @@ def drawn(by_seed, metrics, n_boot=1000, seed=0):
 
 
 def summarize(frame, n_boot=1000, seed=0):
-    "metric -> (value, lo, hi): each measure of one system with its 95 % percentile bootstrap interval over studies; NaN where it does not apply."
+    """metric -> (value, lo, hi): each measure of one system with its 95 % percentile bootstrap interval
+    over studies; NaN where it does not apply."""
     return {
         name: (value, *map(float, interval(draws)))
         for name, (value, draws) in drawn({0: frame}, METRICS, n_boot, seed).items()
@@ -350,7 +369,8 @@ def summarize(frame, n_boot=1000, seed=0):
 def aggregate(frames, n_boot=1000, seed=0):
     """Tidy table with one row per system and metric: system, metric, value, lo, hi, seeds, studies.
 
-    `frames`: {system: {seed: frame}}. `value` is the mean over seeds; the interval is a percentile bootstrap over seeds and studies."""
+    `frames`: {system: {seed: frame}}. `value` is the mean over seeds; the interval is a percentile
+    bootstrap over seeds and studies."""
     rows = []
     for system, by_seed in frames.items():
         for name, (value, draws) in drawn(by_seed, METRICS, n_boot, seed).items():
@@ -370,7 +390,8 @@ def aggregate(frames, n_boot=1000, seed=0):
 
 # %% ../../nbs/metrics/00_statistics.ipynb #39343e4d
 def paired_difference(frames, a, b, metric, n_boot=1000, seed=0):
-    "(a − b, lo, hi) of one metric for two systems of `frames` (see `aggregate`), bootstrapped over the same seeds and studies; a control has one seed for all."
+    """(a − b, lo, hi) of one metric for two systems of `frames` (see `aggregate`), bootstrapped over the
+    same seeds and studies; a control has one seed for all."""
     theirs = {s: frames[b].get(s, next(iter(frames[b].values()))) for s in frames[a]}
     (x, drawn_x), (y, drawn_y) = (
         drawn(f, {metric: METRICS[metric]}, n_boot, seed)[metric] for f in (frames[a], theirs)
@@ -379,7 +400,8 @@ def paired_difference(frames, a, b, metric, n_boot=1000, seed=0):
 
 # %% ../../nbs/metrics/00_statistics.ipynb #233fb400
 def result_table(tidy, metrics=None):
-    "Formatted table: one row per system (in the order of `tidy`), one column per metric with its better direction, cells `value [lo, hi]` or n/a."
+    """Formatted table: one row per system (in the order of `tidy`), one column per metric with its better
+    direction, cells `value [lo, hi]` or n/a."""
 
     def cell(row):
         if np.isnan(row.value):
@@ -422,7 +444,8 @@ def blank_images(dataset):
 
 
 def normal_template(train, n, sample=60, seed=0):
-    "One fixed normal report for all `n` studies: among `sample` of `train` with nothing drawn and read as No Finding, the most central (highest mean ROUGE-L to the others)."
+    """One fixed normal report for all `n` studies: among `sample` of `train` with nothing drawn and read
+    as No Finding, the most central (highest mean ROUGE-L to the others)."""
     reports = [r for r, truth in zip(train["report"], train["truth"]) if not truth]
     some = [reports[i] for i in np.random.default_rng(seed).permutation(len(reports))[: 2 * sample]]
     some = [r for r, normal in zip(some, RuleLabeler().labels(some)["No Finding"]) if normal == 1][:sample]
@@ -446,7 +469,8 @@ def perfect_findings(dataset, sections="both", seed=0):
 
 
 def retrieval_by_true_codes(train, dataset):
-    "For each study the `train` report whose drawn findings are most similar (Jaccard over name, name+side and name+side+zone; the first of equals)."
+    """For each study the `train` report whose drawn findings are most similar (Jaccard over name,
+    name+side and name+side+zone; the first of equals)."""
     sets = [[_parts(from_truth(t)) for t in d["truth"]] for d in (train, dataset)]
 
     def alike(a, b):
@@ -460,7 +484,8 @@ def _parts(findings):
 
 
 def retrieval_by_expert(train, dataset, expert):
-    "For each study the `train` report that the frozen expert finds most similar to its image (Eq. 6; the first of equals): retrieval in its image-text space."
+    """For each study the `train` report that the frozen expert finds most similar to its image (Eq. 6;
+    the first of equals): retrieval in its image-text space."""
     reports = list(dict.fromkeys(train["report"]))
     similarity = (
         np.asarray(expert.image_features(list(dataset["image"])))
@@ -483,7 +508,8 @@ def controls(train, dataset, benchmark, sections="both", seed=0):
 
 # %% ../../nbs/metrics/00_statistics.ipynb #494b5b21
 def plot_results(tidy, metrics, title=None):
-    "One panel per metric: every system's value with its interval, in the order of the table. Metrics that do not apply are left out."
+    """One panel per metric: every system's value with its interval, in the order of the table. Metrics
+    that do not apply are left out."""
     metrics = [m for m in metrics if tidy.query("metric == @m").value.notna().any()]
     systems = list(tidy.system.drop_duplicates())
     fig, axes = plt.subplots(
@@ -510,9 +536,11 @@ def plot_results(tidy, metrics, title=None):
 
 # %% ../../nbs/metrics/00_statistics.ipynb #cfdc1f59
 def plot_progression(log, quantities=None, k_clin=None, smooth=5):
-    """Panels over k for a log with columns `k`, `stage` and one per quantity (default: all others that are numbers).
+    """Panels over k for a log with columns `k`, `stage` and one per quantity (default: all others that
+    are numbers).
 
-    `k_clin` marks the onset of injection; `smooth`: running mean over so many steps, drawn over the faint raw values."""
+    `k_clin` marks the onset of injection; `smooth`: running mean over so many steps, drawn over the faint
+    raw values."""
     keys = [c for c in ("system", "seed") if c in log]
     quantities = quantities or [
         c for c in log.select_dtypes("number") if c not in ("k", "stage", "seed") and log[c].notna().any()
@@ -588,7 +616,8 @@ def describe(finding):
 
 
 def _coloured_text(ax, text, spans, width, y, step):
-    "Monospaced `text` with spans (start, end, kind) coloured: in each line every kind is drawn with all other characters blank, so that nothing shifts."
+    """Monospaced `text` with spans (start, end, kind) coloured: in each line every kind is drawn with all
+    other characters blank, so that nothing shifts."""
     kinds, at = ["plain"] * len(text), 0
     for start, end, kind in spans:
         kinds[start:end] = [kind] * (end - start)
@@ -612,7 +641,8 @@ def _coloured_text(ax, text, spans, width, y, step):
 
 
 def plot_cases(dataset, reports, n=4, width=92, first=0):
-    """A page of `n` phantom studies from row `first` on: image with boxes around what was planted, reference, and each system's report with its mentions coloured.
+    """A page of `n` phantom studies from row `first` on: image with boxes around what was planted,
+    reference, and each system's report with its mentions coloured.
 
     `reports`: {system: list of completions, one per row of `dataset`}."""
     rows = range(first, min(first + n, len(dataset)))

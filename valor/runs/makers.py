@@ -185,19 +185,22 @@ def make_expert(out, cfg, after, name):
 
 
 def open_expert(folder, cfg):
-    "The expert of an `expert` phase; the features of images are kept for all runs. `RunError` where another model lies now where the phase found its own."
+    """The expert of an `expert` phase; the features of images are kept for all runs. `RunError` where
+    another model lies now where the phase found its own."""
     elsewhere = Path(folder) / "expert.json"
     given = read_json(elsewhere) if elsewhere.exists() else dict(path=Path(folder) / "model")
     expert = load_expert(given["path"], labeler(cfg), cache=runs_dir() / "scores")
     if given.get("key") not in (None, expert.key):
         raise RunError(
-            f"{elsewhere}: this run began with other weights ({given['key']}) than expert={cfg.expert!r} has now ({expert.key}); restore them, or move {folder} away and start again"
+            f"{elsewhere}: this run began with other weights ({given['key']}) than expert={cfg.expert!r} "
+            f"has now ({expert.key}); restore them, or move {folder} away and start again"
         )
     return expert
 
 
 def expert_note(cfg, frames):
-    "One line that results print: which expert, what it judges, and how many reports of each system ran beyond its context and were cut. `frames`: {system: {seed: frame}}."
+    """One line that results print: which expert, what it judges, and how many reports of each system ran
+    beyond its context and were cut. `frames`: {system: {seed: frame}}."""
     elsewhere = phase_folder("expert", cfg) / "expert.json"
     about = f" ({note})" if elsewhere.exists() and (note := read_json(elsewhere).get("note")) else ""
     cut = {
@@ -221,7 +224,8 @@ def renderings(train, copies):
 
 @maker("base")
 def make_base(out, cfg, after, name):
-    "The embedded base: vision warm-up on what was drawn, then generic descriptions; or a note of where the real one is."
+    """The embedded base: vision warm-up on what was drawn, then generic descriptions; or a note of where
+    the real one is."""
     if cfg.base != "embedded":
         return write_json(out / "policy.json", dict(path=cfg.base))
     shown = renderings(load_data(after["data"])["train"], cfg.render_copies)
@@ -258,7 +262,8 @@ def make_base(out, cfg, after, name):
 
 
 def lay_findings(row):
-    "What a layman may have seen in a study: the findings of its truth, or, where nobody stated them, what its labels say."
+    """What a layman may have seen in a study: the findings of its truth, or, where nobody stated them,
+    what its labels say."""
     if row["truth"]:
         return [f for f in from_truth(row["truth"]) if FINDINGS[f.name].in_phantom]
     return [
@@ -276,7 +281,8 @@ BY_OBSERVATION = {
 
 
 def warm_up_targets(data):
-    "Multi-hot targets `(N, C)` of the vision warm-up: findings with side and zone where they are known, else the 14 labels."
+    """Multi-hot targets `(N, C)` of the vision warm-up: findings with side and zone where they are known,
+    else the 14 labels."""
     if any(data["truth"]):
         return finding_targets(data["truth"])[0]
     return torch.tensor(data["labels"]).float().clamp(min=0)
@@ -335,7 +341,8 @@ def text_scorers(cfg):
 
 
 def check_scorers(cfgs):
-    "Make the scorers and the expert that the runs `cfgs` name and try them, so that missing weights and broken rewards show before anything is trained (ValueError, RewardError)."
+    """Make the scorers and the expert that the runs `cfgs` name and try them, so that missing weights and
+    broken rewards show before anything is trained (ValueError, RewardError)."""
     given = {
         ("scorers", key_of([getattr(cfg, f) for f in (*SCORING, "lambda_length", "lambda_repetition")])): (
             lambda cfg=cfg: probe(text_scorers(cfg))
@@ -367,17 +374,20 @@ def labeler(cfg):
 
 
 def expert_similarity(expert):
-    "Eq. 6 as a function of `(candidates, rows)`; see `valor.expert.frozen.FrozenExpert` for what is computed once."
+    """Eq. 6 as a function of `(candidates, rows)`; see `valor.expert.frozen.FrozenExpert` for what is
+    computed once."""
     return lambda texts, rows: expert.similarity([row["image"] for row in rows], texts).tolist()
 
 
 def context_watch(expert):
-    "Watched, never rewarded: the share of candidates that run beyond the context of `expert`, which judges their beginning alone."
+    """Watched, never rewarded: the share of candidates that run beyond the context of `expert`, which
+    judges their beginning alone."""
     return {"cut": lambda texts, rows: [float(c) for c in expert.cut(texts)]} if expert.counts else {}
 
 
 def truth_watch(cfg):
-    "What training is watched by but never rewarded with: F1 against the planted truth, and the share of true findings that are named."
+    """What training is watched by but never rewarded with: F1 against the planted truth, and the share of
+    true findings that are named."""
     truth = benchmark_of(cfg.benchmark).truth
     if truth is None:
         return {}
