@@ -240,7 +240,8 @@ def _of_the_disk(error):
     ):
         return f"{where}the disk is full; free some of it, then the same command goes on"
     if number in NO_LEAVE:
-        return f"{where}cannot be read or written ({os.strerror(number)}); give yourself leave to, or set VALOR_RUNS and VALOR_FIGURES to folders that can be written"
+        remedy = "give yourself leave to, or set VALOR_RUNS and VALOR_FIGURES to folders that can be written"
+        return f"{where}cannot be read or written ({os.strerror(number)}); {remedy}"
     return None
 
 

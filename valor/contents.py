@@ -15,9 +15,7 @@ from .config import runs_dir
 
 # %% ../nbs/00e_contents.ipynb #c0a1c005
 FILMS = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")  # by name and size
-SETTLED = (
-    2 * 10**9
-)  # nanoseconds after its last change in which a file's digest is not kept: it may change again within one tick of the clock
+SETTLED = 2 * 10**9
 
 
 def cache_dir():
@@ -89,16 +87,13 @@ def fingerprint(path):
             return digests.of(str(path), path.stat())
         for name, entry in sorted(_files(path), key=lambda f: f[0]):
             stat = entry.stat()
-            total.update(
-                f"{name}\0{stat.st_size if name.lower().endswith(FILMS) else digests.of(entry.path, stat)}\0".encode(
-                    "utf-8", "surrogatepass"
-                )
-            )
+            film = name.lower().endswith(FILMS)
+            held = stat.st_size if film else digests.of(entry.path, stat)
+            total.update(f"{name}\0{held}\0".encode("utf-8", "surrogatepass"))
         return total.hexdigest()[:32]
     finally:
         digests.close()
 
 
-fingerprint_once = lru_cache(None)(
-    fingerprint
-)  # as a process first saw it: a run's key does not change while it works
+# as a process first saw it: a run's key does not change while it works
+fingerprint_once = lru_cache(None)(fingerprint)

@@ -39,7 +39,8 @@ DECODERS = "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg, or pytho
 
 
 def open_dicom(file, **options):
-    "`pydicom.dcmread` of a path or binary file, also of one without the preamble and its `DICM`, or without a file head (its encoding is then what pydicom finds)."
+    """`pydicom.dcmread` of a path or binary file, also of one without the preamble and its `DICM`, or
+    without a file head (its encoding is then what pydicom finds)."""
     import pydicom
     from pydicom.dataset import FileMetaDataset
 
@@ -59,7 +60,8 @@ def open_dicom(file, **options):
 
 
 def _padding(pixels, ds):
-    "Where `pixels (H, W)` are no picture: the value, or the range of values, that the object declares as padding."
+    """Where `pixels (H, W)` are no picture: the value, or the range of values, that the object declares
+    as padding."""
     if ds.get("PixelPaddingValue") is None:
         return np.zeros(pixels.shape, bool)
     ends = [
@@ -72,7 +74,8 @@ def _padding(pixels, ds):
 
 
 def _windowed(values, ds, where):
-    "`values (H, W)` through the object's window or table; as they are where its window cannot be used (no width, or only one value is left of what is not padding, `where`)."
+    """`values (H, W)` through the object's window or table; as they are where its window cannot be used
+    (no width, or only one value is left of what is not padding, `where`)."""
     from pydicom.pixels import apply_voi_lut
 
     try:
@@ -92,13 +95,15 @@ def _colour(pixels, ds, name):
         pixels, bits = apply_color_lut(pixels, ds), int(ds.RedPaletteColorLookupTableDescriptor[2])
     if pixels.ndim != 3 or pixels.shape[2] < 3:
         raise ImageError(
-            f"{name}: pixels of shape {pixels.shape} as {ds.PhotometricInterpretation}; expected grey, RGB or a palette"
+            f"{name}: pixels of shape {pixels.shape} as {ds.PhotometricInterpretation}; expected grey, RGB "
+            f"or a palette"
         )
     return np.asarray(Image.fromarray((pixels[..., :3] >> max(0, bits - 8)).astype(np.uint8)).convert("L"))
 
 
 def read_dicom(file, name):
-    """A DICOM radiograph (path or binary file) as uint8 `(H, W)`: rescaled, windowed, MONOCHROME1 inverted, padding black, colour reduced to brightness.
+    """A DICOM radiograph (path or binary file) as uint8 `(H, W)`: rescaled, windowed, MONOCHROME1
+    inverted, padding black, colour reduced to brightness.
 
     Raises `ImageError` naming `name`, and the package to install where a compression needs one."""
     from pydicom.pixels import apply_modality_lut
@@ -107,7 +112,8 @@ def read_dicom(file, name):
         ds = open_dicom(file)
         if "PixelData" not in ds:
             raise ImageError(
-                f"{name}: a DICOM object without pixels (Modality {ds.get('Modality', 'unknown')}); expected a radiograph"
+                f"{name}: a DICOM object without pixels (Modality {ds.get('Modality', 'unknown')}); "
+                f"expected a radiograph"
             )
         if int(ds.get("NumberOfFrames") or 1) > 1:
             raise ImageError(f"{name}: a DICOM object of {ds.NumberOfFrames} frames; expected one image")
@@ -123,7 +129,8 @@ def read_dicom(file, name):
     except Exception as e:  # pydicom and its decoders raise what they like on damaged files
         if "missing dependencies" in str(e):
             raise ImageError(
-                f"{name}: compressed as {ds.file_meta.TransferSyntaxUID.name}, which takes another package: {DECODERS}"
+                f"{name}: compressed as {ds.file_meta.TransferSyntaxUID.name}, which takes another "
+                f"package: {DECODERS}"
             ) from e
         raise ImageError(f"{name}: not readable as DICOM ({one_line(e)})") from e
     if ds.PhotometricInterpretation == "MONOCHROME1":
@@ -133,7 +140,8 @@ def read_dicom(file, name):
 
 # %% ../../nbs/data/03_images.ipynb #cd1a58ae
 def write_dicom(path, values, photometric="MONOCHROME2", window=None, bits=12):
-    "A minimal, valid DICOM file of the unsigned 16-bit `values (H, W)`, for tests and examples; `window` is (centre, width)."
+    """A minimal, valid DICOM file of the unsigned 16-bit `values (H, W)`, for tests and examples;
+    `window` is (centre, width)."""
     from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian
 
@@ -165,7 +173,8 @@ def write_dicom(path, values, photometric="MONOCHROME2", window=None, bits=12):
 
 # %% ../../nbs/data/03_images.ipynb #19fe15e3
 def _magic(head):
-    "`dicom`, `png`, `jpeg` or None by the first 132 bytes. A DICOM file without its preamble begins with an element of group 2 or 8."
+    """`dicom`, `png`, `jpeg` or None by the first 132 bytes. A DICOM file without its preamble begins
+    with an element of group 2 or 8."""
     if (
         head[128:132] == b"DICM"
         or head[:4] == b"\2\0\0\0"
@@ -178,7 +187,8 @@ def _magic(head):
 
 
 def read_image(source, name=None):
-    """A radiograph as uint8 `(H, W)`, from a path or from bytes: PNG (8 or 16 bits), JPEG (turned as its EXIF tag says) or DICOM.
+    """A radiograph as uint8 `(H, W)`, from a path or from bytes: PNG (8 or 16 bits), JPEG (turned as its
+    EXIF tag says) or DICOM.
 
     Raises `ImageError` for a missing, empty, foreign or damaged file, naming it (`name`, or the path)."""
     name = name or (str(source) if isinstance(source, (str, Path)) else "image in memory")
@@ -191,7 +201,8 @@ def read_image(source, name=None):
     kind = _magic(data[:132])
     if kind is None:
         raise ImageError(
-            f"{name}: {'empty' if not data else f'begins with {data[:8]!r}'}; expected a PNG, JPEG or DICOM file"
+            f"{name}: {'empty' if not data else f'begins with {data[:8]!r}'}; expected a PNG, JPEG or "
+            f"DICOM file"
         )
     if kind == "dicom":
         return read_dicom(io.BytesIO(data), name)
@@ -204,11 +215,14 @@ def read_image(source, name=None):
     return to_uint8(image) if image.mode[0] in "IF" else np.array(image.convert("L"))
 
 # %% ../../nbs/data/03_images.ipynb #47b3e09c
-_SMALL = 0.02  # bytes a pixel under which a compressed image may hold one value only; real radiographs need ten times as much
+# bytes a pixel under which a compressed image may hold one value only; real radiographs need ten times as
+# much
+_SMALL = 0.02
 
 
 def check_image(source, full=False, name=None):
-    """Raise `ImageError` unless `source` (path or bytes) looks like a whole radiograph of more than one value: a glance at its first and last bytes, or `full`: decode it.
+    """Raise `ImageError` unless `source` (path or bytes) looks like a whole radiograph of more than one
+    value: a glance at its first and last bytes, or `full`: decode it.
 
     Where the glance finds no end (the file is cut, or something follows its end), decoding decides."""
     name = name or (str(source) if isinstance(source, (str, Path)) else "image in memory")
@@ -270,7 +284,8 @@ PAD = 117
 
 
 def square(pixels, size=None):
-    "uint8 `(H, W)` as a square grey `PIL.Image`: padded evenly with `PAD` to its longer side, then resized to `size` pixels (None: as it is)."
+    """uint8 `(H, W)` as a square grey `PIL.Image`: padded evenly with `PAD` to its longer side, then
+    resized to `size` pixels (None: as it is)."""
     h, w = pixels.shape
     image = Image.fromarray(pixels)
     if h != w:
@@ -292,7 +307,8 @@ def to_png(image):
 
 @dataclass
 class XRay(datasets.Image):
-    "A `datasets` column of radiographs: stored as path or bytes, read as a square grey `PIL.Image` of `size` pixels (None: the file's own). Raises `ImageError` on access."
+    """A `datasets` column of radiographs: stored as path or bytes, read as a square grey `PIL.Image` of
+    `size` pixels (None: the file's own). Raises `ImageError` on access."""
 
     size: int | None = None
     _type: str = field(default="XRay", init=False, repr=False)

@@ -993,7 +993,8 @@ def _phrase(f, rng, place=None, severity=True):
 def _sentence(f, rng):
     "One sentence of FINDINGS that states the finding."
     if f.name == "cardiomegaly" and rng.random() < 0.6:
-        return f"the {_pick(rng, ('heart', 'cardiac silhouette'))} is {f.severity + 'ly ' if f.severity else ''}enlarged."
+        how = f.severity + "ly " if f.severity else ""
+        return f"the {_pick(rng, ('heart', 'cardiac silhouette'))} is {how}enlarged."
     text, plural = _phrase(f, rng)
     an = "" if plural or f.name in _MASS else "an " if text[0] in "aeio" else "a "
     verb = "are" if plural else "is"

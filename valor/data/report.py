@@ -33,7 +33,8 @@ def columns(dataset, *names, batch=1000):
 
 
 def by_split(studies):
-    "A row per split: studies, patients, how many images stand for them by view, words per report (quartiles), and how many reports occur more than once."
+    """A row per split: studies, patients, how many images stand for them by view, words per report
+    (quartiles), and how many reports occur more than once."""
     out = {}
     for split, data in studies.items():
         views, patients, texts, words = Counter(), set(), Counter(), []
@@ -68,7 +69,9 @@ def prevalence(studies):
 
 # %% ../../nbs/data/07_report.ipynb #77e74278
 def leakage(studies):
-    "A row per pair of splits: how many studies of the later one are leaked (`data.leaked`: report or patient in the earlier one), how many reports stand there word for word, of how many, and how many patients and image files are in both."
+    """A row per pair of splits: how many studies of the later one are leaked (`data.leaked`: report or
+    patient in the earlier one), how many reports stand there word for word, of how many, and how many
+    patients and image files are in both."""
     texts, patients, files = ({s: set() for s in studies} for _ in range(3))
     for split, data in studies.items():
         for patient, report in columns(data, "patient_id", "report"):
@@ -105,7 +108,8 @@ def paths(dataset):
 
 # %% ../../nbs/data/07_report.ipynb #ef0911f4
 def views_table(views):
-    "A row for each view that the source states (`tag`): how many of its images show which view by their picture (chapter 01g). `contradicted`: it surely shows the other one."
+    """A row for each view that the source states (`tag`): how many of its images show which view by their
+    picture (chapter 01g). `contradicted`: it surely shows the other one."""
     if not len(views):
         return pd.DataFrame(
             {"pictures read": [0]},
@@ -120,7 +124,8 @@ def views_table(views):
 
 
 def data_report(studies):
-    "{title: table} for a `Studies`: the source, what was read, what was set aside and why, splits, lengths, leakage, duplicates, labels. No text of any study is in it."
+    """{title: table} for a `Studies`: the source, what was read, what was set aside and why, splits,
+    lengths, leakage, duplicates, labels. No text of any study is in it."""
     info, terms, seen = studies.info, terms_of(studies.info["source"]), studies.info["seen"]
 
     def table(d, name):
@@ -145,7 +150,9 @@ def data_report(studies):
                 else "no",
                 **info["how"],
                 "images checked": "by a glance at both ends" if info["check"] == "glance" else "in full",
-                "views": f"{'as stated' if SOURCES[info['source']].trusted_views else 'by the picture'}, by the picture where none is stated (of {FIVE_FOLD['films']:,} films the picture is read wrong in {FIVE_FOLD['wrong']})",
+                "views": f"{'as stated' if SOURCES[info['source']].trusted_views else 'by the picture'}, "
+                f"by the picture where none is stated (of {FIVE_FOLD['films']:,} films the picture is "
+                f"read wrong in {FIVE_FOLD['wrong']})",
                 "images used by two studies": again,
             },
             "value",

@@ -17,15 +17,18 @@ from ..files import repository_of
 
 # %% ../../nbs/data/08_restricted.ipynb #056e2130
 class PlaceError(ValueError):
-    "Restricted data would lie in a repository; the message says which, why and what to do. Nothing was written."
+    """Restricted data would lie in a repository; the message says which, why and what to do. Nothing was
+    written."""
 
 
 def check_place(place, benchmark, remedy="choose a place outside"):
-    "Raise `PlaceError` where the studies of `benchmark` are restricted and `place` lies in a repository; `remedy`: what the message tells to do."
+    """Raise `PlaceError` where the studies of `benchmark` are restricted and `place` lies in a
+    repository; `remedy`: what the message tells to do."""
     terms = terms_of(benchmark)
     if terms.restricted and (repository := repository_of(place)):
         raise PlaceError(
-            f"{place}: lies in a repository, and {benchmark} may be under terms that forbid copies there ({terms.licence}); {remedy} (the repository is {repository})"
+            f"{place}: lies in a repository, and {benchmark} may be under terms that forbid copies there "
+            f"({terms.licence}); {remedy} (the repository is {repository})"
         )
 
 # %% ../../nbs/data/08_restricted.ipynb #ee00a831
@@ -41,7 +44,8 @@ def closed_to_others():
 
 @contextlib.contextmanager
 def kept(place, benchmark, remedy="choose a place outside"):
-    "The guard of every way out: while it is open, studies of `benchmark` may be written to `place` (a file or folder). Raises as `check_place`; what is restricted is closed to others."
+    """The guard of every way out: while it is open, studies of `benchmark` may be written to `place` (a
+    file or folder). Raises as `check_place`; what is restricted is closed to others."""
     check_place(place, benchmark, remedy)
     if not terms_of(benchmark).restricted:
         yield
@@ -53,7 +57,8 @@ def kept(place, benchmark, remedy="choose a place outside"):
 
 # %% ../../nbs/data/08_restricted.ipynb #44a5ab31
 def safe_name(identifier):
-    "`identifier` as a plain file name: itself where it is one (letters, digits, `_`, `-`, `.`; at most 100), else its plain part with a digest of the whole."
+    """`identifier` as a plain file name: itself where it is one (letters, digits, `_`, `-`, `.`; at most
+    100), else its plain part with a digest of the whole."""
     text = str(identifier)
     if re.fullmatch(r"[\w-][\w.-]{0,99}", text, re.ASCII):
         return text
@@ -62,7 +67,8 @@ def safe_name(identifier):
 
 # %% ../../nbs/data/08_restricted.ipynb #da648d59
 def check_server(benchmark, url):
-    "Raise `ValueError` unless studies of `benchmark` may be sent to the server `url`; one on this machine is then asked directly, past the environment's proxies."
+    """Raise `ValueError` unless studies of `benchmark` may be sent to the server `url`; one on this
+    machine is then asked directly, past the environment's proxies."""
     try:
         check_endpoint(benchmark, url)
     except PermissionError as e:

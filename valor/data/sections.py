@@ -19,7 +19,8 @@ HEADER = re.compile(r"\n ([A-Z ()/,-]+):\s")
 
 
 def split_sections(text):
-    "`[(header in lower case, start, end), …]` of a report, in its order; what stands before the first header is `preamble`, a report without headers is one `full report`."
+    """`[(header in lower case, start, end), …]` of a report, in its order; what stands before the first
+    header is `preamble`, a report without headers is one `full report`."""
     found, at = [], 0
     while m := HEADER.search(text, at):
         found.append(m)
@@ -36,9 +37,12 @@ def split_sections(text):
 SPELLINGS = {
     name: section
     for section, names in {
-        "impression": "impression|conclusion|findings and impression|findings/impression|findings/ impression|ndication|impresson|imprression|imoression|impressoin|imprssion|impresion|imperssion|mpression|impession",
-        "findings": "findings|chest, two views|finding|findins|findindgs|findgings|findngs|findnings|finidngs|reference findings",
-        "comparison": "comparison|comparisons|reference exam|comparison exam|comparison film|comparision|comparsion|comparrison|comparisions",
+        "impression": "impression|conclusion|findings and impression|findings/impression|findings/ "
+        "impression|ndication|impresson|imprression|imoression|impressoin|imprssion|impresion|imperssion|mpression|impession",
+        "findings": "findings|chest, two "
+        "views|finding|findins|findindgs|findgings|findngs|findnings|finidngs|reference findings",
+        "comparison": "comparison|comparisons|reference exam|comparison exam|comparison "
+        "film|comparision|comparsion|comparrison|comparisions",
         "indication": "indication|reason for examination|reason for exam|clinical indication|idication",
         "history": "history|clinical history|clinical information|patient history|pfi",
         "examination": "examination|exam|type of examination",
@@ -50,7 +54,8 @@ SPELLINGS = {
 }
 CONTAINED = ("impression", "findings", "history", "comparison", "addendum")
 EXAMINED = re.compile(
-    r"chest|portable|pa and lat|lateral and pa|ap and lateral|lateral and ap|frontal and|two views|frontal view|pa view|ap view|one view|lateral view|"
+    r"chest|portable|pa and lat|lateral and pa|ap and lateral|lateral and ap|frontal and|two views|frontal "
+    r"view|pa view|ap view|one view|lateral view|"
     r"bone window|frontal upright|frontal semi-upright|ribs"
 )
 
@@ -137,7 +142,8 @@ AFTER_A_STOP = re.compile(rf"(?<=[.?!])[ \t]*({READ_HEADING})[ \t]*:", re.I)
 
 
 def heading_name(heading):
-    "The standard name of a `heading` as it is written in free text, or None where the table has none; long headings count only in capitals."
+    """The standard name of a `heading` as it is written in free text, or None where the table has none;
+    long headings count only in capitals."""
     lower = " ".join(heading.lower().split())
     for name in (lower, QUALIFIER.sub("", lower, 1)):
         if name in SPELLINGS or name in FURTHER:
@@ -148,7 +154,8 @@ def heading_name(heading):
 
 
 def unread_parts(text):
-    "The (start, end) of what stands under a heading of `UNREAD`: to the next heading or empty line, or where none follows to the end of its sentence."
+    """The (start, end) of what stands under a heading of `UNREAD`: to the next heading or empty line, or
+    where none follows to the end of its sentence."""
     headings = [(m.start(1), name) for m in AT_LINE_START.finditer(text) if (name := heading_name(m[1]))]
     if not any(name in UNREAD for _, name in headings):
         return []
@@ -194,7 +201,8 @@ WANTS_MORE = re.compile(
 NEW_ITEM = re.compile(r"[-*;][ \t]|\(?\d{1,2}[.)](?!\d)|[A-Za-z][A-Za-z ()/,-]{1,60}:")
 BULLETED = re.compile(r"(?m)^[ \t]*[-*][ \t].*")
 BULLET = re.compile(
-    r"(?:(?<=\s)|^)[-*](?=[ \t]+\S)(?!\s+(?:none|no|nil|absent|negative|not \w+|normal|present|resolved)\b[ \t]*(?:[-.,;]|$))",
+    r"(?:(?<=\s)|^)[-*](?=[ \t]+\S)(?!\s+(?:none|no|nil|absent|negative|not "
+    r"\w+|normal|present|resolved)\b[ \t]*(?:[-.,;]|$))",
     re.I,
 )
 
@@ -226,7 +234,8 @@ def joined_lines(text):
 
 @lru_cache(2**12)
 def readable(report):
-    "`report` as the rules read it: lower case, lines joined, marks made plain, and blanks for what stands under headings such as INDICATION. The length, and with it every place, stays."
+    """`report` as the rules read it: lower case, lines joined, marks made plain, and blanks for what
+    stands under headings such as INDICATION. The length, and with it every place, stays."""
     text = report.translate(STRAIGHT)
     if ":" in text and (parts := unread_parts(text)):
         edges = [0, *(place for part in parts for place in part), len(text)]  # read, unread, read, …
@@ -244,7 +253,8 @@ def readable(report):
 
 # %% ../../nbs/data/02_sections.ipynb #2dfdb7bd
 def parse_sections(text, study_id=None):
-    """The sections of a radiology report as `{standard name: text}` (MIT-LCP's conventions for MIMIC-CXR). `study_id` (`s50414267`) looks up the documented exceptions."""
+    """The sections of a radiology report as `{standard name: text}` (MIT-LCP's conventions for
+    MIMIC-CXR). `study_id` (`s50414267`) looks up the documented exceptions."""
     if study_id in NO_DESCRIPTION:
         return {}
     if study_id in BETWEEN:
@@ -266,8 +276,9 @@ _MARK = r"x{4,}|_{2,}"
 
 
 def clean_text(text, deidentified="drop", lower=True, style="plain"):
-    """A real report's `text` made regular. `deidentified`: what becomes of XXXX and ___, `drop` (with what is glued to it; x-XXXX becomes x-ray), `normalize` (xxxx) or `keep`.
-    `style`: `plain`, `r2gen` or `as is`. Raises `ValueError` for other values."""
+    """A real report's `text` made regular. `deidentified`: what becomes of XXXX and ___, `drop` (with
+    what is glued to it; x-XXXX becomes x-ray), `normalize` (xxxx) or `keep`. `style`: `plain`, `r2gen` or
+    `as is`. Raises `ValueError` for other values."""
     for name, value, allowed in (("deidentified", deidentified, DEIDENTIFIED), ("style", style, STYLES)):
         if value not in allowed:
             raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
@@ -305,7 +316,8 @@ SECTIONS = ("both", "findings", "impression", "report")
 
 
 def report_of(findings, impression, report, sections):
-    "`(report, missing)`: the text that `sections` asks for, and the name of the first section it lacks (`None` where it is whole). Raises `ValueError` for an unknown value."
+    """`(report, missing)`: the text that `sections` asks for, and the name of the first section it lacks
+    (`None` where it is whole). Raises `ValueError` for an unknown value."""
     if sections not in SECTIONS:
         raise ValueError(
             f"sections={sections!r} is not allowed; expected one of {', '.join(map(repr, SECTIONS))}"

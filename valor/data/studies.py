@@ -667,7 +667,8 @@ def _nothing_left(source, root, index, how):
         else ""
     )
     first = f"; the first fault is {index.first}" if index.first and not remedy else ""
-    return f"{root}: no study of {source} can be used ({seen['read']:,} read; {reasons or 'nothing in it'}{remedy}{first})"
+    why = f"{seen['read']:,} read; {reasons or 'nothing in it'}{remedy}{first}"
+    return f"{root}: no study of {source} can be used ({why})"
 
 # %% ../../nbs/data/05_studies.ipynb #8945fa9b
 def _decode(item):

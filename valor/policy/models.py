@@ -54,22 +54,32 @@ from ..files import one_line
 
 # %% ../../nbs/policy/01_models.ipynb #7b16d4d5
 _CHATML = (
-    "{% for m in messages %}SYSTEM<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for m in messages %}SYSTEM<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ "
+    "m['content'] }}{% else %}{% for c in m['content'] %}{% if c['type'] == 'image' "
+    "%}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if "
+    "add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CHATS = {
-    "llava": "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for c in m['content'] | selectattr('type', 'equalto', 'image') %}<image>\n{% endfor %}"
-    "{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{{ c['text'] + ' ' }}{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}",
+    "llava": "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for c in m['content'] | "
+    "selectattr('type', 'equalto', 'image') %}<image>\n{% endfor %}"
+    "{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{{ c['text'] + ' ' }}{% endfor "
+    "%}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}",
     "qwen2_5_vl": _CHATML.replace(
         "SYSTEM",
-        "{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}",
+        "{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nYou are a helpful "
+        "assistant.<|im_end|>\n{% endif %}",
     ),
     "qwen3_vl": _CHATML.replace("SYSTEM", ""),
-    "gemma3": "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{% if m['content'] is string %}{{ m['content'] | trim }}{% else %}{% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}<start_of_image>{% else %}{{ c['text'] | trim }}{% endif %}{% endfor %}{% endif %}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+    "gemma3": "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' "
+    "else m['role'] }}\n{% if m['content'] is string %}{{ m['content'] | trim }}{% else %}{% for c in "
+    "m['content'] %}"
+    "{% if c['type'] == 'image' %}<start_of_image>{% else %}{{ c['text'] | trim }}{% endif %}{% endfor "
+    "%}{% endif %}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
 }
 _SAID = [
-    "<report> findings: the heart is enlarged. no pleural effusion or pneumothorax. impression: cardiomegaly. </report>",
+    "<report> findings: the heart is enlarged. no pleural effusion or pneumothorax. impression: "
+    "cardiomegaly. </report>",
     "You are a helpful assistant. Describe this chest X-ray.",
     "USER: ASSISTANT: user model system\n",
     *(end.join(map(chr, range(32, 127))) for end in ("", " ")),
@@ -77,7 +87,8 @@ _SAID = [
 
 
 def trained_tokenizer(cls, tokens, texts=(), **special):
-    "A tokenizer of class `cls` over all printable ASCII, trained on `texts`, that knows the special tokens `tokens`; `special` as for `cls`."
+    """A tokenizer of class `cls` over all printable ASCII, trained on `texts`, that knows the special
+    tokens `tokens`; `special` as for `cls`."""
     parts = json.loads(
         cls()
         .train_new_from_iterator([*texts, *_SAID] * 3, 700, show_progress=False)
@@ -89,9 +100,11 @@ def trained_tokenizer(cls, tokens, texts=(), **special):
 
 # %% ../../nbs/policy/01_models.ipynb #51bc1ab2
 def miniature(kind, folder, texts=(), width=32, layers=2, size=56, seed=0):
-    """Write a tiny model of `kind` ('llava', 'qwen2_5_vl', 'qwen3_vl' or 'gemma3') and its processor to `folder` in the true on-disk format; returns the folder.
+    """Write a tiny model of `kind` ('llava', 'qwen2_5_vl', 'qwen3_vl' or 'gemma3') and its processor to
+    `folder` in the true on-disk format; returns the folder.
 
-    Random weights, fixed by `seed`; `width` of the language model (4 heads, 2 of keys), `size` of the images in pixels."""
+    Random weights, fixed by `seed`; `width` of the language model (4 heads, 2 of keys), `size` of the
+    images in pixels."""
     set_seed(seed)
     tower = dict(
         hidden_size=width,
@@ -282,7 +295,8 @@ def parts(model):
 
 
 def groups(model):
-    "{'language': names of linear layers, 'projector': …, 'vision': …}; a projector that is a bare matrix is named as the parameter it is."
+    """{'language': names of linear layers, 'projector': …, 'vision': …}; a projector that is a bare
+    matrix is named as the parameter it is."""
     where, out = parts(model), dict(language=[], projector=[], vision=[], audio=[], output=[])
 
     def owner(name):
@@ -307,7 +321,8 @@ def groups(model):
 
 
 def _after_layers(model, path, names):
-    "`names`, linear layers of the encoder at `path`, as those that come after its layers (the list of modules that holds most of them) and the others."
+    """`names`, linear layers of the encoder at `path`, as those that come after its layers (the list of
+    modules that holds most of them) and the others."""
     lists = (
         [f"{path}.{n}." for n, m in model.get_submodule(path).named_modules() if isinstance(m, nn.ModuleList)]
         if path
@@ -326,7 +341,8 @@ def _numbered(names):
 
 
 def _pattern(names, every):
-    "A regular expression that matches `names` and nothing else of `every`: numbers in a path stand for any, unless that would match more."
+    """A regular expression that matches `names` and nothing else of `every`: numbers in a path stand for
+    any, unless that would match more."""
     shapes = {}
     for n in names:
         shapes.setdefault(_numbered([n])[0], []).append(n)
@@ -340,12 +356,15 @@ def _pattern(names, every):
 
 
 def lora_config(model, modules, r, alpha):
-    "PEFT configuration of an adapter for `model` on `modules` (one of `MODULES`). Raises `ValueError` where the model has no layer of a group that is named."
+    """PEFT configuration of an adapter for `model` on `modules` (one of `MODULES`). Raises `ValueError`
+    where the model has no layer of a group that is named."""
     found = groups(model)
     for g in modules.split("+"):
         if not found.get(g):
             raise ValueError(
-                f"modules={modules!r}: {type(model).__name__} has no {g} layers that could be found; its linear layers are {', '.join(_numbered(n for n, m in model.named_modules() if isinstance(m, nn.Linear)))[:300]}"
+                f"modules={modules!r}: {type(model).__name__} has no {g} layers that could be found; its "
+                "linear layers are "
+                + ", ".join(_numbered(n for n, m in model.named_modules() if isinstance(m, nn.Linear)))[:300]
             )
     names = [n for g in modules.split("+") for n in found[g]]
     bare = [n for n, _ in model.named_parameters() if n in names]
@@ -361,7 +380,8 @@ def lora_config(model, modules, r, alpha):
 
 
 def freeze_vision(model):
-    "No gradient for the image encoder of `model`; its projector, wherever it is, and the language model keep theirs."
+    """No gradient for the image encoder of `model`; its projector, wherever it is, and the language model
+    keep theirs."""
     path = parts(model)["vision"]
     merger = {".".join(n.split(".")[: path.count(".") + 2]) for n in groups(model)["projector"]}
     for name, p in model.named_parameters():
@@ -395,19 +415,22 @@ def _ids(ids):
 
 
 def check_completions(texts, model, processor):
-    "Raise `ValueError`, naming the row, where one of the completions `texts` has an image token in it: the model would look for an image there."
+    """Raise `ValueError`, naming the row, where one of the completions `texts` has an image token in it:
+    the model would look for an image there."""
     tokens = [t for t in image_tokens(model, processor).values() if t]
     for i, text in enumerate(texts):
         if found := next((t for t in tokens if t in text), None):
             raise ValueError(
-                f"completion {i}: {text[:60]!r} has the image token {found} in it; expected a report's text alone; take it out"
+                f"completion {i}: {text[:60]!r} has the image token {found} in it; expected a report's "
+                f"text alone; take it out"
             )
 
 # %% ../../nbs/policy/01_models.ipynb #24152f5b
 def _begun(processor):
     """Let the chat template of `processor`, and nothing else, write the beginning-of-text token.
 
-    A tokenizer that adds it to rendered prompts as well shifts what TRL's GRPO knows of their tokens by one (Gemma 3's image places). `save_policy` gives it its habit back."""
+    A tokenizer that adds it to rendered prompts as well shifts what TRL's GRPO knows of their tokens by
+    one (Gemma 3's image places). `save_policy` gives it its habit back."""
     t = processor.tokenizer
     if t.bos_token_id is None or t("x").input_ids[0] != t.bos_token_id:
         return
@@ -418,7 +441,8 @@ def _begun(processor):
 
 
 def rendered(processor, *said, images=1, question="?", **kw):
-    "A conversation through the chat template of `processor`, as text: the question with its images, then, if given, the answer `said`."
+    """A conversation through the chat template of `processor`, as text: the question with its images,
+    then, if given, the answer `said`."""
     turns = [
         dict(role="user", content=[dict(type="image")] * images + [dict(type="text", text=question)])
     ] + [dict(role="assistant", content=[dict(type="text", text=s)]) for s in said]
@@ -426,7 +450,8 @@ def rendered(processor, *said, images=1, question="?", **kw):
 
 
 def ending(model, processor):
-    "What a report must end with so that a model tuned on it learns to stop: '' where the chat template sees to that, else the end-of-text token."
+    """What a report must end with so that a model tuned on it learns to stop: '' where the chat template
+    sees to that, else the end-of-text token."""
     t = processor.tokenizer
     stops = [t.eos_token, *t.convert_ids_to_tokens(_ids(model.generation_config.eos_token_id))]
     return "" if any(s in rendered(processor, "xyzzy").rpartition("xyzzy")[2] for s in stops) else t.eos_token
@@ -435,8 +460,10 @@ def ending(model, processor):
 def load_policy(path, dtype=torch.float32, attention="auto", trust_remote_code=False, **kw):
     """`(model, processor)` of any transformers image-text-to-text model, by folder or name.
 
-    `attention`: "auto" or one of transformers' (`"sdpa"`, `"eager"`, `"flash_attention_2"`, …); `kw` (see `frozen_weights`) goes to the model's `from_pretrained`. Raises `ValueError`, one line that names folder or parameter and
-    the remedy, where the model is of another kind, damaged, or cannot be loaded so."""
+    `attention`: "auto" or one of transformers' (`"sdpa"`, `"eager"`, `"flash_attention_2"`, …); `kw` (see
+    `frozen_weights`) goes to the model's `from_pretrained`. Raises `ValueError`, one line that names
+    folder or parameter and the remedy, where the model is of another kind, damaged, or cannot be loaded
+    so."""
     processor = check_policy(path, trust_remote_code)
     if attention != "auto":
         kw["attn_implementation"] = attention
@@ -446,11 +473,14 @@ def load_policy(path, dtype=torch.float32, attention="auto", trust_remote_code=F
         )
     except (ImportError, ValueError, RuntimeError, OSError, SafetensorError) as e:
         raise ValueError(
-            f"model={str(path)!r}: transformers could not load it with attention={attention!r}: {one_line(e)[:300]}"
+            f"model={str(path)!r}: transformers could not load it with attention={attention!r}: "
+            f"{one_line(e)[:300]}"
         ) from e
     if info["missing_keys"]:
         raise ValueError(
-            f"model={str(path)!r}: {len(info['missing_keys'])} weights are missing, such as {min(info['missing_keys'])}; expected every weight that config.json asks for; download or save it again"
+            f"model={str(path)!r}: {len(info['missing_keys'])} weights are missing, such as "
+            f"{min(info['missing_keys'])}; expected every weight that config.json asks for; download or "
+            f"save it again"
         )
     check_image_token(path, model, processor)
     model.generation_config = own_generation(model, image_tokens(model, processor))
@@ -458,9 +488,11 @@ def load_policy(path, dtype=torch.float32, attention="auto", trust_remote_code=F
 
 
 def own_generation(model, never=()):
-    """A complete generation configuration for `model`: of the checkpoint's it keeps the tokens that pad, begin and end a text and those that are never written, to which `never` (ids) are added.
+    """A complete generation configuration for `model`: of the checkpoint's it keeps the tokens that pad,
+    begin and end a text and those that are never written, to which `never` (ids) are added.
 
-    Nothing else of a checkpoint's `generation_config.json` (temperature, top_k, top_p, repetition_penalty, lengths, beams, …) reaches what is sampled: who samples says how."""
+    Nothing else of a checkpoint's `generation_config.json` (temperature, top_k, top_p,
+    repetition_penalty, lengths, beams, …) reaches what is sampled: who samples says how."""
     theirs = model.generation_config
     kept = {
         name: getattr(theirs, name, None)
@@ -470,12 +502,14 @@ def own_generation(model, never=()):
 
 
 def frozen_weights(held):
-    "Arguments of `load_policy` by which a policy's frozen weights are held as 'float32', 'bfloat16' or 'nf4' (4 bits, as in QLoRA). Raises `ValueError` for 'nf4' where bitsandbytes is not installed."
+    """Arguments of `load_policy` by which a policy's frozen weights are held as 'float32', 'bfloat16' or
+    'nf4' (4 bits, as in QLoRA). Raises `ValueError` for 'nf4' where bitsandbytes is not installed."""
     if held != "nf4":
         return dict(dtype=getattr(torch, held))
     if not find_spec("bitsandbytes"):
         raise ValueError(
-            "policy_weights='nf4': the package bitsandbytes is not installed; expected it (pip install 'valor[gpu]'), or policy_weights='bfloat16'"
+            "policy_weights='nf4': the package bitsandbytes is not installed; expected it (pip install "
+            "'valor[gpu]'), or policy_weights='bfloat16'"
         )
     return dict(
         dtype=torch.bfloat16,
@@ -499,7 +533,8 @@ def loading(cfg):
 
 
 def save_policy(model, processor, path, **kw):
-    "Write `model` and `processor`, and the side of the films that it was trained on (`film_side`), as one transformers folder; `kw` goes to the model's `save_pretrained`."
+    """Write `model` and `processor`, and the side of the films that it was trained on (`film_side`), as
+    one transformers folder; `kw` goes to the model's `save_pretrained`."""
     model.save_pretrained(path, **kw)
     t = processor.tokenizer
     if hasattr(t, "habit"):
@@ -512,7 +547,9 @@ def save_policy(model, processor, path, **kw):
 
 
 def film_side(processor):
-    """The side in pixels of the square films that the policy of `processor` was trained on, kept in its folder by `save_policy`; otherwise that of the images that the processor makes; None where it takes any.
+    """The side in pixels of the square films that the policy of `processor` was trained on, kept in its
+    folder by `save_policy`; otherwise that of the images that the processor makes; None where it takes
+    any.
 
     Whoever shows the policy a film prepares it by `valor.data.images.square` with this side."""
     if side := getattr(processor, "film_side", None):
@@ -566,19 +603,23 @@ def check_kind(path, trust_remote_code=False):
         trust_remote_code and "AutoModelForImageTextToText" in getattr(config, "auto_map", {})
     ):
         raise ValueError(
-            f"{said}: model_type={config.model_type!r} reads no images and writes text; expected an image-text-to-text model such as {', '.join(k for k in ('llava', 'qwen2_5_vl', 'qwen3_vl', 'gemma3') if k in IMAGE_TEXT_MODELS)}"
+            f"{said}: model_type={config.model_type!r} reads no images and writes text; expected an "
+            f"image-text-to-text model such as "
+            f"{', '.join(k for k in ('llava', 'qwen2_5_vl', 'qwen3_vl', 'gemma3') if k in IMAGE_TEXT_MODELS)}"
         )
 
 
 def check_policy(path, trust_remote_code=False):
-    "The processor at `path`; raises `ValueError` for all that can be known to be wrong with what `load_policy` would load before it loads it."
+    """The processor at `path`; raises `ValueError` for all that can be known to be wrong with what
+    `load_policy` would load before it loads it."""
     check_kind(path, trust_remote_code)
     check_files(path)
     return load_processor(path, trust_remote_code)
 
 
 def check_files(path):
-    "Raise `ValueError`, naming the file, where weights in the folder `path` are missing or cut off; only headers are read. Names are left to transformers."
+    """Raise `ValueError`, naming the file, where weights in the folder `path` are missing or cut off;
+    only headers are read. Names are left to transformers."""
     folder = Path(path)
     if not folder.is_dir():
         return
@@ -608,7 +649,8 @@ def check_files(path):
 
 
 def load_processor(path, trust_remote_code=False):
-    "The processor at `path`, padding on the left. Raises `ValueError` where it has no images, no tokenizer or no chat template."
+    """The processor at `path`, padding on the left. Raises `ValueError` where it has no images, no
+    tokenizer or no chat template."""
     said = f"model={str(path)!r}"
     try:
         processor = AutoProcessor.from_pretrained(
@@ -616,11 +658,13 @@ def load_processor(path, trust_remote_code=False):
         )
     except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError) as e:
         raise ValueError(
-            f"{said}: its processor could not be loaded ({one_line(e)[:300]}); expected processor_config.json or preprocessor_config.json and a tokenizer beside the weights"
+            f"{said}: its processor could not be loaded ({one_line(e)[:300]}); expected "
+            f"processor_config.json or preprocessor_config.json and a tokenizer beside the weights"
         ) from e
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
         raise ValueError(
-            f"{said}: holds a {type(processor).__name__}, no processor of images and text; expected processor_config.json or preprocessor_config.json and a tokenizer beside the weights"
+            f"{said}: holds a {type(processor).__name__}, no processor of images and text; expected "
+            f"processor_config.json or preprocessor_config.json and a tokenizer beside the weights"
         )
     if not processor.chat_template:
         raise ValueError(
@@ -633,7 +677,8 @@ def load_processor(path, trust_remote_code=False):
 
 
 def check_image_token(path, model, processor):
-    "Raise `ValueError` unless a prompt with an image, through template and tokenizer, holds the token that `model` takes for an image."
+    """Raise `ValueError` unless a prompt with an image, through template and tokenizer, holds the token
+    that `model` takes for an image."""
     ids, token = (
         processor.tokenizer(rendered(processor), add_special_tokens=False).input_ids,
         getattr(processor, "boi_token", None) or getattr(processor, "image_token", None),
@@ -641,25 +686,32 @@ def check_image_token(path, model, processor):
     known, wanted = token in processor.tokenizer.get_vocab(), getattr(model.config, "image_token_id", None)
     if not known:
         raise ValueError(
-            f"model={str(path)!r}: its tokenizer has no image token {token!r}; expected the tokenizer that came with the model (resize nothing: take its files again)"
+            f"model={str(path)!r}: its tokenizer has no image token {token!r}; expected the tokenizer that "
+            f"came with the model (resize nothing: take its files again)"
         )
     if token not in rendered(processor):
         raise ValueError(
-            f"model={str(path)!r}: its chat template writes no image token {token!r} for an image; put the model's own chat_template.jinja into the folder"
+            f"model={str(path)!r}: its chat template writes no image token {token!r} for an image; put the "
+            f"model's own chat_template.jinja into the folder"
         )
     if wanted is not None and wanted not in set(getattr(processor, "image_token_ids", ids)) | set(ids):
         raise ValueError(
-            f"model={str(path)!r}: its tokenizer gives image token {token!r} the id {processor.tokenizer.convert_tokens_to_ids(token)}, config.json {wanted}; expected one; take tokenizer and config.json from one checkpoint"
+            f"model={str(path)!r}: its tokenizer gives image token {token!r} the id "
+            f"{processor.tokenizer.convert_tokens_to_ids(token)}, config.json {wanted}; expected one; take "
+            f"tokenizer and config.json from one checkpoint"
         )
 
 # %% ../../nbs/policy/01_models.ipynb #4a49831c
 @contextmanager
 def memory_line(what, **parameters):
-    "Turn an out-of-memory error of torch into a `MemoryError` of one line that says what can be lowered: `parameters`, name → value."
+    """Turn an out-of-memory error of torch into a `MemoryError` of one line that says what can be
+    lowered: `parameters`, name → value."""
     try:
         yield
     except torch.OutOfMemoryError as e:
         lower = ", ".join(f"{k}={v}" for k, v in parameters.items() if v is not None)
         raise MemoryError(
-            f"{what}: out of memory ({one_line(e)[:300].split('. ')[0]}); lower one of {lower}, raise gradient_accumulation_steps, or hold frozen weights in policy_weights=bfloat16 or nf4; what is finished stays and is resumed"
+            f"{what}: out of memory ({one_line(e)[:300].split('. ')[0]}); lower one of {lower}, raise "
+            f"gradient_accumulation_steps, or hold frozen weights in policy_weights=bfloat16 or nf4; what "
+            f"is finished stays and is resumed"
         ) from e

@@ -34,9 +34,11 @@ from .models import film_side, image_tokens, load_policy
 # %% ../../nbs/policy/05_server.ipynb #16034909
 @torch.inference_mode()
 def complete(model, processor, messages, images, max_tokens=256, temperature=0.0, seed=0):
-    """Answer a conversation: `messages` as a chat template reads them (`[{"role", "content": [{"type": "image"} | {"type": "text", "text"}]}]`), `images` its PIL images in order.
+    """Answer a conversation: `messages` as a chat template reads them (`[{"role", "content": [{"type":
+    "image"} | {"type": "text", "text"}]}]`), `images` its PIL images in order.
 
-    Greedy at `temperature` 0. Returns `(text, finish_reason, usage)`; the reason is "stop" or, cut off at `max_tokens`, "length"."""
+    Greedy at `temperature` 0. Returns `(text, finish_reason, usage)`; the reason is "stop" or, cut off at
+    `max_tokens`, "length"."""
     set_seed(seed)
     model.eval()
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
@@ -174,7 +176,8 @@ def settings_of(body, limit):
     if not (whole(out["max_tokens"], 1) and warm and whole(out["seed"], 0, 2**32)):
         raise RequestError(
             400,
-            f"{out}: expected max_tokens from 1, temperature 0 or from {COLDEST} to 100, and a whole seed from 0 to {2**32 - 1}",
+            f"{out}: expected max_tokens from 1, temperature 0 or from {COLDEST} to 100, and a whole seed "
+            f"from 0 to {2**32 - 1}",
         )
     return out | dict(max_tokens=min(out["max_tokens"], limit))
 
@@ -189,7 +192,8 @@ def fingerprint(model):
 
 # %% ../../nbs/policy/05_server.ipynb #9192b1be
 class PolicyServer(ThreadingHTTPServer):
-    "Serves `(model, processor)` at `/v1/models` and `/v1/chat/completions`; `url` is what clients call the base URL, `asked` counts answered questions. Port 0 takes a free one."
+    """Serves `(model, processor)` at `/v1/models` and `/v1/chat/completions`; `url` is what clients call
+    the base URL, `asked` counts answered questions. Port 0 takes a free one."""
 
     daemon_threads = True
 
@@ -294,7 +298,8 @@ class Handler(BaseHTTPRequestHandler):
             pass  # it has gone by itself
 
     def body(self):
-        "The bytes of a request's body. Raises `RequestError` where its length is not told, not sound or too large, or where it does not come."
+        """The bytes of a request's body. Raises `RequestError` where its length is not told, not sound or
+        too large, or where it does not come."""
         self.close_connection, told = (
             True,
             self.headers.get("Content-Length"),
@@ -316,7 +321,8 @@ class Handler(BaseHTTPRequestHandler):
         return data
 
     def check_origin(self):
-        "Raise `RequestError` for what a page in somebody's browser would send: where no key is asked for, that is all that keeps it out."
+        """Raise `RequestError` for what a page in somebody's browser would send: where no key is asked
+        for, that is all that keeps it out."""
         if self.server.key:
             return
         host = self.headers.get("Host", "").rsplit(":", 1)[0]

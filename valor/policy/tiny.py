@@ -56,13 +56,15 @@ PROMPT = "Describe this chest X-ray."
 SPECIALS = ["<pad>", "<unk>", "<s>", "</s>", "<image>"]
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}<s>[INST]"
-    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %} {{ c['text'] }}{% endif %}{% endfor %} [/INST]"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %} {{ c['text'] }}{% endif "
+    "%}{% endfor %} [/INST]"
     "{% else %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}</s>{% endif %}{% endfor %}"
 )
 
 
 def build_tokenizer(texts, min_count=1):
-    "Word-level tokenizer over `texts` (words seen at least `min_count` times); decoding is exact for known words."
+    """Word-level tokenizer over `texts` (words seen at least `min_count` times); decoding is exact for
+    known words."""
     word = r" ?</?report>| ?\[/?INST\]| ?[\w'’-]+| ?[^\s\w]"
     counts = Counter(w for t in texts for w in re.findall(word, t))
     always = re.findall(word, f" {PROMPT} [INST] [/INST]<report> </report>") + ["[INST]", "<report>"]
@@ -81,7 +83,8 @@ def build_tokenizer(texts, min_count=1):
 
 # %% ../../nbs/policy/00_tiny.ipynb #0d952705
 def build_policy(texts, image_size=96, patch_size=16, width=128, seed=0, min_count=1):
-    "Tiny `(model, processor)`: CLIP tower `width`×4 layers, Mistral `width`×3 layers, vocabulary from `texts`; fixed by `seed`."
+    """Tiny `(model, processor)`: CLIP tower `width`×4 layers, Mistral `width`×3 layers, vocabulary from
+    `texts`; fixed by `seed`."""
     set_seed(seed)
     tokenizer = build_tokenizer(texts, min_count)
     images = CLIPImageProcessor(
@@ -161,7 +164,8 @@ def image_lists(dataset):
 def generate(
     model, processor, images, max_new_tokens=96, temperature=None, batch_size=50, seed=0, desc="reports"
 ):
-    "One completion per item of `images` (a PIL image of any mode, or a list of them): greedy, or sampled at `temperature`. Returns a list of str, tags included."
+    """One completion per item of `images` (a PIL image of any mode, or a list of them): greedy, or
+    sampled at `temperature`. Returns a list of str, tags included."""
     set_seed(seed)
     was_training, out = model.training, []
     model.eval()
@@ -226,7 +230,8 @@ def fault_of(checkpoint):
 
 
 def last_complete_checkpoint(folder):
-    "Path of the newest whole `checkpoint-NUMBER` below `folder`, or None. A broken one is passed over for the one before, and a line says so."
+    """Path of the newest whole `checkpoint-NUMBER` below `folder`, or None. A broken one is passed over
+    for the one before, and a line says so."""
     numbered = {
         int(p.name.split("-")[1]): p
         for p in Path(folder).glob("checkpoint-*")
@@ -263,7 +268,8 @@ class TrainingError(RuntimeError):
 
 
 def disk_line(trainer, desc, copies=1):
-    "What training by `trainer` will take of the disk, in words: its result `copies` times, and the checkpoints (result and optimizer, three of them while one is being replaced). Empty under 1 GB."
+    """What training by `trainer` will take of the disk, in words: its result `copies` times, and the
+    checkpoints (result and optimizer, three of them while one is being replaced). Empty under 1 GB."""
     moved = sum(p.numel() * p.element_size() for p in trainer.model.parameters() if p.requires_grad)
     result = (
         moved
@@ -276,11 +282,15 @@ def disk_line(trainer, desc, copies=1):
     free = shutil.disk_usage(
         next(p for p in Path(trainer.args.output_dir).absolute().parents if p.exists())
     ).free
-    return f"{desc}: training will take up to {need / 1e9:.1f} GB of the disk, {result / 1e6:,.0f} MB each time it is kept; {free / 1e9:.1f} GB are free"
+    return (
+        f"{desc}: training will take up to {need / 1e9:.1f} GB of the disk, {result / 1e6:,.0f} MB each time "
+        f"it is kept; {free / 1e9:.1f} GB are free"
+    )
 
 
 def train_to_end(trainer, desc, copies=1):
-    """Train `trainer` from its newest whole checkpoint, if there is one, to its last update; what it will take of the disk is said first (`copies`: how often the result is kept).
+    """Train `trainer` from its newest whole checkpoint, if there is one, to its last update; what it will
+    take of the disk is said first (`copies`: how often the result is kept).
 
     Raises `TrainingError` where fewer updates were made: the data gave no batch for them."""
     if trainer.is_world_process_zero() and (line := disk_line(trainer, desc, copies)):
@@ -290,12 +300,14 @@ def train_to_end(trainer, desc, copies=1):
     made, wanted = trainer.state.global_step, trainer.state.max_steps
     if made != wanted or not made:
         raise TrainingError(
-            f"{desc}: {made} of {wanted} updates were made, so nothing is kept of it; expected data for at least one whole batch (they have {len(trainer.train_dataset)} rows)"
+            f"{desc}: {made} of {wanted} updates were made, so nothing is kept of it; expected data for at "
+            f"least one whole batch (they have {len(trainer.train_dataset)} rows)"
         )
 
 
 def trainer_args(folder, seed, save_steps, checkpointing="auto", **kw):
-    "Arguments that every phase shares: CPU or GPU as found, a log line per update, checkpoints to go on from. `checkpointing` of activations: 'on', 'off', or 'auto' (on a GPU)."
+    """Arguments that every phase shares: CPU or GPU as found, a log line per update, checkpoints to go on
+    from. `checkpointing` of activations: 'on', 'off', or 'auto' (on a GPU)."""
     gpu = torch.cuda.is_available()
     return dict(
         output_dir=str(folder),
@@ -340,7 +352,8 @@ class Progress(TrainerCallback):
 
 # %% ../../nbs/policy/00_tiny.ipynb #12895454
 def conversations(dataset, completions=None):
-    """`image` (or, where a study has two, `images`), `prompt` and, where given, `completion` columns as TRL's trainers read them; without completions other columns are kept."""
+    """`image` (or, where a study has two, `images`), `prompt` and, where given, `completion` columns as
+    TRL's trainers read them; without completions other columns are kept."""
     two = "second_view" in dataset.column_names and any(dataset["second_view"])
     data = dataset.add_column("prompt", [as_prompt()] * len(dataset))
     if completions is not None:
@@ -350,7 +363,8 @@ def conversations(dataset, completions=None):
 
 
 def _both(rows, drop):
-    "Rows with `images` instead of `second_image` (and, if `drop`, of `image`, which TRL's SFT would take for the only one)."
+    """Rows with `images` instead of `second_image` (and, if `drop`, of `image`, which TRL's SFT would
+    take for the only one)."""
     images = [[a] if b is None else [a, b] for a, b in zip(rows["image"], rows["second_image"])]
     return {k: v for k, v in rows.items() if k not in ("second_image", "image")[: 1 + drop]} | dict(
         images=images
@@ -360,7 +374,8 @@ def _both(rows, drop):
 class ResumableSFT(SFTTrainer):
     """TRL's trainer, loading a full checkpoint through `load_policy`.
 
-    The stock loader compares parameter names literally; a saved LLaVA carries its on-disk names, so it would load nothing and say so only in a warning."""
+    The stock loader compares parameter names literally; a saved LLaVA carries its on-disk names, so it
+    would load nothing and say so only in a warning."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if isinstance(self.model, PeftModel):
@@ -369,25 +384,31 @@ class ResumableSFT(SFTTrainer):
 
 
 def shard_by_layer(model, parts=1):
-    """Tell accelerate which layers of `model` FSDP shards one by one: those of the model's own list that are in it.
+    """Tell accelerate which layers of `model` FSDP shards one by one: those of the model's own list that
+    are in it.
 
-    The list of a composed model also names layers that it lacks (LLaVA's names CLIP's text side), which accelerate refuses. A `fsdp_transformer_layer_cls_to_wrap` of the user's stays.
-    Raises `ValueError` for an update in `parts` under FSDP: two CPU processes gave another update than the whole (torch 2.15, accelerate 1.15, adapter on the projector)."""
+    The list of a composed model also names layers that it lacks (LLaVA's names CLIP's text side), which
+    accelerate refuses. A `fsdp_transformer_layer_cls_to_wrap` of the user's stays. Raises `ValueError`
+    for an update in `parts` under FSDP: two CPU processes gave another update than the whole (torch 2.15,
+    accelerate 1.15, adapter on the projector)."""
     if os.environ.get("ACCELERATE_USE_FSDP") != "true":
         return  # nothing is left in the environment for the next model
     if parts > 1:
         raise ValueError(
-            f"gradient_accumulation_steps={parts}: an update in parts is not the same update under FSDP; expected 1 (use more processes, or smaller batches)"
+            f"gradient_accumulation_steps={parts}: an update in parts is not the same update under FSDP; "
+            f"expected 1 (use more processes, or smaller batches)"
         )
     inside = {type(m).__name__ for m in model.modules()} & set(model._no_split_modules or ())
     os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(sorted(inside)))
 
 
 def keep_sft(trainer, processor, base, out, mode, dtype=torch.float32, **loading):
-    """Write what `trainer` made of the policy in folder `base` as the one folder `out`; every process takes part.
+    """Write what `trainer` made of the policy in folder `base` as the one folder `out`; every process
+    takes part.
 
-    Weights may be spread over processes or held in 4 bits: they are gathered first, and an adapter is merged, in float32, into `base` as it is on disk. `dtype`: of what is written; float32 where
-    `dtype` would keep less than `KEPT` of the adapter, which is said."""
+    Weights may be spread over processes or held in 4 bits: they are gathered first, and an adapter is
+    merged, in float32, into `base` as it is on disk. `dtype`: of what is written; float32 where `dtype`
+    would keep less than `KEPT` of the adapter, which is said."""
     state = None if mode == "lora" else trainer.accelerator.get_state_dict(trainer.model)
     if mode == "lora":
         trainer.save_model(adapter := str(Path(trainer.args.output_dir) / "adapter"))
@@ -397,7 +418,8 @@ def keep_sft(trainer, processor, base, out, mode, dtype=torch.float32, **loading
         adapted = PeftModel.from_pretrained(load_policy(base, **loading)[0], adapter)
         if (share := merged_share(adapted, dtype)) < KEPT:
             tqdm.write(
-                f"SFT: {dtype} weights would keep {share:.2f} of its adapter: {out} is written in float32; policy_weights='float32' would train on all of it"
+                f"SFT: {dtype} weights would keep {share:.2f} of its adapter: {out} is written in float32; "
+                f"policy_weights='float32' would train on all of it"
             )
             dtype = torch.float32
         save_policy(adapted.merge_and_unload().to(dtype), processor, out)
@@ -423,12 +445,16 @@ def sft(
     weights="float32",
     **loading,
 ):
-    """Fine-tune the policy in folder `base` on `data` (see `conversations`) by Eq. 2 and write the merged result to `out`.
+    """Fine-tune the policy in folder `base` on `data` (see `conversations`) by Eq. 2 and write the merged
+    result to `out`.
 
-    `batch_size` is of one process, computed in `parts` one after the other; for `checkpointing`, `weights` and `loading` see `trainer_args`, `frozen_weights` and `load_policy`.
-    `mode` is "full" (all of language model and projector) or "lora" (merged at the end); the vision tower stays as it is, as in LLaVA. Checkpoints go to `out/checkpoints`; a killed run that is
-    started again ends with the same weights: bit for bit on one CPU thread (on more, any two runs may differ in the last bits). Returns the log, one dict per update.
-    Raises `ValueError` for a completion with an image token in it, `TrainingError` where updates were left out, `MemoryError` where memory runs out."""
+    `batch_size` is of one process, computed in `parts` one after the other; for `checkpointing`,
+    `weights` and `loading` see `trainer_args`, `frozen_weights` and `load_policy`. `mode` is "full" (all
+    of language model and projector) or "lora" (merged at the end); the vision tower stays as it is, as in
+    LLaVA. Checkpoints go to `out/checkpoints`; a killed run that is started again ends with the same
+    weights: bit for bit on one CPU thread (on more, any two runs may differ in the last bits). Returns
+    the log, one dict per update. Raises `ValueError` for a completion with an image token in it,
+    `TrainingError` where updates were left out, `MemoryError` where memory runs out."""
     set_seed(seed)
     model, processor = load_policy(base, **frozen_weights(weights), **loading)
     said = [c[-1]["content"] for c in data.with_format(None)["completion"]]
@@ -494,14 +520,16 @@ def _ended(data, said):
 
 # %% ../../nbs/policy/00_tiny.ipynb #94924e24
 def finding_targets(truths):
-    "Multi-hot `(N, C)` float tensor over every `name/side/zone` seen in `truths` (lists of finding dicts), and the C names."
+    """Multi-hot `(N, C)` float tensor over every `name/side/zone` seen in `truths` (lists of finding
+    dicts), and the C names."""
     keys = [{"/".join(str(f[k]) for k in ("name", "side", "zone") if f[k]) for f in t} for t in truths]
     names = sorted(set().union(*keys))
     return torch.tensor([[float(n in k) for n in names] for k in keys]), names
 
 
 class QueryHead(torch.nn.Module):
-    "One learned query per class: it attends to the patches and reads its class off what it attends to. `(B, P, D)` → `(B, C)`."
+    """One learned query per class: it attends to the patches and reads its class off what it attends to.
+    `(B, P, D)` → `(B, C)`."""
 
     def __init__(self, width, classes):
         super().__init__()
@@ -516,9 +544,11 @@ class QueryHead(torch.nn.Module):
 
 
 def warm_up_vision(model, processor, images, targets, epochs=6, lr=1e-3, batch_size=32, seed=0, kept=None):
-    """Train the vision tower of `model` in place to tell `targets` `(N, C)` from `images`; the head is thrown away. Returns the last loss.
+    """Train the vision tower of `model` in place to tell `targets` `(N, C)` from `images`; the head is
+    thrown away. Returns the last loss.
 
-    `kept`: a folder for checkpoints, one after every epoch; a killed warm-up that is started again goes on from there and ends with the same weights (bit for bit on one CPU thread)."""
+    `kept`: a folder for checkpoints, one after every epoch; a killed warm-up that is started again goes
+    on from there and ends with the same weights (bit for bit on one CPU thread)."""
     set_seed(seed)
     tower = model.model.vision_tower
     batch_size = min(batch_size, len(images))
@@ -552,7 +582,8 @@ def warm_up_vision(model, processor, images, targets, epochs=6, lr=1e-3, batch_s
 
 
 def keep(folder, step, parts, extra=None):
-    "Write the sealed checkpoint `folder/checkpoint-{step}` of `parts` (name → module, optimizer or schedule) and `extra` (numbers, lists of them), then drop older ones."
+    """Write the sealed checkpoint `folder/checkpoint-{step}` of `parts` (name → module, optimizer or
+    schedule) and `extra` (numbers, lists of them), then drop older ones."""
     checkpoint = Path(folder) / f"checkpoint-{step}"
     checkpoint.mkdir(parents=True, exist_ok=True)
     torch.save(
@@ -565,7 +596,8 @@ def keep(folder, step, parts, extra=None):
 
 
 def restore(folder, parts):
-    "Load into `parts` what `keep` wrote last to `folder`; returns `(step, extra)`, `(0, None)` where there is nothing whole."
+    """Load into `parts` what `keep` wrote last to `folder`; returns `(step, extra)`, `(0, None)` where
+    there is nothing whole."""
     checkpoint = last_complete_checkpoint(folder)
     if checkpoint is None:
         return 0, None
@@ -577,9 +609,11 @@ def restore(folder, parts):
 
 @torch.no_grad()
 def settle_projector(model, pixels):
-    """Start the projector where the patches are: what it reads gets mean 0 and standard deviation 1 over `pixels` `(N, 3, H, W)`.
+    """Start the projector where the patches are: what it reads gets mean 0 and standard deviation 1 over
+    `pixels` `(N, 3, H, W)`.
 
-    A trained tower's patches share one large component; the language model would see that and little else."""
+    A trained tower's patches share one large component; the language model would see that and little
+    else."""
     seen = model.model.vision_tower(pixels).last_hidden_state[:, 1:].flatten(0, 1)
     first = model.model.multi_modal_projector.linear_1
     first.weight /= (seen - seen.mean(0)).std()

@@ -8,6 +8,7 @@ __all__ = ['GAUGED', 'METRICS', 'SHOWN', 'ROWS', 'FAULTS', 'false_labels', 'show
 import shlex
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -187,7 +188,7 @@ def with_gauges(frame, written, references, gauges, cider, folder):
     return pd.concat(parts, axis=1).set_axis(frame.index)
 
 
-def scored(rows, cfg, metrics, models={}):
+def scored(rows, cfg, metrics, models=MappingProxyType({})):
     """`({row: {seed: frame}}, {metric: why not})`: every row's frame with all that `metrics` need.
     References are those of the test set of `cfg`."""
     gauges, why = gauges_for(metrics, options_of(cfg, models))
@@ -252,7 +253,14 @@ def compare(frames, metrics, against="VALOR", n=20_000, seed=0):
 
 # %% ../../nbs/results/00_tables.ipynb #d305a7cf
 def main_table(
-    cfgs, systems=ROWS, metrics=None, missing="run", models={}, n=20_000, against="VALOR", controls=True
+    cfgs,
+    systems=ROWS,
+    metrics=None,
+    missing="run",
+    models=MappingProxyType({}),
+    n=20_000,
+    against="VALOR",
+    controls=True,
 ):
     """`(tidy, parts, why, runs)` of the runs `cfgs` (one per seed): `compare` on all studies; the same on
     those that are not leaked and on those that are (`data.leaked`: report word for word in train, or
@@ -298,10 +306,12 @@ def command_for(cfgs, notebook="09_main_results"):
         | ({} if here["base"] == "embedded" else dict(base=here["base"]))
     )
     settings = {n: v for n, v in here.items() if v != usual[n] and n not in {*told, "seed"}}
-    return f"papermill nbs/{notebook}.ipynb out.ipynb -y {shlex.quote(yaml.safe_dump(told | ({'settings': settings} if settings else {}), default_flow_style=True, sort_keys=False, width=10_000).strip())}"
+    told = told | ({"settings": settings} if settings else {})
+    given = yaml.safe_dump(told, default_flow_style=True, sort_keys=False, width=10_000).strip()
+    return f"papermill nbs/{notebook}.ipynb out.ipynb -y {shlex.quote(given)}"
 
 
-def wide(tidy, systems=(), why={}):
+def wide(tidy, systems=(), why=MappingProxyType({})):
     """Metrics as rows, systems as columns, cells `value [lo, hi]`; * marks a Holm-corrected p < 0.05
     against VALOR, `not run` a system or metric that `why` tells of."""
 

@@ -38,7 +38,8 @@ SIZES = (
 
 
 def chexbert_state(path):
-    "The weights in a `chexbert.pth`, names without `module.` and without `position_ids`. ValueError if the file is not one."
+    """The weights in a `chexbert.pth`, names without `module.` and without `position_ids`. ValueError if
+    the file is not one."""
     check_weights(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"]
@@ -49,18 +50,22 @@ def chexbert_state(path):
         }
     except Exception as e:
         raise ValueError(
-            f"{path}: not a CheXbert checkpoint ({type(e).__name__}: {str(e)[:120].partition(chr(10))[0]}); expected a torch file with 'model_state_dict'. It is part of {REPO}; or give {EMBEDDED}"
+            f"{path}: not a CheXbert checkpoint ({type(e).__name__}: "
+            f"{str(e)[:120].partition(chr(10))[0]}); expected a torch file with 'model_state_dict'. It is "
+            f"part of {REPO}; or give {EMBEDDED}"
         ) from None
     for name in SIZES:
         if name not in state or state[name].dim() != 2:
             raise ValueError(
-                f"{path}: tensor {name} is {tuple(state[name].shape) if name in state else 'nothing'}, expected two dimensions, so it is no CheXbert; give {FILE} of {REPO} or {EMBEDDED}"
+                f"{path}: tensor {name} is {tuple(state[name].shape) if name in state else 'nothing'}, "
+                f"expected two dimensions, so it is no CheXbert; give {FILE} of {REPO} or {EMBEDDED}"
             )
     return state
 
 
 def bert_config(state, folder):
-    "BertConfig of a CheXbert's weights, from their shapes; a head has 64 dimensions unless `config.json` in `folder` says otherwise. ValueError if they do not share out."
+    """BertConfig of a CheXbert's weights, from their shapes; a head has 64 dimensions unless
+    `config.json` in `folder` says otherwise. ValueError if they do not share out."""
     from transformers import BertConfig
 
     (vocabulary, width), positions, inner = state[SIZES[0]].shape, len(state[SIZES[1]]), len(state[SIZES[2]])
@@ -70,7 +75,8 @@ def bert_config(state, folder):
         heads = json.loads(given.read_text()).get("num_attention_heads", heads)
     if width % heads:
         raise ValueError(
-            f"{folder}: weights of width {width} cannot have {heads} attention heads; say num_attention_heads in a config.json beside them, or give {EMBEDDED}"
+            f"{folder}: weights of width {width} cannot have {heads} attention heads; say "
+            f"num_attention_heads in a config.json beside them, or give {EMBEDDED}"
         )
     return BertConfig(
         vocab_size=vocabulary,
@@ -83,7 +89,8 @@ def bert_config(state, folder):
 
 # %% ../../nbs/rewards/02_chexbert.ipynb #03c56ce2
 def load_chexbert(path):
-    "f1chexbert's `bert_labeler` with the weights in `path`, in evaluation mode. ValueError naming the tensor where a shape or name is not CheXbert's."
+    """f1chexbert's `bert_labeler` with the weights in `path`, in evaluation mode. ValueError naming the
+    tensor where a shape or name is not CheXbert's."""
     from f1chexbert import f1chexbert
 
     state = chexbert_state(path)
@@ -109,7 +116,8 @@ STATUS = {1: "present", 2: "absent", 3: "uncertain"}  # class 0 is blank: not me
 
 
 class CheXbert:
-    """The real labeler. `model`: the file `chexbert.pth`, its folder, or the name of a hub repository; `dtype`: "float32", "bfloat16" or "float16".
+    """The real labeler. `model`: the file `chexbert.pth`, its folder, or the name of a hub repository;
+    `dtype`: "float32", "bfloat16" or "float16".
 
     Raises ValueError where weights are missing or are not CheXbert's."""
 
@@ -126,16 +134,19 @@ class CheXbert:
         )
         if len(self.tokenizer) > config.vocab_size:
             raise ValueError(
-                f"{path}: tensor {SIZES[0]} has {config.vocab_size} rows, expected {len(self.tokenizer)} as in the vocabulary; put its own vocab.txt beside it, or give {EMBEDDED}"
+                f"{path}: tensor {SIZES[0]} has {config.vocab_size} rows, expected {len(self.tokenizer)} "
+                f"as in the vocabulary; put its own vocab.txt beside it, or give {EMBEDDED}"
             )
         with path.open("rb") as f:
             weights = hashlib.file_digest(f, "sha256").hexdigest()[:16]
         words = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:8]
-        self.key = f"chexbert 1 {weights} {words} {config.num_attention_heads} {dtype}"  # everything that a label depends on
+        # everything that a label depends on
+        self.key = f"chexbert 1 {weights} {words} {config.num_attention_heads} {dtype}"
 
     @torch.inference_mode()
     def classes(self, reports):
-        "Class of each of the 14 observations: a list of 14 integers per report, in the order of `OBSERVATIONS`."
+        """Class of each of the 14 observations: a list of 14 integers per report, in the order of
+        `OBSERVATIONS`."""
         texts = [
             " ".join(r.split()).encode("utf-8", "replace").decode() for r in reports
         ]  # half a surrogate pair, legal in JSON, is no text for the tokenizer
@@ -159,12 +170,14 @@ class CheXbert:
         return found
 
     def statuses(self, reports):
-        'Per report a dict observation → "present", "absent" or "uncertain"; observations not mentioned are left out.'
+        """Per report a dict observation → "present", "absent" or "uncertain"; observations not mentioned
+        are left out."""
         return [{o: STATUS[c] for o, c in zip(OBSERVATIONS, row) if c} for row in self.classes(reports)]
 
 # %% ../../nbs/rewards/02_chexbert.ipynb #d66e7fd8
 def miniature_chexbert(folder, width=64, layers=2, seed=0):
-    "A made-up `chexbert.pth`: the true format and architecture, small, with random weights large enough that every class occurs."
+    """A made-up `chexbert.pth`: the true format and architecture, small, with random weights large enough
+    that every class occurs."""
     from f1chexbert import f1chexbert
     from transformers import BertConfig
 
@@ -195,7 +208,8 @@ def miniature_chexbert(folder, width=64, layers=2, seed=0):
 
 # %% ../../nbs/rewards/02_chexbert.ipynb #d789b1f9
 def package_chexbert(path, tokenizer):
-    "f1chexbert's own `F1CheXbert` around the weights in `path`, with the fewest shims that make its `get_label` run; a referee, not for use."
+    """f1chexbert's own `F1CheXbert` around the weights in `path`, with the fewest shims that make its
+    `get_label` run; a referee, not for use."""
     from f1chexbert.f1chexbert import F1CheXbert
 
     judge = F1CheXbert.__new__(F1CheXbert)
@@ -225,7 +239,8 @@ def check_options(uncertain, observations):
 
 
 def mentions(report):
-    "Where the rules see the observations in `report`: a list of (observation, status, start, end), `No Finding` apart."
+    """Where the rules see the observations in `report`: a list of (observation, status, start, end), `No
+    Finding` apart."""
     return [
         (observation, said, places[text.count(" ", 0, start)][0], places[text.count(" ", 0, end)][1])
         for text, places in sentences(report)
@@ -234,8 +249,8 @@ def mentions(report):
 
 
 class LabelF1(ModelScorer):
-    """s_cx of Eq. 4. `model`: "rules", or what `CheXbert` takes; `uncertain`: "positive", "negative" or "class"; `observations`: 14 or 5. Further options: see
-    `CheXbert` and, for `cache`, `ModelScorer`."""
+    """s_cx of Eq. 4. `model`: "rules", or what `CheXbert` takes; `uncertain`: "positive", "negative" or
+    "class"; `observations`: 14 or 5. Further options: see `CheXbert` and, for `cache`, `ModelScorer`."""
 
     name = "chexbert"
 
@@ -271,7 +286,8 @@ class LabelF1(ModelScorer):
         return set_f1(self.positives(candidate), self.positives(reference))
 
     def labels(self, reports):
-        "DataFrame with a row per report and the 14 observations as columns: 1 present, 0 absent, -1 uncertain, NaN not mentioned."
+        """DataFrame with a row per report and the 14 observations as columns: 1 present, 0 absent, -1
+        uncertain, NaN not mentioned."""
         check_texts("reports", reports)
         said, value = (
             self.analysed([report_body(r) for r in reports]),
@@ -306,9 +322,11 @@ class LabelF1(ModelScorer):
 
 # %% ../../nbs/rewards/02_chexbert.ipynb #67c44eff
 def label_report(candidates, references, uncertain="positive", observations=14):
-    """Precision, recall, F1 and support per observation, and rows "micro" and "macro", of two frames from `.labels`; 0 where a ratio is 0/0.
+    """Precision, recall, F1 and support per observation, and rows "micro" and "macro", of two frames from
+    `.labels`; 0 where a ratio is 0/0.
 
-    With `uncertain="class"` a decision is right if present matches present or uncertain matches uncertain."""
+    With `uncertain="class"` a decision is right if present matches present or uncertain matches
+    uncertain."""
     names = check_options(uncertain, observations)
     if uncertain == "class":
         said, true = (

@@ -41,7 +41,8 @@ Extras = Mapping[str, tuple[int, float]]  # name of a reward → (equation that 
 
 
 def needed(k: int, k_clin: int | None, extras: Extras | None = None) -> tuple[str, ...]:
-    """Names of the scorers to call at generation `k`: text and format always, clinical ones on clinical steps.
+    """Names of the scorers to call at generation `k`: text and format always, clinical ones on clinical
+    steps.
 
     Of the `extras`, those of Eq. 4 are clinical; those of Eq. 3 and 8 are called at every generation."""
     clinical_step = is_clinical_step(k, k_clin)
@@ -105,8 +106,8 @@ def composite(
 ) -> Tensor:
     """Eq. 8 plus the format reward: (1 - lambda_vis) text + lambda_vis vis + lambda_format fmt.
 
-    Tensors of one shape: R_text, the rank reward of Eq. 7 (may be None if lambda_vis is 0, as in stage 1), format.
-    Raises ValueError unless lambda_vis is in [0, 1] and lambda_format is at least 0."""
+    Tensors of one shape: R_text, the rank reward of Eq. 7 (may be None if lambda_vis is 0, as in stage
+    1), format. Raises ValueError unless lambda_vis is in [0, 1] and lambda_format is at least 0."""
     check_weight("lambda_vis", lambda_vis, 1)
     check_weight("lambda_format", lambda_format)
     if lambda_vis == 0:

@@ -50,8 +50,10 @@ def shims():
 
 # %% ../../nbs/rewards/03_radgraph.ipynb #4a366fd4
 def radgraph_folder(model, model_type):
-    """The folder with `config.json`, `vocabulary` and `weights.th`: `model` is it, or holds it as `<model_type>`, or is an archive (unpacked beside itself), a folder with
-    `<model_type>.tar.gz`, or the name of a hub repository. ValueError saying what is missing, where it comes from and what to give instead."""
+    """The folder with `config.json`, `vocabulary` and `weights.th`: `model` is it, or holds it as
+    `<model_type>`, or is an archive (unpacked beside itself), a folder with `<model_type>.tar.gz`, or the
+    name of a hub repository. ValueError saying what is missing, where it comes from and what to give
+    instead."""
     if model_type not in TYPES:
         raise ValueError(f"model_type={model_type!r}: allowed are {', '.join(TYPES)}")
     path = Path(model).expanduser()
@@ -69,13 +71,15 @@ def radgraph_folder(model, model_type):
     ]
     if absent:
         raise ValueError(
-            f"model={str(model)!r}, model_type={model_type!r}: {' and '.join(absent)} missing in {folder}. They are part of {model_type}.tar.gz of {REPO}; or give {EMBEDDED}"
+            f"model={str(model)!r}, model_type={model_type!r}: {' and '.join(absent)} missing in {folder}. "
+            f"They are part of {model_type}.tar.gz of {REPO}; or give {EMBEDDED}"
         )
     return folder
 
 
 def unpacked(archive):
-    "Folder of the same name beside `archive`, which is unpacked into it once. ValueError where that cannot be done."
+    """Folder of the same name beside `archive`, which is unpacked into it once. ValueError where that
+    cannot be done."""
     folder = archive.with_name(archive.name.removesuffix(".tar.gz"))
     try:
         if not (folder / "config.json").is_file():
@@ -94,7 +98,8 @@ def unpacked(archive):
         if (folder / "config.json").is_file():
             return folder  # another process was quicker
         raise ValueError(
-            f"{archive}: cannot be unpacked ({type(e).__name__}: {e}); expected a .tar.gz of {REPO}, or give {EMBEDDED}"
+            f"{archive}: cannot be unpacked ({type(e).__name__}: {e}); expected a .tar.gz of {REPO}, or "
+            f"give {EMBEDDED}"
         ) from None
     return folder
 
@@ -110,12 +115,14 @@ def radgraph_state(path):
         }
     except Exception as e:
         raise ValueError(
-            f"{path}: not a RadGraph's weights ({type(e).__name__}: {' '.join(str(e).split())[:120]}); expected weights.th of {REPO}, or give {EMBEDDED}"
+            f"{path}: not a RadGraph's weights ({type(e).__name__}: {' '.join(str(e).split())[:120]}); "
+            f"expected weights.th of {REPO}, or give {EMBEDDED}"
         ) from None
 
 
 def encoder_folder(encoder):
-    "The folder of a text encoder's configuration and tokenizer: `encoder` itself, or that of a hub name in the local cache. ValueError where there is none."
+    """The folder of a text encoder's configuration and tokenizer: `encoder` itself, or that of a hub name
+    in the local cache. ValueError where there is none."""
     from huggingface_hub import snapshot_download
     from transformers import AutoConfig, AutoTokenizer
 
@@ -128,13 +135,15 @@ def encoder_folder(encoder):
         return folder
     except Exception:
         raise ValueError(
-            f"encoder={str(encoder)!r}: no text encoder there, nor in the local cache; give encoder= a folder with its config.json and tokenizer files, or {EMBEDDED}"
+            f"encoder={str(encoder)!r}: no text encoder there, nor in the local cache; give encoder= a "
+            f"folder with its config.json and tokenizer files, or {EMBEDDED}"
         ) from None
 
 
 def load_radgraph(folder, model_type, encoder=None, state=None):
-    """The package's `RadGraph` on the CPU, from `folder` (see `radgraph_folder`). `encoder`: see `encoder_folder`, instead of the one that `config.json` names; `state`: tensors instead
-    of those in `weights.th`. ValueError where files do not belong together."""
+    """The package's `RadGraph` on the CPU, from `folder` (see `radgraph_folder`). `encoder`: see
+    `encoder_folder`, instead of the one that `config.json` names; `state`: tensors instead of those in
+    `weights.th`. ValueError where files do not belong together."""
     from radgraph import RadGraph as Package
     from radgraph.allennlp.common import cached_transformers
 
@@ -156,7 +165,9 @@ def load_radgraph(folder, model_type, encoder=None, state=None):
                 return Package(model_type=model_type, model_cache_dir=cache, cuda=-1).eval()
         except (RuntimeError, LookupError, TypeError, OSError, json.JSONDecodeError) as e:
             raise ValueError(
-                f"{folder}: not a {model_type} model ({type(e).__name__}: {' '.join(str(e).split())[:300]}); expected {model_type}.tar.gz of {REPO}, or give {EMBEDDED}"
+                f"{folder}: not a {model_type} model ({type(e).__name__}: "
+                f"{' '.join(str(e).split())[:300]}); expected {model_type}.tar.gz of {REPO}, or give "
+                f"{EMBEDDED}"
             ) from None
         finally:
             (
@@ -166,7 +177,8 @@ def load_radgraph(folder, model_type, encoder=None, state=None):
 
 # %% ../../nbs/rewards/03_radgraph.ipynb #fe182ff5
 def packs(lengths, budget):
-    "Lists of indices, longest first, with (number of reports) x (longest length)² within `budget`; a report over it goes alone."
+    """Lists of indices, longest first, with (number of reports) x (longest length)² within `budget`; a
+    report over it goes alone."""
     found, longest = [], 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if found and (len(found[-1]) + 1) * longest**2 <= budget:
@@ -188,7 +200,8 @@ def cut_to_own_length(predict_sentence):
 
 
 def relation_scores(relation, pairs):
-    "DyGIE++'s scores (sentences, spans, spans, 1 + kinds) of all pairs of spans, from the spans' vectors, about `pairs` at a time."
+    """DyGIE++'s scores (sentences, spans, spans, 1 + kinds) of all pairs of spans, from the spans'
+    vectors, about `pairs` at a time."""
 
     def scores(spans, mentions):
         kind, found = relation._active_namespace, []
@@ -207,20 +220,24 @@ def relation_scores(relation, pairs):
 
 
 def span_table(n, width):
-    "All spans (start, end) of `n` words that are at most `width` words wide, in DyGIE++'s order: a (spans, 2) tensor."
+    """All spans (start, end) of `n` words that are at most `width` words wide, in DyGIE++'s order: a
+    (spans, 2) tensor."""
     starts, more = torch.arange(n)[:, None].expand(n, width), torch.arange(width)[None].expand(n, width)
     inside = starts + more < n
     return torch.stack([starts[inside], (starts + more)[inside]], 1)
 
 
 def padded(rows, fill):
-    "Stack tensors that differ in their first dimension, padded with `fill`, and put DyGIE++'s document dimension in front."
+    """Stack tensors that differ in their first dimension, padded with `fill`, and put DyGIE++'s document
+    dimension in front."""
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)[None]
 
 # %% ../../nbs/rewards/03_radgraph.ipynb #07b79f94
 class RadGraph:
-    """The real graph model. `model`: see `radgraph_folder` (or the package's object, loaded); `model_type`: one of `TYPES`; `encoder`: see `encoder_folder`; `dtype`: the text encoder's,
-    "float32", "bfloat16" or "float16"; `budget`: see `packs`; `longest`: how many words of a report are read. `cut` counts the longer ones."""
+    """The real graph model. `model`: see `radgraph_folder` (or the package's object, loaded);
+    `model_type`: one of `TYPES`; `encoder`: see `encoder_folder`; `dtype`: the text encoder's, "float32",
+    "bfloat16" or "float16"; `budget`: see `packs`; `longest`: how many words of a report are read. `cut`
+    counts the longer ones."""
 
     def __init__(
         self,
@@ -268,7 +285,8 @@ class RadGraph:
         return preprocess_reports([report], self.model_type)[0]["sentences"][0][: self.longest + 1]
 
     def coded(self, words):
-        'The wordpieces of each word, a list of lists of ids. The package\'s reader takes the stroke off "/." and "/?".'
+        """The wordpieces of each word, a list of lists of ids. The package's reader takes the stroke off
+        "/." and "/?"."""
         new = [w for w in dict.fromkeys(words) if w not in self.pieces]
         if new:
             self.pieces.update(
@@ -283,13 +301,15 @@ class RadGraph:
 
     @torch.inference_mode()
     def annotate(self, reports):
-        "Entities of each report in the package's form, dicts number → {tokens, label, start_ix, end_ix, relations}. A report without words has none."
+        """Entities of each report in the package's form, dicts number → {tokens, label, start_ix, end_ix,
+        relations}. A report without words has none."""
         words, found = [self.words(report) for report in reports], [{} for _ in reports]
         over = sum(len(w) > self.longest for w in words)
         if over:
             self.cut += over
             warnings.warn(
-                f"{over} of {len(reports)} reports have more than longest={self.longest} words: RadGraph reads the first {self.longest}"
+                f"{over} of {len(reports)} reports have more than longest={self.longest} words: RadGraph "
+                f"reads the first {self.longest}"
             )
         words = [w[: self.longest] for w in words]
         coded = [self.coded(w) for w in words]
@@ -389,7 +409,8 @@ def places(words, text, model_type="radgraph-xl"):
 
 
 def graph_of(entities, places):
-    "The package's annotation of one report as {entities: [[words, label, start, end, has_relation]], relations: [[i, type, j]]}."
+    """The package's annotation of one report as {entities: [[words, label, start, end, has_relation]],
+    relations: [[i, type, j]]}."""
     number = {key: i for i, key in enumerate(entities)}
     return dict(
         entities=[
@@ -416,7 +437,8 @@ RadGraph.graphs = _graphs
 
 # %% ../../nbs/rewards/03_radgraph.ipynb #0c6b5fe4
 def miniature_radgraph(folder, model_type="radgraph-xl", width=64, layers=2, seed=0):
-    "A made-up RadGraph archive `folder/<model_type>` in the true format and architecture, with its encoder in `folder/encoder`; random weights. Returns both paths."
+    """A made-up RadGraph archive `folder/<model_type>` in the true format and architecture, with its
+    encoder in `folder/encoder`; random weights. Returns both paths."""
     from transformers import AutoTokenizer, BertConfig, ModernBertConfig
 
     place, encoder = Path(folder) / model_type, Path(folder) / "encoder"
@@ -498,7 +520,8 @@ def miniature_radgraph(folder, model_type="radgraph-xl", width=64, layers=2, see
 
 
 def sharpen(one):
-    "Scale and shift the scorers so that, of a few words, one span in fifty is an entity of each kind and one pair in 200 is related in each way: random weights say the same of everything."
+    """Scale and shift the scorers so that, of a few words, one span in fifty is an entity of each kind
+    and one pair in 200 is related in each way: random weights say the same of everything."""
     network, model_type = one.network, one.model_type
     ner, relation = (
         network._ner._ner_scorers[f"{model_type}__ner_labels"][1]._module,
@@ -529,7 +552,8 @@ LEVELS = ("simple", "partial", "complete")
 
 
 def graph_set(graph, level, lower=True):
-    "What is compared at `level`: a set of tuples. `lower`: words in lower case everywhere, not in relations only."
+    """What is compared at `level`: a set of tuples. `lower`: words in lower case everywhere, not in
+    relations only."""
     entities = [(words.lower() if lower else words, label) for words, label, *_ in graph["entities"]]
     if level == "simple":
         return set(entities)
@@ -543,7 +567,8 @@ def graph_set(graph, level, lower=True):
 
 
 def status_of(label):
-    'What a label says of its words: "anatomy", "present", "absent" or "uncertain"; for the labels of all three models and the rules.'
+    """What a label says of its words: "anatomy", "present", "absent" or "uncertain"; for the labels of
+    all three models and the rules."""
     end = label.lower()
     if end.endswith(("da", "absent")):
         return "absent"
@@ -553,8 +578,8 @@ def status_of(label):
 
 
 class EntityF1(ModelScorer):
-    """s_rg of Eq. 4. `model`: "rules", or what `RadGraph` takes; `level`: "simple", "partial" or "complete"; `lower`: see `graph_set`. Further options: see `RadGraph` and, for `cache`,
-    `ModelScorer`."""
+    """s_rg of Eq. 4. `model`: "rules", or what `RadGraph` takes; `level`: "simple", "partial" or
+    "complete"; `lower`: see `graph_set`. Further options: see `RadGraph` and, for `cache`, `ModelScorer`."""
 
     name = "radgraph"
 

@@ -27,7 +27,8 @@ def _as_groups(rewards: Tensor) -> Tensor:
 
 # %% ../../nbs/rewards/04_ranknorm.ipynb #23f92bbc
 def rank_reward(similarities: Tensor) -> Tensor:
-    """Eq. 7: rank rewards (..., G) in [0, 1] from scores (..., G): 1 for the best of a group, 0 for the worst.
+    """Eq. 7: rank rewards (..., G) in [0, 1] from scores (..., G): 1 for the best of a group, 0 for the
+    worst.
 
     Exactly equal scores get the mean of their ranks. Returns float64 for float64 scores, else float32.
     Raises ValueError if G < 2 or if a score is NaN."""

@@ -187,7 +187,8 @@ def main_job(cfgs, out):
             f"{ev.result_table(ev.aggregate(fresh, n_boot=cfg.n_boot), shown_metrics).to_markdown()}\n\n"
         )
     )
-    page = f"{table.to_markdown()}\n\n{again}All measures:\n\n{ev.result_table(tidy).T.to_markdown()}\n\n{note}\n"
+    everything = ev.result_table(tidy).T.to_markdown()
+    page = f"{table.to_markdown()}\n\n{again}All measures:\n\n{everything}\n\n{note}\n"
     files.insert(0, save_page(stem, page, cfgs, out))
     shown = log.rename(columns=PROGRESS)[
         ["k", "stage", "system", "seed", *(c for c in PROGRESS.values() if c in log.rename(columns=PROGRESS))]

@@ -17,6 +17,7 @@ import zlib
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 
 import pandas as pd
 import torch
@@ -83,7 +84,7 @@ class Rewards:
     `truth`, … that the data has. `odd`: {reward: studies whose score in the last batch could not be taken
     as it is} (see `checked_scores`). Raises RewardError where a scorer fails on the trial texts."""
 
-    def __init__(self, scorers, k_clin, similarity=None, watch=None, extras={}):
+    def __init__(self, scorers, k_clin, similarity=None, watch=None, extras=MappingProxyType({})):
         self.scorers, self.k_clin, self.extras, self.k, self.odd = scorers, k_clin, extras, 1, {}
         self.extra = (
             ({"similarity": similarity} if similarity else {}) | {"distinct": distinct} | (watch or {})

@@ -247,7 +247,11 @@ def gap_alarm(gap, noise, dtype=torch.float32, times=1.5):
     floor = max(1e-3, torch.finfo(dtype).eps)
     if gap <= max(times * noise, floor):
         return None
-    return f"policy/gap is {gap:.2g}, {noise:.2g} without the adapter: what is sampled is not what is scored (expected at most {times} times as much, or {floor:.1g})"
+    expected = f"expected at most {times} times as much, or {floor:.1g}"
+    return (
+        f"policy/gap is {gap:.2g}, {noise:.2g} without the adapter: "
+        f"what is sampled is not what is scored ({expected})"
+    )
 
 
 @contextmanager
