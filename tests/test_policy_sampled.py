@@ -10,8 +10,9 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageColumn
 from peft import get_peft_model
 from PIL import Image
+from rollouts import shared_rollout
 from transformers import set_seed
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
 from valor.data.images import square
 from valor.policy.adapter import KEPT, adapted_layers, adapted_weight, kept_share, merged_share
@@ -27,7 +28,7 @@ from valor.policy.models import (
 )
 from valor.policy.server import complete
 from valor.policy.tiny import conversations, generate, sft
-from valor.train.rollout import SharedRollout, merged
+from valor.train.rollout import merged
 
 FILMS = [
     Image.fromarray(np.random.default_rng(i).integers(0, 255, (60, 60), dtype=np.uint8)) for i in range(3)
@@ -114,10 +115,6 @@ def test_evaluation_carries_the_adapter_and_merge_says_what_it_writes(tmp_path, 
     assert load_policy(tmp_path / "whole", "auto")[0].dtype == torch.float32
 
 
-def letters(completions, **columns):
-    return [float(len(c[-1]["content"])) for c in completions]
-
-
 def trainer(folder, out, dtype, share, k=0, **changes):
     set_seed(0)
     model, processor = load_policy(folder, dtype)
@@ -125,36 +122,8 @@ def trainer(folder, out, dtype, share, k=0, **changes):
         dict(image=FILMS, report=["the heart is enlarged"] * 3),
         features=Features(image=ImageColumn(), report=Value("string")),
     )
-    args = (
-        dict(
-            per_device_train_batch_size=6,
-            num_generations=3,
-            max_completion_length=7,
-            max_steps=2,
-            beta=0.05,
-            loss_type="grpo",
-            use_bias_correction_kl=False,
-            bf16=False,
-            use_cpu=True,
-            temperature=0.8,
-            gradient_checkpointing=False,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
-            logging_steps=1,
-            learning_rate=1e-6,
-        )
-        | changes
-    )
-    t = SharedRollout(
-        model,
-        reward_funcs=letters,
-        args=GRPOConfig(str(out), **args),
-        train_dataset=conversations(data),
-        processing_class=processor,
-        peft_config=lora_config(model, "language+projector", 8, 16),
-        share=share,
-    )
+    own = dict(per_device_train_batch_size=6, temperature=0.8, logging_steps=1, learning_rate=1e-6)
+    t = shared_rollout(model, processor, data, out, share, 8, **own | changes)
     moved(t.model, k)
     return t
 

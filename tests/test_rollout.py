@@ -7,12 +7,10 @@ import torch
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageColumn
 from PIL import Image
+from rollouts import shared_rollout
 from transformers import set_seed
-from trl import GRPOConfig
 
-from valor.policy.models import KINDS, load_policy, lora_config, miniature
-from valor.policy.tiny import conversations
-from valor.train.rollout import SharedRollout
+from valor.policy.models import KINDS, load_policy, miniature
 
 FILMS = [
     Image.fromarray(np.random.default_rng(i).integers(0, 255, (70, 60 + 20 * i), dtype=np.uint8))
@@ -30,42 +28,11 @@ def studies(two=False):
     return Dataset.from_dict(columns, features=Features(features))
 
 
-def letters(completions, **columns):
-    return [float(len(c[-1]["content"])) for c in completions]
-
-
 def trainer(folder, out, share, two=False, **changes):
     set_seed(0)
     model, processor = load_policy(folder)
-    args = (
-        dict(
-            per_device_train_batch_size=9,
-            num_generations=3,
-            max_completion_length=7,
-            max_steps=2,
-            beta=0.05,
-            loss_type="grpo",
-            use_bias_correction_kl=False,
-            bf16=False,
-            use_cpu=True,
-            gradient_checkpointing=False,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
-            logging_strategy="no",
-            learning_rate=1e-3,
-        )
-        | changes
-    )
-    t = SharedRollout(
-        model,
-        reward_funcs=letters,
-        args=GRPOConfig(str(out), **args),
-        train_dataset=conversations(studies(two)),
-        processing_class=processor,
-        peft_config=lora_config(model, "language+projector", 4, 8),
-        share=share,
-    )
+    own = dict(per_device_train_batch_size=9, logging_strategy="no", learning_rate=1e-3)
+    t = shared_rollout(model, processor, studies(two), out, share, 4, **own | changes)
     for i, (name, p) in enumerate(t.model.named_parameters()):
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.05, generator=torch.Generator().manual_seed(i))
