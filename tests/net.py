@@ -23,15 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 KEYS = """import json, os, sys, tempfile
 from valor.config import BENCHMARKS, PRESETS, REAL_SOURCES, preset
-from importlib import import_module
-from importlib.util import find_spec
-rooms = find_spec("valor.runs")
-if rooms is None:
-    module = "valor.experiment"
-else:
-    module = "valor.runs.phases" if find_spec("valor.runs.phases") else "valor.runs.experiment"
-phases = import_module(module)
-PHASES, phase_key = phases.PHASES, phases.phase_key
+from valor.runs.phases import PHASES, phase_key
 keys = {}
 for name in PRESETS:
     for benchmark in (*BENCHMARKS, *REAL_SOURCES):
