@@ -251,8 +251,8 @@ def gap_alarm(gap, noise, dtype=torch.float32, times=1.5):
         return None
     expected = f"expected at most {times} times as much, or {floor:.1g}"
     return (
-        f"policy/gap is {gap:.2g}, {noise:.2g} without the adapter: "
-        f"what is sampled is not what is scored ({expected})"
+        f"policy/gap is {gap:.2g}, {noise:.2g} without the adapter: what is sampled is not what is scored "
+        f"({expected})"
     )
 
 
@@ -510,7 +510,14 @@ class SharedRollout(GRPOTrainer):
         finally:
             self.processing_class = self._processor
 
-    def _get_per_token_logps_and_entropies(
+    def _get_per_token_logps_and_entropies(self, *args, **kw):
+        logps = self._logps_by_prompt if self.share else super()._get_per_token_logps_and_entropies
+        out = logps(*args, **kw)
+        if torch.is_grad_enabled():
+            self._scored = out[0].detach()
+        return out
+
+    def _logps_by_prompt(
         self,
         model,
         input_ids,
@@ -522,45 +529,7 @@ class SharedRollout(GRPOTrainer):
         pixel_values=None,
         **kw,
     ):
-        out = self._logps_and_entropies(
-            model,
-            input_ids,
-            attention_mask,
-            logits_to_keep,
-            batch_size,
-            compute_entropy,
-            compute_aux_loss,
-            pixel_values,
-            **kw,
-        )
-        if torch.is_grad_enabled():
-            self._scored = out[0].detach()
-        return out
-
-    def _logps_and_entropies(
-        self,
-        model,
-        input_ids,
-        attention_mask,
-        logits_to_keep,
-        batch_size,
-        compute_entropy,
-        compute_aux_loss,
-        pixel_values,
-        **kw,
-    ):
-        if not self.share:
-            return super()._get_per_token_logps_and_entropies(
-                model,
-                input_ids,
-                attention_mask,
-                logits_to_keep,
-                batch_size,
-                compute_entropy,
-                compute_aux_loss,
-                pixel_values,
-                **kw,
-            )
+        "As TRL's method, each prompt read once; `pixel_values` `(N, 1)`: which prompt a candidate answers."
         n, T = batch_size or len(input_ids), logits_to_keep
         parts = [
             self._score(
