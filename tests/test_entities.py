@@ -123,8 +123,8 @@ def test_without_the_cut_shorter_reports_get_relations_that_are_not_theirs(both)
         set(b) <= set(a) for a, b in zip(related(said), related(alone))
     )
     print(
-        f"{ours.model_type}: {len(wrong)} of 60 reports differ, "
-        f"{sum(same for same, _ in wrong)} of them by repetitions alone"
+        f"{ours.model_type}: {len(wrong)} of 60 reports differ, {sum(same for same, _ in wrong)} of them by "
+        f"repetitions alone"
     )
 
 

@@ -523,19 +523,9 @@ def evaluate(paths, out, metrics=None, n_boot=5000, seed=0, image_root=None, **o
 
 def formatted(table, not_run):
     "Metrics as rows, systems as columns, cells `value [lo, hi]`; metrics that could not run keep their rows."
-
-    def text(r):
-        return (
-            "n/a"
-            if np.isnan(r.value)
-            else f"{r.value:.1f} [{r.lo:.1f}, {r.hi:.1f}]"
-            if r.metric == "words"
-            else f"{r.value:.3f} [{r.lo:.3f}, {r.hi:.3f}]"
-        )
-
-    cells = table.assign(cell=[text(r) for r in table.itertuples()]).pivot(
-        index="metric", columns="system", values="cell"
-    )
+    digits = [1 if metric == "words" else 3 for metric in table.metric]
+    texts = [ev.cell(r.value, r.lo, r.hi, d) for r, d in zip(table.itertuples(), digits)]
+    cells = table.assign(cell=texts).pivot(index="metric", columns="system", values="cell")
     cells = cells.loc[table.metric.drop_duplicates(), table.system.drop_duplicates()]
     for name in not_run:
         for metric in measures_of(name):

@@ -551,9 +551,8 @@ PROMPTS = [
 # %% ../../nbs/policy/02_convert.ipynb #ab83513a
 CHAT = (
     "<s>{% for m in messages %}{% if m['role'] == 'user' %}[INST] {% if m['content'] is string %}{{ "
-    "m['content'] }}{% else %}"
-    "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% else %}{{ '<image>\n' }}{% "
-    "endif %}{% endfor %}{% endif %} [/INST]"
+    "m['content'] }}{% else %}{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% else "
+    "%}{{ '<image>\n' }}{% endif %}{% endfor %}{% endif %} [/INST]"
     "{% elif m['role'] == 'assistant' %} {% if m['content'] is string %}{{ m['content'] }}{% else %}{% for "
     "c in m['content'] %}{{ c['text'] }}{% endfor %}{% endif %}</s>"
     "{% else %}{{ raise_exception('LLaVA-Med knows the roles user and assistant; put what the system "

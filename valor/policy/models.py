@@ -58,9 +58,8 @@ from ..files import one_line
 _CHATML = (
     "{% for m in messages %}SYSTEM<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ "
     "m['content'] }}{% else %}{% for c in m['content'] %}{% if c['type'] == 'image' "
-    "%}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if "
-    "add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "%}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif "
+    "%}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CHATS = {
     "llava": "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for c in m['content'] | "
@@ -75,9 +74,9 @@ CHATS = {
     "qwen3_vl": _CHATML.replace("SYSTEM", ""),
     "gemma3": "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' "
     "else m['role'] }}\n{% if m['content'] is string %}{{ m['content'] | trim }}{% else %}{% for c in "
-    "m['content'] %}"
-    "{% if c['type'] == 'image' %}<start_of_image>{% else %}{{ c['text'] | trim }}{% endif %}{% endfor "
-    "%}{% endif %}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+    "m['content'] %}{% if c['type'] == 'image' %}<start_of_image>{% else %}{{ c['text'] | trim }}{% endif "
+    "%}{% endfor %}{% endif %}<end_of_turn>\n{% endfor %}{% if add_generation_prompt "
+    "%}<start_of_turn>model\n{% endif %}",
 }
 _SAID = [
     "<report> findings: the heart is enlarged. no pleural effusion or pneumothorax. impression: "

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROMPT', 'SPECIALS', 'TEMPLATE', 'SEAL', 'build_tokenizer', 'build_policy', 'as_prompt', 'render_prompt',
-           'image_lists', 'generate', 'seal', 'fault_of', 'last_complete_checkpoint', 'SealCheckpoints',
+           'one_or_two', 'image_lists', 'generate', 'seal', 'fault_of', 'last_complete_checkpoint', 'SealCheckpoints',
            'TrainingError', 'disk_line', 'train_to_end', 'trainer_args', 'Progress', 'conversations', 'ResumableSFT',
            'shard_by_layer', 'keep_sft', 'sft', 'finding_targets', 'QueryHead', 'warm_up_vision', 'keep', 'restore',
            'settle_projector']
@@ -59,8 +59,8 @@ SPECIALS = ["<pad>", "<unk>", "<s>", "</s>", "<image>"]
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}<s>[INST]"
     "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %} {{ c['text'] }}{% endif "
-    "%}{% endfor %} [/INST]"
-    "{% else %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}</s>{% endif %}{% endfor %}"
+    "%}{% endfor %} [/INST]{% else %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}</s>{% endif %}{% "
+    "endfor %}"
 )
 
 
@@ -152,14 +152,16 @@ def render_prompt(processor, n_images=1):
     return processor.apply_chat_template(turn, add_generation_prompt=True)
 
 
+def one_or_two(image, second=None):
+    "What the policy is shown of one study: `[image]`, or `[image, second]` where there is a second one."
+    return [image] if second is None else [image, second]
+
+
 def image_lists(dataset):
     "What the policy is shown of each row: `[image]`, or `[image, second_image]` where there is a second one."
     if "second_image" not in dataset.column_names:
         return [[image] for image in dataset["image"]]
-    return [
-        [image] if second is None else [image, second]
-        for image, second in zip(dataset["image"], dataset["second_image"])
-    ]
+    return list(map(one_or_two, dataset["image"], dataset["second_image"]))
 
 
 @torch.inference_mode()
@@ -367,7 +369,7 @@ def conversations(dataset, completions=None):
 def _both(rows, drop):
     """Rows with `images` instead of `second_image` (and, if `drop`, of `image`, which TRL's SFT would
     take for the only one)."""
-    images = [[a] if b is None else [a, b] for a, b in zip(rows["image"], rows["second_image"])]
+    images = list(map(one_or_two, rows["image"], rows["second_image"]))
     return {k: v for k, v in rows.items() if k not in ("second_image", "image")[: 1 + drop]} | dict(
         images=images
     )

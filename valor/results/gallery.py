@@ -436,14 +436,12 @@ def payload(
 JUDGED = {
     "phantom": "Colours mark each mention of a finding, judged against the planted findings: right agrees "
     "in finding, side and zone; mislocated names a finding that is there in another place; wrong "
-    "states what is not there or "
-    "denies what is. Counts take each finding once; severity is not judged."
+    "states what is not there or denies what is. Counts take each finding once; severity is not judged."
 }
 BY_LABELS = (
     "Colours mark sentences, judged by the labels ({labeler}) of the reference: right states an "
     "observation that the reference has; wrong states one that it has not, or denies one that it has. "
-    "Missing are the reference's "
-    "observations that a report does not state. Places are not judged."
+    "Missing are the reference's observations that a report does not state. Places are not judged."
 )
 
 # %% ../../nbs/results/03_gallery.ipynb #gal0000c

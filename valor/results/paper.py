@@ -14,6 +14,8 @@ from types import MappingProxyType
 
 import pandas as pd
 
+from ..metrics.statistics import cell
+
 # %% ../../nbs/results/01_paper.ipynb #f87d5359
 def _read(text: str, rows: int = 1) -> pd.DataFrame:
     "The table in `text`, columns separated by bars, the first `rows` of them as its index."
@@ -131,13 +133,6 @@ METRIC_NAMES = {  # theirs: (ours, ours × this = theirs)
 NOTHING = MappingProxyType({})
 
 
-def _cell(row: pd.Series, factor: float) -> str:
-    "`value [lo, hi]` of `row` times `factor`."
-    value, lo, hi = (x * factor for x in (row.value, row.lo, row.hi))
-    digits = 1 if factor == 100 else 2
-    return f"{value:.{digits}f} [{lo:.{digits}f}, {hi:.{digits}f}]"
-
-
 def _as_printed(number: float, column: str, factor: float) -> str:
     "A number of the paper with as many decimals as it prints; −X for one that it leaves out."
     if pd.isna(number):
@@ -173,7 +168,9 @@ class _Ours:
         metric, factor = self.metrics[column]
         at = (system, metric)
         if at in self.measured.index and pd.notna(self.measured.loc[at].value):
-            return _cell(self.measured.loc[at], factor)
+            row = self.measured.loc[at]
+            digits = 1 if factor == 100 else 2
+            return cell(row.value * factor, row.lo * factor, row.hi * factor, digits)
         return "n/a" + (self.mark(f"{metric}: {self.missing[metric]}") if metric in self.missing else "")
 
 # %% ../../nbs/results/01_paper.ipynb #pap00005

@@ -317,22 +317,12 @@ def wide(tidy, systems=(), why=MappingProxyType({})):
     """Metrics as rows, systems as columns, cells `value [lo, hi]`; * marks a Holm-corrected p < 0.05
     against VALOR, `not run` a system or metric that `why` tells of."""
 
-    def cell(r):
-        if pd.isna(r.value):
-            return "n/a"
-        d = (
-            1
-            if r.metric == "words"
-            else 2
-            if r.metric in ("hallucinated", "missed", "mislocated", "duplicates", "false labels")
-            else 3
-        )
-        return f"{r.value:.{d}f} [{r.lo:.{d}f}, {r.hi:.{d}f}]" + (
-            "*" if getattr(r, "p_holm", 1) < 0.05 else ""
-        )
+    def text(r):
+        star = "*" if getattr(r, "p_holm", 1) < 0.05 else ""
+        return ev.cell(r.value, r.lo, r.hi, ev.digits_of(r.metric)) + star
 
     table = (
-        tidy.assign(cell=[cell(r) for r in tidy.itertuples()])
+        tidy.assign(cell=[text(r) for r in tidy.itertuples()])
         .pivot(index="metric", columns="system", values="cell")
         .loc[tidy.metric.drop_duplicates(), tidy.system.drop_duplicates()]
         if len(tidy)

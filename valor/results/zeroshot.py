@@ -51,9 +51,11 @@ from ..data.sources import check_endpoint, is_local
 from ..figures import slug
 from ..files import one_line, own_lines, report_lines
 from ..metrics.evaluate import DEFAULTS, MEASURES, gauged, made
+from ..metrics.statistics import cell
 from ..policy.generate import ENDINGS
 from ..policy.models import load_policy, own_generation
 from ..policy.server import complete, fingerprint
+from ..policy.tiny import one_or_two
 from .paper import TABLE2
 from .tables import compare
 from ..rewards.text import report_body
@@ -149,8 +151,7 @@ def named(endpoint: Endpoint, client: openai.OpenAI) -> Endpoint:
 # %% ../../nbs/results/04_zeroshot.ipynb #d575f011
 def images_of(row: dict) -> list[Image.Image]:
     "The one or two images of the study `row`."
-    second = row.get("second_image")
-    return [row["image"]] if second is None else [row["image"], second]
+    return one_or_two(row["image"], row.get("second_image"))
 
 
 def settings_of(endpoint: Endpoint) -> dict:
@@ -783,28 +784,47 @@ _GEMINI = dict(
 )
 
 # %% ../../nbs/results/04_zeroshot.ipynb #zsc00007
-_HOW = {
-    "Gemini 2.5 Pro": "it reasons before it writes: the tokens of that are paid as output",
-    "Med-Flamingo": "an OpenFlamingo model on LLaMA-7B, not in transformers: run its own repository, "
-    'write a JSON line {"id", "candidate"} for each study',
-    "MAIRA-2": "gated; its code was written for transformers 4",
-    "HuatuoGPT-Vision": "the paper says 8B, the releases that we know are 7B and 34B; "
-    "this is the one that transformers loads",
-    "MedGemma": "not in the paper; gated",
-    "Qwen2.5-VL": "not in the paper's table",
-}
-_HUATUO = "FreedomIntelligence/HuatuoGPT-Vision-7B-Qwen2.5VL"
 ROWS = {
     "GPT-4o": Row("general", "endpoint", "gpt-4o"),
     "GPT-4.1": Row("general", "endpoint", "gpt-4.1"),
-    "Gemini 2.5 Pro": Row("general", "endpoint", "gemini-2.5-pro", _GEMINI),
-    "Med-Flamingo": Row("medical", "reports", "med-flamingo/med-flamingo"),
-    "MAIRA-2": Row("medical", "transformers", "microsoft/maira-2", reader="maira-2", remote_code=True),
-    "HuatuoGPT-Vision": Row("medical", "transformers", _HUATUO),
-    "MedGemma": Row("medical", "transformers", "google/medgemma-4b-it"),
-    "Qwen2.5-VL": Row("general", "transformers", "Qwen/Qwen2.5-VL-7B-Instruct"),
+    "Gemini 2.5 Pro": Row(
+        "general",
+        "endpoint",
+        "gemini-2.5-pro",
+        _GEMINI,
+        how="it reasons before it writes: the tokens of that are paid as output",
+    ),
+    "Med-Flamingo": Row(
+        "medical",
+        "reports",
+        "med-flamingo/med-flamingo",
+        how="an OpenFlamingo model on LLaMA-7B, not in transformers: run its own repository, "
+        'write a JSON line {"id", "candidate"} for each study',
+    ),
 }
-ROWS = {name: replace(row, how=_HOW.get(name, "")) for name, row in ROWS.items()}
+
+# %% ../../nbs/results/04_zeroshot.ipynb #zse00001
+ROWS |= {
+    "MAIRA-2": Row(
+        "medical",
+        "transformers",
+        "microsoft/maira-2",
+        reader="maira-2",
+        remote_code=True,
+        how="gated; its code was written for transformers 4",
+    ),
+    "HuatuoGPT-Vision": Row(
+        "medical",
+        "transformers",
+        "FreedomIntelligence/HuatuoGPT-Vision-7B-Qwen2.5VL",
+        how="the paper says 8B, the releases that we know are 7B and 34B; "
+        "this is the one that transformers loads",
+    ),
+    "MedGemma": Row("medical", "transformers", "google/medgemma-4b-it", how="not in the paper; gated"),
+    "Qwen2.5-VL": Row(
+        "general", "transformers", "Qwen/Qwen2.5-VL-7B-Instruct", how="not in the paper's table"
+    ),
+}
 
 # %% ../../nbs/results/04_zeroshot.ipynb #99c19a70
 def load_row(row: Row, name: str, folder: Path | str, trust_remote_code: Sequence[str] = ()) -> tuple:
@@ -1094,11 +1114,9 @@ def _cell_of(tidy: pd.DataFrame, system: str, metric: str) -> str:
     found = tidy[(tidy.system == system) & (tidy.metric == metric)]
     if found.empty:
         return "not run"
-    row, digits = found.iloc[0], 1 if metric == "words" else 3
-    if np.isnan(row.value):
-        return "n/a"
+    row = found.iloc[0]
     star = " *" if row.get("p_holm", 1) < 0.05 else ""
-    return f"{row.value:.{digits}f} [{row.lo:.{digits}f}, {row.hi:.{digits}f}]{star}"
+    return cell(row.value, row.lo, row.hi, 1 if metric == "words" else 3) + star
 
 # %% ../../nbs/results/04_zeroshot.ipynb #zsc00013
 SCORED = {

@@ -52,9 +52,8 @@ def chexbert_state(path):
         }
     except Exception as e:
         raise ValueError(
-            f"{path}: not a CheXbert checkpoint ({type(e).__name__}: "
-            f"{str(e)[:120].partition(chr(10))[0]}); expected a torch file with 'model_state_dict'. It is "
-            f"part of {REPO}; or give {EMBEDDED}"
+            f"{path}: not a CheXbert checkpoint ({type(e).__name__}: {str(e)[:120].partition(chr(10))[0]}); "
+            f"expected a torch file with 'model_state_dict'. It is part of {REPO}; or give {EMBEDDED}"
         ) from None
     for name in SIZES:
         if name not in state or state[name].dim() != 2:

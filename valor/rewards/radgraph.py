@@ -167,9 +167,8 @@ def load_radgraph(folder, model_type, encoder=None, state=None):
                 return Package(model_type=model_type, model_cache_dir=cache, cuda=-1).eval()
         except (RuntimeError, LookupError, TypeError, OSError, json.JSONDecodeError) as e:
             raise ValueError(
-                f"{folder}: not a {model_type} model ({type(e).__name__}: "
-                f"{' '.join(str(e).split())[:300]}); expected {model_type}.tar.gz of {REPO}, or give "
-                f"{EMBEDDED}"
+                f"{folder}: not a {model_type} model ({type(e).__name__}: {' '.join(str(e).split())[:300]}); "
+                f"expected {model_type}.tar.gz of {REPO}, or give {EMBEDDED}"
             ) from None
         finally:
             (

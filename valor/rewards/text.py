@@ -400,8 +400,8 @@ class Store:
             self.db = self._connected()
             if not (self.read_only and self.file.exists()):
                 self.db.execute(
-                    "CREATE TABLE IF NOT EXISTS said "
-                    "(key TEXT, text TEXT, value BLOB, PRIMARY KEY (key, text)) WITHOUT ROWID"
+                    "CREATE TABLE IF NOT EXISTS said (key TEXT, text TEXT, value BLOB, PRIMARY KEY (key, "
+                    "text)) WITHOUT ROWID"
                 )
 
     def _digest(self, text: str) -> str:
@@ -735,8 +735,8 @@ def load_attribute(name: str) -> type | Callable:
     module, colon, attribute = path.partition(":")
     if not colon:
         raise ValueError(
-            f"scorer name={name!r}: allowed are {', '.join(SCORERS)}, "
-            "an entry point of the group valor.scorers, and package.module:attribute"
+            f"scorer name={name!r}: allowed are {', '.join(SCORERS)}, an entry point of the group "
+            "valor.scorers, and package.module:attribute"
         )
     if name not in SCORERS and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # commands do not look there by themselves

@@ -145,9 +145,8 @@ def note_of(cfg):
     return (
         f"{cfg.benchmark}: {', '.join(f'{len(d):,} {s}' for s, d in data.items())} real studies, "
         f"{(aside.level == 'study').sum():,} set aside (set_aside.csv says why), {leaks:,} of "
-        f"{len(data['test']):,} test studies leaked "
-        f"(report word for word in train, or patient there); {terms_of(cfg.benchmark).licence}; "
-        f"{scorers_note(cfg)}"
+        f"{len(data['test']):,} test studies leaked (report word for word in train, or patient there); "
+        f"{terms_of(cfg.benchmark).licence}; {scorers_note(cfg)}"
     )
 
 # %% ../../nbs/runs/02_makers.ipynb #716c139e

@@ -249,8 +249,7 @@ def check_machine(folder: Path, status: str) -> None:
     if changed:
         raise RunError(
             f"{folder}: was interrupted under other conditions ({', '.join(changed)}) and would not end as "
-            f"it began; "
-            "restore them or move it away and start again"
+            f"it began; restore them or move it away and start again"
         )
     if record.get("cpu") not in (None, cpu_model()):
         print(
@@ -393,8 +392,8 @@ def check_updates(name: str, cfg: Config) -> None:
     if len(train) < cfg.batch_size:
         raise RunError(
             f"batch_size = {cfg.batch_size}, but there are {len(train)} training studies: no rollout batch "
-            f"would be "
-            f"whole and no update be made; lower batch_size to {len(train)} or less, or give more studies"
+            f"would be whole and no update be made; lower batch_size to {len(train)} or less, or give more "
+            f"studies"
         )
 
 # %% ../../nbs/runs/01_phases.ipynb #phs00015
