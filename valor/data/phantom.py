@@ -12,12 +12,15 @@ __all__ = ['SIDES', 'ZONES', 'SEVERITIES', 'KINDS', 'FINDINGS', 'PHANTOM_NAMES',
 import io
 import re
 import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from types import SimpleNamespace
 
 import datasets
 import numpy as np
+from matplotlib.figure import Figure
+from numpy.random import Generator
 from PIL import Image, ImageDraw
 from scipy.interpolate import CubicSpline
 from tqdm.auto import tqdm
@@ -25,21 +28,19 @@ from tqdm.auto import tqdm
 from ..vocabulary import OBSERVATIONS
 
 # %% ../../nbs/data/00_phantom.ipynb #e8382934
-SIDES, ZONES, SEVERITIES = (
-    ("left", "right", "bilateral"),
-    ("upper", "mid", "lower"),
-    ("mild", "moderate", "severe"),
-)
-KINDS = {
+SIDES = ("left", "right", "bilateral")
+ZONES = ("upper", "mid", "lower")
+SEVERITIES = ("mild", "moderate", "severe")
+KINDS = {  # kinds of device and the sides that each may have
     "pacemaker": ("left", "right"),
     "central line": ("left", "right"),
     "endotracheal tube": (),
-}  # and their sides
+}
 
-
+# %% ../../nbs/data/00_phantom.ipynb #ph0001
 @dataclass(frozen=True)
 class Finding:
-    """One finding: `name` of FINDINGS, the patient's `side`, `zone`, `severity`; `kind` for devices only.
+    """One finding. `name` is a name in FINDINGS, `side` the patient's side; `kind` is for devices only.
     None: not stated."""
 
     name: str
@@ -49,14 +50,16 @@ class Finding:
     kind: str | None = None
 
     @property
-    def what(self):
+    def what(self) -> str:
+        "The device's kind, or else the name."
         return self.kind or self.name
 
     @property
-    def where(self):
+    def where(self) -> tuple[str, str | None, str | None]:
+        "What it is and where: two findings with equal `where` are the same finding at the same place."
         return self.what, self.side, self.zone
 
-
+# %% ../../nbs/data/00_phantom.ipynb #ph0004
 def _spec(observation=None, sides=(), zones=(), severities=(), in_phantom=False):
     return SimpleNamespace(
         observation=observation, sides=sides, zones=zones, severities=severities, in_phantom=in_phantom
@@ -64,6 +67,7 @@ def _spec(observation=None, sides=(), zones=(), severities=(), in_phantom=False)
 
 
 _ONE = ("left", "right")
+
 FINDINGS = {
     "cardiomegaly": _spec("Cardiomegaly", severities=SEVERITIES, in_phantom=True),
     "effusion": _spec("Pleural Effusion", SIDES, severities=SEVERITIES, in_phantom=True),
@@ -75,7 +79,11 @@ FINDINGS = {
     "nodule": _spec("Lung Lesion", _ONE, ZONES, in_phantom=True),
     "fracture": _spec("Fracture", _ONE, in_phantom=True),
     "device": _spec("Support Devices", _ONE, in_phantom=True),
-    # only for codes of real reports
+}
+PHANTOM_NAMES = tuple(FINDINGS)
+
+# %% ../../nbs/data/00_phantom.ipynb #ph0005
+FINDINGS |= {  # only for codes of real reports
     "granuloma": _spec(None, SIDES, ZONES),
     "scarring": _spec("Lung Opacity", SIDES, ZONES),
     "interstitial": _spec("Lung Opacity", SIDES, ZONES),
@@ -97,7 +105,6 @@ FINDINGS = {
     "clips": _spec("Support Devices", SIDES, ZONES),
     "sternotomy_wires": _spec("Support Devices"),
 }
-PHANTOM_NAMES = tuple(n for n, s in FINDINGS.items() if s.in_phantom)
 
 # %% ../../nbs/data/00_phantom.ipynb #80a0d240
 def _pick(rng, options):
@@ -106,13 +113,16 @@ def _pick(rng, options):
 
 def _random_finding(name, rng):
     "A finding of this name with side, zone and severity drawn evenly from what its spec allows."
-    spec, draw = FINDINGS[name], lambda options: _pick(rng, options) if options else None
+    spec = FINDINGS[name]
+
+    def draw(options):
+        return _pick(rng, options) if options else None
+
     kind = _pick(rng, tuple(KINDS)) if name == "device" else None
-    return Finding(
-        name, draw(KINDS[kind] if kind else spec.sides), draw(spec.zones), draw(spec.severities), kind
-    )
+    sides = KINDS[kind] if kind else spec.sides
+    return Finding(name, draw(sides), draw(spec.zones), draw(spec.severities), kind)
 
-
+# %% ../../nbs/data/00_phantom.ipynb #ph0008
 def _cells(f):
     "The (side, zone) cells of the lungs that a finding needs for itself."
     zones = {
@@ -134,11 +144,12 @@ def _compatible(finding, others):
             return False
     return True
 
-
-def sample_findings(rng):
-    """Draw the truth of one study: a tuple of Finding, empty for about a fifth of the studies, else one
-    to three."""
-    n, names, found = int(rng.choice(4, p=[0.2, 0.3, 0.3, 0.2])), rng.permutation(PHANTOM_NAMES), []
+# %% ../../nbs/data/00_phantom.ipynb #ph0010
+def sample_findings(rng: Generator) -> tuple[Finding, ...]:
+    "Draws the truth of one study: nothing for about a fifth of the studies, else one to three findings."
+    n = int(rng.choice(4, p=[0.2, 0.3, 0.3, 0.2]))
+    names = rng.permutation(PHANTOM_NAMES)
+    found = []
     for name in map(str, names):
         f = _random_finding(name, rng)
         if len(found) < n and _compatible(f, found):
@@ -167,7 +178,7 @@ def _noise(rng, size, cells):
     m = _stretch(size, cells)
     return m @ rng.standard_normal((cells, cells), dtype=_F) @ m.T
 
-
+# %% ../../nbs/data/00_phantom.ipynb #ph0012
 def _smooth(t):
     t = np.clip(t, 0, 1)
     rest = -2 * t  # t² (3 - 2t), in place: this is called fifty times a film
@@ -187,20 +198,18 @@ def _bump(distance, width):
     d *= d
     return np.exp(-d)
 
-
+# %% ../../nbs/data/00_phantom.ipynb #ph0014
 def _strokes(size, lines):
-    """Anti-aliased polylines: `lines` holds (points [(x, y)…], width, brightness in [0, 1]) in units of
-    the image."""
+    """Anti-aliased polylines as densities (size, size). `lines` holds (points [(x, y)…], width,
+    brightness in [0, 1]); points and widths in units of the image."""
     scale = 3
-    canvas = Image.new("L", (size * scale,) * 2)
+    side = size * scale
+    canvas = Image.new("L", (side, side))
     draw = ImageDraw.Draw(canvas)
     for points, width, bright in lines:
-        draw.line(
-            [(x * size * scale, y * size * scale) for x, y in points],
-            fill=int(255 * bright),
-            width=max(1, round(width * size * scale)),
-            joint="curve",
-        )
+        pixels = [(x * size * scale, y * size * scale) for x, y in points]
+        thick = max(1, round(width * size * scale))
+        draw.line(pixels, fill=int(255 * bright), width=thick, joint="curve")
     return np.asarray(canvas.reduce(scale), dtype=_F) / 255
 
 # %% ../../nbs/data/00_phantom.ipynb #661ae3af
@@ -219,6 +228,15 @@ def _grow(rng, q, y, angle, length, width, lines, depth=0):
         for turn in (rng.uniform(0.15, 0.5), -rng.uniform(0.2, 0.6)):
             _grow(rng, q, y, angle + turn, length * rng.uniform(0.65, 0.85), width * 0.66, lines, depth + 1)
 
+# %% ../../nbs/data/00_phantom.ipynb #ph0017
+def _lung_vessels(rng):
+    "The branches of one lung: (points in (distance from the midline, y), width, brightness)."
+    lines = []
+    for angle in np.array([-1.25, -0.85, -0.35, 0.1, 0.55, 0.95, 1.35]) + rng.normal(0, 0.1, 7):
+        q, y = _HILUM[0] + rng.normal(0, 0.010), _HILUM[1] + 0.035 * angle + rng.normal(0, 0.012)
+        _grow(rng, q, y, angle, rng.uniform(0.08, 0.12), rng.uniform(0.006, 0.013), lines)
+    return lines
+
 
 @lru_cache
 def _vessels(size):
@@ -227,89 +245,78 @@ def _vessels(size):
     for i in range(_TREES):
         rng, lines = np.random.default_rng(i), []
         for sign in (-1, 1):
-            side = []
-            for angle in np.array([-1.25, -0.85, -0.35, 0.1, 0.55, 0.95, 1.35]) + rng.normal(0, 0.1, 7):
-                _grow(
-                    rng,
-                    _HILUM[0] + rng.normal(0, 0.010),
-                    _HILUM[1] + 0.035 * angle + rng.normal(0, 0.012),
-                    angle,
-                    rng.uniform(0.08, 0.12),
-                    rng.uniform(0.006, 0.013),
-                    side,
-                )
-            lines += [([(0.5 + sign * q, y) for q, y in p], w, b) for p, w, b in side]
+            lines += [([(0.5 + sign * q, y) for q, y in p], w, b) for p, w, b in _lung_vessels(rng)]
         lines.sort(key=lambda line: line[1])  # thick vessels over thin ones
         maps.append(_strokes(size, lines))
     return np.stack(maps)
 
 # %% ../../nbs/data/00_phantom.ipynb #24ef3d2f
-_CTR = {
+_CTR = {  # cardiothoracic ratio: the heart's width over the chest's, (lowest, highest)
     None: (0.395, 0.455),
     "mild": (0.52, 0.55),
     "moderate": (0.585, 0.615),
     "severe": (0.65, 0.69),
-}  # cardiothoracic ratio
+}
 
 
-def _anatomy(findings, rng):
-    "The shape parameters of one patient, in units of the image."
-    has = {f.name: f for f in findings}
+def _patient(rng):
+    "The shape parameters of one healthy patient, in units of the image."
 
     def n(scale):
         return float(rng.normal(0, scale))
 
-    a = SimpleNamespace(
-        cx=0.5 + n(0.015),
-        tilt=n(0.03),
-        curve=n(0.004),
-        half=0.382 + n(0.018),
-        apex=0.115 + n(0.016),
-        dome=0.725 + n(0.02),
-        lift={"left": -0.022 + n(0.006), "right": 0.0},
-        drop=0.10 + abs(n(0.012)),
-        knob=0.026 + n(0.004),
-        descend=0.0,
-        wide=abs(n(0.004)),
-        ribs=0.068 + n(0.003),
-        phase=rng.random(),
-        build=1 + n(0.06),
-        breast=max(0.0, 0.05 + n(0.06)),
-        bony=rng.uniform(0.75, 1.25),
-        hila={"left": 1.0, "right": 1.0},
-    )
-    low, high = _CTR[has["cardiomegaly"].severity or "moderate" if "cardiomegaly" in has else None]
-    a.ctr = rng.uniform(low, high)
-    for f in findings:
-        sides = _ONE if f.side == "bilateral" else (f.side or _pick(rng, _ONE),)
-        if f.name == "low_volume":
-            a.dome -= 0.085
-        if f.name == "high_volume":
-            a.dome += 0.045
-            a.drop -= 0.035
-        if f.name == "flat_diaphragm":
-            a.drop -= 0.075
-        if f.name in ("elevated_diaphragm", "atelectasis"):
-            for s in sides:
-                a.lift[s] += 0.085 if f.name == "elevated_diaphragm" else 0.034  # volume loss
-        if f.name == "hilar_enlargement":
-            for s in sides:
-                a.hila[s] = 2.1
-        if f.name == "tortuous_aorta":
-            a.knob, a.descend = 0.052, 0.035
-        if f.name == "wide_mediastinum":
-            a.wide = 0.035
-        if f.name == "scoliosis":
-            a.curve = float(rng.choice([-1, 1])) * rng.uniform(0.028, 0.042)
+    a = SimpleNamespace(descend=0.0, hila={"left": 1.0, "right": 1.0})
+    a.cx, a.tilt, a.curve = 0.5 + n(0.015), n(0.03), n(0.004)
+    a.half, a.apex, a.dome = 0.382 + n(0.018), 0.115 + n(0.016), 0.725 + n(0.02)
+    a.lift = {"left": -0.022 + n(0.006), "right": 0.0}
+    a.drop, a.knob, a.wide = 0.10 + abs(n(0.012)), 0.026 + n(0.004), abs(n(0.004))
+    a.ribs, a.phase = 0.068 + n(0.003), rng.random()
+    a.build, a.breast, a.bony = 1 + n(0.06), max(0.0, 0.05 + n(0.06)), rng.uniform(0.75, 1.25)
     return a
 
+# %% ../../nbs/data/00_phantom.ipynb #ph0019
+def _reshape(a, name, sides, rng):
+    "Changes the anatomy `a` as the finding `name` on `sides` does."
+    if name == "low_volume":
+        a.dome -= 0.085
+    if name == "high_volume":
+        a.dome += 0.045
+        a.drop -= 0.035
+    if name == "flat_diaphragm":
+        a.drop -= 0.075
+    for s in sides:
+        a.lift[s] += {"elevated_diaphragm": 0.085, "atelectasis": 0.034}.get(name, 0)  # volume loss
+        a.hila[s] = 2.1 if name == "hilar_enlargement" else a.hila[s]
+    if name == "tortuous_aorta":
+        a.knob, a.descend = 0.052, 0.035
+    if name == "wide_mediastinum":
+        a.wide = 0.035
+    if name == "scoliosis":
+        a.curve = float(rng.choice([-1, 1])) * rng.uniform(0.028, 0.042)
 
+# %% ../../nbs/data/00_phantom.ipynb #ph0021
+def _anatomy(findings, rng):
+    "The shape parameters of one patient with `findings`, in units of the image."
+    a = _patient(rng)
+    heart = next((f.severity or "moderate" for f in findings if f.name == "cardiomegaly"), None)
+    a.ctr = rng.uniform(*_CTR[heart])
+    for f in findings:
+        sides = _ONE if f.side == "bilateral" else (f.side or _pick(rng, _ONE),)
+        _reshape(a, f.name, sides, rng)
+    return a
+
+# %% ../../nbs/data/00_phantom.ipynb #ph0023
+# rows of the curves below: 0 is the apex of the lung, 1 its dome
 _KNOTS = np.array(
     [-0.3, 0, 0.15, 0.25, 0.33, 0.42, 0.50, 0.62, 0.75, 0.88, 1.0, 1.3]
 )  # rows: 0 apex of the lung, 1 dome
+
 _LEFT = np.array([0.10, 0.060, 0.056, 0.058, 0.060, 0.062, 0.078, 0.125, 0.175, 0.205, 0.200, 0.17])
+
 _RIGHT = np.array([0.10, 0.058, 0.054, 0.056, 0.058, 0.062, 0.072, 0.093, 0.105, 0.105, 0.095, 0.07])
+
 _TABLE = np.linspace(-0.3, 1.3, 160)
+
 _TO_TABLE = CubicSpline(_KNOTS, np.eye(len(_KNOTS)))(_TABLE)
 
 
@@ -327,85 +334,58 @@ def _borders(a, y):
     return left.astype(_F), right.astype(_F), wall.astype(_F)
 
 # %% ../../nbs/data/00_phantom.ipynb #c2357189
-def _expose(a, size, rng):
-    """Paint a healthy patient; returns a film: layers `base`, `haze`, `bone` and the geometry that
-    findings are placed by."""
-    x, y = _grid(size)
-    row = y[:, 0]
-    left, right, wall = _borders(a, row)
-    middle = a.cx + a.tilt * (row - 0.5) + a.curve * np.sin((row - 0.1) * 6.5)
-    u = x - middle[:, None].astype(_F)
-    q, is_left = np.abs(u), u > 0
-    med, w = np.where(is_left, left[:, None], right[:, None]), wall[:, None]
-    top = np.where(is_left, _F(a.dome - a.lift["left"]), _F(a.dome - a.lift["right"]))
-    off = q - 0.19
-    dome = top + np.where(off > 0, _F(a.drop / (a.half - 0.19) ** 2), _F(0.9)) * off * off
-    inside = _edge(w - q, 0.008)  # the rib cage
-    air = inside * _edge(dome - y, 0.010)
-    lung = air * _edge(
-        q - med, 0.010 + 0.012 * _smooth((0.34 - y) / 0.1)
-    )  # the heart's border is crisp, great vessels fade
-    f = SimpleNamespace(
-        a=a,
-        size=size,
-        rng=rng,
-        x=x,
-        y=y,
-        u=u,
-        q=q,
-        lung=lung,
-        air=air,
-        left=left,
-        right=right,
-        wall=wall,
-        middle=middle,
-        row=row,
-        dome=dome,
-        lines=[],
-        marks=[],
-        w=w,
-        med=med,
-    )
-    outline = np.interp(
-        row,
-        [0, 0.04, 0.08, 0.12, 0.17, 0.24, 0.34, 0.5, 0.7, 1],
-        [0.14, 0.15, 0.19, 0.31, 0.45, 0.53, 0.54, 0.51, 0.485, 0.48],
-    )
-    f.depth = outline[:, None].astype(_F) * _F(a.build) - q  # inward from the skin
+def _geometry(a, size, rng):
+    "What lies where in the film of the patient `a`: midline, borders, lungs, skin."
+    f = SimpleNamespace(a=a, size=size, rng=rng, lines=[])
+    f.x, f.y = _grid(size)
+    f.row = f.y[:, 0]
+    f.left, f.right, f.wall = _borders(a, f.row)
+    f.middle = a.cx + a.tilt * (f.row - 0.5) + a.curve * np.sin((f.row - 0.1) * 6.5)
+    f.u = f.x - f.middle[:, None].astype(_F)
+    f.q, f.is_left = np.abs(f.u), f.u > 0
+    f.med, f.w = np.where(f.is_left, f.left[:, None], f.right[:, None]), f.wall[:, None]
+    top = np.where(f.is_left, _F(a.dome - a.lift["left"]), _F(a.dome - a.lift["right"]))
+    off = f.q - 0.19
+    f.dome = top + np.where(off > 0, _F(a.drop / (a.half - 0.19) ** 2), _F(0.9)) * off * off
+    inside = _edge(f.w - f.q, 0.008)  # the rib cage
+    f.air = inside * _edge(f.dome - f.y, 0.010)
+    # the heart's border is crisp, the great vessels fade
+    f.lung = f.air * _edge(f.q - f.med, 0.010 + 0.012 * _smooth((0.34 - f.y) / 0.1))
+    rows = [0, 0.04, 0.08, 0.12, 0.17, 0.24, 0.34, 0.5, 0.7, 1]
+    outline = np.interp(f.row, rows, [0.14, 0.15, 0.19, 0.31, 0.45, 0.53, 0.54, 0.51, 0.485, 0.48])
+    f.depth = outline[:, None].astype(_F) * _F(a.build) - f.q  # inward from the skin
     f.body = _edge(f.depth, 0.012)
-    f.base, f.bone = _tissue(f), _bones(f)
-    f.vessels = _vessel_pair(f)
-    hila = _bump((q - 0.095) / 0.034, 1) * _bump((y - _HILUM[1] - 0.01) / 0.055, 1)
-    hila *= np.where(is_left, _F(a.hila["left"]), _F(a.hila["right"]))
-    mottle = 0.020 * _noise(rng, size, 34) + 0.014 * _noise(rng, size, 15)
-    f.haze = lung * (
-        0.19 * f.vessels * np.clip(1.25 - 1.2 * q / a.half, 0.3, 1) + 0.15 * hila + mottle + 0.03
-    )
     return f
 
+# %% ../../nbs/data/00_phantom.ipynb #ph0026
+def _soft(f, t, below):
+    "Wall, mediastinum with the heart, and abdomen. `t`: rows from apex 0 to dome 1; `below` the diaphragm."
+    y, q = f.y, f.q
+    shoulder = 0.10 * _edge(0.075 - np.hypot(q - 0.47, y - 0.19), 0.02)
+    wall = 0.44 + 0.14 * _bump(y - 0.15, 0.09) + shoulder
+    belly = 0.64 + 0.07 * below - 0.10 * _smooth((q - 0.30) / 0.2)
+    heart = _edge(f.med - q, 0.03) * _smooth((t - 0.45) / 0.2)
+    centre = 0.54 + 0.13 * heart + 0.05 * _bump(y - 0.33, 0.06) - 0.06 * _smooth((0.2 - y) / 0.2)
+    aorta = 0.035 * _edge(0.052 - f.u, 0.004) * (f.u > 0) * _smooth((t - 0.3) / 0.1)
+    soft = np.where(q < f.w, centre + aorta, wall)
+    return soft + (belly - soft) * _edge(y - f.dome, 0.02) * _edge(f.w + 0.03 - q, 0.05)
 
+
+def _lung_grey(f, t):
+    "The lungs without vessels: darker than tissue, lighter at the rim and behind a breast."
+    rim = np.exp(-np.clip(f.w - f.q, 0, 1) / 0.04)  # the wall is seen edge-on
+    lung = 0.13 + 0.15 * rim + 0.06 * _smooth((t - 0.35) / 0.6) + 0.10 * _smooth((0.28 - t) / 0.28)
+    breast = f.a.breast * _bump(f.q - 0.20, 0.14) * _edge(0.93 - t - 0.6 * (f.q - 0.2) ** 2, 0.05)
+    return lung + breast * _smooth((t - 0.35) / 0.35)
+
+# %% ../../nbs/data/00_phantom.ipynb #ph0027
 def _tissue(f):
     "Soft tissue, lungs, mediastinum and abdomen: the base layer."
     a, y, q, u = f.a, f.y, f.q, f.u
     t = (y - a.apex) / (a.dome - a.apex)
-    wall = (
-        0.44 + 0.14 * _bump(y - 0.15, 0.09) + 0.10 * _edge(0.075 - np.hypot(q - 0.47, y - 0.19), 0.02)
-    )  # shoulders are thick
     below = _smooth((y - f.dome) / 0.2)
-    belly = 0.64 + 0.07 * below - 0.10 * _smooth((q - 0.30) / 0.2)
-    heart = _edge(f.med - q, 0.03) * _smooth((t - 0.45) / 0.2)
-    centre = 0.54 + 0.13 * heart + 0.05 * _bump(y - 0.33, 0.06) - 0.06 * _smooth((0.2 - y) / 0.2)
-    centre = centre + 0.035 * _edge(0.052 - u, 0.004) * (u > 0) * _smooth(
-        (t - 0.3) / 0.1
-    )  # edge of the aorta
-    soft = np.where(q < f.w, centre, wall)
-    soft = soft + (belly - soft) * _edge(y - f.dome, 0.02) * _edge(f.w + 0.03 - q, 0.05)
-    rim = np.exp(-np.clip(f.w - q, 0, 1) / 0.04)  # the wall is seen edge-on
-    lung = 0.13 + 0.15 * rim + 0.06 * _smooth((t - 0.35) / 0.6) + 0.10 * _smooth((0.28 - t) / 0.28)
-    lung = lung + a.breast * _bump(q - 0.20, 0.14) * _edge(0.93 - t - 0.6 * (q - 0.2) ** 2, 0.05) * _smooth(
-        (t - 0.35) / 0.35
-    )
-    base = soft + (lung - soft) * f.lung
+    soft = _soft(f, t, below)
+    base = soft + (_lung_grey(f, t) - soft) * f.lung
     base += 0.12 * _bump(u, 0.048) * (1 - 0.35 * _smooth((0.3 - y) / 0.3) - 0.4 * below)  # spine
     base += 0.022 * (np.cos(y * (2 * np.pi / 0.058)) + 0.3) * _bump(u, 0.042)
     base += 0.03 * _bump(q - 0.046, 0.006) * (1 - below)
@@ -413,9 +393,15 @@ def _tissue(f):
     base -= 0.07 * _bump(q - 0.8 * (y - 0.335), 0.013) * _edge(0.42 - y, 0.02) * _edge(y - 0.335, 0.01)
     return base * f.body * (1 - 0.4 * np.exp(-np.clip(f.depth, 0, 1) / 0.045))  # flanks thin out
 
+# %% ../../nbs/data/00_phantom.ipynb #ph0030
+def _rib_course(s, y):
+    """How far a posterior rib has come down at `s`, its distance from the midline in half chests: first
+    up a little, then round."""
+    return (0.155 * s**2.4 - 0.04 * s) * (0.75 + 0.6 * y)
 
-def _bones(f):
-    "Ribs as two periodic bands, front and back, and the collar bones."
+
+def _ribs(f):
+    "Ribs as two periodic bands, back and front."
     a, y, q, w = f.a, f.y, f.q, f.w
     s = q / _F(a.half)
     behind = (y - _rib_course(s, y)) / _F(a.ribs) + _F(a.phase)
@@ -424,36 +410,25 @@ def _bones(f):
     back = _edge(0.25 - d, 0.08) * 0.55 + _bump(d - 0.22, 0.06) * 0.6
     d = np.abs(front - np.rint(front))
     fore = (_edge(0.26 - d, 0.09) * 0.7 + _bump(d - 0.24, 0.06) * 0.4) * _smooth((s - 0.40) / 0.3)
-    cage = (
-        _edge(w + 0.012 - q, 0.006)
-        * _edge(q - 0.035, 0.01)
-        * (1 - 0.85 * _edge(y - f.dome, 0.03))
-        * (1 - 0.6 * _edge(f.med - q, 0.02))
-    )
+    cage = _edge(w + 0.012 - q, 0.006) * _edge(q - 0.035, 0.01)
+    cage = cage * (1 - 0.85 * _edge(y - f.dome, 0.03)) * (1 - 0.6 * _edge(f.med - q, 0.02))
     fade = 1.15 - 0.55 * _smooth((y - 0.3) / 0.4)  # the lower ribs drown in soft tissue
     ribs = cage * fade * _F(a.bony) * (0.115 * back + 0.065 * fore)
-    ribs += 0.06 * _bump(q - w - 0.008, 0.010) * _edge(f.dome + 0.05 - y, 0.05) * _edge(y - a.apex, 0.02)
-    d = np.abs(y - (a.apex + 0.082 - 0.23 * (q - 0.04) + 0.42 * (q - 0.2) ** 2))
-    collar = (
-        (_edge(0.015 - d, 0.004) * 0.7 + _bump(d - 0.013, 0.004) * 0.6)
-        * _smooth((q - 0.03) / 0.03)
-        * _smooth((0.46 - q) / 0.06)
-    )
-    scapula = (
-        _edge(q - 0.385 - 0.10 * (y - 0.3), 0.006)
-        * _smooth((y - 0.16) / 0.05)
-        * _smooth((0.46 - y) / 0.1)
-        * _edge(0.47 - q, 0.03)
-    )
-    return (ribs + 0.15 * collar + 0.06 * scapula) * f.body
+    rim = 0.06 * _bump(q - w - 0.008, 0.010) * _edge(f.dome + 0.05 - y, 0.05)
+    return ribs + rim * _edge(y - a.apex, 0.02)
 
+# %% ../../nbs/data/00_phantom.ipynb #ph0031
+def _bones(f):
+    "Ribs, collar bones and shoulder blades: the bone layer."
+    y, q = f.y, f.q
+    d = np.abs(y - (f.a.apex + 0.082 - 0.23 * (q - 0.04) + 0.42 * (q - 0.2) ** 2))
+    collar = _edge(0.015 - d, 0.004) * 0.7 + _bump(d - 0.013, 0.004) * 0.6
+    collar = collar * _smooth((q - 0.03) / 0.03) * _smooth((0.46 - q) / 0.06)
+    scapula = _edge(q - 0.385 - 0.10 * (y - 0.3), 0.006) * _smooth((y - 0.16) / 0.05)
+    scapula = scapula * _smooth((0.46 - y) / 0.1) * _edge(0.47 - q, 0.03)
+    return (_ribs(f) + 0.15 * collar + 0.06 * scapula) * f.body
 
-def _rib_course(s, y):
-    """How far a posterior rib has come down at `s`, its distance from the midline in half chests: first
-    up a little, then round."""
-    return (0.155 * s**2.4 - 0.04 * s) * (0.75 + 0.6 * y)
-
-
+# %% ../../nbs/data/00_phantom.ipynb #ph0033
 def _vessel_pair(f):
     "One tree of the bank for each lung, shifted to where this patient's hila are."
     bank, i, j = _vessels(f.size), *f.rng.integers(_TREES, size=2)
@@ -461,16 +436,31 @@ def _vessel_pair(f):
     return np.roll(np.where(_grid(f.size)[0] > 0.5, bank[i], bank[j]), shift, (0, 1))
 
 
-def _develop(f, rng):
-    "Turn densities into an 8-bit film: gas bubble, layers, strokes, exposure, grain."
-    a, size = f.a, f.size
+def _expose(a, size, rng):
+    "Paints the healthy patient `a`: a film with the layers `base`, `haze` and `bone` and its `_geometry`."
+    f = _geometry(a, size, rng)
+    f.base, f.bone = _tissue(f), _bones(f)
+    f.vessels = _vessel_pair(f)
+    hila = _bump((f.q - 0.095) / 0.034, 1) * _bump((f.y - _HILUM[1] - 0.01) / 0.055, 1)
+    hila *= np.where(f.is_left, _F(a.hila["left"]), _F(a.hila["right"]))
+    mottle = 0.020 * _noise(rng, size, 34) + 0.014 * _noise(rng, size, 15)
+    vessels = 0.19 * f.vessels * np.clip(1.25 - 1.2 * f.q / a.half, 0.3, 1)
+    f.haze = f.lung * (vessels + 0.15 * hila + mottle + 0.03)
+    return f
+
+# %% ../../nbs/data/00_phantom.ipynb #ph0035
+def _gas(f, rng):
+    "Three films of four show the gas bubble of the stomach under the left dome."
     if rng.random() < 0.75:
-        bx, by = 0.15 + rng.normal(0, 0.02), a.dome - a.lift["left"] + 0.065 + rng.normal(0, 0.008)
-        f.base -= (
-            rng.uniform(0.08, 0.2)
-            * _edge(1 - np.hypot((f.u - bx) / 0.05, (f.y - by) / 0.024), 0.3)
-            * _edge(f.y - f.dome - 0.01, 0.01)
-        )
+        bx, by = 0.15 + rng.normal(0, 0.02), f.a.dome - f.a.lift["left"] + 0.065 + rng.normal(0, 0.008)
+        bubble = _edge(1 - np.hypot((f.u - bx) / 0.05, (f.y - by) / 0.024), 0.3)
+        f.base -= rng.uniform(0.08, 0.2) * bubble * _edge(f.y - f.dome - 0.01, 0.01)
+
+
+def _develop(f, rng):
+    "Turns densities into an 8-bit film (size, size): gas bubble, layers, strokes, exposure, grain."
+    size = f.size
+    _gas(f, rng)
     density = f.base + f.haze + f.bone
     if rng.random() < 0.6:  # the technician's letter on the patient's left
         mx, my = 0.925, rng.uniform(0.04, 0.07)
@@ -487,6 +477,7 @@ def _develop(f, rng):
 
 # %% ../../nbs/data/00_phantom.ipynb #e538e60b
 _PAINT = {}
+
 _AMOUNT = {None: 0.5, "mild": 0.0, "moderate": 0.5, "severe": 1.0}
 
 
@@ -504,7 +495,7 @@ def _sides(finding, rng):
         return (-1, 1)
     return ({"left": 1, "right": -1}[finding.side or _pick(rng, _ONE)],)
 
-
+# %% ../../nbs/data/00_phantom.ipynb #ph0037
 def _spot(film, sign, zone, rng, lateral=(0.35, 0.7)):
     "A point (u, y) inside the lung of that side and zone."
     a = film.a
@@ -516,6 +507,14 @@ def _spot(film, sign, zone, rng, lateral=(0.35, 0.7)):
     return sign * (near + rng.uniform(*lateral) * (far - near)), y
 
 
+def _blob(film, u, y, ru, ry, rough, soft, cells=14):
+    "A soft ellipse with a ragged border, clipped to the lungs."
+    r = np.hypot((film.u - u) / ru, (film.y - y) / ry)
+    if rough:
+        r = r + rough * _noise(film.rng, film.size, cells)
+    return _edge(1 - r, soft) * film.lung
+
+# %% ../../nbs/data/00_phantom.ipynb #ph0039
 def _box(film, u0, y0, u1, y1):
     "A box given in (u, y) as image coordinates."
     shift = float(np.interp((y0 + y1) / 2, film.row, film.middle))
@@ -531,13 +530,30 @@ def _at(film, points):
     "Points (u, y) to image coordinates (x, y)."
     return [(u + float(np.interp(y, film.row, film.middle)), y) for u, y in points]
 
+# %% ../../nbs/data/00_phantom.ipynb #3f0b3779
+def _settle(finding, rng):
+    "The finding with a side drawn at random where it needs one and has none."
+    return replace(finding, side=finding.side or (_pick(rng, _ONE) if FINDINGS[finding.name].sides else None))
 
-def _blob(film, u, y, ru, ry, rough, soft, cells=14):
-    "A soft ellipse with a ragged border, clipped to the lungs."
-    r = np.hypot((film.u - u) / ru, (film.y - y) / ry)
-    if rough:
-        r = r + rough * _noise(film.rng, film.size, cells)
-    return _edge(1 - r, soft) * film.lung
+
+def render(
+    findings: Iterable[Finding], seed: int, size: int = 96
+) -> tuple[np.ndarray, list[tuple[float, float, float, float]]]:
+    """Renders a study: (image, boxes), uint8 (size, size) with 0 black, and for each finding a box (x0,
+    y0, x1, y1) in [0, 1].
+
+    Deterministic in its arguments; anatomy, exposure and whatever the findings leave open vary with
+    `seed`. Raises ValueError for a finding that is not in FINDINGS or a size under 32."""
+    for f in findings:
+        if f.name not in FINDINGS:
+            raise ValueError(f"finding {f.name!r} is unknown; expected one of {', '.join(FINDINGS)}")
+    if size < 32:
+        raise ValueError(f"size={size!r} is too small to draw on; expected at least 32 pixels")
+    patient, tissue, disease, tube = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(4))
+    findings = [_settle(f, disease) for f in findings]
+    film = _expose(_anatomy(findings, patient), size, tissue)
+    boxes = [tuple(float(v) for v in np.clip(_PAINT[f.name](film, f, disease), 0, 1)) for f in findings]
+    return _develop(film, tube), boxes
 
 # %% ../../nbs/data/00_phantom.ipynb #a9e1bb32
 @_painter("consolidation")
@@ -547,9 +563,8 @@ def _consolidation(film, finding, rng):
         u, y = _spot(film, sign, finding.zone, rng, (0.35, 0.6))
         ru, ry = rng.uniform(0.085, 0.115), rng.uniform(0.075, 0.10)
         patch = _blob(film, u, y, ru * 1.15, ry * 1.15, 0.28, 0.42)
-        film.haze += patch * (
-            0.38 + 0.07 * _noise(rng, film.size, 28) - 0.2 * film.vessels
-        )  # air bronchograms stay dark
+        # air bronchograms stay dark
+        film.haze += patch * (0.38 + 0.07 * _noise(rng, film.size, 28) - 0.2 * film.vessels)
         boxes.append(_box(film, u - ru, y - ry, u + ru, y + ry))
     return _union(boxes)
 
@@ -560,13 +575,12 @@ def _opacity(film, finding, rng):
     for sign in _sides(finding, rng):
         u, y = _spot(film, sign, finding.zone, rng, (0.4, 0.6))
         ru, ry = rng.uniform(0.12, 0.15), rng.uniform(0.10, 0.125)
-        film.haze += _blob(film, u, y, ru * 1.1, ry * 1.1, 0.15, 0.7, 9) * (
-            0.22 + 0.1 * _AMOUNT[finding.severity]
-        )
+        patch = _blob(film, u, y, ru * 1.1, ry * 1.1, 0.15, 0.7, 9)
+        film.haze += patch * (0.22 + 0.1 * _AMOUNT[finding.severity])
         boxes.append(_box(film, u - ru, y - ry, u + ru, y + ry))
     return _union(boxes)
 
-
+# %% ../../nbs/data/00_phantom.ipynb #ph0045
 @_painter("atelectasis")
 def _atelectasis(film, finding, rng):
     boxes = []
@@ -576,22 +590,15 @@ def _atelectasis(film, finding, rng):
         y += 0.03 * (zone == "lower")
         length, slope = rng.uniform(0.075, 0.10), rng.uniform(-0.3, 0.3)
         for k in range(2 if rng.random() < 0.6 else 3):
-            dy, half, du = (
-                (k - 0.5) * rng.uniform(0.025, 0.045),
-                length * rng.uniform(0.6, 1),
-                rng.normal(0, 0.015),
-            )
+            dy = (k - 0.5) * rng.uniform(0.025, 0.045)
+            half, du = length * rng.uniform(0.6, 1), rng.normal(0, 0.015)
             d = film.y - (y + dy + (slope + rng.normal(0, 0.12)) * sign * (film.u - u))
-            film.haze += (
-                rng.uniform(0.32, 0.42)
-                * _bump(d, rng.uniform(0.010, 0.015))
-                * _edge(half - np.abs(film.u - u - du), 0.03)
-                * film.lung
-            )
+            stripe = rng.uniform(0.32, 0.42) * _bump(d, rng.uniform(0.010, 0.015))
+            film.haze += stripe * _edge(half - np.abs(film.u - u - du), 0.03) * film.lung
         boxes.append(_box(film, u - length, y - 0.045, u + length, y + 0.065))
     return _union(boxes)
 
-
+# %% ../../nbs/data/00_phantom.ipynb #ph0047
 @_painter("edema")
 def _edema(film, finding, rng):
     amount = 0.4 + 0.6 * _AMOUNT[finding.severity]
@@ -601,13 +608,8 @@ def _edema(film, finding, rng):
     for sign in (-1, 1):  # Kerley B lines
         for y in rng.uniform(0.55, 0.70, 5):
             wall = float(np.interp(y, film.row, film.wall))
-            film.lines.append(
-                (
-                    _at(film, [(sign * (wall - 0.045), y), (sign * (wall - 0.008), y + 0.002)]),
-                    0.005,
-                    0.10 + 0.1 * amount,
-                )
-            )
+            ends = [(sign * (wall - 0.045), y), (sign * (wall - 0.008), y + 0.002)]
+            film.lines.append((_at(film, ends), 0.005, 0.10 + 0.1 * amount))
     return _box(film, -0.8 * film.a.half, 0.27, 0.8 * film.a.half, 0.68)
 
 
@@ -622,12 +624,13 @@ def _nodule(film, finding, rng):
     return _union(boxes)
 
 # %% ../../nbs/data/00_phantom.ipynb #da81c3b2
+_LEVELS = {"mild": (0.015, 0.12), "moderate": (-0.075, 0.10), "severe": (-0.23, 0.12)}  # (level, rise)
+
+
 @_painter("effusion")
 def _effusion(film, finding, rng):
     a, boxes = film.a, []
-    level, rise = {"mild": (0.015, 0.12), "moderate": (-0.075, 0.10), "severe": (-0.23, 0.12)}[
-        finding.severity or "moderate"
-    ]
+    level, rise = _LEVELS[finding.severity or "moderate"]
     for sign in _sides(finding, rng):
         dome = a.dome - a.lift["left" if sign > 0 else "right"]
         surface = dome + level + rng.normal(0, 0.008) - rise * np.exp(-np.clip(film.w - film.q, 0, 1) / 0.06)
@@ -635,48 +638,41 @@ def _effusion(film, finding, rng):
         film.base += fluid * np.clip(0.66 - film.base, 0, 1)
         film.haze *= 1 - fluid
         film.bone *= 1 - 0.75 * fluid
-        boxes.append(
-            _box(
-                film,
-                sign * (0.45 if level > 0 else 0.15) * a.half,
-                dome + min(level, 0) - rise * 0.7,
-                sign * a.half,
-                dome + a.drop,
-            )
-        )
+        inner, upper = sign * (0.45 if level > 0 else 0.15) * a.half, dome + min(level, 0) - rise * 0.7
+        boxes.append(_box(film, inner, upper, sign * a.half, dome + a.drop))
     return _union(boxes)
+
+# %% ../../nbs/data/00_phantom.ipynb #ph0050
+_GAPS = {"mild": 0.045, "moderate": 0.075, "severe": 0.13}  # between the lung's edge and the wall
 
 
 @_painter("pneumothorax")
 def _pneumothorax(film, finding, rng):
     a, boxes = film.a, []
-    gap = {"mild": 0.045, "moderate": 0.075, "severe": 0.13}[finding.severity or "moderate"] + rng.normal(
-        0, 0.004
-    )
+    gap = _GAPS[finding.severity or "moderate"] + rng.normal(0, 0.004)
+    height = a.dome - a.apex
     for sign in _sides(finding, rng):
+        side = film.u * sign > 0
         shrunk = SimpleNamespace(**{**vars(a), "apex": a.apex + gap * 1.5, "half": a.half - gap})
         edge = _borders(shrunk, film.row)[2][:, None]
-        reach = _edge(a.apex + (0.75 + 2.5 * gap) * (a.dome - a.apex) - film.y, 0.06) * (film.u * sign > 0)
+        reach = _edge(a.apex + (0.75 + 2.5 * gap) * height - film.y, 0.06) * side
         free = film.lung * _edge(film.q - edge, 0.004) * reach
         film.haze *= 1 - free
         film.base -= free * np.clip(film.base - 0.07, 0, 0.13)
-        film.haze += 0.22 * _bump(film.q - edge, 0.0055) * reach * film.lung + 0.05 * (
-            1 - free
-        ) * film.lung * (film.u * sign > 0)
+        line = 0.22 * _bump(film.q - edge, 0.0055) * reach * film.lung
+        film.haze += line + 0.05 * (1 - free) * film.lung * side
         boxes.append(
-            _box(
-                film, sign * 0.2 * a.half, a.apex, sign * a.half, a.apex + (0.6 + 2 * gap) * (a.dome - a.apex)
-            )
+            _box(film, sign * 0.2 * a.half, a.apex, sign * a.half, a.apex + (0.6 + 2 * gap) * height)
         )
     return _union(boxes)
 
-
+# %% ../../nbs/data/00_phantom.ipynb #ph0052
 @_painter("cardiomegaly")
 def _heart_box(film, finding, rng):
+    "The heart was drawn large by `_anatomy`; this only says where it is."
     a, low = film.a, film.row > 0.45
-    return _box(
-        film, -film.right[low].max(), a.apex + 0.48 * (a.dome - a.apex), film.left[low].max(), a.dome + 0.02
-    )
+    top, bottom = a.apex + 0.48 * (a.dome - a.apex), a.dome + 0.02
+    return _box(film, -film.right[low].max(), top, film.left[low].max(), bottom)
 
 # %% ../../nbs/data/00_phantom.ipynb #c9730191
 def _rib_spot(film, sign, rng):
@@ -688,6 +684,17 @@ def _rib_spot(film, sign, rng):
     return s * a.half, y, (_rib_course(s + 0.05, y) - _rib_course(s - 0.05, y)) / (0.1 * a.half)
 
 
+@_painter("healed_fracture")
+def _healed_fracture(film, finding, rng):
+    boxes = []
+    for sign in _sides(finding, rng):
+        q, y, slope = _rib_spot(film, sign, rng)
+        along, across = film.u * sign - q, film.y - y - slope * (film.u * sign - q)
+        film.bone += 0.22 * _edge(1 - np.hypot(along / 0.035, across / 0.02), 0.3)
+        boxes.append(_box(film, sign * (q - 0.04), y - 0.03, sign * (q + 0.04), y + 0.03))
+    return _union(boxes)
+
+# %% ../../nbs/data/00_phantom.ipynb #ph0055
 @_painter("fracture")
 def _fracture(film, finding, rng):
     boxes = []
@@ -703,52 +710,48 @@ def _fracture(film, finding, rng):
         boxes.append(_box(film, sign * (q - 0.08), y - 0.05, sign * (q + 0.08), y + 0.05))
     return _union(boxes)
 
-
-@_painter("healed_fracture")
-def _healed_fracture(film, finding, rng):
-    boxes = []
-    for sign in _sides(finding, rng):
-        q, y, slope = _rib_spot(film, sign, rng)
-        film.bone += 0.22 * _edge(
-            1 - np.hypot((film.u * sign - q) / 0.035, (film.y - y - slope * (film.u * sign - q)) / 0.02), 0.3
-        )
-        boxes.append(_box(film, sign * (q - 0.04), y - 0.03, sign * (q + 0.04), y + 0.03))
-    return _union(boxes)
-
 # %% ../../nbs/data/00_phantom.ipynb #80f6772a
 @_painter("device")
 def _device(film, finding, rng):
-    def jig(points):
-        return _at(film, [(u + rng.normal(0, 0.004), y + rng.normal(0, 0.004)) for u, y in points])
-
     kind = finding.kind or "central line"
     sign = _sides(finding, rng)[0]
-    if kind == "endotracheal tube":
-        end = rng.uniform(0.26, 0.31)
-        for side in (-0.012, 0.012):
-            film.lines.append((_at(film, [(side, 0), (side, end)]), 0.008, 0.30))
-        return _box(film, -0.03, 0, 0.03, end)
-    vein = [(sign * 0.05, 0.225), (-0.03, 0.27), (-0.038, 0.36)]
-    if kind == "central line":
-        points = jig(
-            [
-                (sign * 0.36, 0.21),
-                (sign * 0.29, 0.165),
-                (sign * 0.19, 0.15),
-                (sign * 0.10, 0.185),
-                *vein,
-                (-0.045, 0.45),
-            ]
-        )
-        film.lines += [(points, 0.012, 0.42), (points[:2], 0.022, 0.5)]  # the hub lies on the skin
-        return _union([(x - 0.01, y - 0.01, x + 0.01, y + 0.01) for x, y in points])
+    return {"endotracheal tube": _tube, "central line": _line, "pacemaker": _pacemaker}[kind](film, sign, rng)
+
+
+def _tube(film, sign, rng):
+    end = rng.uniform(0.26, 0.31)
+    for side in (-0.012, 0.012):
+        film.lines.append((_at(film, [(side, 0), (side, end)]), 0.008, 0.30))
+    return _box(film, -0.03, 0, 0.03, end)
+
+
+def _jig(film, points, rng):
+    "Points (u, y) in image coordinates, each a little off."
+    return _at(film, [(u + rng.normal(0, 0.004), y + rng.normal(0, 0.004)) for u, y in points])
+
+
+def _vein(sign):
+    "The way of a catheter through the great veins, as points (u, y)."
+    return [(sign * 0.05, 0.225), (-0.03, 0.27), (-0.038, 0.36)]
+
+# %% ../../nbs/data/00_phantom.ipynb #ph0058
+def _line(film, sign, rng):
+    skin = [(sign * 0.36, 0.21), (sign * 0.29, 0.165), (sign * 0.19, 0.15), (sign * 0.10, 0.185)]
+    points = _jig(film, [*skin, *_vein(sign), (-0.045, 0.45)], rng)
+    film.lines += [(points, 0.012, 0.42), (points[:2], 0.022, 0.5)]  # the hub lies on the skin
+    return _union([(x - 0.01, y - 0.01, x + 0.01, y + 0.01) for x, y in points])
+
+
+def _pacemaker(film, sign, rng):
     u, y = sign * rng.uniform(0.24, 0.27), rng.uniform(0.235, 0.265)
     film.bone += 0.55 * _edge(1 - np.hypot(((film.u - u) / 0.05) ** 2, ((film.y - y) / 0.036) ** 2), 0.08)
-    points = jig(
-        [(u - sign * 0.03, y - 0.03), (sign * 0.15, 0.19), *vein, (-0.05, 0.50), (0.02, 0.63), (0.09, 0.68)]
+    start, end = (
+        [(u - sign * 0.03, y - 0.03), (sign * 0.15, 0.19)],
+        [(-0.05, 0.50), (0.02, 0.63), (0.09, 0.68)],
     )
+    points = _jig(film, [*start, *_vein(sign), *end], rng)
     film.lines.append((points, 0.008, 0.36))
-    film.lines.append((jig([(-0.05, 0.50), (-0.085, 0.56), (-0.06, 0.58)]), 0.008, 0.36))
+    film.lines.append((_jig(film, [(-0.05, 0.50), (-0.085, 0.56), (-0.06, 0.58)], rng), 0.008, 0.36))
     return _union([_box(film, u - 0.05, y - 0.04, u + 0.05, y + 0.04), *((x, y, x, y) for x, y in points)])
 
 # %% ../../nbs/data/00_phantom.ipynb #c2303e78
@@ -778,7 +781,7 @@ def _scarring(film, finding, rng):
         boxes.append(_box(film, u - 0.06, y - 0.05, u + 0.06, y + 0.05))
     return _union(boxes)
 
-
+# %% ../../nbs/data/00_phantom.ipynb #ph0060
 @_painter("interstitial")
 def _interstitial(film, finding, rng):
     net = np.abs(_noise(rng, film.size, 44))
@@ -789,7 +792,7 @@ def _interstitial(film, finding, rng):
     film.haze += film.lung * where * (0.05 + 0.10 * np.clip(1 - 1.6 * net, 0, 1) + 0.08 * film.vessels)
     return _box(film, -film.a.half, film.a.apex, film.a.half, film.a.dome)
 
-
+# %% ../../nbs/data/00_phantom.ipynb #ph0061
 @_painter("bulla")
 def _bulla(film, finding, rng):
     sign = _sides(finding, rng)[0]
@@ -806,17 +809,12 @@ def _pleural_thickening(film, finding, rng):
     boxes, a = [], film.a
     for sign in _sides(finding, rng):
         y = {"upper": 0.2, "mid": 0.42, "lower": 0.64, None: 0.25}[finding.zone]
-        film.haze += (
-            0.38
-            * _bump((film.w - film.q - 0.008) / 0.018, 1)
-            * _bump(film.y - y, 0.10)
-            * film.air
-            * (film.u * sign > 0)
-        )
+        plaque = 0.38 * _bump((film.w - film.q - 0.008) / 0.018, 1) * _bump(film.y - y, 0.10)
+        film.haze += plaque * film.air * (film.u * sign > 0)
         boxes.append(_box(film, sign * 0.6 * a.half, y - 0.1, sign * a.half, y + 0.1))
     return _union(boxes)
 
-
+# %% ../../nbs/data/00_phantom.ipynb #ph0063
 @_painter("calcified_aorta")
 def _calcified_aorta(film, finding, rng):
     y = film.a.apex + 0.33 * (film.a.dome - film.a.apex)
@@ -829,35 +827,28 @@ def _calcified_aorta(film, finding, rng):
 def _degenerative_spine(film, finding, rng):
     for k in range(3, 13):
         y, side = 0.058 * k + rng.normal(0, 0.004), _pick(rng, (-1, 1))
-        film.lines.append(
-            (
-                _at(film, [(side * 0.025, y), (side * rng.uniform(0.05, 0.066), y + rng.normal(0, 0.004))]),
-                0.009,
-                0.15,
-            )
-        )
+        spur = [(side * 0.025, y), (side * rng.uniform(0.05, 0.066), y + rng.normal(0, 0.004))]
+        film.lines.append((_at(film, spur), 0.009, 0.15))
     return _box(film, -0.07, 0.15, 0.07, 0.8)
 
-
-@_painter("spinal_hardware", "sternotomy_wires")
-def _hardware(film, finding, rng):
-    if finding.name == "spinal_hardware":
-        for side in (-0.028, 0.028):
-            film.lines.append((_at(film, [(side, 0.3), (side, 0.8)]), 0.010, 0.45))
-        for y in np.linspace(0.33, 0.77, 6):
-            film.lines.append((_at(film, [(-0.045, y), (0.045, y + 0.004)]), 0.009, 0.4))
-    else:
-        for y in np.linspace(0.30, 0.62, 6):
-            film.lines.append(
-                (
-                    _at(film, [(-0.016, y), (0, y - 0.012), (0.016, y), (0.004, y + 0.012), (-0.016, y)]),
-                    0.006,
-                    0.5,
-                )
-            )
+# %% ../../nbs/data/00_phantom.ipynb #ph0064
+@_painter("spinal_hardware")
+def _spinal_hardware(film, finding, rng):
+    for side in (-0.028, 0.028):
+        film.lines.append((_at(film, [(side, 0.3), (side, 0.8)]), 0.010, 0.45))
+    for y in np.linspace(0.33, 0.77, 6):
+        film.lines.append((_at(film, [(-0.045, y), (0.045, y + 0.004)]), 0.009, 0.4))
     return _box(film, -0.05, 0.28, 0.05, 0.8)
 
 
+@_painter("sternotomy_wires")
+def _sternotomy_wires(film, finding, rng):
+    for y in np.linspace(0.30, 0.62, 6):
+        wire = [(-0.016, y), (0, y - 0.012), (0.016, y), (0.004, y + 0.012), (-0.016, y)]
+        film.lines.append((_at(film, wire), 0.006, 0.5))
+    return _box(film, -0.05, 0.28, 0.05, 0.8)
+
+# %% ../../nbs/data/00_phantom.ipynb #ph0066
 @_painter("hernia")
 def _hernia(film, finding, rng):
     u, y = 0.035, film.a.dome - 0.045
@@ -866,86 +857,65 @@ def _hernia(film, finding, rng):
     return _box(film, u - 0.075, y - 0.06, u + 0.075, y + 0.06)
 
 
-@_painter(
-    "low_volume",
-    "high_volume",
-    "flat_diaphragm",
-    "elevated_diaphragm",
-    "scoliosis",
-    "wide_mediastinum",
-    "tortuous_aorta",
-    "hilar_enlargement",
-)
+_SHAPES = {  # where `_anatomy` has changed the patient's shape: (u0, y0, u1, y1)
+    "wide_mediastinum": (-0.1, 0.2, 0.12, 0.5),
+    "tortuous_aorta": (-0.1, 0.2, 0.12, 0.5),
+    "hilar_enlargement": (-0.16, 0.35, 0.16, 0.53),
+    "scoliosis": (-0.08, 0.1, 0.08, 0.9),
+}
+
+
+@_painter(*_SHAPES, "low_volume", "high_volume", "flat_diaphragm", "elevated_diaphragm")
 def _shape(film, finding, rng):
-    "Already in the anatomy; only say where."
+    "Paints nothing, for the anatomy is already changed; only says where."
     a = film.a
-    if finding.name in ("wide_mediastinum", "tortuous_aorta"):
-        return _box(film, -0.1, 0.2, 0.12, 0.5)
-    if finding.name == "hilar_enlargement":
-        return _box(film, -0.16, 0.35, 0.16, 0.53)
-    if finding.name == "scoliosis":
-        return _box(film, -0.08, 0.1, 0.08, 0.9)
-    return _box(film, -a.half, a.dome - 0.1, a.half, a.dome + 0.1)
-
-# %% ../../nbs/data/00_phantom.ipynb #3f0b3779
-def render(findings, seed, size=96):
-    """Render a study. Returns (image, boxes): uint8 (size, size), 0 black; one box (x0, y0, x1, y1) in
-    [0, 1] per finding.
-
-    Deterministic in its arguments; anatomy, exposure and whatever the findings leave open vary with
-    `seed`. Raises ValueError for a finding that is not in FINDINGS or a size under 32."""
-    for f in findings:
-        if f.name not in FINDINGS:
-            raise ValueError(f"finding {f.name!r} is unknown; expected one of {', '.join(FINDINGS)}")
-    if size < 32:
-        raise ValueError(f"size={size!r} is too small to draw on; expected at least 32 pixels")
-    patient, tissue, disease, tube = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(4))
-    findings = [
-        replace(f, side=f.side or (_pick(disease, _ONE) if FINDINGS[f.name].sides else None))
-        for f in findings
-    ]
-    film = _expose(_anatomy(findings, patient), size, tissue)
-    boxes = [tuple(float(v) for v in np.clip(_PAINT[f.name](film, f, disease), 0, 1)) for f in findings]
-    return _develop(film, tube), boxes
+    return _box(film, *_SHAPES.get(finding.name, (-a.half, a.dome - 0.1, a.half, a.dome + 0.1)))
 
 # %% ../../nbs/data/00_phantom.ipynb #ab89e691
-def show_studies(studies, seeds, size=192, columns=4, draw_boxes=False, width=1.7):
-    """A grid of rendered studies (each a tuple of Finding), captioned with their findings; returns the
-    matplotlib figure."""
+def _show_study(ax, findings, seed, size, draw_boxes):
+    "One rendered study in the axes `ax`."
+    import matplotlib.pyplot as plt
+
+    image, boxes = render(findings, seed, size)
+    ax.imshow(image, cmap="gray", vmin=0, vmax=255)
+    captions = (" ".join(filter(None, (f.severity, f.side, f.zone, f.what))) for f in findings)
+    ax.set_title("\n".join(captions) or "normal", fontsize=7)
+    for x0, y0, x1, y1 in boxes if draw_boxes else ():
+        width, height = (x1 - x0) * size, (y1 - y0) * size
+        ax.add_patch(plt.Rectangle((x0 * size, y0 * size), width, height, fill=False, color="gold", lw=0.8))
+
+# %% ../../nbs/data/00_phantom.ipynb #ph0067
+def show_studies(
+    studies: Sequence[Sequence[Finding]],
+    seeds: Iterable[int],
+    size: int = 192,
+    columns: int = 4,
+    draw_boxes: bool = False,
+    width: float = 1.7,
+) -> Figure:
+    """A grid of rendered studies, captioned with their findings, as a matplotlib figure. `size` in pixels,
+    `width` of one picture in inches."""
     import matplotlib.pyplot as plt
 
     rows = -(-len(studies) // columns)
-    fig, axes = plt.subplots(
-        rows, columns, figsize=(width * columns, (width + 0.3) * rows), dpi=80, squeeze=False
-    )
+    inches = (width * columns, (width + 0.3) * rows)
+    fig, axes = plt.subplots(rows, columns, figsize=inches, dpi=80, squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
     for ax, findings, seed in zip(axes.flat, studies, seeds):
-        image, boxes = render(findings, seed, size)
-        ax.imshow(image, cmap="gray", vmin=0, vmax=255)
-        captions = (" ".join(filter(None, (f.severity, f.side, f.zone, f.what))) for f in findings)
-        ax.set_title("\n".join(captions) or "normal", fontsize=7)
-        for x0, y0, x1, y1 in boxes if draw_boxes else ():
-            ax.add_patch(
-                plt.Rectangle(
-                    (x0 * size, y0 * size),
-                    (x1 - x0) * size,
-                    (y1 - y0) * size,
-                    fill=False,
-                    color="gold",
-                    lw=0.8,
-                )
-            )
+        _show_study(ax, findings, seed, size, draw_boxes)
     fig.tight_layout()
     return fig
 
 # %% ../../nbs/data/00_phantom.ipynb #804cf8eb
 _SIZE = {"mild": "small", "moderate": "moderate", "severe": "large"}
+
 _ZONE_WORDS = {
     "upper": ("upper zone", "upper lung"),
     "mid": ("mid zone", "mid lung"),
     "lower": ("lower zone", "lung base"),
 }
+
 _NOUNS = {
     "effusion": ("pleural effusion",),
     "pneumothorax": ("pneumothorax",),
@@ -960,36 +930,48 @@ _NOUNS = {
     "central line": ("central line", "central venous catheter"),
     "endotracheal tube": ("endotracheal tube",),
 }
-_MASS = {"consolidation", "atelectasis", "edema", "cardiomegaly"}  # no article
+_MASS = {"consolidation", "atelectasis", "edema", "cardiomegaly"}  # nouns without an article
 
-
-def _degree(f):
-    return _SIZE.get(f.severity) if f.name in ("effusion", "pneumothorax") else f.severity
+# %% ../../nbs/data/00_phantom.ipynb #ph0069
+def _place(side, zone):
+    "Where a finding is, after its noun; `zone` in words."
+    if side == "bilateral":
+        return f"in both {zone}s" if zone else "on both sides"
+    if not zone:
+        return f"on the {side}"
+    return f"at the {side} {zone}" if zone == "lung base" else f"in the {side} {zone}"
 
 
 def _phrase(f, rng, place=None, severity=True):
-    "Noun phrase of a finding with everything that is known of it: (text, takes a plural verb)."
+    """Noun phrase of a finding with everything that is known of it: (text, takes a plural verb). `place`:
+    does the place stand behind the noun? None: in half of the cases."""
     noun = _pick(rng, _NOUNS[f.what])
     plural = f.side == "bilateral" and f.name in ("effusion", "opacity")
     if plural:
         noun = noun[:-1] + "ies" if noun[-1] == "y" else noun + "s"
     zone = _pick(rng, _ZONE_WORDS[f.zone]) if f.zone else None
-    degree = _degree(f) if severity else None
+    sized = f.name in ("effusion", "pneumothorax")
+    degree = (_SIZE.get(f.severity) if sized else f.severity) if severity else None
     if place is None:
         place = bool(rng.random() < 0.5)
-    if place and (f.side or f.zone):
-        if f.side == "bilateral":
-            where = f"in both {zone}s" if zone else "on both sides"
-        else:
-            where = (
-                (f"at the {f.side} {zone}" if zone == "lung base" else f"in the {f.side} {zone}")
-                if zone
-                else f"on the {f.side}"
-            )
-        words = (degree, noun, where)
-    else:
-        words = (degree, f.side, zone, noun)
+    behind = place and (f.side or f.zone)
+    words = (degree, noun, _place(f.side, zone)) if behind else (degree, f.side, zone, noun)
     return " ".join(filter(None, words)), plural
+
+# %% ../../nbs/data/00_phantom.ipynb #ph0071
+_SEEN = (  # {an} an article or nothing, {text} the noun phrase, {verb} is or are
+    "there {verb} {an}{text}.",
+    "{text}.",
+    "{an}{text} {verb} seen.",
+    "{an}{text} {verb} present.",
+    "{an}{text} {verb} noted.",
+)
+_PLACED = (
+    "{an}{text} is in place.",
+    "{an}{text} is present.",
+    "{an}{text} is noted.",
+    "{text} in standard position.",
+)
 
 
 def _sentence(f, rng):
@@ -999,100 +981,66 @@ def _sentence(f, rng):
         return f"the {_pick(rng, ('heart', 'cardiac silhouette'))} is {how}enlarged."
     text, plural = _phrase(f, rng)
     an = "" if plural or f.name in _MASS else "an " if text[0] in "aeio" else "a "
-    verb = "are" if plural else "is"
-    if f.name == "device":
-        frames = (
-            f"{an}{text} is in place.",
-            f"{an}{text} is present.",
-            f"{an}{text} is noted.",
-            f"{text} in standard position.",
-        )
-    else:
-        frames = (
-            f"there {verb} {an}{text}.",
-            f"{text}.",
-            f"{an}{text} {verb} seen.",
-            f"{an}{text} {verb} present.",
-            f"{an}{text} {verb} noted.",
-        )
-    return _pick(rng, frames)
+    frame = _pick(rng, _PLACED if f.name == "device" else _SEEN)
+    return frame.format(an=an, text=text, verb="are" if plural else "is")
 
 # %% ../../nbs/data/00_phantom.ipynb #69105e67
 _LUNG = {"consolidation", "opacity", "atelectasis", "edema", "nodule"}
-_NEGATIVES = (  # (names that must be absent, ways to say so)
-    (
-        {"cardiomegaly"},
-        (
-            "the heart size is normal.",
-            "heart size is within normal limits.",
-            "the cardiac silhouette is normal.",
-            "the heart is normal in size.",
-        ),
-    ),
-    (
-        _LUNG,
-        (
-            "the lungs are clear.",
-            "both lungs are clear.",
-            "the lungs are well expanded and clear.",
-            "clear lungs bilaterally.",
-        ),
-    ),
-    (
-        {"effusion", "pneumothorax"},
-        (
-            "no pleural effusion or pneumothorax.",
-            "there is no pneumothorax or pleural effusion.",
-            "no evidence of pneumothorax or effusion.",
-        ),
-    ),
-    (
-        {"fracture"},
-        (
-            "the bones are intact.",
-            "no acute bony abnormality.",
-            "no rib fracture.",
-            "osseous structures are unremarkable.",
-        ),
-    ),
-    (
-        {"consolidation", "opacity"},
-        (
-            "no focal consolidation.",
-            "there is no focal airspace consolidation.",
-            "no focal opacity or consolidation.",
-        ),
-    ),
-    ({"edema"}, ("no pulmonary edema.", "the pulmonary vasculature is normal.", "there is no edema.")),
-    ({"pneumothorax"}, ("no pneumothorax.", "there is no pneumothorax.", "no evidence of pneumothorax.")),
-    ({"effusion"}, ("no pleural effusion.", "the costophrenic angles are sharp.", "there is no effusion.")),
-    ({"nodule"}, ("no suspicious nodule.", "no pulmonary nodule is identified.")),
-    (
-        set(),
-        (
-            "the mediastinal contours are normal.",
-            "the mediastinum is within normal limits.",
-            "mediastinal contours are unremarkable.",
-        ),
-    ),
+_HEART_SIZE = (
+    "the heart size is normal.",
+    "heart size is within normal limits.",
+    "the cardiac silhouette is normal.",
+    "the heart is normal in size.",
 )
-_ORDER = {
-    "cardiomegaly": 0,
-    **dict.fromkeys(_LUNG, 1),
-    "pneumothorax": 2,
-    "effusion": 2,
-    "fracture": 3,
-    "device": 4,
-}
-_NORMAL = (
-    "no acute cardiopulmonary abnormality.",
-    "normal chest radiograph.",
-    "no acute disease in the chest.",
-    "no acute findings.",
-    "no active disease.",
-    "unremarkable examination.",
-    "no acute intrathoracic process.",
+_CLEAR = (
+    "the lungs are clear.",
+    "both lungs are clear.",
+    "the lungs are well expanded and clear.",
+    "clear lungs bilaterally.",
 )
+_PLEURA = (
+    "no pleural effusion or pneumothorax.",
+    "there is no pneumothorax or pleural effusion.",
+    "no evidence of pneumothorax or effusion.",
+)
+_BONES_INTACT = (
+    "the bones are intact.",
+    "no acute bony abnormality.",
+    "no rib fracture.",
+    "osseous structures are unremarkable.",
+)
+
+# %% ../../nbs/data/00_phantom.ipynb #ph0073
+_NO_PATCH = (
+    "no focal consolidation.",
+    "there is no focal airspace consolidation.",
+    "no focal opacity or consolidation.",
+)
+_NO_EDEMA = ("no pulmonary edema.", "the pulmonary vasculature is normal.", "there is no edema.")
+_NO_AIR = ("no pneumothorax.", "there is no pneumothorax.", "no evidence of pneumothorax.")
+_NO_FLUID = ("no pleural effusion.", "the costophrenic angles are sharp.", "there is no effusion.")
+_NO_NODULE = ("no suspicious nodule.", "no pulmonary nodule is identified.")
+_MEDIASTINUM = (
+    "the mediastinal contours are normal.",
+    "the mediastinum is within normal limits.",
+    "mediastinal contours are unremarkable.",
+)
+
+# %% ../../nbs/data/00_phantom.ipynb #ph0074
+_NEGATIVES = (  # (names that must be absent, ways to say so), in the order in which they are considered
+    ({"cardiomegaly"}, _HEART_SIZE),
+    (_LUNG, _CLEAR),
+    ({"effusion", "pneumothorax"}, _PLEURA),
+    ({"fracture"}, _BONES_INTACT),
+    ({"consolidation", "opacity"}, _NO_PATCH),
+    ({"edema"}, _NO_EDEMA),
+    ({"pneumothorax"}, _NO_AIR),
+    ({"effusion"}, _NO_FLUID),
+    ({"nodule"}, _NO_NODULE),
+    (set(), _MEDIASTINUM),
+)
+_ORDER = {"cardiomegaly": 0, **dict.fromkeys(_LUNG, 1), "pneumothorax": 2, "effusion": 2}
+_ORDER |= {"fracture": 3, "device": 4}  # heart, lungs, pleura, bones, devices
 
 
 def _negatives(findings, rng):
@@ -1106,26 +1054,40 @@ def _negatives(findings, rng):
             out.append((min((_ORDER[n] for n in names), default=0), _pick(rng, ways)))
     return out
 
+# %% ../../nbs/data/00_phantom.ipynb #ph0076
+_NORMAL = (
+    "no acute cardiopulmonary abnormality.",
+    "normal chest radiograph.",
+    "no acute disease in the chest.",
+    "no acute findings.",
+    "no active disease.",
+    "unremarkable examination.",
+    "no acute intrathoracic process.",
+)
 
-def write_report(findings, rng):
-    """Report in words: (findings_text, impression_text), lower case; wording, order and negatives vary
-    with `rng`.
 
-    Everything in `findings` is stated in both, in FINDINGS with all attributes; negatives speak of absent
-    findings only. Raises ValueError for a finding outside the phantom benchmark."""
+def _impression(findings, rng):
+    "The IMPRESSION in words: every finding in any order, or that all is normal."
+    said = [
+        _phrase(f, rng, severity=rng.random() < 0.7)[0] for f in sorted(findings, key=lambda f: rng.random())
+    ]
+    if len(said) == 2 and rng.random() < 0.4:
+        return " and ".join(said) + "."
+    return " ".join(s + "." for s in said) or _pick(rng, _NORMAL)
+
+# %% ../../nbs/data/00_phantom.ipynb #ph0078
+def write_report(findings: Sequence[Finding], rng: Generator) -> tuple[str, str]:
+    """Report in words: (FINDINGS, IMPRESSION), lower case; wording, order and negatives vary with `rng`.
+
+    Both state every one of `findings`, FINDINGS with all attributes; only absent findings are denied.
+    Raises ValueError for a finding outside the phantom benchmark."""
     for f in findings:
         if f.what not in _NOUNS:
             raise ValueError(f"finding {f.what!r} has no words; expected one of {', '.join(PHANTOM_NAMES)}")
     sentences = [(_ORDER[f.name], _sentence(f, rng)) for f in findings] + _negatives(findings, rng)
     turn = _pick(rng, (0, 0, 1))  # some start with the lungs, some with devices
     sentences.sort(key=lambda s: (s[0] - turn) % 5)
-    said = [
-        _phrase(f, rng, severity=rng.random() < 0.7)[0] for f in sorted(findings, key=lambda f: rng.random())
-    ]
-    joined = (
-        " and ".join(said) + "." if len(said) == 2 and rng.random() < 0.4 else " ".join(s + "." for s in said)
-    )
-    return " ".join(text for _, text in sentences), joined or _pick(rng, _NORMAL)
+    return " ".join(text for _, text in sentences), _impression(findings, rng)
 
 # %% ../../nbs/data/00_phantom.ipynb #d20f2957
 _OPENINGS = (
@@ -1147,6 +1109,9 @@ _LAY = {
     "central line": "there is a thin wire",
     "endotracheal tube": "there is a pipe in the throat",
 }
+
+# %% ../../nbs/data/00_phantom.ipynb #ph0080
+_NOTHING = ("nothing strange catches the eye.", "it looks like an ordinary picture.")
 _CLOSINGS = (
     "it is black and white.",
     "i am not sure what it means.",
@@ -1155,16 +1120,16 @@ _CLOSINGS = (
 )
 
 
-def generic_description(findings, rng):
-    """Lay description without tags or sections, partly informative: a finding is mentioned with chance
-    .7, its side with .6."""
+def generic_description(findings: Iterable[Finding], rng: Generator) -> str:
+    """Lay description without tags or sections that tells part of the truth: it mentions a finding with
+    chance .7, and then its side with chance .6."""
     said = [_pick(rng, _OPENINGS)]
     for f in findings:
         if rng.random() < 0.7:
             side = {"left": " on the left", "right": " on the right", "bilateral": " twice"}.get(f.side, "")
             said.append(_LAY[f.what] + (side if rng.random() < 0.6 else "") + ".")
     if len(said) == 1:
-        said.append(_pick(rng, ("nothing strange catches the eye.", "it looks like an ordinary picture.")))
+        said.append(_pick(rng, _NOTHING))
     return " ".join([*said, _pick(rng, _CLOSINGS)])
 
 # %% ../../nbs/data/00_phantom.ipynb #5f16f890
@@ -1183,50 +1148,46 @@ _NAMES = {
     "central line": r"central (?:line|venous catheter)",
     "endotracheal tube": r"endotracheal tube",
 }
-_NAME = re.compile(
-    r"\b(?:" + "|".join(f"(?P<n{i}>{p})" for i, p in enumerate(_NAMES.values())) + r")\b", re.I
-)
 _WHATS = tuple(_NAMES)
-_WORDS = {
-    **{
-        w: ("side", s)
-        for s, ws in {"left": "left", "right": "right", "bilateral": "bilateral both"}.items()
-        for w in ws.split()
+_GROUPS = "|".join(f"(?P<n{i}>{p})" for i, p in enumerate(_NAMES.values()))
+_NAME = re.compile(rf"\b(?:{_GROUPS})\b", re.I)
+
+# %% ../../nbs/data/00_phantom.ipynb #ph0082
+_ATTRIBUTES = {
+    "side": {"left": "left", "right": "right", "bilateral": "bilateral both"},
+    "zone": {
+        "upper": "upper apical apex",
+        "mid": "mid middle",
+        "lower": "lower base bases basal basilar",
     },
-    **{
-        w: ("zone", z)
-        for z, ws in {
-            "upper": "upper apical apex",
-            "mid": "mid middle",
-            "lower": "lower base bases basal basilar",
-        }.items()
-        for w in ws.split()
-    },
-    **{
-        w: ("severity", s)
-        for s, ws in {
-            "mild": "mild mildly small minimal",
-            "moderate": "moderate moderately",
-            "severe": "severe severely large marked",
-        }.items()
-        for w in ws.split()
+    "severity": {
+        "mild": "mild mildly small minimal",
+        "moderate": "moderate moderately",
+        "severe": "severe severely large marked",
     },
 }
+_WORDS = {  # word -> (attribute, value)
+    w: (attribute, value)
+    for attribute, values in _ATTRIBUTES.items()
+    for value, ws in values.items()
+    for w in ws.split()
+}
 _ATTRIBUTE = re.compile(r"\b(?:" + "|".join(_WORDS) + r")\b", re.I)
+
+# %% ../../nbs/data/00_phantom.ipynb #ph0084
 _SENTENCE = re.compile(r"[^.;:!?\n]+")
+
 _CHUNK = re.compile(r"\b(?:and|or|with|but|without)\b|,", re.I)
+
 _NOT = re.compile(r"\b(?:no|not|without|negative|free|absent|absence|resolved)\b", re.I)
 
 
 def _chunks(text):
-    """(start, end, denied_from) of each chunk: a negation before `denied_from` reaches into it; None if
-    there is none."""
+    """(start, end, denied_from) of each chunk: a negation that starts at `denied_from` reaches into it;
+    None if there is none."""
     for sentence in _SENTENCE.finditer(text):
-        cuts = [
-            sentence.start(),
-            *(m.start() for m in _CHUNK.finditer(text, *sentence.span())),
-            sentence.end(),
-        ]
+        inner = [m.start() for m in _CHUNK.finditer(text, *sentence.span())]
+        cuts = [sentence.start(), *inner, sentence.end()]
         denied = None
         for start, end in zip(cuts, cuts[1:]):
             if text[start : start + 3].lower() == "but":
@@ -1236,7 +1197,7 @@ def _chunks(text):
                 denied = cue.start()
             yield start, end, denied
 
-
+# %% ../../nbs/data/00_phantom.ipynb #ph0086
 def _mentions(text):
     "Every mention of a finding in order: (Finding, start, end, negated)."
     out = []
@@ -1245,18 +1206,13 @@ def _mentions(text):
         for k, m in enumerate(names):
             lo = start if k == 0 else names[k - 1].end()
             hi = end if k == len(names) - 1 else m.end()  # words between two names belong to the second
-            words = [a for a in _ATTRIBUTE.finditer(text, lo, hi)]
+            words = list(_ATTRIBUTE.finditer(text, lo, hi))
             what, got = _WHATS[int(m.lastgroup[1:])], {}
             for a in words:
                 got.setdefault(*_WORDS[a.group().lower()])
-            out.append(
-                (
-                    _as_finding(what, got),
-                    min([m.start(), *(a.start() for a in words)]),
-                    max([m.end(), *(a.end() for a in words)]),
-                    denied is not None and denied < m.end(),
-                )
-            )
+            first = min([m.start(), *(a.start() for a in words)])
+            last = max([m.end(), *(a.end() for a in words)])
+            out.append((_as_finding(what, got), first, last, denied is not None and denied < m.end()))
     return out
 
 
@@ -1267,10 +1223,10 @@ def _as_finding(what, got):
     keep = {"side": KINDS[kind] if kind else spec.sides, "zone": spec.zones, "severity": spec.severities}
     return Finding(name, **{k: v for k, v in got.items() if v in keep[k]}, kind=kind)
 
-
-def parse_report(text):
-    """The findings that a report states, as a tuple of Finding in order of mention; reads any text, tags
-    and garbage included."""
+# %% ../../nbs/data/00_phantom.ipynb #ph0088
+def parse_report(text: str) -> tuple[Finding, ...]:
+    """The findings that a report states, in order of mention. Reads any text, tags and garbage included,
+    and never fails."""
     found = {}
     for f, _, _, negated in _mentions(text):
         if not negated and (f.where not in found or found[f.where].severity is None):
@@ -1278,60 +1234,59 @@ def parse_report(text):
     return tuple(found.values())
 
 # %% ../../nbs/data/00_phantom.ipynb #7f25a7cb
-def compare(predicted, truth):
-    """Counts over two collections of Finding: dict(matched, mislocated, hallucinated, missed,
-    severity_ok), all int.
-
-    A match agrees in name, kind, side and zone; `severity_ok` are the matches whose severity agrees too."""
-    wanted, rest, matched, severity_ok = list(truth), [], 0, 0
+def _match(predicted, truth):
+    "(pairs with equal `where`, what is left of `predicted`, what is left of `truth`)"
+    pairs, rest, wanted = [], [], list(truth)
     for p in predicted:
         hit = next((t for t in wanted if t.where == p.where), None)
         if hit is None:
             rest.append(p)
             continue
         wanted.remove(hit)
-        matched += 1
-        severity_ok += hit.severity == p.severity
+        pairs.append((p, hit))
+    return pairs, rest, wanted
+
+
+def compare(predicted: Iterable[Finding], truth: Iterable[Finding]) -> dict[str, int]:
+    """Counts over two collections of Finding: matched, mislocated, hallucinated, missed, severity_ok.
+
+    A match agrees in name, kind, side and zone; `severity_ok` counts those whose severity agrees too."""
+    pairs, rest, wanted = _match(predicted, truth)
     mislocated = 0
     for p in rest:
         near = next((t for t in wanted if t.what == p.what), None)
         if near is not None:
             wanted.remove(near)
             mislocated += 1
-    return dict(
-        matched=matched,
-        mislocated=mislocated,
-        hallucinated=len(rest) - mislocated,
-        missed=len(wanted),
-        severity_ok=severity_ok,
-    )
+    invented, severity_ok = len(rest) - mislocated, sum(p.severity == t.severity for p, t in pairs)
+    counts = dict(matched=len(pairs), mislocated=mislocated, hallucinated=invented, missed=len(wanted))
+    return counts | dict(severity_ok=severity_ok)
 
-
-def located_f1(counts):
-    """F1 of the located findings from counts of `compare` (of one report, or summed); 1 when nothing is
-    there and nothing said."""
+# %% ../../nbs/data/00_phantom.ipynb #ph0089
+def located_f1(counts: dict[str, int]) -> float:
+    """F1 of the located findings from the counts of `compare` for one report, or summed over reports. A
+    mislocated finding is one error and one miss; 1 where nothing is there and nothing is said."""
     total = 2 * counts["matched"] + 2 * counts["mislocated"] + counts["hallucinated"] + counts["missed"]
     return 2 * counts["matched"] / total if total else 1.0
 
 # %% ../../nbs/data/00_phantom.ipynb #f403a5b6
-def spans(text, truth):
-    """Stretches of `text` that state a finding: list of (start, end, verdict), verdict "correct", "wrong"
-    or "mislocated".
+def spans(text: str, truth: Iterable[Finding]) -> list[tuple[int, int, str]]:
+    """Stretches of `text` that state a finding: (start, end, verdict), where the verdict is "correct",
+    "wrong" or "mislocated".
 
-    Denials are judged too: denying what is there is "wrong", denying what is absent is not listed."""
+    Denials are judged too: one of what is there is "wrong", one of what is absent is not listed."""
     places, whats, out = {t.where for t in truth}, {t.what for t in truth}, []
     for f, start, end, negated in _mentions(text):
-        if negated:
-            if f.what in whats:
-                out.append((start, end, "wrong"))
+        if negated and f.what not in whats:
+            continue
+        if negated or f.what not in whats:
+            out.append((start, end, "wrong"))
         else:
-            out.append(
-                (start, end, "correct" if f.where in places else "mislocated" if f.what in whats else "wrong")
-            )
+            out.append((start, end, "correct" if f.where in places else "mislocated"))
     return out
 
-
-def duplicates(text):
+# %% ../../nbs/data/00_phantom.ipynb #ph0092
+def duplicates(text: str) -> int:
     "Number of findings statements (denials too) that repeat one already made in the same section."
     count = 0
     for section in re.split(r"impression\s*:", text, flags=re.I):
@@ -1340,7 +1295,7 @@ def duplicates(text):
     return count
 
 # %% ../../nbs/data/00_phantom.ipynb #b5b411d0
-def labels(findings):
+def labels(findings: Iterable[Finding]) -> list[int]:
     """The 14 CheXpert observations of a set of findings: 1 present, 0 absent; No Finding is 1 when none
     of the other 13 is present but, as CheXpert counts, Support Devices."""
     present = {FINDINGS[f.name].observation for f in findings} & set(OBSERVATIONS)
@@ -1349,8 +1304,8 @@ def labels(findings):
         for o in OBSERVATIONS
     ]
 
-
-def flip_side(findings, rng):
+# %% ../../nbs/data/00_phantom.ipynb #ph0094
+def flip_side(findings: Sequence[Finding], rng: Generator) -> tuple[Finding, ...] | None:
     "Move one one-sided finding to the other side; None when there is none."
     can = [i for i, f in enumerate(findings) if f.side in _ONE]
     if not can:
@@ -1360,15 +1315,15 @@ def flip_side(findings, rng):
     return (*findings[:i], moved, *findings[i + 1 :])
 
 
-def drop_one(findings, rng):
+def drop_one(findings: Sequence[Finding], rng: Generator) -> tuple[Finding, ...] | None:
     "Leave one finding out; None when there is none."
     if not findings:
         return None
     i = int(rng.integers(len(findings)))
     return (*findings[:i], *findings[i + 1 :])
 
-
-def add_one(findings, rng):
+# %% ../../nbs/data/00_phantom.ipynb #ph0096
+def add_one(findings: Sequence[Finding], rng: Generator) -> tuple[Finding, ...] | None:
     "Add one finding that is absent; None when nothing fits."
     for name in map(str, rng.permutation(PHANTOM_NAMES)):
         f = _random_finding(name, rng)
@@ -1377,7 +1332,7 @@ def add_one(findings, rng):
     return None
 
 
-def swap_finding(findings, rng):
+def swap_finding(findings: Sequence[Finding], rng: Generator) -> tuple[Finding, ...] | None:
     "Replace one finding by another one that is absent; None when there is nothing to replace."
     if not findings:
         return None
@@ -1393,6 +1348,7 @@ def swap_finding(findings, rng):
 EDITS = {"flipped": swap_finding, "dropped": drop_one, "added": add_one, "moved": flip_side}
 
 # %% ../../nbs/data/00_phantom.ipynb #08cb3758
+_TRUTH = {name: datasets.Value("string") for name in ("name", "side", "zone", "severity", "kind")}
 FEATURES = datasets.Features(
     {
         "study_id": datasets.Value("string"),
@@ -1402,21 +1358,12 @@ FEATURES = datasets.Features(
         "impression": datasets.Value("string"),
         "report": datasets.Value("string"),
         "labels": datasets.List(datasets.Value("int8")),
-        "truth": datasets.List(
-            {
-                "name": datasets.Value("string"),
-                "side": datasets.Value("string"),
-                "zone": datasets.Value("string"),
-                "severity": datasets.Value("string"),
-                "kind": datasets.Value("string"),
-                "box": datasets.List(datasets.Value("float32")),
-            }
-        ),
+        "truth": datasets.List({**_TRUTH, "box": datasets.List(datasets.Value("float32"))}),
     }
 )
 
-
-def compose_report(findings, impression, sections="both"):
+# %% ../../nbs/data/00_phantom.ipynb #ph0098
+def compose_report(findings: str, impression: str, sections: str = "both") -> str:
     """The report text a policy writes: "findings: … impression: …" or, for sections="findings", the
     findings alone."""
     if sections not in ("both", "findings"):
@@ -1424,19 +1371,19 @@ def compose_report(findings, impression, sections="both"):
     return findings if sections == "findings" else f"findings: {findings} impression: {impression}"
 
 
-def png_bytes(image):
+def png_bytes(image: np.ndarray) -> dict[str, bytes | None]:
     "A uint8 array (H, W) as PNG, in the form that `datasets` stores images."
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG", compress_level=1)
     return {"bytes": buffer.getvalue(), "path": None}
 
-
-def to_truth(findings, boxes):
+# %% ../../nbs/data/00_phantom.ipynb #ph0100
+def to_truth(findings: Iterable[Finding], boxes: Iterable[Sequence[float]]) -> list[dict]:
     "Findings and their boxes as the schema's `truth`."
     return [{**asdict(f), "box": list(b)} for f, b in zip(findings, boxes)]
 
 
-def from_truth(truth):
+def from_truth(truth: Iterable[dict]) -> tuple[Finding, ...]:
     "The schema's `truth` as a tuple of Finding."
     return tuple(Finding(*(t[k] for k in ("name", "side", "zone", "severity", "kind"))) for t in truth)
 
@@ -1457,8 +1404,8 @@ def _study(seed, split, number, size, sections):
         truth=to_truth(findings, boxes),
     )
 
-
-def make_phantom(n, seed, split, size=96, sections="both"):
+# %% ../../nbs/data/00_phantom.ipynb #ph0103
+def make_phantom(n: int, seed: int, split: str, size: int = 96, sections: str = "both") -> datasets.Dataset:
     """A `datasets.Dataset` of `n` phantom studies with FEATURES; `split` names it and keeps its seeds
     apart from other splits.
 
