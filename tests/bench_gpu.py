@@ -34,7 +34,8 @@ from transformers import (
 from trl import GRPOTrainer
 
 from valor.config import preset
-from valor.policy.tiny import TEMPLATE, build_policy, build_tokenizer, load_policy, lora_config, save_policy
+from valor.policy.models import load_policy, lora_config, save_policy
+from valor.policy.tiny import TEMPLATE, build_policy, build_tokenizer
 from valor.rewards.compose import CLINICAL_SCORERS, TEXT_SCORERS
 from valor.rewards.text import scorer
 from valor.train.grpo import Rewards, make_trainer

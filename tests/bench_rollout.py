@@ -22,7 +22,9 @@ from trl import GRPOTrainer
 
 from valor.config import preset
 from valor.data.benchmarks import load_benchmark
-from valor.policy.tiny import build_policy, conversations, load_policy, lora_config, save_policy
+from valor.policy.models import load_policy, lora_config, save_policy
+from valor.policy.prompt import conversations
+from valor.policy.tiny import build_policy
 from valor.rewards.text import minilm_folder, report_body
 from valor.runs.makers import target, text_scorers
 from valor.train.grpo import Rewards, make_trainer

@@ -3,7 +3,7 @@
 from trl import GRPOConfig
 
 from valor.policy.models import lora_config
-from valor.policy.tiny import conversations
+from valor.policy.prompt import conversations
 from valor.train.rollout import SharedRollout
 
 

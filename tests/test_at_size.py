@@ -20,11 +20,13 @@ from two_processes import IMAGES, WORDS
 
 from valor.config import preset
 from valor.policy import models
-from valor.policy import tiny as policy
-from valor.policy.tiny import build_policy, conversations, load_policy, save_policy, sft
+from valor.policy.models import load_policy, save_policy
+from valor.policy.prompt import conversations
+from valor.policy.tiny import build_policy
 from valor.runs.phases import phase_key
 from valor.runs.processes import RunError, share
 from valor.train import grpo
+from valor.train.sft import sft, shard_by_layer
 
 
 def env_of(cfg):
@@ -68,16 +70,16 @@ def test_layers_to_shard_are_in_the_model(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.delenv("FSDP_TRANSFORMER_CLS_TO_WRAP", raising=False)
     model, _ = build_policy([WORDS], image_size=32, width=32)
-    policy.shard_by_layer(model)
+    shard_by_layer(model)
     named = os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"].split(",")
     assert "MistralDecoderLayer" in named and set(named) <= {type(m).__name__ for m in model.modules()}
     monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "Mine")
-    policy.shard_by_layer(model)
+    shard_by_layer(model)
     assert os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] == "Mine"
     with pytest.raises(
         ValueError, match="gradient_accumulation_steps=2: .* not the same update under FSDP; expected 1"
     ):
-        policy.shard_by_layer(model, 2)
+        shard_by_layer(model, 2)
 
 
 @pytest.fixture
@@ -104,8 +106,8 @@ def test_sft_in_parts(mode, tmp_path, one_thread):
             data,
             tmp_path / f"{parts}",
             mode,
-            2,
-            1e-4,
+            epochs=2,
+            lr=1e-4,
             batch_size=4,
             parts=parts,
             checkpointing="on" if parts == 4 else "off",

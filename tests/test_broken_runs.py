@@ -16,10 +16,10 @@ from valor import cli
 from valor.config import preset, runs_dir
 from valor.figures import sidecar
 from valor.files import whole
-from valor.policy.tiny import TrainingError, train_to_end
 from valor.rewards.text import Store, StoreError
 from valor.runs import makers, phases, processes, systems
 from valor.train.grpo import MOST_SNAPSHOTS, Rewards, snapshot_every
+from valor.train.sft import TrainingError, train_to_end
 
 TINY = dict(
     threads=1,

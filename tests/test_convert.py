@@ -554,7 +554,10 @@ def studies(n=2):
 
 def test_sft_with_lora_and_generation(folder, tmp_path):
     "TRL's SFT with a PEFT adapter through this project's own functions, merged and sampled from."
-    from valor.policy.tiny import conversations, generate, load_policy, sft
+    from valor.policy.models import load_policy
+    from valor.policy.prompt import conversations
+    from valor.policy.tiny import generate
+    from valor.train.sft import sft
 
     log = sft(
         folder,
@@ -578,7 +581,8 @@ def test_sft_with_lora_and_generation(folder, tmp_path):
 def test_grpo_step_with_lora(folder, tmp_path):
     from trl import GRPOConfig, GRPOTrainer
 
-    from valor.policy.tiny import conversations, load_policy, lora_config
+    from valor.policy.models import load_policy, lora_config
+    from valor.policy.prompt import conversations
 
     model, processor = load_policy(folder)
     args = GRPOConfig(

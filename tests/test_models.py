@@ -27,7 +27,9 @@ from valor.policy.models import (
     miniature,
     save_policy,
 )
-from valor.policy.tiny import conversations, generate, render_prompt, sft
+from valor.policy.prompt import conversations, render_prompt
+from valor.policy.tiny import generate
+from valor.train.sft import sft
 
 ALL = (*KINDS, "llava_med")
 REPORT = "<report> the heart is enlarged. no effusion. </report>"
@@ -74,7 +76,7 @@ def run(model, processor):
 def test_prompt_is_one_and_the_same_for_sampling_sft_and_grpo(kind, folders, tmp_path):
     """The ids that this package samples from are those that TRL's GRPO samples from, which are those that
     its SFT trains on."""
-    from valor.policy.tiny import as_prompt
+    from valor.policy.prompt import as_prompt
 
     model, processor = load_policy(folders[kind])
     ours = processor(
@@ -385,7 +387,7 @@ def test_out_of_memory_names_what_to_lower(folders, tmp_path, monkeypatch, capsy
 
     model, processor = load_policy(folders["llava"])
     monkeypatch.setattr(type(model), "forward", functools.wraps(type(model).forward)(full))
-    monkeypatch.setattr("valor.policy.tiny.ResumableSFT.training_step", full)
+    monkeypatch.setattr("valor.train.sft.ResumableSFT.training_step", full)
     for job in (
         lambda: generate(model, processor, FILMS, max_new_tokens=4),
         lambda: sft(

@@ -26,9 +26,11 @@ from valor.policy.models import (
     miniature,
     save_policy,
 )
+from valor.policy.prompt import conversations
 from valor.policy.server import complete
-from valor.policy.tiny import conversations, generate, sft
+from valor.policy.tiny import generate
 from valor.train.rollout import merged
+from valor.train.sft import sft
 
 FILMS = [
     Image.fromarray(np.random.default_rng(i).integers(0, 255, (60, 60), dtype=np.uint8)) for i in range(3)

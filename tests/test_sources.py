@@ -842,15 +842,10 @@ def test_two_images_reach_the_policy(masters, tmp_path):
     for each."""
     from trl import GRPOConfig, GRPOTrainer
 
-    from valor.policy.tiny import (
-        build_policy,
-        conversations,
-        generate,
-        image_lists,
-        load_policy,
-        save_policy,
-        sft,
-    )
+    from valor.policy.models import load_policy, save_policy
+    from valor.policy.prompt import conversations, image_lists
+    from valor.policy.tiny import build_policy, generate
+    from valor.train.sft import sft
 
     data = loaded("csv", masters["csv"], tmp_path, view="both", size=32)["train"]
     save_policy(

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from two_processes import START, WORDS, trained
 
 from valor.config import preset
-from valor.policy.tiny import build_policy, save_policy
+from valor.policy.models import save_policy
+from valor.policy.tiny import build_policy
 from valor.rewards.compose import CLINICAL_SCORERS, TEXT_SCORERS, advantages
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

@@ -18,8 +18,10 @@ import pytest
 from transformers.utils import logging as hf_logging
 
 from valor.data.phantom import make_phantom
+from valor.policy.models import load_policy, save_policy
+from valor.policy.prompt import PROMPT
 from valor.policy.server import Handler, PolicyServer
-from valor.policy.tiny import PROMPT, build_policy, generate, load_policy, save_policy
+from valor.policy.tiny import build_policy, generate
 from valor.results.zeroshot import (
     Endpoint,
     EndpointError,

@@ -11,7 +11,8 @@ import pandas as pd
 from valor.config import preset
 from valor.figures import save
 from valor.metrics import statistics as ev
-from valor.policy.tiny import generate, image_lists
+from valor.policy.prompt import image_lists
+from valor.policy.tiny import generate
 from valor.runs.makers import labeler, note_of, policy_of
 from valor.runs.phases import ensure, load_data, phase_folder
 

@@ -21,8 +21,8 @@ from ..data.images import ImageError, read_image, square
 from ..data.restricted import closed_to_others
 from ..files import json_lines, json_value, own_lines, repository_of
 from .adapter import add_in, merged_share, with_policy
-from .models import film_side
-from .tiny import generate, load_policy, save_policy
+from .models import film_side, load_policy, save_policy
+from .tiny import generate
 from ..rewards.text import is_well_formed, report_body
 
 # %% ../../nbs/policy/04_generate.ipynb #990d64d3

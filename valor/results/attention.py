@@ -32,7 +32,7 @@ from ..data import phantom
 from ..data.phantom import FINDINGS
 from ..data.restricted import kept, safe_name
 from ..metrics import statistics as ev
-from ..policy.tiny import image_lists, render_prompt
+from ..policy.prompt import image_lists, render_prompt
 from ..rewards.chexbert import mentions
 from ..runs.makers import policy_of, read_reports, target
 from ..runs.phases import ensure, load_data

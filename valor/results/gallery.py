@@ -47,7 +47,7 @@ from ..data.sources import terms_of
 from ..figures import COLOURS
 from ..files import report_lines, whole
 from ..metrics import statistics as ev
-from ..policy.tiny import image_lists
+from ..policy.prompt import image_lists
 from ..rewards.rules import sentences
 from ..rewards.text import report_body
 from ..runs.makers import labeler

@@ -54,8 +54,8 @@ from ..metrics.evaluate import DEFAULTS, MEASURES, gauged, made
 from ..metrics.statistics import cell
 from ..policy.generate import ENDINGS
 from ..policy.models import load_policy, own_generation
+from ..policy.prompt import one_or_two
 from ..policy.server import complete, fingerprint
-from ..policy.tiny import one_or_two
 from .paper import TABLE2
 from .tables import compare
 from ..rewards.text import report_body

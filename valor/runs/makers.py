@@ -35,18 +35,9 @@ from ..expert.frozen import load_expert, train_classifier, try_expert
 from ..files import whole
 from ..metrics import statistics as ev
 from ..policy.generate import with_adapter
-from ..policy.models import loading
-from valor.policy.tiny import (
-    build_policy,
-    conversations,
-    finding_targets,
-    generate,
-    image_lists,
-    load_policy,
-    save_policy,
-    sft,
-    warm_up_vision,
-)
+from ..policy.models import load_policy, loading, save_policy
+from ..policy.prompt import conversations, image_lists
+from ..policy.tiny import build_policy, finding_targets, generate, warm_up_vision
 from ..rewards.compose import extras_of
 from ..rewards.guard import probe
 from ..rewards.text import report_body, scorer
@@ -72,6 +63,7 @@ from valor.train.preference import (
     sampled_pairs,
     updates_of,
 )
+from ..train.sft import sft
 from ..vocabulary import OBSERVATIONS
 
 # %% ../../nbs/runs/02_makers.ipynb #e1473f7e
@@ -302,12 +294,12 @@ def make_sft(out, cfg, after, name):
         conversations(shown, [target(r) for r in shown["report"]]),
         out / "policy",
         cfg.sft_mode,
-        cfg.sft_epochs,
-        cfg.sft_lr,
-        share(cfg.sft_batch_size, "sft_batch_size", cfg.gradient_accumulation_steps),
-        cfg.lora_r,
-        cfg.lora_alpha,
-        cfg.seed,
+        epochs=cfg.sft_epochs,
+        lr=cfg.sft_lr,
+        batch_size=share(cfg.sft_batch_size, "sft_batch_size", cfg.gradient_accumulation_steps),
+        lora_r=cfg.lora_r,
+        lora_alpha=cfg.lora_alpha,
+        seed=cfg.seed,
         save_steps=cfg.save_steps,
         parts=cfg.gradient_accumulation_steps,
         checkpointing=cfg.gradient_checkpointing,

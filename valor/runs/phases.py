@@ -33,10 +33,10 @@ from ..data.restricted import PlaceError, check_place, kept
 from ..data.sources import DataError, terms_of
 from ..files import whole
 from ..policy.models import LOADING
-from ..policy.tiny import TrainingError
 from ..rewards.guard import RewardError
 from ..rewards.text import StoreError
 from .processes import JOINT, RunError, end_with_parent, is_first, processes, setup, together
+from ..train.sft import TrainingError
 
 # %% ../../nbs/runs/01_phases.ipynb #d518e681
 class Phase(NamedTuple):

@@ -24,10 +24,7 @@ from ..contents import fingerprint_once
 from ..data.benchmarks import benchmark_of
 from ..figures import save, save_page, use_style
 from ..metrics import statistics as ev
-from ..policy.models import check_policy
-from valor.policy.tiny import (
-    frozen_weights,
-)
+from ..policy.models import check_policy, frozen_weights
 from ..rewards.text import report_body
 from .makers import check_scorers, expert_note, note_of, policy_in, read_frame, read_reports
 from .phases import MISTAKES, check_updates, ensure, load_data, phase_folder

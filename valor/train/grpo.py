@@ -29,11 +29,12 @@ from trl import GRPOConfig
 
 from ..data.restricted import check_server
 from ..policy.models import frozen_weights, load_policy, loading, lora_config, memory_line
-from ..policy.tiny import Progress, conversations, shard_by_layer, train_to_end, trainer_args
+from ..policy.prompt import conversations
 from ..rewards.compose import advantages, extras_of, is_clinical_step, needed
 from ..rewards.guard import alarms, checked_scores, distinct_share, odd_line, probe
 from ..rewards.ranknorm import group_ranks
 from .rollout import SharedRollout
+from .sft import Progress, shard_by_layer, train_to_end, trainer_args
 
 # %% ../../nbs/train/00_grpo.ipynb #2c0f3a51
 def grpo_loss(

@@ -36,10 +36,12 @@ from valor.policy.models import (
     lora_config,
     memory_line,
 )
-from ..policy.tiny import PROMPT, Progress, generate, image_lists, train_to_end, trainer_args
+from ..policy.prompt import PROMPT, image_lists
+from ..policy.tiny import generate
 from ..rewards.compose import advantages
 from ..rewards.text import TAG
 from .grpo import Rewards, steps_of
+from .sft import Progress, train_to_end, trainer_args
 
 # %% ../../nbs/train/03_preference.ipynb #0237bf34
 def weighted_dpo_loss(chosen, rejected, ref_chosen, ref_rejected, weights=1.0, beta=0.1):
