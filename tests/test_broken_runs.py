@@ -81,8 +81,8 @@ def test_a_stage_goes_on_from_the_older_checkpoint_where_the_newest_is_broken(ru
         phases.ensure("stage1", cfg)
         said = capsys.readouterr().out
         assert (
-            f"checkpoint-4 cannot be gone on from: {name} is missing or is not what was written; going on "
-            f"from checkpoint-2" in said
+            f"checkpoint-4: {name} is missing or differs from what was written; resuming from checkpoint-2"
+            in said
         )
         assert weights.read_bytes() == whole
 

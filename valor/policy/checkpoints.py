@@ -40,10 +40,10 @@ def fault_of(checkpoint: Path | str) -> str | None:
     try:
         sealed = dict(json.loads((Path(checkpoint) / SEAL).read_text()))
     except (OSError, ValueError, TypeError):
-        return "was not written to its end"
+        return "it was not written to its end"
     found = _digests(checkpoint)
     broken = [name for name in sealed if found.get(name) != sealed[name]]
-    return f"{broken[0]} is missing or is not what was written" if broken else None
+    return f"{broken[0]} is missing or differs from what was written" if broken else None
 
 # %% ../../nbs/policy/06_checkpoints.ipynb #9b0f7010
 def _newest_first(folder: Path | str) -> list[Path]:
@@ -62,11 +62,9 @@ def last_complete_checkpoint(folder: Path | str) -> str | None:
         if fault is None:
             whole = checkpoint
             break
-        skipped.append(f"{checkpoint} cannot be gone on from: {fault}")
+        skipped.append(f"skipping {checkpoint}: {fault}")
     if skipped and int(os.environ.get("RANK", 0)) == 0:
-        then = (
-            f"going on from {whole.name}" if whole else "no older one is whole: starting from the beginning"
-        )
+        then = f"resuming from {whole.name}" if whole else "no older one is whole: starting anew"
         print("; ".join([*skipped, then]), flush=True)
     return str(whole) if whole else None
 

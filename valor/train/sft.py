@@ -4,21 +4,33 @@
 
 # %% auto #0
 __all__ = ['trainer_args', 'Progress', 'SealCheckpoints', 'disk_line', 'TrainingError', 'train_to_end', 'shard_by_layer',
-           'ResumableSFT', 'keep_sft', 'sft']
+           'ResumableSFT', 'keep_sft', 'Tuning', 'sft']
 
 # %% ../../nbs/train/04_sft.ipynb #9b0f4002
 import os
 import shutil
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProcessorMixin,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from trl import SFTConfig, SFTTrainer
 
+# %% ../../nbs/train/04_sft.ipynb #9b0f4037
 from ..policy.adapter import KEPT, beside, merged_share
 from ..policy.checkpoints import last_complete_checkpoint, seal
 from valor.policy.models import (
@@ -34,11 +46,12 @@ from valor.policy.models import (
 from ..policy.prompt import replace_completions
 
 # %% ../../nbs/train/04_sft.ipynb #9b0f4005
-def trainer_args(folder: Path | str, seed: int, save_steps: int, checkpointing: str = "auto", **kw) -> dict:
+def trainer_args(
+    folder: Path | str, seed: int, save_steps: int, checkpointing: str = "auto", **kw
+) -> dict[str, Any]:
     """Arguments that every phase shares: CPU or GPU as found, a log line per update, checkpoints.
 
-    `checkpointing` of activations: "on", "off", or "auto" (on if there is a GPU).
-    `kw`: more arguments of the trainer."""
+    `checkpointing` of activations: "on", "off", or "auto" (on if there is a GPU). `kw`: further arguments."""
     gpu = torch.cuda.is_available()
     return dict(
         output_dir=str(folder),
@@ -66,7 +79,7 @@ class Progress(TrainerCallback):
     def __init__(self, desc: str):
         self.desc = desc
 
-    def on_train_begin(self, args, state, control, **kw):
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control, **kw) -> None:
         self.bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
@@ -75,17 +88,17 @@ class Progress(TrainerCallback):
             disable=not state.is_world_process_zero,
         )
 
-    def on_step_end(self, args, state, control, **kw):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control, **kw) -> None:
         self.bar.update(state.global_step - self.bar.n)
 
-    def on_train_end(self, args, state, control, **kw):
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control, **kw) -> None:
         self.bar.close()
 
 # %% ../../nbs/train/04_sft.ipynb #9b0f4009
 class SealCheckpoints(TrainerCallback):
     "Seals every checkpoint of a trainer when all processes have written their part of it."
 
-    def on_save(self, args, state, control, **kw):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control, **kw) -> None:
         PartialState().wait_for_everyone()
         if state.is_world_process_zero:
             seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
@@ -165,32 +178,40 @@ class ResumableSFT(SFTTrainer):
         saved, _ = load_policy(resume_from_checkpoint, **self.loading)
         self.model.load_state_dict(saved.state_dict())
 
-# %% ../../nbs/train/04_sft.ipynb #9b0f4021
-def keep_sft(
-    trainer: SFTTrainer, processor, base: str, out: Path | str, mode: str, dtype=torch.float32, **loading
-) -> None:
-    """Write the policy that `trainer` made of the one in folder `base` as the one folder `out`.
-
-    Every process takes part: weights may be spread over processes or held in 4 bits, so they are gathered
-    first. `dtype`: of the weights that are written; float32 instead, with a message, if it would keep less
-    than the share `KEPT` of the adapter."""
-    if mode != "lora":
-        state = trainer.accelerator.get_state_dict(trainer.model)
-        if trainer.is_world_process_zero():
-            save_policy(trainer.model, processor, out, state_dict=state)
-        return
-    adapter = str(Path(trainer.args.output_dir) / "adapter")
-    trainer.save_model(adapter)
-    if not trainer.is_world_process_zero():
-        return
-    adapted = PeftModel.from_pretrained(load_policy(base, **loading)[0], adapter)
+# %% ../../nbs/train/04_sft.ipynb #9b0f4038
+def _merged(adapted: PeftModel, out: Path | str, dtype: torch.dtype) -> PreTrainedModel:
+    "The policy with its adapter merged: in `dtype` if that keeps `KEPT` of the adapter, else in float32."
     if (share := merged_share(adapted, dtype)) < KEPT:
         tqdm.write(
             f"SFT: {dtype} weights would keep {share:.2f} of its adapter: {out} is written in float32; "
             "policy_weights='float32' would train on all of it"
         )
         dtype = torch.float32
-    save_policy(adapted.merge_and_unload().to(dtype), processor, out)
+    return adapted.merge_and_unload().to(dtype)
+
+# %% ../../nbs/train/04_sft.ipynb #9b0f4021
+def keep_sft(
+    trainer: SFTTrainer,
+    processor: ProcessorMixin,
+    base: str,
+    out: Path | str,
+    mode: str,
+    dtype: torch.dtype = torch.float32,
+    **loading,
+) -> None:
+    """Write the policy that `trainer` made of the one in folder `base` to the folder `out`.
+
+    Every process takes part: weights may be spread over processes or held in 4 bits, so they are gathered."""
+    folder, first = Path(trainer.args.output_dir) / "adapter", trainer.is_world_process_zero()
+    if mode == "lora":
+        trainer.save_model(str(folder))
+        if first:
+            adapted = PeftModel.from_pretrained(load_policy(base, **loading)[0], str(folder))
+            save_policy(_merged(adapted, out, dtype), processor, out)
+        return
+    state = trainer.accelerator.get_state_dict(trainer.model)
+    if first:
+        save_policy(trainer.model, processor, out, state_dict=state)
 
 # %% ../../nbs/train/04_sft.ipynb #9b0f4023
 def _checked(data: Dataset, model: torch.nn.Module, processor) -> Dataset:
@@ -207,85 +228,87 @@ def _side_of(data: Dataset) -> int | None:
     film = row["images"][0] if "images" in row else row["image"]
     return film.width if film.width == film.height else None
 
+# %% ../../nbs/train/04_sft.ipynb #9b0f4033
+@dataclass(frozen=True)
+class Tuning:
+    "Settings of `sft`."
+
+    mode: str = "full"  # "full": all of language model and projector; "lora": an adapter, merged at the end
+    epochs: float = 1
+    lr: float = 1e-3  # where the cosine schedule begins to fall
+    batch_size: int = 32  # rows of an update in each process
+    parts: int = 1  # the rows of an update are computed in so many parts, one after the other
+    lora_r: int = 16
+    lora_alpha: int = 32
+    seed: int = 0
+    save_steps: int = 10  # updates between checkpoints
+    checkpointing: str = "auto"  # of activations, see `trainer_args`
+    weights: str = "float32"  # how frozen weights are held, see `frozen_weights`
+
 # %% ../../nbs/train/04_sft.ipynb #9b0f4025
-def _sft_config(folder, *, seed, save_steps, checkpointing, batch_size, parts, epochs, lr) -> SFTConfig:
+def _sft_config(folder: Path | str, tuning: Tuning) -> SFTConfig:
     "Settings of Eq. 2: AdamW on a cosine schedule, a twentieth of it warm-up; loss on completions only."
     args = trainer_args(
         folder,
-        seed,
-        save_steps,
-        checkpointing,
-        per_device_train_batch_size=batch_size // parts,
-        gradient_accumulation_steps=parts,
-        num_train_epochs=epochs,
-        learning_rate=lr,
+        tuning.seed,
+        tuning.save_steps,
+        tuning.checkpointing,
+        per_device_train_batch_size=tuning.batch_size // tuning.parts,
+        gradient_accumulation_steps=tuning.parts,
+        num_train_epochs=tuning.epochs,
+        learning_rate=tuning.lr,
         lr_scheduler_type="cosine",
         warmup_steps=0.05,
         weight_decay=0.01,
     )
     return SFTConfig(**args, max_length=None, completion_only_loss=True)
 
-# %% ../../nbs/train/04_sft.ipynb #9b0f4026
-def sft(
-    base: str,
-    data: Dataset,
-    out: Path | str,
-    mode: str = "full",
-    *,
-    epochs: float = 1,
-    lr: float = 1e-3,
-    batch_size: int = 32,
-    lora_r: int = 16,
-    lora_alpha: int = 32,
-    seed: int = 0,
-    save_steps: int = 10,
-    desc: str = "SFT",
-    parts: int = 1,
-    checkpointing: str = "auto",
-    weights: str = "float32",
-    **loading,
-) -> list[dict]:
-    """Fine-tune the policy in folder `base` on `data` by Eq. 2 and write the merged result to `out`.
-
-    `data`: from `conversations`, with completions. `mode`: "full" (all of language model and projector) or
-    "lora" (an adapter, merged at the end); the vision tower stays as it is, as in LLaVA. `batch_size`: rows
-    of an update in each process, computed in `parts` one after the other. For `checkpointing`, `weights` and
-    `loading` see `trainer_args`, `frozen_weights` and `load_policy`. Checkpoints go to `out/checkpoints`; a
-    killed run that is started again ends with the same weights, bit for bit on one CPU thread (on more
-    threads, any two runs may differ in the last bits).
-
-    Returns the log, one dict per update. Raises `ValueError` for a completion with an image token in it,
-    `TrainingError` if updates are missing, `MemoryError` if memory runs out."""
-    set_seed(seed)
-    model, processor = load_policy(base, **frozen_weights(weights), **loading)
-    data = _checked(data, model, processor)
-    freeze_vision(model)
-    shard_by_layer(model, parts)
-    args = _sft_config(
-        Path(out) / "checkpoints",
-        seed=seed,
-        save_steps=save_steps,
-        checkpointing=checkpointing,
-        batch_size=batch_size,
-        parts=parts,
-        epochs=epochs,
-        lr=lr,
-    )
-    lora = lora_config(model, "language+projector", lora_r, lora_alpha) if mode == "lora" else None
+# %% ../../nbs/train/04_sft.ipynb #9b0f4035
+def _sft_trainer(model, processor, data: Dataset, folder: Path, desc: str, tuning: Tuning) -> ResumableSFT:
+    "The trainer of all weights or of an adapter; `data` as from `_checked`."
+    lora = None
+    if tuning.mode == "lora":
+        lora = lora_config(model, "language+projector", tuning.lora_r, tuning.lora_alpha)
     trainer = ResumableSFT(
         model,
-        args=args,
+        args=_sft_config(folder, tuning),
         train_dataset=data,
         processing_class=processor,
         callbacks=[Progress(desc)],
         peft_config=lora,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.loading, processor.film_side = loading, _side_of(data)
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         beside(trainer.model)
-    with memory_line(desc, sft_batch_size=batch_size):
+    return trainer
+
+# %% ../../nbs/train/04_sft.ipynb #9b0f4040
+def _split(settings: dict) -> tuple[Tuning, dict]:
+    "The settings of `Tuning`, and the others."
+    own = {field.name for field in fields(Tuning)}
+    others = {name: value for name, value in settings.items() if name not in own}
+    return Tuning(**{name: settings[name] for name in settings.keys() & own}), others
+
+# %% ../../nbs/train/04_sft.ipynb #9b0f4026
+def sft(
+    base: str, data: Dataset, out: Path | str, mode: str = "full", *, desc: str = "SFT", **settings
+) -> list[dict]:
+    """Fine-tune the policy in folder `base` on `data` by Eq. 2 and write the merged result to `out`.
+
+    `data`: from `conversations`, with completions. `settings`: those of `Tuning` and those of `load_policy`.
+    A killed run that is started again ends with the same weights, bit for bit on one CPU thread (on more,
+    any two runs may differ in the last bits). Returns the log, one dict per update. Raises `ValueError` for
+    a completion with an image token, `TrainingError` if updates are missing, `MemoryError`."""
+    tuning, loading = _split(settings | dict(mode=mode))
+    set_seed(tuning.seed)
+    model, processor = load_policy(base, **frozen_weights(tuning.weights), **loading)
+    data = _checked(data, model, processor)
+    freeze_vision(model)
+    shard_by_layer(model, tuning.parts)
+    trainer = _sft_trainer(model, processor, data, Path(out) / "checkpoints", desc, tuning)
+    trainer.loading, processor.film_side = loading, _side_of(data)
+    with memory_line(desc, sft_batch_size=tuning.batch_size):
         train_to_end(trainer, desc)
-    kept = torch.float32 if weights == "float32" else torch.bfloat16
+    kept = torch.float32 if tuning.weights == "float32" else torch.bfloat16
     keep_sft(trainer, processor, base, out, mode, kept, **loading)
     return trainer.state.log_history
