@@ -19,9 +19,10 @@ from pathlib import Path
 
 import torch
 
-from valor.rewards.chexbert import LabelF1, miniature_chexbert, package_chexbert
-from valor.rewards.radgraph import EntityF1, load_radgraph, miniature_radgraph, radgraph_folder, shims
+from valor.rewards.chexbert import LabelF1, package_chexbert
+from valor.rewards.radgraph import EntityF1, load_radgraph, radgraph_folder, shims
 from valor.rewards.text import BertScore, minilm_folder
+from valor.testing import miniature_chexbert, miniature_radgraph
 
 PHRASES = [
     "the heart is normal in size .",

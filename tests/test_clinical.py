@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from valor.rewards.chexbert import LabelF1, miniature_chexbert
-from valor.rewards.radgraph import LEVELS, EntityF1, miniature_radgraph
+from valor.rewards.chexbert import LabelF1
+from valor.rewards.radgraph import LEVELS, EntityF1
+from valor.testing import miniature_chexbert, miniature_radgraph
 
 WORDS = (
     "the heart is enlarged no pleural effusion . , or small left right nodule in upper lobe lungs are clear "

@@ -19,12 +19,9 @@ from papermill import inspect_notebook
 
 from valor.cli import command_parser, main
 from valor.config import PRESETS, Config, parse_settings, runs_dir
-from valor.expert.frozen import miniature_biomedclip
 from valor.policy import server
-from valor.policy.convert import miniature_llava_med
-from valor.rewards.chexbert import miniature_chexbert
-from valor.rewards.radgraph import miniature_radgraph
 from valor.runs import phases, processes, systems
+from valor.testing import miniature_biomedclip, miniature_chexbert, miniature_llava_med, miniature_radgraph
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = r"(?:[A-Z_]+=\S+ )*(?:valor|papermill|python|accelerate launch|torchrun|make|snakemake)"

@@ -34,14 +34,13 @@ from valor.policy.convert import (
     convert_llava_med,
     load_sentencepiece,
     make_plan,
-    miniature_llava_med,
     new_config,
     original_ids,
-    original_shapes,
     read_config,
     rename,
     tower_config,
 )
+from valor.testing import RELEASED, miniature_llava_med, original_shapes, train_sentencepiece
 
 COMMAND = [sys.executable, "-m", "valor", "convert-llava-med"]
 ENV = os.environ | dict(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
@@ -92,7 +91,7 @@ def test_true_size_and_ids():
     "All 686 tensors of the 7B model, by shape only: the plan fits transformers' model."
 
     class Listed:
-        shapes = original_shapes(32000, 4096, 14336, 32, 32, 8, 1024, 4096, 24, 336)
+        shapes = original_shapes(RELEASED)
 
     config = ORIGINAL | dict(
         vocab_size=32000,
@@ -218,7 +217,8 @@ def test_full_resolution_image_and_576_tokens(tmp_path):
 
 MEMORY = """
 import sys; from pathlib import Path
-from valor.policy.convert import convert_llava_med, miniature_llava_med
+from valor.policy.convert import convert_llava_med
+from valor.testing import miniature_llava_med
 status = lambda name: next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(name)) * 1024
 small = Path(sys.argv[1])
 convert_llava_med(miniature_llava_med(small / "o"), small / "d")  # what is imported late is imported now
@@ -396,7 +396,7 @@ BAD = {
     ),
     "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), ["tokenizer.model", "no such file"]),
     "other vocabulary": (
-        lambda f: (f / "tokenizer.model").write_bytes(convert.train_sentencepiece(400)),
+        lambda f: (f / "tokenizer.model").write_bytes(train_sentencepiece(400)),
         ["tokenizer.model", "400 pieces", "vocab_size=420"],
     ),
     "torn tokenizer": (

@@ -26,13 +26,13 @@ from valor.rewards.radgraph import (
     RadGraph,
     graph_of,
     load_radgraph,
-    miniature_radgraph,
     radgraph_folder,
     relation_scores,
     shims,
     unpacked,
 )
 from valor.rewards.text import scorer
+from valor.testing import miniature_radgraph
 
 WORDS = (
     "the heart is mildly enlarged no pleural effusion left lower lobe nodule old rib fracture . , measuring "

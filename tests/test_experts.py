@@ -24,7 +24,6 @@ from valor.expert.frozen import (
     FrozenExpert,
     LabelExpert,
     load_expert,
-    miniature_biomedclip,
     open_clip_expert,
     prepared,
     read_weights,
@@ -36,6 +35,7 @@ from valor.rewards.chexbert import LabelF1
 from valor.rewards.guard import RewardError
 from valor.rewards.rules import RuleLabeler
 from valor.runs import makers, phases, processes
+from valor.testing import miniature_biomedclip
 from valor.vocabulary import OBSERVATIONS
 
 ALL = "densenet121-res224-all"

@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 from pydicom.uid import JPEGLosslessSV1
 
-from valor.data.images import ImageError, check_image, open_dicom, read_image, write_dicom
+from valor.data.images import ImageError, check_image, open_dicom, read_image
 from valor.data.sources import DataError, Fault, read_openi_tree, read_own_table, read_r2gen
 from valor.data.studies import sound_images
+from valor.testing import write_dicom
 
 RAMP = np.tile(np.linspace(0, 4095, 64).round().astype(np.uint16), (48, 1))
 

@@ -10,6 +10,7 @@ import pytest
 
 from valor.cli import main
 from valor.results import gallery as g
+from valor.testing import made_up_runs
 
 BROWSER, DRIVER = shutil.which("chromium") or shutil.which("chromium-browser"), shutil.which("chromedriver")
 needs_browser = pytest.mark.skipif(
@@ -43,7 +44,7 @@ def start(folder):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    return g.made_up_runs(
+    return made_up_runs(
         tmp_path_factory.mktemp("runs"),
         n=500,
         reports={("SFT", i): h for i, h in enumerate(HOSTILE)} | {("base", 5): ""},

@@ -26,11 +26,11 @@ from valor.rewards.chexbert import (
     LabelF1,
     label_report,
     mentions,
-    miniature_chexbert,
     package_chexbert,
 )
 from valor.rewards.rules import report_labels
 from valor.rewards.text import minilm_folder, scorer
+from valor.testing import miniature_chexbert
 from valor.vocabulary import OBSERVATIONS
 
 WORDS = (

@@ -16,19 +16,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from valor.config import preset
-from valor.policy.convert import convert_llava_med, miniature_llava_med
+from valor.policy.convert import convert_llava_med
 from valor.policy.models import (
-    KINDS,
     frozen_weights,
     groups,
     image_tokens,
     load_policy,
     lora_config,
-    miniature,
     save_policy,
 )
 from valor.policy.prompt import conversations, render_prompt
 from valor.policy.tiny import generate
+from valor.testing import KINDS, miniature_llava_med, miniature_policy
 from valor.train.sft import sft
 
 ALL = (*KINDS, "llava_med")
@@ -47,7 +46,7 @@ def folders(tmp_path_factory):
         ),
         home / "llava_med",
     )
-    return {k: miniature(k, home / k) for k in KINDS} | dict(llava_med=home / "llava_med")
+    return {k: miniature_policy(k, home / k) for k in KINDS} | dict(llava_med=home / "llava_med")
 
 
 def studies():
@@ -360,7 +359,7 @@ def test_adapters_for_another_base(folders, tmp_path):
     for base, adapter in (("gemma3", "qwen2_5_vl"), ("qwen2_5_vl", "gemma3"), ("llava", "gemma3")):
         with pytest.raises(ValueError, match="made for another base"):
             merge(folders[base], tmp_path / adapter, tmp_path / "no")
-    wide = miniature("gemma3", tmp_path / "wide", width=64)
+    wide = miniature_policy("gemma3", tmp_path / "wide", width=64)
     with pytest.raises(ValueError, match="made for another base"):
         merge(wide, tmp_path / "gemma3", tmp_path / "no")
     with pytest.raises(ValueError, match="no adapter_config.json"):

@@ -18,17 +18,16 @@ from valor.data.images import square
 from valor.policy.adapter import KEPT, adapted_layers, adapted_weight, kept_share, merged_share
 from valor.policy.generate import merge, with_adapter, write_reports
 from valor.policy.models import (
-    KINDS,
     film_side,
     load_policy,
     load_processor,
     lora_config,
-    miniature,
     save_policy,
 )
 from valor.policy.prompt import conversations
 from valor.policy.server import complete
 from valor.policy.tiny import generate
+from valor.testing import KINDS, miniature_policy
 from valor.train.rollout import merged
 from valor.train.sft import sft
 
@@ -74,7 +73,7 @@ def carried(layer, before, wanted):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_what_merged_samples_carries_the_adapter(dtype, tmp_path):
-    model, _ = adapted(miniature("llava", tmp_path / "base", width=128), dtype)
+    model, _ = adapted(miniature_policy("llava", tmp_path / "base", width=128), dtype)
     before = {n: (adapted_weight(l).clone(), delta(l)) for n, l in adapted_layers(model).items()}
     assert (merged_share(model) < 0.5) == (dtype == torch.bfloat16)
     with merged(model, {}) as policy:
@@ -98,7 +97,7 @@ def _with_bias(layer):
 
 
 def test_evaluation_carries_the_adapter_and_merge_says_what_it_writes(tmp_path, capsys):
-    base = miniature("llava", tmp_path / "base", width=64)
+    base = miniature_policy("llava", tmp_path / "base", width=64)
     model, processor = adapted(base, torch.bfloat16)
     model.save_pretrained(tmp_path / "adapter")
     evaluated = with_adapter(load_policy(base, torch.bfloat16)[0], tmp_path / "adapter")
@@ -134,7 +133,7 @@ def trainer(folder, out, dtype, share, k=0, **changes):
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gap_is_logged_and_small(kind, share, dtype, tmp_path, capsys):
-    t = trainer(miniature(kind, tmp_path / "policy"), tmp_path / "t", dtype, share, 20)
+    t = trainer(miniature_policy(kind, tmp_path / "policy"), tmp_path / "t", dtype, share, 20)
     t.train()
     gaps = [l["policy/gap"] for l in t.state.log_history if "policy/gap" in l]
     assert len(gaps) == 2 and max(gaps) < (1e-4 if dtype == torch.float32 else 0.05), gaps
@@ -149,7 +148,7 @@ def test_updates_of_the_optimizer_reach_what_is_sampled(mixed, checkpointing, tm
     """Real updates, in bfloat16 weights and in float32 weights that compute in bfloat16: the matrices
     that the next rollout samples with hold the adapter as it is then."""
     t = trainer(
-        miniature("llava", tmp_path / "policy"),
+        miniature_policy("llava", tmp_path / "policy"),
         tmp_path / "t",
         torch.float32 if mixed else torch.bfloat16,
         True,
@@ -183,7 +182,7 @@ def test_updates_of_the_optimizer_reach_what_is_sampled(mixed, checkpointing, tm
 
 def test_another_policy_than_the_scored_one_raises_the_alarm(tmp_path, capsys, monkeypatch):
     "The rollout is made to sample without its adapter, a large one: the gap shows it."
-    t = trainer(miniature("llava", tmp_path / "policy"), tmp_path / "t", torch.float32, True, 20_000)
+    t = trainer(miniature_policy("llava", tmp_path / "policy"), tmp_path / "t", torch.float32, True, 20_000)
     sample = t._generate_single_turn
 
     def without(*args, **kw):
@@ -203,7 +202,7 @@ def test_vllm_gap_comes_from_its_log_probabilities_and_weights_are_put_back(tmp_
     """TRL's own road to vLLM on a stub that does what TRL does: adds the adapter to bfloat16 weights and
     takes it off again."""
     t = trainer(
-        miniature("llava", tmp_path / "policy"), tmp_path / "t", torch.bfloat16, False, 20, max_steps=1
+        miniature_policy("llava", tmp_path / "policy"), tmp_path / "t", torch.bfloat16, False, 20, max_steps=1
     )
     before = {n: adapted_weight(l).clone() for n, l in adapted_layers(t.model).items()}
     theirs = GRPOTrainer._generate_single_turn
@@ -255,8 +254,8 @@ SAMPLING = dict(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoints_own_sampling_reaches_nothing(kind, tmp_path):
-    plain = miniature(kind, tmp_path / "plain")
-    odd = miniature(kind, tmp_path / "odd")
+    plain = miniature_policy(kind, tmp_path / "plain")
+    odd = miniature_policy(kind, tmp_path / "odd")
     path = odd / "generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | SAMPLING))
 
@@ -287,7 +286,7 @@ def test_a_checkpoints_own_sampling_reaches_nothing(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
 def test_films_are_shown_at_the_size_of_training(kind, tmp_path, monkeypatch):
-    base = miniature(kind, tmp_path / "base")
+    base = miniature_policy(kind, tmp_path / "base")
     assert film_side(load_processor(base)) is None
     data = Dataset.from_dict(
         dict(image=[f.resize((112, 112)) for f in FILMS], report=["a"] * 3),

@@ -10,7 +10,8 @@ from PIL import Image
 from rollouts import shared_rollout
 from transformers import set_seed
 
-from valor.policy.models import KINDS, load_policy, miniature
+from valor.policy.models import load_policy
+from valor.testing import KINDS, miniature_policy
 
 FILMS = [
     Image.fromarray(np.random.default_rng(i).integers(0, 255, (70, 60 + 20 * i), dtype=np.uint8))
@@ -55,7 +56,7 @@ def step(t):
 
 @pytest.mark.parametrize("kind,two", [*((k, False) for k in KINDS), ("llava", True), ("qwen2_5_vl", True)])
 def test_merged_equals_trl(kind, two, tmp_path):
-    folder = miniature(kind, tmp_path / "policy")
+    folder = miniature_policy(kind, tmp_path / "policy")
     theirs, ours = (step(trainer(folder, tmp_path / str(share), share, two)) for share in (False, True))
     assert (
         torch.equal(theirs[0]["completion_ids"], ours[0]["completion_ids"])
@@ -75,7 +76,7 @@ def test_merged_equals_trl(kind, two, tmp_path):
 @pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl"])
 def test_parts_of_an_update_are_shuffled_and_still_equal(kind, tmp_path):
     "One update of nine candidates, whole and in three parts of three, which hold candidates of any prompt."
-    folder, ends = miniature(kind, tmp_path / "policy"), []
+    folder, ends = miniature_policy(kind, tmp_path / "policy"), []
     for parts in (1, 3):
         t = trainer(
             folder,
@@ -99,7 +100,7 @@ def test_parts_of_an_update_are_shuffled_and_still_equal(kind, tmp_path):
 
 
 def test_quantised_weights_are_refused(tmp_path):
-    t = trainer(miniature("llava", tmp_path / "policy"), tmp_path / "t", True)
+    t = trainer(miniature_policy("llava", tmp_path / "policy"), tmp_path / "t", True)
     layer = next(m for m in t.model.modules() if hasattr(m, "lora_A"))
     layer.get_base_layer().weight = torch.nn.Parameter(
         layer.get_base_layer().weight.data.to(torch.int8), requires_grad=False

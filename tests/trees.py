@@ -7,9 +7,9 @@ import json
 import numpy as np
 from PIL import Image
 
-from valor.data.images import write_dicom
 from valor.data.sources import OBSERVATIONS
 from valor.data.views import drawn_film
+from valor.testing import write_dicom
 
 FINDINGS = [
     "Heart size is normal. Small left effusion number {i}.",

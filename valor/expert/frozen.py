@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['VOCABULARIES', 'STAND_INS', 'HARMLESS', 'OWN', 'image_key', 'fingerprint', 'FrozenExpert', 'part_of', 'read_config',
-           'check_tokenizer_name', 'overlay', 'CountingTokenizer', 'open_clip_expert', 'miniature_biomedclip',
-           'LabelExpert', 'build_classifier', 'train_classifier', 'classifier_expert', 'xrv', 'xrv_columns', 'prepared',
-           'Shell', 'TensorsOnly', 'ShellPickle', 'tensors_of', 'read_module', 'read_weights', 'parse_xrv',
-           'xrv_weights', 'xrv_model', 'xrv_expert', 'own_expert', 'check_expert', 'load_expert', 'try_expert']
+           'check_tokenizer_name', 'overlay', 'CountingTokenizer', 'open_clip_expert', 'LabelExpert',
+           'build_classifier', 'train_classifier', 'classifier_expert', 'xrv', 'xrv_columns', 'prepared', 'Shell',
+           'TensorsOnly', 'ShellPickle', 'tensors_of', 'read_module', 'read_weights', 'parse_xrv', 'xrv_weights',
+           'xrv_model', 'xrv_expert', 'own_expert', 'check_expert', 'load_expert', 'try_expert']
 
 # %% ../../nbs/expert/01_frozen.ipynb #17a52632
 import hashlib
@@ -37,7 +37,7 @@ from ..files import one_line
 from ..rewards.chexbert import UNCERTAIN
 from ..rewards.guard import PROBES, RewardError
 from ..rewards.rules import RuleLabeler
-from ..rewards.text import Store, minilm_folder, report_body
+from ..rewards.text import Store, report_body
 from ..vocabulary import OBSERVATIONS
 
 # %% ../../nbs/expert/01_frozen.ipynb #724049dc
@@ -297,61 +297,6 @@ def open_clip_expert(name):
     expert.key = f"open_clip {fingerprint(model)} {hashlib.sha256(repr(preprocess).encode()).hexdigest()[:8]}"
     expert.note = f"reads {tokenizer.context_length} tokens of a text"
     return expert
-
-# %% ../../nbs/expert/01_frozen.ipynb #91684dc3
-def miniature_biomedclip(folder, text_config=True, context_length=256, seed=0):
-    """A made-up BiomedCLIP: the files and architecture of the true one, small, random weights.
-    `text_config`: whether the text tower's config.json lies there too (on the hub it does not)."""
-    from transformers import BertConfig, BertTokenizer
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    BertTokenizer.from_pretrained(minilm_folder()).save_pretrained(folder)
-    BertConfig(
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=128,
-        initializer_range=0.2,
-    ).save_pretrained(folder)
-    text = dict(
-        hf_model_name=str(folder),
-        hf_tokenizer_name=str(folder),
-        hf_proj_type="mlp",
-        hf_pooler_type="cls_last_hidden_state_pooler",
-        context_length=context_length,
-    )
-    model_cfg = dict(
-        embed_dim=32,
-        vision_cfg=dict(
-            timm_model_name="test_vit",
-            timm_model_pretrained=False,
-            timm_pool="",
-            timm_proj="linear",
-            image_size=160,
-        ),
-        text_cfg=text,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        state = open_clip.CustomTextCLIP(
-            **model_cfg | dict(text_cfg=text | dict(hf_model_pretrained=False))
-        ).state_dict()
-    torch.save(
-        state | {"text.transformer.embeddings.position_ids": torch.arange(512)[None]},
-        folder / "open_clip_pytorch_model.bin",
-    )
-    text |= {
-        f"hf_{part}_name": "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
-        for part in ("model", "tokenizer")
-    }
-    preprocess = dict(mean=[0.48145466, 0.4578275, 0.40821073], std=[0.26862954, 0.26130258, 0.27577711])
-    (folder / "open_clip_config.json").write_text(
-        json.dumps(dict(model_cfg=model_cfg, preprocess_cfg=preprocess), indent=1)
-    )
-    if not text_config:
-        (folder / "config.json").unlink()
-    return folder
 
 # %% ../../nbs/expert/01_frozen.ipynb #a3bc4161
 class LabelExpert:

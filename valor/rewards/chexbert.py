@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REPO', 'FILE', 'EMBEDDED', 'SIZES', 'STATUS', 'FIVE', 'UNCERTAIN', 'chexbert_state', 'bert_config', 'load_chexbert',
-           'CheXbert', 'miniature_chexbert', 'package_chexbert', 'check_options', 'mentions', 'LabelF1', 'label_report']
+           'CheXbert', 'package_chexbert', 'check_options', 'mentions', 'LabelF1', 'label_report']
 
 # %% ../../nbs/rewards/02_chexbert.ipynb #df54a480
 import hashlib
@@ -174,38 +174,6 @@ class CheXbert:
         """Per report a dict observation → "present", "absent" or "uncertain"; observations not mentioned
         are left out."""
         return [{o: STATUS[c] for o, c in zip(OBSERVATIONS, row) if c} for row in self.classes(reports)]
-
-# %% ../../nbs/rewards/02_chexbert.ipynb #d66e7fd8
-def miniature_chexbert(folder, width=64, layers=2, seed=0):
-    """A made-up `chexbert.pth`: the true format and architecture, small, with random weights large enough
-    that every class occurs."""
-    from f1chexbert import f1chexbert
-    from transformers import BertConfig
-
-    torch.manual_seed(seed)
-    config = BertConfig(
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        intermediate_size=2 * width if width < 768 else 3072,
-        initializer_range=0.4 if width < 768 else 0.02,
-    )
-    with patch.object(f1chexbert.AutoConfig, "from_pretrained", return_value=config):
-        model = f1chexbert.bert_labeler(inference=True)
-    for head in model.linear_heads:
-        torch.nn.init.normal_(head.weight, std=1.0)
-    state = {"module." + name: tensor for name, tensor in model.state_dict().items()} | {
-        "module.bert.embeddings.position_ids": torch.arange(512)[None]
-    }
-    torch.save(
-        {
-            "epoch": 7,
-            "model_state_dict": state,
-            "optimizer_state_dict": {"state": {}, "param_groups": [{"lr": 2e-5}]},
-        },
-        Path(folder) / FILE,
-    )
-    return Path(folder) / FILE
 
 # %% ../../nbs/rewards/02_chexbert.ipynb #d789b1f9
 def package_chexbert(path, tokenizer):

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['REPO', 'TYPES', 'EMBEDDED', 'REWRITTEN', 'LEVELS', 'shims', 'radgraph_folder', 'unpacked', 'radgraph_state',
            'encoder_folder', 'load_radgraph', 'packs', 'cut_to_own_length', 'relation_scores', 'span_table', 'padded',
-           'RadGraph', 'digest', 'places', 'graph_of', 'miniature_radgraph', 'sharpen', 'graph_set', 'status_of',
-           'EntityF1']
+           'RadGraph', 'digest', 'places', 'graph_of', 'graph_set', 'status_of', 'EntityF1']
 
 # %% ../../nbs/rewards/03_radgraph.ipynb #78aa3c01
 import hashlib
@@ -24,7 +23,7 @@ import torch
 from ..config import resolve_device
 from ..files import DataError, check_archive, check_weights
 from .rules import RuleGraph, set_f1
-from .text import ModelScorer, minilm_folder, resolve_dtype, weights_path
+from .text import ModelScorer, resolve_dtype, weights_path
 
 # %% ../../nbs/rewards/03_radgraph.ipynb #4d481ed8
 REPO = "StanfordAIMI/RRG_scorers"
@@ -435,118 +434,6 @@ def _graphs(self, reports):
 
 
 RadGraph.graphs = _graphs
-
-# %% ../../nbs/rewards/03_radgraph.ipynb #0c6b5fe4
-def miniature_radgraph(folder, model_type="radgraph-xl", width=64, layers=2, seed=0):
-    """A made-up RadGraph archive `folder/<model_type>` in the true format and architecture, with its
-    encoder in `folder/encoder`; random weights. Returns both paths."""
-    from transformers import AutoTokenizer, BertConfig, ModernBertConfig
-
-    place, encoder = Path(folder) / model_type, Path(folder) / "encoder"
-    (place / "vocabulary").mkdir(parents=True)
-    sizes = dict(
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=max(2, width // 64),
-        intermediate_size=2 * width if width < 768 else 3072,
-        initializer_range=0.3 if width < 768 else 0.02,
-    )
-    special = dict(
-        vocab_size=30522,
-        pad_token_id=0,
-        bos_token_id=101,
-        eos_token_id=102,
-        cls_token_id=101,
-        sep_token_id=102,
-    )
-    (ModernBertConfig(**sizes, **special) if "modern" in model_type else BertConfig(**sizes)).save_pretrained(
-        encoder
-    )
-    AutoTokenizer.from_pretrained(minilm_folder()).save_pretrained(encoder)
-    parts = ["definitely present", "definitely absent", "uncertain"]
-    kinds = (
-        ["Observation::" + p for p in parts] + ["Anatomy::" + p for p in parts]
-        if "xl" in model_type
-        else ["OBS-DP", "OBS-DA", "OBS-U", "ANAT-DP"]
-    )
-    vocabulary = {
-        f"{model_type}__ner_labels": ["", *kinds],
-        f"{model_type}__relation_labels": ["modify", "located_at", "suggestive_of"],
-    }
-    for name, entries in vocabulary.items():
-        (place / "vocabulary" / f"{name}.txt").write_text("\n".join(entries))
-    (place / "vocabulary" / "non_padded_namespaces.txt").write_text("*labels\n*tags\n")
-    bert = dict(type="pretrained_transformer_mismatched", model_name=str(encoder), max_length=512)
-    model = dict(
-        type="dygie",
-        embedder=dict(token_embedders=dict(bert=bert)),
-        initializer={},
-        module_initializer={},
-        feature_size=20,
-        max_span_width=12,
-        target_task="relation",
-        feedforward_params=dict(num_layers=2, hidden_dims=150, dropout=0.4),
-        loss_weights=dict(ner=0.2, relation=1.0, coref=0.0, events=0.0),
-        modules=dict(
-            coref=dict(spans_per_word=0.3, max_antecedents=100, coref_prop=0),
-            ner={},
-            relation=dict(spans_per_word=0.5),
-            events=dict(
-                trigger_spans_per_word=0.3,
-                argument_spans_per_word=0.8,
-                loss_weights=dict(trigger=1.0, arguments=1.0),
-            ),
-        ),
-    )
-    (place / "config.json").write_text(
-        json.dumps(
-            dict(
-                dataset_reader=dict(type="dygie", max_span_width=12, token_indexers=dict(bert=bert)),
-                model=model,
-            )
-        )
-    )
-    torch.manual_seed(seed)
-
-    def keep(network, state, strict=True):
-        pass  # the package builds the network; its fresh weights are what we want
-
-    from radgraph.dygie.models.dygie import DyGIE
-
-    with patch.object(DyGIE, "load_state_dict", keep):
-        package = load_radgraph(place, model_type, state={})
-    sharpen(RadGraph(package, model_type, device="cpu"))
-    torch.save(package.model.state_dict(), place / "weights.th")
-    return place, encoder
-
-
-def sharpen(one):
-    """Scale and shift the scorers so that, of a few words, one span in fifty is an entity of each kind
-    and one pair in 200 is related in each way: random weights say the same of everything."""
-    network, model_type = one.network, one.model_type
-    ner, relation = (
-        network._ner._ner_scorers[f"{model_type}__ner_labels"][1]._module,
-        network._relation._relation_scorers[f"{model_type}__relation_labels"],
-    )
-    for layer, share in ((ner, 0.98), (relation, 0.995)):
-        seen = []
-        hook = layer.register_forward_hook(
-            lambda module, inputs, output: seen.append(output.detach().flatten(0, -2))
-        )
-        one.annotate(
-            [
-                "the heart is mildly enlarged . no pleural effusion .",
-                "left lower lobe nodule measuring 5 mm and old rib fracture",
-                "no focal consolidation , low lung volumes .",
-            ]
-        )
-        hook.remove()
-        scores = torch.cat(seen)
-        apart = 5 * torch.linalg.inv(
-            torch.linalg.cholesky(scores.T.cov() + 1e-9 * torch.eye(scores.shape[1]))
-        )  # unrelated to each other: else one kind hides the rest
-        layer.weight.data = apart @ layer.weight.data
-        layer.bias.data = apart @ layer.bias.data - (scores @ apart.T).quantile(share, dim=0)
 
 # %% ../../nbs/rewards/03_radgraph.ipynb #97597afa
 LEVELS = ("simple", "partial", "complete")
