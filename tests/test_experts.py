@@ -21,12 +21,14 @@ from valor.cli import main
 from valor.config import preset
 from valor.expert import frozen as experts
 from valor.expert.frozen import (
+    ExpertKind,
     FrozenExpert,
     LabelExpert,
     load_expert,
     open_clip_expert,
     prepared,
     read_weights,
+    register_expert,
     try_expert,
     xrv,
     xrv_columns,
@@ -376,7 +378,7 @@ def test_processes_share_features_and_a_killed_one_leaves_nothing_half_written(t
 
     def known():
         return len(
-            FrozenExpert(Slow(), "slow", cache=tmp_path).store.get(
+            FrozenExpert(Slow(), "slow", cache=tmp_path).cache.store.get(
                 [experts.image_key(Image.fromarray(f)) for f in many(300)]
             )
         )
@@ -457,6 +459,25 @@ def test_ones_own_expert(own, tmp_path):
         raises_one_line(ValueError, lambda: preset("smoke", expert=name), f"expert={name!r}", contained)
     raises_one_line(RewardError, lambda: try_expert(load_expert("own_expert:Two")), "2 dimensions", "3")
     raises_one_line(RewardError, lambda: try_expert(load_expert("own_expert:Fails")), "ZeroDivisionError")
+
+
+def test_one_registration_adds_an_expert(own, monkeypatch):
+    import own_expert
+
+    monkeypatch.setattr(experts, "EXPERTS", dict(experts.EXPERTS))
+    kind = ExpertKind("mine", lambda name, labeler: own_expert.Own(), check=lambda name: seen.append(name))
+    seen = []
+    raises_one_line(ValueError, lambda: preset("smoke", expert="mine"), "register_expert")
+    register_expert(kind)
+    for name in ("mine", "mine:of-1.pt"):
+        assert preset("smoke", expert=name).expert == name and seen[-1] == name
+        loaded = try_expert(load_expert(name))
+        assert loaded.name == name and loaded.key == "own 1"
+        assert torch.equal(
+            loaded.similarity(FILMS, TEXTS), load_expert("own_expert:Own").similarity(FILMS, TEXTS)
+        )
+    register_expert(ExpertKind("mine", lambda name, labeler: own_expert.Half()))  # the last one counts
+    raises_one_line(ValueError, lambda: load_expert("mine"), "expert='mine'", "text_features")
 
 
 def test_names_are_checked_with_the_configuration(weights, tmp_path):
