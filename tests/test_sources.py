@@ -3,6 +3,7 @@ most the study they are in."""
 
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -1286,9 +1287,30 @@ def test_every_source_of_a_configuration_has_a_reader_and_terms():
     from valor.data.benchmarks import BENCHMARKS
     from valor.data.sources import SOURCES, terms_of
 
-    assert set(config.REAL_SOURCES) == set(SOURCES)
+    assert config.REAL_SOURCES == {name: source.sections for name, source in SOURCES.items()}
     assert set(config.BENCHMARKS) == set(BENCHMARKS)
     assert all(terms_of(name).licence for name in (*BENCHMARKS, *SOURCES))
+
+
+def test_a_source_is_added_by_one_registration(tmp_path, monkeypatch):
+    "The example in docs/adding-your-own.md: a reader and one registration, in at most ten lines."
+    from valor import config
+    from valor.data import sources
+
+    monkeypatch.setattr(sources, "SOURCES", dict(SOURCES))
+    monkeypatch.setattr(config, "REAL_SOURCES", dict(config.REAL_SOURCES))
+    monkeypatch.setattr("valor.data.studies.SOURCES", sources.SOURCES)
+    guide = (Path(__file__).parents[1] / "docs" / "adding-your-own.md").read_text()
+    example = re.search(r"```python\n(.*?)```", guide.split("## A data source")[1], re.DOTALL)[1]
+    assert sum(bool(line.strip()) for line in example.splitlines()) <= 10
+    exec(example, {})
+    (tmp_path / "17-2.txt").write_text("The heart is enlarged. No pleural effusion is seen.")
+    cfg = config.preset("smoke", benchmark="mine", data_root=str(tmp_path))
+    studies = load_studies("mine", tmp_path, view="none", sections="findings", cache=tmp_path / "cache")
+    assert studies["train"]["patient_id"] == ["17"] and cfg.sections == "both"
+    assert terms_of("mine").restricted
+    with pytest.raises(PermissionError, match="reports of my hospital"):
+        sources.check_endpoint("mine", "https://api.example.com/v1")
 
 
 def test_a_benchmark_is_added_by_one_registration(monkeypatch):

@@ -107,7 +107,16 @@ RULES.update(threads=at_least(1), save_steps=at_least(1))
 # %% ../nbs/00_config.ipynb #751a8dd5
 # names alone: data/01_benchmarks registers what is known about each, and adds the names of the user's own
 BENCHMARKS = ["phantom", "openi_rendered"]
-REAL_SOURCES = ("openi", "kaggle_indiana", "r2gen_iu", "r2gen_mimic", "mimic_cxr_jpg", "table", "hf")
+# {source of real studies: its `sections` by default}; data/04_sources says what these mean
+REAL_SOURCES = {
+    "openi": "both",
+    "kaggle_indiana": "both",
+    "r2gen_iu": "report",
+    "r2gen_mimic": "report",
+    "mimic_cxr_jpg": "both",
+    "table": "auto",
+    "hf": "auto",
+}
 
 # %% ../nbs/00_config.ipynb #cfg3dat0
 @dataclass(frozen=True)
@@ -552,8 +561,7 @@ def _on_benchmark(name: str, benchmark: str) -> dict:
     "What the preset `name` changes on `benchmark`."
     if benchmark not in REAL_SOURCES:
         return ON_BENCHMARK.get((name, benchmark), {})
-    sections = {"r2gen_iu": "report", "r2gen_mimic": "report", "table": "auto", "hf": "auto"}
-    changes = dict(mmedpo_noise="diffusion", sections=sections.get(benchmark, "both"))
+    changes = dict(mmedpo_noise="diffusion", sections=REAL_SOURCES[benchmark])
     return changes if name == "smoke" else changes | dict(n_train=None, n_val=None, n_test=None)
 
 # %% ../nbs/00_config.ipynb #cfg17be3
