@@ -308,7 +308,10 @@ def test_reports_of_anybodys_films_in_a_repository_are_closed_to_others_and_said
     (tmp_path / "a.png").touch()
     with pytest.raises(ValueError, match="no such folder"):
         run_generate(
-            SimpleNamespace(images=tmp_path / "a.png", out=str(clone / "r.jsonl"), model="./none"), {}
+            SimpleNamespace(
+                images=tmp_path / "a.png", out=str(clone / "r.jsonl"), model="./none", adapter=None
+            ),
+            {},
         )
     assert f"lies in a repository ({clone})" in capsys.readouterr().err and not (clone / "r.jsonl").exists()
 
