@@ -64,6 +64,7 @@ WAYS_OUT = {
     "data.studies.Index": IN_INDEX,
     "data.studies.write_index": IN_INDEX,
     "data.studies._store_shard": IN_RUN,
+    "data.studies._write_rows": IN_RUN,
     "data.views.KnownViews": IN_INDEX,
     "results.zeroshot.collect": "inside ask and run_row, which open the guard",
     "results.zeroshot.client_of": "asked by ask alone, after check_endpoint",
