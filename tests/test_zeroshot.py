@@ -663,6 +663,17 @@ def test_a_foreign_host_is_not_answered(policy):
         assert sent(server, b"{}", JSON + "Content-Length: 2\r\n", host="evil.example:80")[0] == 403
 
 
+def test_the_body_of_a_refused_request_is_no_request(policy):
+    "A page of a browser could otherwise hide one in it that has no Origin."
+    hidden = b"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    with PolicyServer(policy[1], policy[2]) as server, socket.create_connection(server.server_address) as s:
+        s.settimeout(20)
+        headers = f"Host: 127.0.0.1\r\nOrigin: http://evil.example\r\nContent-Length: {len(hidden)}\r\n\r\n"
+        s.sendall(b"POST /v1/chat/completions HTTP/1.1\r\n" + headers.encode() + hidden)
+        said = s.makefile("rb").read()
+    assert said.startswith(b"HTTP/1.1 403") and said.count(b"HTTP/1.1") == 1
+
+
 @pytest.mark.parametrize(
     "change, status",
     [

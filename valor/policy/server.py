@@ -4,74 +4,81 @@
 
 # %% auto #0
 __all__ = ['MOST_BYTES', 'MOST_CHARACTERS', 'MOST_PIXELS', 'SECONDS', 'CONNECTIONS', 'WAITING', 'COLDEST', 'KNOWN', 'complete',
-           'RequestError', 'data_image', 'conversation', 'settings_of', 'fingerprint', 'PolicyServer', 'Handler',
-           'run_serve']
+           'RequestError', 'data_image', 'conversation', 'settings_of', 'fingerprint', 'body_length', 'check_sender',
+           'Reader', 'check_json', 'json_object', 'Handler', 'PolicyServer', 'run_serve']
 
 # %% ../../nbs/policy/05_server.ipynb #3569f5d9
+import argparse
 import base64
 import hashlib
 import hmac
 import io
 import json
-import math
 import os
 import socket
 import threading
 import time
 import uuid
 import warnings
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import torch
 from jinja2 import TemplateError
+from peft import PeftModel
 from PIL import Image
-from transformers import set_seed
+from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
-from ..config import resolve_device
 from ..data.images import read_image, square
-from .generate import with_adapter
-from .models import film_side, image_tokens, load_policy
+from .generate import load_trained
+from .models import film_side, image_tokens
 
 # %% ../../nbs/policy/05_server.ipynb #16034909
-@torch.inference_mode()
-def complete(model, processor, messages, images, max_tokens=256, temperature=0.0, seed=0):
-    """Answer a conversation: `messages` as a chat template reads them (`[{"role", "content": [{"type":
-    "image"} | {"type": "text", "text"}]}]`), `images` its PIL images in order.
+def _inputs(processor: ProcessorMixin, messages: list[dict], images: list[Image.Image]):
+    "What the model reads: token ids and pixels of a conversation."
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    pictures = [[image.convert("RGB") for image in images]] if images else None
+    return processor(images=pictures, text=[text], return_tensors="pt", add_special_tokens=False)
 
-    Greedy at `temperature` 0. Returns `(text, finish_reason, usage)`; the reason is "stop" or, cut off at
-    `max_tokens`, "length"."""
+# %% ../../nbs/policy/05_server.ipynb #se000016
+@torch.inference_mode()
+def complete(
+    model: PreTrainedModel | PeftModel,
+    processor: ProcessorMixin,
+    messages: list[dict],
+    images: list[Image.Image],
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> tuple[str, str, dict]:
+    """The answer to a conversation: `(text, finish_reason, usage)`. Greedy at `temperature` 0.
+
+    `messages`: as a chat template reads them (`[{"role", "content": [{"type": "image"} | {"type": "text",
+    "text"}]}]`); `images`: theirs, in order. The reason is "stop" or, cut off at `max_tokens`, "length"."""
     set_seed(seed)
     model.eval()
-    text = processor.apply_chat_template(messages, add_generation_prompt=True)
-    inputs = processor(
-        images=[[im.convert("RGB") for im in images]] if images else None,
-        text=[text],
-        return_tensors="pt",
-        add_special_tokens=False,
-    ).to(model.device)
-    sampling = (
-        dict(do_sample=True, temperature=temperature, top_k=0) if temperature else dict(do_sample=False)
-    )
-    ids = model.generate(
-        **inputs, max_new_tokens=max_tokens, suppress_tokens=list(image_tokens(model, processor)), **sampling
-    )
-    written = ids[0, inputs.input_ids.shape[1] :]
+    inputs = _inputs(processor, messages, images).to(model.device)
+    sampling = dict(max_new_tokens=max_tokens, do_sample=bool(temperature))
+    if temperature:
+        sampling |= dict(temperature=temperature, top_k=0)
+    ids = model.generate(**inputs, suppress_tokens=list(image_tokens(model, processor)), **sampling)
+    return _answer_in(model, processor, ids[0], inputs.input_ids.shape[1])
+
+# %% ../../nbs/policy/05_server.ipynb #se000001
+def _answer_in(model, processor: ProcessorMixin, ids: torch.Tensor, read: int) -> tuple[str, str, dict]:
+    "`(text, finish_reason, usage)` of the token `ids`, of which the first `read` are the conversation."
+    written = ids[read:]
     ends = set(torch.tensor(model.generation_config.eos_token_id).flatten().tolist())
-    usage = dict(
-        prompt_tokens=inputs.input_ids.shape[1], completion_tokens=len(written), total_tokens=ids.shape[1]
-    )
-    return (
-        processor.batch_decode([written], skip_special_tokens=True)[0],
-        "stop" if ends & set(written.tolist()) else "length",
-        usage,
-    )
+    reason = "stop" if ends & set(written.tolist()) else "length"
+    usage = dict(prompt_tokens=read, completion_tokens=len(written), total_tokens=len(ids))
+    return processor.batch_decode([written], skip_special_tokens=True)[0], reason, usage
 
 # %% ../../nbs/policy/05_server.ipynb #0174354b
 class RequestError(Exception):
     "What the client is told: an HTTP `status` and a message."
 
-    def __init__(self, status, message):
+    def __init__(self, status: int, message: str):
         self.status = status
         super().__init__(message)
 
@@ -82,21 +89,20 @@ SECONDS = 30  # in which a whole request must have come
 CONNECTIONS, WAITING = 32, 8  # at once; requests that wait for the model
 COLDEST = 0.01  # the least temperature that samples
 
-
-def _check_pixels(data):
+# %% ../../nbs/policy/05_server.ipynb #se000002
+def _check_pixels(data: bytes) -> None:
+    "Raise RequestError if the image in `data` has too many pixels by its header, before it is decoded."
     try:
         with warnings.catch_warnings(action="ignore"):
-            w, h = Image.open(
-                io.BytesIO(data)
-            ).size  # the header alone; what this cannot read, read_image judges
+            width, height = Image.open(io.BytesIO(data)).size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return
-    if w * h > MOST_PIXELS:
-        raise RequestError(413, f"image_url: {w:,} x {h:,} pixels; expected at most {MOST_PIXELS:,}")
+        return  # not a header that Pillow reads: read_image judges
+    if width * height > MOST_PIXELS:
+        raise RequestError(413, f"image_url: {width:,} x {height:,} pixels; expected at most {MOST_PIXELS:,}")
 
 
-def data_image(url, size=None):
-    "The PIL image in a `data:` URL, square."
+def data_image(url: str, size: int | None = None) -> Image.Image:
+    "The image in a `data:` URL, square, of `size` pixels if that is given. Raises RequestError."
     if not isinstance(url, str) or not url.startswith("data:") or ";base64," not in url:
         raise RequestError(400, "image_url: expected data:image/png;base64,…; this server fetches nothing")
     try:
@@ -106,8 +112,9 @@ def data_image(url, size=None):
     except ValueError as e:
         raise RequestError(400, f"image_url: {e}") from None
 
-
-def _part(part, images, size):
+# %% ../../nbs/policy/05_server.ipynb #se000004
+def _part(part: dict, images: list[Image.Image], size: int | None) -> dict:
+    "A part of a message as a chat template reads it; an image goes to the end of `images`."
     kind = part.get("type")
     if kind == "text":
         return dict(type="text", text=str(part["text"]))
@@ -117,34 +124,37 @@ def _part(part, images, size):
     return dict(type="image")
 
 
-def conversation(body, size=None):
-    "`(messages, images)` for `complete` from the body of a request."
+def _turn(role: str, said: str | list[dict], images: list[Image.Image], size: int | None) -> dict:
+    "A message as a chat template reads it; its images go to the end of `images`."
+    parts = [dict(type="text", text=said)] if isinstance(said, str) else said
+    return dict(role=role, content=[_part(part, images, size) for part in parts])
+
+
+def _check_length(turns: list[dict]) -> None:
+    length = sum(len(str(part.get("text", ""))) for turn in turns for part in turn["content"])
+    if length > MOST_CHARACTERS:
+        said = f"messages: {length:,} characters of text; expected at most {MOST_CHARACTERS:,}"
+        raise RequestError(413, said)
+
+# %% ../../nbs/policy/05_server.ipynb #se000005
+def conversation(body: dict, size: int | None = None) -> tuple[list[dict], list[Image.Image]]:
+    """`(messages, images)` for `complete` from the body of a request; images of `size` pixels.
+
+    Raises RequestError if it holds no conversation that ends with the user's turn, or too long a text."""
+    images = []
     try:
-        images, listed = [], [(m["role"], m["content"]) for m in body["messages"]]
-        turns = [
-            dict(
-                role=role,
-                content=[
-                    _part(p, images, size)
-                    for p in ([dict(type="text", text=said)] if isinstance(said, str) else said)
-                ],
-            )
-            for role, said in listed
-        ]
-        length = sum(len(str(p.get("text", ""))) for t in turns for p in t["content"])
-        if length > MOST_CHARACTERS:
-            raise RequestError(
-                413, f"messages: {length:,} characters of text; expected at most {MOST_CHARACTERS:,}"
-            )
+        listed = [(message["role"], message["content"]) for message in body["messages"]]
+        turns = [_turn(role, said, images, size) for role, said in listed]
+        _check_length(turns)
     except (KeyError, TypeError, AttributeError) as e:
-        raise RequestError(
-            400, f"messages: {type(e).__name__} {e}; expected [{{role, content}}, …]"
-        ) from None
+        said = f"messages: {type(e).__name__} {e}; expected [{{role, content}}, …]"
+        raise RequestError(400, said) from None
     if not turns or turns[-1]["role"] != "user":
         raise RequestError(400, "messages: expected a list that ends with the user's turn")
     return turns, images
 
-
+# %% ../../nbs/policy/05_server.ipynb #se000006
+# the fields that a request may have
 KNOWN = (
     "model",
     "messages",
@@ -158,134 +168,75 @@ KNOWN = (
 )
 
 
-def settings_of(body, limit):
-    "max_tokens, temperature and seed of a request."
-    if unknown := [k for k in body if k not in KNOWN]:
+def _are_sound(settings: dict) -> bool:
+    "Are the settings of the right types and in their ranges?"
+    most, heat, seed = settings["max_tokens"], settings["temperature"], settings["seed"]
+    if type(most) is not int or type(seed) is not int or type(heat) not in (int, float):
+        return False  # True and False are not numbers here
+    return most >= 1 and 0 <= seed < 2**32 and (heat == 0 or COLDEST <= heat <= 100)
+
+# %% ../../nbs/policy/05_server.ipynb #se000007
+def settings_of(body: dict, limit: int) -> dict:
+    """`max_tokens` (at most `limit`), `temperature` and `seed` of a request.
+
+    Raises RequestError for a value out of range and for whatever this server does not support."""
+    unknown = [name for name in body if name not in KNOWN]
+    if unknown:
         raise RequestError(400, f"{', '.join(unknown)}: not supported; expected some of {', '.join(KNOWN)}")
     if body.get("stream") or body.get("n", 1) != 1:
         raise RequestError(400, "stream and n > 1 are not supported")
-    out = dict(
+    settings = dict(
         max_tokens=body.get("max_completion_tokens", body.get("max_tokens", limit)),
         temperature=body.get("temperature", 0.0),
         seed=body.get("seed", 0),
     )
-
-    def whole(n, low, high=math.inf):
-        return type(n) is int and low <= n < high
-
-    heat = out["temperature"]
-    warm = type(heat) in (int, float) and (heat == 0 or COLDEST <= heat <= 100)
-    if not (whole(out["max_tokens"], 1) and warm and whole(out["seed"], 0, 2**32)):
-        raise RequestError(
-            400,
-            f"{out}: expected max_tokens from 1, temperature 0 or from {COLDEST} to 100, and a whole seed "
-            f"from 0 to {2**32 - 1}",
-        )
-    return out | dict(max_tokens=min(out["max_tokens"], limit))
+    if not _are_sound(settings):
+        expected = f"max_tokens from 1, temperature 0 or from {COLDEST} to 100, and a whole seed"
+        raise RequestError(400, f"{settings}: expected {expected} from 0 to {2**32 - 1}")
+    return settings | dict(max_tokens=min(settings["max_tokens"], limit))
 
 # %% ../../nbs/policy/05_server.ipynb #440eb925
 @torch.no_grad()
-def fingerprint(model):
+def fingerprint(model: torch.nn.Module) -> str:
     "Eight hex digits that change with any weight's sum, name or shape."
     seen = hashlib.sha256()
     for name, p in sorted(model.named_parameters()):
         seen.update(f"{name} {tuple(p.shape)} {p.double().sum().item()!r}".encode())
     return seen.hexdigest()[:8]
 
-# %% ../../nbs/policy/05_server.ipynb #9192b1be
-class PolicyServer(ThreadingHTTPServer):
-    """Serves `(model, processor)` at `/v1/models` and `/v1/chat/completions`; `url` is what clients call
-    the base URL, `asked` counts answered questions. Port 0 takes a free one."""
-
-    daemon_threads = True
-
-    def __init__(self, model, processor, name="policy", host="127.0.0.1", port=0, limit=512, key=None):
-        self.model, self.processor, self.limit, self.key, self.lock, self.asked = (
-            model,
-            processor,
-            limit,
-            key,
-            threading.Lock(),
-            0,
-        )
-        self.id, self.size = f"{name}@{fingerprint(model)}", film_side(processor)
-        self.host, self.waiting, self.connections = (
-            host,
-            threading.BoundedSemaphore(WAITING),
-            threading.BoundedSemaphore(CONNECTIONS),
-        )
-        super().__init__((host, port), Handler)
-        self.url = f"http://{host}:{self.server_address[1]}/v1"
-
-    def answer(self, body):
-        "The reply to the body of a chat request, a dict. Raises `RequestError`."
-        if body.get("model") != self.id:
-            raise RequestError(404, f"model {body.get('model')!r} is not served here; expected {self.id!r}")
-        settings, (turns, images) = settings_of(body, self.limit), conversation(body, self.size)
-        if not self.waiting.acquire(blocking=False):
-            raise RequestError(503, f"{WAITING} requests wait already; ask again later")
-        try:
-            return self._answer(turns, images, settings)
-        finally:
-            self.waiting.release()
-
-    def _answer(self, turns, images, settings):
-        with self.lock:
-            self.asked += 1
-            try:
-                text, finish, usage = complete(self.model, self.processor, turns, images, **settings)
-            except (ValueError, TemplateError) as e:
-                raise RequestError(
-                    400, f"messages: the model's chat template or processor refuses them ({e})"
-                ) from None
-        choice = dict(
-            index=0,
-            message=dict(role="assistant", content=text, refusal=None),
-            finish_reason=finish,
-            logprobs=None,
-        )
-        return dict(
-            id=f"chatcmpl-{uuid.uuid4().hex}",
-            object="chat.completion",
-            created=int(time.time()),
-            model=self.id,
-            choices=[choice],
-            usage=usage,
-        )
-
-    def process_request(self, request, client):
-        if self.connections.acquire(blocking=False):
-            super().process_request(request, client)
-        else:
-            self.shutdown_request(request)  # one too many
-
-    def process_request_thread(self, request, client):
-        try:
-            super().process_request_thread(request, client)
-        finally:
-            self.connections.release()
-
-    def handle_error(self, request, client):
-        pass  # a client that went; what it asked is patients' text
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
-        return self
-
-    def __exit__(self, *error):
-        self.shutdown()
-        self.server_close()
+# %% ../../nbs/policy/05_server.ipynb #se000009
+def body_length(headers: Mapping[str, str]) -> int:
+    "How many bytes the body of a request has by its `headers`. Raises RequestError if none or too many."
+    told = headers.get("Content-Length")
+    if headers.get("Transfer-Encoding") or told is None:
+        raise RequestError(411, "expected a Content-Length; bodies in chunks are not read")
+    if not (told.isascii() and told.isdigit()):
+        raise RequestError(400, "Content-Length: expected a whole number from 0")
+    if len(told) > 12 or int(told) > MOST_BYTES:
+        raise RequestError(413, f"the body is too large; expected at most {MOST_BYTES:,} bytes")
+    return int(told)
 
 
-class Handler(BaseHTTPRequestHandler):
-    "One request of `PolicyServer`: key, path, JSON in and out."
+def check_sender(headers: Mapping[str, str], key: str | None, address: str) -> None:
+    "Raise RequestError unless a request has the `key`; without one, unless this machine's programs sent it."
+    if key:
+        if not hmac.compare_digest(headers.get("Authorization", "").encode(), f"Bearer {key}".encode()):
+            raise RequestError(401, "the key is missing or wrong")
+        return
+    host = headers.get("Host", "").rsplit(":", 1)[0]
+    if host not in ("localhost", "127.0.0.1", "[::1]", address):
+        raise RequestError(403, "Host: not a name of this server; expected localhost or 127.0.0.1")
+    if headers.get("Origin"):
+        raise RequestError(403, "Origin: pages of a browser are not answered")
+
+# %% ../../nbs/policy/05_server.ipynb #se00000c
+class Reader(BaseHTTPRequestHandler):
+    "Reads the requests of a connection; each must have come whole within `timeout` seconds, however slowly."
 
     protocol_version, timeout = "HTTP/1.1", SECONDS
 
-    def handle_one_request(self):
-        self.watch = threading.Timer(
-            self.timeout, self.stop_reading
-        )  # for all of it, however slowly it comes
+    def handle_one_request(self) -> None:
+        self.watch = threading.Timer(self.timeout, self.stop_reading)
         self.watch.daemon = True
         self.watch.start()
         try:
@@ -293,119 +244,189 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             self.watch.cancel()
 
-    def stop_reading(self):
+    def stop_reading(self) -> None:
         try:
             self.connection.shutdown(socket.SHUT_RD)
         except OSError:
-            pass  # it has gone by itself
+            pass  # the client has gone by itself
 
-    def body(self):
-        """The bytes of a request's body. Raises `RequestError` where its length is not told, not sound or
-        too large, or where it does not come."""
-        self.close_connection, told = (
-            True,
-            self.headers.get("Content-Length"),
-        )  # until the body is read, what follows is no request
-        if self.headers.get("Transfer-Encoding") or told is None:
-            raise RequestError(411, "expected a Content-Length; bodies in chunks are not read")
-        if not (told.isascii() and told.isdigit()):
-            raise RequestError(400, "Content-Length: expected a whole number from 0")
-        if len(told) > 12 or int(told) > MOST_BYTES:
-            raise RequestError(413, f"the body is too large; expected at most {MOST_BYTES:,} bytes")
+    def body(self) -> bytes:
+        "The body of a request. Raises RequestError if its length is not sound, or if it does not come whole."
+        self.close_connection = True  # until the body is read, what follows is no request
+        length = body_length(self.headers)
         try:
-            data = self.rfile.read(int(told))
+            data = self.rfile.read(length)
         except TimeoutError:
             data = b""
         self.watch.cancel()
-        if len(data) < int(told):
+        if len(data) < length:
             raise RequestError(408, f"the body did not come whole; expected it within {self.timeout} seconds")
         self.close_connection = self.headers.get("Connection", "").lower() == "close"
         return data
 
-    def check_origin(self):
-        """Raise `RequestError` for what a page in somebody's browser would send: where no key is asked
-        for, that is all that keeps it out."""
-        if self.server.key:
-            return
-        host = self.headers.get("Host", "").rsplit(":", 1)[0]
-        if host not in ("localhost", "127.0.0.1", "[::1]", self.server.host):
-            raise RequestError(403, "Host: not a name of this server; expected localhost or 127.0.0.1")
-        if self.headers.get("Origin"):
-            raise RequestError(403, "Origin: pages of a browser are not answered")
-
-    def log_message(self, *args):
+    def log_message(self, *args) -> None:
         pass  # what is asked and answered is patients' text
 
-    def do_GET(self):
+# %% ../../nbs/policy/05_server.ipynb #se00000e
+def check_json(headers: Mapping[str, str]) -> None:
+    "Raise RequestError unless the `headers` of a request say that its body is JSON."
+    kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise RequestError(415, "Content-Type: expected application/json")
+
+
+def json_object(raw: bytes) -> dict:
+    "The JSON object in the body `raw` of a request. Raises RequestError if it is none."
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError):
+        body = None
+    if not isinstance(body, dict):
+        raise RequestError(400, "the body is no JSON object")
+    return body
+
+
+def _fault(message: str, kind: str = "invalid_request_error") -> dict:
+    "The JSON of an error, as OpenAI's clients expect it."
+    return dict(error=dict(message=message, type=kind, code=None, param=None))
+
+# %% ../../nbs/policy/05_server.ipynb #se000010
+class Handler(Reader):
+    "Answers the requests of a connection to a `PolicyServer`."
+
+    def do_GET(self) -> None:
         self.reply(self.listed)
 
-    def do_POST(self):
+    def do_POST(self) -> None:
         self.reply(self.chat)
 
-    def listed(self):
+    def listed(self) -> dict:
         if self.path != "/v1/models":
             raise RequestError(404, f"{self.path}: expected /v1/models")
-        return dict(
-            object="list", data=[dict(id=self.server.id, object="model", created=0, owned_by="valor")]
-        )
+        model = dict(id=self.server.id, object="model", created=0, owned_by="valor")
+        return dict(object="list", data=[model])
 
-    def chat(self):
+    def chat(self) -> dict:
         raw = self.body()
-        kind = self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            raise RequestError(415, "Content-Type: expected application/json")
+        check_json(self.headers)
         if self.path != "/v1/chat/completions":
             raise RequestError(404, f"{self.path}: expected /v1/chat/completions")
-        try:
-            body = json.loads(raw)
-        except (ValueError, RecursionError):
-            body = None
-        if not isinstance(body, dict):
-            raise RequestError(400, "the body is no JSON object")
-        return self.server.answer(body)
+        return self.server.answer(json_object(raw))
 
-    def reply(self, f):
+    def reply(self, f: Callable[[], dict]) -> None:
+        "Send what `f` returns, or why it does not."
         try:
-            if self.server.key and not hmac.compare_digest(
-                self.headers.get("Authorization", "").encode(), f"Bearer {self.server.key}".encode()
-            ):
-                self.close_connection = True
-                raise RequestError(401, "the key is missing or wrong")
-            self.check_origin()
+            check_sender(self.headers, self.server.key, self.server.host)
             self.send(200, f())
         except RequestError as e:
-            self.send(
-                e.status,
-                dict(error=dict(message=str(e), type="invalid_request_error", code=None, param=None)),
-            )
+            if e.status in (401, 403):
+                self.close_connection = True  # its body was not read and must not be taken for a request
+            self.send(e.status, _fault(str(e)))
         except ConnectionError:
             self.close_connection = True  # the client has gone
         except Exception as e:
-            self.send(
-                500,
-                dict(
-                    error=dict(
-                        message=f"{type(e).__name__} while answering",
-                        type="server_error",
-                        code=None,
-                        param=None,
-                    )
-                ),
-            )
+            self.send(500, _fault(f"{type(e).__name__} while answering", "server_error"))
 
-    def send(self, status, body, **headers):
+    def send(self, status: int, body: dict, **headers: str) -> None:
         data = json.dumps(body).encode()
         self.send_response(status)
-        for name, value in dict(
-            {"Content-Type": "application/json", "Content-Length": len(data)}, **headers
-        ).items():
+        headers = {"Content-Type": "application/json", "Content-Length": len(data)} | headers
+        for name, value in headers.items():
             self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(data)
 
+# %% ../../nbs/policy/05_server.ipynb #se000012
+def _completion(model_id: str, text: str, finish: str, usage: dict) -> dict:
+    "The reply to a chat request in OpenAI's protocol."
+    message = dict(role="assistant", content=text, refusal=None)
+    return dict(
+        id=f"chatcmpl-{uuid.uuid4().hex}",
+        object="chat.completion",
+        created=int(time.time()),
+        model=model_id,
+        choices=[dict(index=0, message=message, finish_reason=finish, logprobs=None)],
+        usage=usage,
+    )
+
+# %% ../../nbs/policy/05_server.ipynb #se000017
+class _Admission(ThreadingHTTPServer):
+    "A server with at most `CONNECTIONS` connections at once, which runs while a `with` block does."
+
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]):
+        self.connections = threading.BoundedSemaphore(CONNECTIONS)
+        super().__init__(address, handler)
+
+    def process_request(self, request, client) -> None:
+        if self.connections.acquire(blocking=False):
+            super().process_request(request, client)
+        else:
+            self.shutdown_request(request)  # one too many
+
+    def finish_request(self, request, client) -> None:
+        try:
+            super().finish_request(request, client)
+        finally:
+            self.connections.release()  # before the client sees that its connection is closed
+
+    def handle_error(self, request, client) -> None:
+        pass  # a client that went; what it asked is patients' text
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.shutdown()
+        self.server_close()
+
+# %% ../../nbs/policy/05_server.ipynb #se000013
+class PolicyServer(_Admission):
+    """Serves `(model, processor)` at `/v1/models` and `/v1/chat/completions`.
+
+    `id` is the model's name for clients, `url` the base URL that they call, `asked` how many questions were
+    answered. Port 0 takes a free one; `limit`: the most tokens of an answer."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        processor: ProcessorMixin,
+        name: str = "policy",
+        host: str = "127.0.0.1",
+        port: int = 0,
+        limit: int = 512,
+        key: str | None = None,
+    ):
+        self.model, self.processor, self.limit, self.key = model, processor, limit, key
+        self.id, self.size = f"{name}@{fingerprint(model)}", film_side(processor)
+        self.lock, self.waiting = threading.Lock(), threading.BoundedSemaphore(WAITING)
+        self.host, self.asked = host, 0
+        super().__init__((host, port), Handler)
+        self.url = f"http://{host}:{self.server_address[1]}/v1"
+
+    def answer(self, body: dict) -> dict:
+        "The reply to the body of a chat request. Raises RequestError."
+        if body.get("model") != self.id:
+            raise RequestError(404, f"model {body.get('model')!r} is not served here; expected {self.id!r}")
+        settings, (turns, images) = settings_of(body, self.limit), conversation(body, self.size)
+        if not self.waiting.acquire(blocking=False):
+            raise RequestError(503, f"{WAITING} requests wait already; ask again later")
+        try:
+            with self.lock:
+                self.asked += 1
+                text, finish, usage = complete(self.model, self.processor, turns, images, **settings)
+        except (ValueError, TemplateError) as e:
+            said = f"messages: the model's chat template or processor refuses them ({e})"
+            raise RequestError(400, said) from None
+        finally:
+            self.waiting.release()
+        return _completion(self.id, text, finish, usage)
+
 # %% ../../nbs/policy/05_server.ipynb #97b45adb
-def run_serve(args, settings):
-    "Run `valor serve` with parsed arguments, until it is interrupted."
+def _key_of(args: argparse.Namespace) -> str | None:
+    "The key that clients must send. Raises ValueError if it is empty, or if others could ask without one."
     key = os.environ.get(args.key_env) if args.key_env else None
     if args.key_env and not key:
         raise ValueError(
@@ -413,23 +434,19 @@ def run_serve(args, settings):
         )
     if not key and args.host not in ("127.0.0.1", "localhost"):
         raise ValueError(f"host={args.host!r}: others could ask; expected --key-env NAME with it")
+    return key
+
+# %% ../../nbs/policy/05_server.ipynb #se000018
+def run_serve(args: argparse.Namespace, settings: dict) -> None:
+    "Run `valor serve` with parsed arguments, until it is interrupted."
+    key = _key_of(args)
     if not 0 <= args.port <= 65535:
         raise ValueError(f"port={args.port}: expected a number from 0 to 65535")
     if args.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={args.max_new_tokens}: expected a number from 1")
-    if args.model.startswith(("/", ".", "~")) and not Path(args.model).expanduser().is_dir():
-        raise ValueError(
-            f"model={args.model!r}: no such folder; expected a transformers folder or a hub name"
-        )
-    model, processor = load_policy(
-        args.model, dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    )
-    if args.adapter:
-        model = with_adapter(model, args.adapter)
-    model.to(resolve_device())
-    with PolicyServer(
-        model, processor, Path(args.model).resolve().name, args.host, args.port, args.max_new_tokens, key
-    ) as server:
+    model, processor = load_trained(args.model, args.adapter)
+    name = Path(args.model).resolve().name
+    with PolicyServer(model, processor, name, args.host, args.port, args.max_new_tokens, key) as server:
         print(f"{server.id} at {server.url}  (Ctrl-C ends it)", flush=True)
         try:
             threading.Event().wait()
