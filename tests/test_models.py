@@ -5,6 +5,8 @@ import functools
 import json
 import re
 import shutil
+from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -31,6 +33,7 @@ from valor.testing import KINDS, miniature_llava_med, miniature_policy
 from valor.train.sft import sft
 
 ALL = (*KINDS, "llava_med")
+ADDING = Path(__file__).resolve().parents[1] / "docs" / "adding-your-own.md"
 REPORT = "<report> the heart is enlarged. no effusion. </report>"
 FILMS = [
     Image.fromarray(np.random.default_rng(i).integers(0, 255, (70, 60), dtype=np.uint8)) for i in range(2)
@@ -257,6 +260,25 @@ def test_both_stages_of_grpo_merge_and_reload(kind, folders, tmp_path):
         "0.png",
         "1.png",
     ]
+
+
+def test_a_family_is_added_by_one_registration(tmp_path):
+    "The example of docs/adding-your-own.md, of at most ten lines: loaded, adapted, tuned and sampled from."
+    section = ADDING.read_text(encoding="utf-8").split("## A model family")[1]
+    example = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    assert sum(bool(line.strip()) for line in example.splitlines()) <= 10
+    with patch.dict(KINDS):
+        exec(example, {})
+        folder = miniature_policy("vipllava", tmp_path / "base", [REPORT])
+    data = conversations(studies(), [REPORT] * 2)
+    log = sft(folder, data, tmp_path / "sft", mode="lora", epochs=3, batch_size=2, lora_r=4, lr=1e-2)
+    losses = [update["loss"] for update in log if "loss" in update]
+    assert losses[-1] < losses[0]
+    model, processor = load_policy(tmp_path / "sft")
+    assert type(model).__name__ == "VipLlavaForConditionalGeneration"
+    assert len(generate(model, processor, FILMS, max_new_tokens=4)) == len(FILMS)
+    with pytest.raises(ValueError, match="kind='vipllava': expected one of llava, qwen2_5_vl"):
+        miniature_policy("vipllava", tmp_path / "again")
 
 
 @pytest.fixture
