@@ -99,14 +99,14 @@ WAYS_OUT = {
     "data.images.to_png": MEMORY,
     "data.phantom.png_bytes": MEMORY,
     "results.gallery.data_url": MEMORY,
-    "rewards.radgraph._read": MEMORY,
+    "rewards.radgraph.read_pack": MEMORY,
     **{
         name: WEIGHTS
         for name in (
             "policy.convert.write_shard",
             "policy.convert.write_weights",
             "policy.convert.convert_llava_med",
-            "rewards.radgraph.load_radgraph",
+            "rewards.radgraph._lay_out",
             "expert.embedded.save_expert",
             "expert.frozen.overlay",
             "expert.frozen.train_classifier",
