@@ -757,7 +757,8 @@ def kind_of(name: str) -> ExpertKind:
     word, folder = name.partition(":")[0], Path(name).expanduser()
     if word in EXPERTS:
         return EXPERTS[word]
-    for kind in EXPERTS.values():
+    # a trained expert is an open_clip model with one more file, so its file is looked for first
+    for kind in sorted(EXPERTS.values(), key=lambda kind: not kind.trained):
         if kind.file and (folder / kind.file).is_file():
             return kind
     if OWN.fullmatch(name):
