@@ -12,7 +12,7 @@ import mmap
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import datasets
 import numpy as np
@@ -26,23 +26,28 @@ class ImageError(ValueError):
     "A file that is no usable radiograph; the message says which, why and what was expected."
 
 
-def to_uint8(values):
+def to_uint8(values: np.ndarray | Image.Image) -> np.ndarray:
     "An array `(H, W)` of any type stretched linearly to 0…255; what holds one value only becomes 0."
     values = np.nan_to_num(np.asarray(values, dtype=np.float32))
     low, high = values.min(), values.max()
-    return (
-        np.zeros(values.shape, np.uint8)
-        if high == low
-        else ((values - low) * (255 / (high - low))).round().astype(np.uint8)
-    )
+    if high == low:
+        return np.zeros(values.shape, np.uint8)
+    return ((values - low) * (255 / (high - low))).round().astype(np.uint8)
 
 # %% ../../nbs/data/03_images.ipynb #d59ece8e
-DECODERS = "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg, or python-gdcm"
+def _byte_order(ds: Any) -> str:
+    "The transfer syntax of an object without a file head, as pydicom found it."
+    from pydicom import uid
+
+    implicit, little = ds.original_encoding
+    if implicit:
+        return uid.ImplicitVRLittleEndian
+    return uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
 
 
-def open_dicom(file, **options):
+def open_dicom(file: Path | str | BinaryIO, **options: Any) -> Any:
     """`pydicom.dcmread` of a path or binary file, also of one without the preamble and its `DICM`, or
-    without a file head (its encoding is then what pydicom finds)."""
+    without a file head (its encoding is then what pydicom finds). `options` go to `dcmread`."""
     import pydicom
     from pydicom.dataset import FileMetaDataset
 
@@ -50,32 +55,22 @@ def open_dicom(file, **options):
     if not hasattr(ds, "file_meta"):
         ds.file_meta = FileMetaDataset()
     if "TransferSyntaxUID" not in ds.file_meta:
-        implicit, little = ds.original_encoding
-        ds.file_meta.TransferSyntaxUID = (
-            pydicom.uid.ImplicitVRLittleEndian
-            if implicit
-            else pydicom.uid.ExplicitVRLittleEndian
-            if little
-            else pydicom.uid.ExplicitVRBigEndian
-        )
+        ds.file_meta.TransferSyntaxUID = _byte_order(ds)
     return ds
 
-
-def _padding(pixels, ds):
-    """Where `pixels (H, W)` are no picture: the value, or the range of values, that the object declares
-    as padding."""
+# %% ../../nbs/data/03_images.ipynb #d59ece8f
+def _padding(pixels: np.ndarray, ds: Any) -> np.ndarray:
+    """Where `pixels (H, W)` are no picture, bool `(H, W)`: they have the value, or a value of the range,
+    that the object declares as padding."""
     if ds.get("PixelPaddingValue") is None:
         return np.zeros(pixels.shape, bool)
-    ends = [
-        np.asarray(int(ds[n].value)).astype(pixels.dtype)
-        for n in ("PixelPaddingValue", "PixelPaddingRangeLimit")
-        if ds.get(n) is not None
-    ]
+    names = [n for n in ("PixelPaddingValue", "PixelPaddingRangeLimit") if ds.get(n) is not None]
+    ends = [np.asarray(int(ds[n].value)).astype(pixels.dtype) for n in names]
     where = (pixels >= min(ends)) & (pixels <= max(ends))
     return where & (not where.all())
 
 
-def _windowed(values, ds, where):
+def _windowed(values: np.ndarray, ds: Any, where: np.ndarray) -> np.ndarray:
     """`values (H, W)` through the object's window or table; as they are where its window cannot be used
     (no width, or only one value is left of what is not padding, `where`)."""
     from pydicom.pixels import apply_voi_lut
@@ -87,158 +82,136 @@ def _windowed(values, ds, where):
     inside = out[~where]
     return out if np.isfinite(inside).all() and inside.min() < inside.max() else values
 
-
-def _colour(pixels, ds, name):
+# %% ../../nbs/data/03_images.ipynb #d59ece90
+def _colour(pixels: np.ndarray, ds: Any, name: str) -> np.ndarray:
     "Colour `pixels (H, W, 3)`, or indices `(H, W)` of a palette, as brightness: uint8 `(H, W)`."
     from pydicom.pixels import apply_color_lut
 
-    bits = int(ds.BitsStored)
-    if ds.PhotometricInterpretation == "PALETTE COLOR":
+    bits, kind = int(ds.BitsStored), ds.PhotometricInterpretation
+    if kind == "PALETTE COLOR":
         pixels, bits = apply_color_lut(pixels, ds), int(ds.RedPaletteColorLookupTableDescriptor[2])
     if pixels.ndim != 3 or pixels.shape[2] < 3:
-        raise ImageError(
-            f"{name}: pixels of shape {pixels.shape} as {ds.PhotometricInterpretation}; expected grey, RGB "
-            f"or a palette"
-        )
-    return np.asarray(Image.fromarray((pixels[..., :3] >> max(0, bits - 8)).astype(np.uint8)).convert("L"))
+        raise ImageError(f"{name}: pixels of shape {pixels.shape} as {kind}; expected grey, RGB or a palette")
+    eight = (pixels[..., :3] >> max(0, bits - 8)).astype(np.uint8)
+    return np.asarray(Image.fromarray(eight).convert("L"))
 
 
-def read_dicom(file, name):
-    """A DICOM radiograph (path or binary file) as uint8 `(H, W)`: rescaled, windowed, MONOCHROME1
-    inverted, padding black, colour reduced to brightness.
-
-    Raises `ImageError` naming `name`, and the package to install where a compression needs one."""
+def _grey(ds: Any, name: str) -> np.ndarray:
+    "The picture of an opened DICOM object: uint8 `(H, W)`. Damage raises whatever pydicom raises."
     from pydicom.pixels import apply_modality_lut
 
-    try:
-        ds = open_dicom(file)
-        if "PixelData" not in ds:
-            raise ImageError(
-                f"{name}: a DICOM object without pixels (Modality {ds.get('Modality', 'unknown')}); "
-                f"expected a radiograph"
-            )
-        if int(ds.get("NumberOfFrames") or 1) > 1:
-            raise ImageError(f"{name}: a DICOM object of {ds.NumberOfFrames} frames; expected one image")
-        pixels = ds.pixel_array
-        if pixels.ndim == 3 or ds.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2"):
-            return _colour(pixels, ds, name)
-        padding = _padding(pixels, ds)
-        values = np.asarray(_windowed(apply_modality_lut(pixels, ds), ds, padding), np.float32)
-        values[padding] = values[~padding].min()
-        grey = to_uint8(values)
-    except ImageError:
-        raise
-    except Exception as e:  # pydicom and its decoders raise what they like on damaged files
-        if "missing dependencies" in str(e):
-            raise ImageError(
-                f"{name}: compressed as {ds.file_meta.TransferSyntaxUID.name}, which takes another "
-                f"package: {DECODERS}"
-            ) from e
-        raise ImageError(f"{name}: not readable as DICOM ({one_line(e)})") from e
-    if ds.PhotometricInterpretation == "MONOCHROME1":
+    pixels, kind = ds.pixel_array, ds.PhotometricInterpretation
+    if pixels.ndim == 3 or kind not in ("MONOCHROME1", "MONOCHROME2"):
+        return _colour(pixels, ds, name)
+    padding = _padding(pixels, ds)
+    values = np.asarray(_windowed(apply_modality_lut(pixels, ds), ds, padding), np.float32)
+    values[padding] = values[~padding].min()
+    grey = to_uint8(values)
+    if kind == "MONOCHROME1":
         grey = 255 - grey
     grey[padding] = 0
     return grey
 
+# %% ../../nbs/data/03_images.ipynb #d59ece91
+DECODERS = "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg, or python-gdcm"
+
+
+def _check_one_picture(ds: Any, name: str) -> None:
+    "Raise `ImageError` unless the DICOM object holds exactly one image."
+    if "PixelData" not in ds:
+        kind = ds.get("Modality", "unknown")
+        raise ImageError(f"{name}: a DICOM object without pixels (Modality {kind}); expected a radiograph")
+    if int(ds.get("NumberOfFrames") or 1) > 1:
+        raise ImageError(f"{name}: a DICOM object of {ds.NumberOfFrames} frames; expected one image")
+
+# %% ../../nbs/data/03_images.ipynb #d59ece92
+def read_dicom(file: Path | str | BinaryIO, name: str) -> np.ndarray:
+    """A DICOM radiograph (path or binary file) as uint8 `(H, W)`: rescaled, windowed, MONOCHROME1
+    inverted, padding black, colour reduced to brightness.
+
+    Raises `ImageError` naming `name`, and the package to install where a compression needs one."""
+    try:
+        ds = open_dicom(file)
+        _check_one_picture(ds, name)
+        return _grey(ds, name)
+    except ImageError:
+        raise
+    except Exception as e:  # pydicom and its decoders raise many kinds of error on damaged files
+        if "missing dependencies" in str(e):
+            compression = ds.file_meta.TransferSyntaxUID.name
+            raise ImageError(
+                f"{name}: compressed as {compression}, which takes another package: {DECODERS}"
+            ) from e
+        raise ImageError(f"{name}: not readable as DICOM ({one_line(e)})") from e
+
 # %% ../../nbs/data/03_images.ipynb #19fe15e3
-def _magic(head):
+_DICOM_GROUP_8 = b"\0\1\5\x08\x12\x13\x14\x16\x18"  # the elements that a file may begin with
+
+
+def _magic(head: bytes) -> str | None:
     """`dicom`, `png`, `jpeg` or None by the first 132 bytes. A DICOM file without its preamble begins
     with an element of group 2 or 8."""
-    if (
-        head[128:132] == b"DICM"
-        or head[:4] == b"\2\0\0\0"
-        or head[:2] == b"\x08\0"
-        and head[3:4] == b"\0"
-        and head[2:3] in b"\0\1\5\x08\x12\x13\x14\x16\x18"
-    ):
+    if head[128:132] == b"DICM" or head[:4] == b"\2\0\0\0":
         return "dicom"
-    return "png" if head[:8] == b"\x89PNG\r\n\x1a\n" else "jpeg" if head[:3] == b"\xff\xd8\xff" else None
+    if head[:2] == b"\x08\0" and head[3:4] == b"\0" and head[2:3] in _DICOM_GROUP_8:
+        return "dicom"
+    if head[:8] == b"\x89PNG\r\n\x1a\n":
+        return "png"
+    return "jpeg" if head[:3] == b"\xff\xd8\xff" else None
 
 
-def read_image(source, name=None):
-    """A radiograph as uint8 `(H, W)`, from a path or from bytes: PNG (8 or 16 bits), JPEG (turned as its
-    EXIF tag says) or DICOM.
+def _name_of(source: Path | str | bytes, name: str | None) -> str:
+    "What messages call an image: its `name`, else its path."
+    return name or (str(source) if isinstance(source, (str, Path)) else "image in memory")
 
-    Raises `ImageError` for a missing, empty, foreign or damaged file, naming it (`name`, or the path)."""
-    name = name or (str(source) if isinstance(source, (str, Path)) else "image in memory")
-    try:
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
-    except (OSError, ValueError) as e:
-        raise ImageError(
-            f"{name[:200]}: {getattr(e, 'strerror', None) or one_line(e)}; expected a PNG, JPEG or DICOM file"
-        ) from None
-    kind = _magic(data[:132])
-    if kind is None:
-        raise ImageError(
-            f"{name}: {'empty' if not data else f'begins with {data[:8]!r}'}; expected a PNG, JPEG or "
-            f"DICOM file"
-        )
-    if kind == "dicom":
-        return read_dicom(io.BytesIO(data), name)
+# %% ../../nbs/data/03_images.ipynb #19fe15e5
+_EXPECTED = "expected a PNG, JPEG or DICOM file"
+
+
+def _read_plain(data: bytes, kind: str, name: str) -> np.ndarray:
+    "A PNG or JPEG (`kind`) in memory as uint8 `(H, W)`."
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
         image = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise ImageError(f"{name}: a damaged {kind.upper()} file ({one_line(e)})") from e
-    return to_uint8(image) if image.mode[0] in "IF" else np.array(image.convert("L"))
+    return to_uint8(image) if image.mode[0] in "IF" else np.array(image.convert("L"))  # I, F: 16 or 32 bits
+
+# %% ../../nbs/data/03_images.ipynb #19fe15e6
+def read_image(source: Path | str | bytes, name: str | None = None) -> np.ndarray:
+    """A radiograph as uint8 `(H, W)`, from a path or from bytes: PNG (8 or 16 bits), JPEG (turned as its
+    EXIF tag says) or DICOM.
+
+    Raises `ImageError` for a missing, empty, foreign or damaged file, naming it (`name`, or the path)."""
+    name = _name_of(source, name)
+    try:
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    except (OSError, ValueError) as e:
+        why = getattr(e, "strerror", None) or one_line(e)
+        raise ImageError(f"{name[:200]}: {why}; {_EXPECTED}") from None
+    kind = _magic(data[:132])
+    if kind is None:
+        found = f"begins with {data[:8]!r}" if data else "empty"
+        raise ImageError(f"{name}: {found}; {_EXPECTED}")
+    return read_dicom(io.BytesIO(data), name) if kind == "dicom" else _read_plain(data, kind, name)
 
 # %% ../../nbs/data/03_images.ipynb #47b3e09c
-# bytes a pixel under which a compressed image may hold one value only; real radiographs need ten times as
-# much
+# bytes for each pixel below which a compressed image may hold one value only; real radiographs need about
+# ten times as many
 _SMALL = 0.02
 
 
-def check_image(source, full=False, name=None):
-    """Raise `ImageError` unless `source` (path or bytes) looks like a whole radiograph of more than one
-    value: a glance at its first and last bytes, or `full`: decode it.
-
-    Where the glance finds no end (the file is cut, or something follows its end), decoding decides."""
-    name = name or (str(source) if isinstance(source, (str, Path)) else "image in memory")
-    if isinstance(source, bytes):
-        return _check(source, len(source), name, full)
-    try:
-        with open(source, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            _check(data, len(data), name, full)
-    except (OSError, ValueError) as e:
-        if isinstance(e, ImageError):
-            raise
-        why = getattr(e, "strerror", None) or ("empty" if "empty file" in str(e) else one_line(e))
-        raise ImageError(f"{name[:200]}: {why}; expected a PNG, JPEG or DICOM file") from None
-
-
-def _check(data, size, name, full):
-    kind = _magic(data[:132])
-    whole = {
-        "png": b"IEND" in data[size - 32 : size],
-        "jpeg": b"\xff\xd9" in data[max(0, size - 512) : size],
-    }.get(kind, True)
-    if not whole or full or kind is None or _may_be_flat(data, size, kind, name):
-        pixels = read_image(bytes(data[:size]), name)
-        if pixels.min() == pixels.max():
-            raise ImageError(f"{name}: every pixel has the same value; expected a radiograph")
-
-
-def _may_be_flat(data, size, kind, name):
-    if kind == "dicom":
-        return _dicom_flat(data, size, name)
-    try:
-        width, height = Image.open(io.BytesIO(data[: min(size, 1 << 16)])).size  # the header is enough
-    except (OSError, SyntaxError, Image.DecompressionBombError):
-        return True
-    return size < 1000 + _SMALL * width * height
-
-
-def _dicom_flat(data, size, name):
+def _dicom_flat(data: bytes | mmap.mmap, size: int, name: str) -> bool:
+    """Whether a DICOM file may hold one value only (or cannot be told without decoding). Raises
+    `ImageError` where it is shorter than its header promises."""
     head = io.BytesIO(data[: min(size, 1 << 18)])
     try:
         ds = open_dicom(head, stop_before_pixels=True)
-        promised, compressed = (
-            int(ds.Rows) * int(ds.Columns) * int(ds.BitsAllocated) // 8,
-            ds.file_meta.TransferSyntaxUID.is_compressed,
-        )
-    except Exception:
-        return True  # pydicom raises what it likes on damaged files: decoding tells
+        promised = int(ds.Rows) * int(ds.Columns) * int(ds.BitsAllocated) // 8  # bytes
+        compressed = ds.file_meta.TransferSyntaxUID.is_compressed
+    except Exception:  # pydicom raises many kinds of error on damaged files: decoding will tell
+        return True
     if compressed or not promised:
         return True
     if size - head.tell() < promised:
@@ -248,32 +221,80 @@ def _dicom_flat(data, size, name):
     some = np.frombuffer(data[size - promised // 2 * 2 : size], np.uint16)[::97]
     return some.size == 0 or some.min() == some.max()
 
+# %% ../../nbs/data/03_images.ipynb #47b3e09d
+def _may_be_flat(data: bytes | mmap.mmap, size: int, kind: str, name: str) -> bool:
+    "Whether a whole file of `kind` may hold one value only, so that it has to be decoded."
+    if kind == "dicom":
+        return _dicom_flat(data, size, name)
+    try:
+        width, height = Image.open(io.BytesIO(data[: min(size, 1 << 16)])).size  # the header is enough
+    except (OSError, SyntaxError, Image.DecompressionBombError):
+        return True
+    return size < 1000 + _SMALL * width * height
+
+
+def _has_end(data: bytes | mmap.mmap, size: int, kind: str | None) -> bool:
+    "Whether the end of a PNG or JPEG is where it should be; True for the other kinds."
+    if kind == "png":
+        return b"IEND" in data[size - 32 : size]
+    return kind != "jpeg" or b"\xff\xd9" in data[max(0, size - 512) : size]
+
+
+def _check(data: bytes | mmap.mmap, name: str, full: bool) -> None:
+    "Raise `ImageError` unless `data` is a whole image of more than one value (see `check_image`)."
+    size = len(data)
+    kind = _magic(data[:132])
+    if not full and kind and _has_end(data, size, kind) and not _may_be_flat(data, size, kind, name):
+        return
+    pixels = read_image(bytes(data[:size]), name)
+    if pixels.min() == pixels.max():
+        raise ImageError(f"{name}: every pixel has the same value; expected a radiograph")
+
+# %% ../../nbs/data/03_images.ipynb #47b3e09e
+def check_image(source: Path | str | bytes, full: bool = False, name: str | None = None) -> None:
+    """Raise `ImageError` unless `source` (path or bytes) looks like a whole radiograph of more than one
+    value: a glance at its first and last bytes, or `full`: decode it.
+
+    Where the glance finds no end (the file is cut, or something follows its end), decoding decides."""
+    name = _name_of(source, name)
+    if isinstance(source, bytes):
+        _check(source, name, full)
+        return
+    try:
+        with open(source, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            _check(data, name, full)
+    except ImageError:
+        raise
+    except (OSError, ValueError) as e:
+        why = getattr(e, "strerror", None) or ("empty" if "empty file" in str(e) else one_line(e))
+        raise ImageError(f"{name[:200]}: {why}; {_EXPECTED}") from None
+
 # %% ../../nbs/data/03_images.ipynb #2db2494d
-PAD = 117
+PAD = 117  # brightness of LLaVA's padding
 
 
-def square(pixels, size=None):
+def square(pixels: np.ndarray, size: int | None = None) -> Image.Image:
     """uint8 `(H, W)` as a square grey `PIL.Image`: padded evenly with `PAD` to its longer side, then
     resized to `size` pixels (None: as it is)."""
     h, w = pixels.shape
+    side = max(h, w)
     image = Image.fromarray(pixels)
     if h != w:
-        image = Image.new("L", (max(h, w),) * 2, PAD)
-        image.paste(Image.fromarray(pixels), ((max(h, w) - w) // 2, (max(h, w) - h) // 2))
-    return (
-        image
-        if size in (None, image.size[0])
-        else image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3)
-    )
+        padded = Image.new("L", (side, side), PAD)
+        padded.paste(image, ((side - w) // 2, (side - h) // 2))
+        image = padded
+    if size in (None, side):
+        return image
+    return image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3)
 
 # %% ../../nbs/data/03_images.ipynb #8df9d154
-def to_png(image):
+def to_png(image: Image.Image) -> bytes:
     "A grey `PIL.Image` as PNG bytes."
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
-
+# %% ../../nbs/data/03_images.ipynb #8df9d157
 @dataclass
 class XRay(datasets.Image):
     """A `datasets` column of radiographs: stored as path or bytes, read as a square grey `PIL.Image` of
@@ -283,20 +304,22 @@ class XRay(datasets.Image):
     _type: str = field(default="XRay", init=False, repr=False)
     dtype: ClassVar[str] = "PIL.Image.Image"
 
-    def decode_example(self, value, token_per_repo_id=None):
+    def decode_example(self, value: dict, token_per_repo_id: dict | None = None) -> Image.Image | dict:
+        "The image of a stored `value`, or the value itself where the column does not decode."
         if not self.decode:
             return value
         return square(read_image(value["bytes"] or value["path"], value["path"]), self.size)
 
-    def embed_storage(self, storage, token_per_repo_id=None, **kw):
+    def embed_storage(self, storage: pa.Array, token_per_repo_id: dict | None = None, **kw: Any) -> pa.Array:
         "Called when a dataset is saved: every image as PNG bytes, finished."
-        made = [
-            None if v is None else {"bytes": to_png(self.decode_example(v)), "path": v["path"]}
-            for v in storage.to_pylist()
-        ]
+        made = []
+        for value in storage.to_pylist():
+            if value is not None:
+                value = {"bytes": to_png(self.decode_example(value)), "path": value["path"]}
+            made.append(value)
         return pa.array(made, type=self.pa_type)
 
-
+# %% ../../nbs/data/03_images.ipynb #8df9d155
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", UserWarning)  # "experimental", since datasets 3
     datasets.features.features.register_feature(XRay, "XRay")

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from .sources import check_endpoint, is_local, terms_of
@@ -21,7 +22,7 @@ class PlaceError(ValueError):
     written."""
 
 
-def check_place(place, benchmark, remedy="choose a place outside"):
+def check_place(place: Path | str, benchmark: str, remedy: str = "choose a place outside") -> None:
     """Raise `PlaceError` where the studies of `benchmark` are restricted and `place` lies in a
     repository; `remedy`: what the message tells to do."""
     terms = terms_of(benchmark)
@@ -33,7 +34,7 @@ def check_place(place, benchmark, remedy="choose a place outside"):
 
 # %% ../../nbs/data/08_restricted.ipynb #ee00a831
 @contextlib.contextmanager
-def closed_to_others():
+def closed_to_others() -> Iterator[None]:
     "While this is open, new files of this process are 0600 and new folders 0700."
     before = os.umask(0o077)
     try:
@@ -43,7 +44,7 @@ def closed_to_others():
 
 
 @contextlib.contextmanager
-def kept(place, benchmark, remedy="choose a place outside"):
+def kept(place: Path | str, benchmark: str, remedy: str = "choose a place outside") -> Iterator[None]:
     """The guard of every way out: while it is open, studies of `benchmark` may be written to `place` (a
     file or folder). Raises as `check_place`; what is restricted is closed to others."""
     check_place(place, benchmark, remedy)
@@ -56,17 +57,18 @@ def kept(place, benchmark, remedy="choose a place outside"):
         yield
 
 # %% ../../nbs/data/08_restricted.ipynb #44a5ab31
-def safe_name(identifier):
+def safe_name(identifier: object) -> str:
     """`identifier` as a plain file name: itself where it is one (letters, digits, `_`, `-`, `.`; at most
     100), else its plain part with a digest of the whole."""
     text = str(identifier)
     if re.fullmatch(r"[\w-][\w.-]{0,99}", text, re.ASCII):
         return text
     plain = re.sub(r"[^\w.-]+", "_", text, flags=re.ASCII).strip("._")[:60]
-    return f"{plain}-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}".lstrip("-")
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return f"{plain}-{digest}".lstrip("-")
 
 # %% ../../nbs/data/08_restricted.ipynb #da648d59
-def check_server(benchmark, url):
+def check_server(benchmark: str, url: str) -> None:
     """Raise `ValueError` unless studies of `benchmark` may be sent to the server `url`; one on this
     machine is then asked directly, past the environment's proxies."""
     try:

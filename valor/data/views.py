@@ -9,6 +9,7 @@ __all__ = ['SIDE', 'DOUBT', 'FIVE_FOLD', 'READING', 'contrast', 'miniature', 'we
 # %% ../../nbs/data/06_views.ipynb #f1a0c002
 import os
 import sqlite3
+from collections.abc import Iterable
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +21,7 @@ from PIL import Image
 SIDE = 24
 
 
-def contrast(films):
+def contrast(films: np.ndarray | list[np.ndarray]) -> np.ndarray:
     """Films `(N, H, W)` as rows `(N, H·W)` of float32 with mean 0 and deviation 1 (a film of one value
     becomes 0)."""
     rows = np.asarray(films, dtype=np.float32).reshape(len(films), -1)
@@ -28,51 +29,48 @@ def contrast(films):
     return rows / np.maximum(rows.std(axis=1, keepdims=True), 1e-6)
 
 
-def miniature(film):
+def miniature(film: np.ndarray | Image.Image) -> np.ndarray:
     "A film, uint8 `(H, W)` or a `PIL.Image`, stretched to 24 × 24 pixels: uint8 `(24, 24)`."
     image = film if isinstance(film, Image.Image) else Image.fromarray(film)
     return np.asarray(image.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX, reducing_gap=4))
 
 # %% ../../nbs/data/06_views.ipynb #f1a0c008
-# log-odds of standing upright under which a film is "unsure": 1.6 % of real films, 88 to 99.9 % of turned
-# or inverted ones
-DOUBT = -2.0
-FIVE_FOLD = dict(
-    films=7426, wrong=44, unsure=117
-)  # how the classifier does on studies that it was not fitted on (last cell)
-
-
 @lru_cache(1)
-def weights():
+def weights() -> dict[str, np.ndarray]:
     """What was fitted (last cell): `view` and `upright`, each 576 weights and a bias `(577,)`, and
     `mean_frontal`, `mean_lateral`, the average miniatures `(24, 24)`."""
     with np.load(Path(find_spec("valor").origin).parent / "data" / "views.npz", allow_pickle=False) as stored:
         return dict(stored)
 
 
-def log_odds(miniatures, fitted):
+def log_odds(miniatures: np.ndarray, fitted: np.ndarray) -> np.ndarray:
     "Log-odds `(N,)` that a logistic regression `fitted (577,)` gives miniatures `(N, 24, 24)`."
     return contrast(miniatures) @ fitted[:-1] + fitted[-1]
 
+# %% ../../nbs/data/06_views.ipynb #f1a0c013
+# log-odds of standing upright under which a film is "unsure": 1.6 % of real films, 88 to 99.9 % of turned
+# or inverted ones
+DOUBT = -2.0
+# how the classifier does on studies that it was not fitted on (last cell)
+FIVE_FOLD = dict(films=7426, wrong=44, unsure=117)
 
-def views_of(miniatures):
+
+def views_of(miniatures: np.ndarray) -> list[str]:
     """The views of miniatures `(N, 24, 24)`: `frontal` or `lateral`, with `unsure ` before it where the
     film may be turned, inverted or no film at all."""
     if not len(miniatures):
         return []
     frontal, upright = (log_odds(miniatures, weights()[name]) for name in ("view", "upright"))
-    return [
-        ("" if u > DOUBT else "unsure ") + ("frontal" if f > 0 else "lateral")
-        for f, u in zip(frontal, upright)
-    ]
+    views = ["frontal" if f > 0 else "lateral" for f in frontal]
+    return [view if u > DOUBT else f"unsure {view}" for view, u in zip(views, upright)]
 
 
-def picture_view(film):
+def picture_view(film: np.ndarray | Image.Image) -> str:
     "The view of one film, uint8 `(H, W)` or a `PIL.Image` (see `views_of`)."
     return views_of(miniature(film)[None])[0]
 
-
-def drawn_film(view, size=(192, 192), seed=None):
+# %% ../../nbs/data/06_views.ipynb #f1a0c015
+def drawn_film(view: str, size: tuple[int, int] = (192, 192), seed: int | None = None) -> np.ndarray:
     """A made-up film that looks `frontal` or `lateral` and shows nobody: the mean of thousands, at `size`
     (width, height), with some noise by `seed`: uint8 `(H, W)`."""
     mean = Image.fromarray(weights()[f"mean_{view}"]).resize(size, Image.Resampling.BICUBIC)
@@ -80,37 +78,39 @@ def drawn_film(view, size=(192, 192), seed=None):
     return np.clip(np.asarray(mean) + noise, 0, 255).astype(np.uint8)
 
 # %% ../../nbs/data/06_views.ipynb #f1a0c010
+READING = 1  # version of what `picture_view` does
+
+
+def _file_key(path: str) -> str | None:
+    "What a file's view is kept under: its path, size and time. None where there is no file."
+    try:
+        state = os.stat(path)
+    except OSError:
+        return None
+    return f"{READING} {Path(path).absolute()} {state.st_size} {state.st_mtime_ns}"
+
+
 class KnownViews:
     """Views that were read before, by path, size and time of the film's file, in an SQLite file in
     `folder`. Several processes may share it."""
 
-    def __init__(self, folder):
+    def __init__(self, folder: Path | str) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.db = sqlite3.connect(Path(folder) / "views.sqlite", timeout=60, isolation_level=None)
         self.db.execute("CREATE TABLE IF NOT EXISTS views (film TEXT PRIMARY KEY, view TEXT) WITHOUT ROWID")
 
-    def _name(self, path):
-        try:
-            state = os.stat(path)
-        except OSError:
-            return None
-        return f"{READING} {Path(path).absolute()} {state.st_size} {state.st_mtime_ns}"
-
-    def get(self, paths):
+    def get(self, paths: Iterable[str]) -> dict[str, str]:
         "{path: view} of the files that are known and unchanged."
-        found = (
-            (p, self.db.execute("SELECT view FROM views WHERE film = ?", (self._name(p),)).fetchone())
-            for p in paths
-        )
-        return {p: row[0] for p, row in found if row}
+        found = {}
+        for path in paths:
+            query = self.db.execute("SELECT view FROM views WHERE film = ?", (_file_key(path),))
+            if row := query.fetchone():
+                found[path] = row[0]
+        return found
 
-    def put(self, views):
+    def put(self, views: dict[str, str]) -> None:
         "Keep {path: view}."
+        rows = [(_file_key(path), view) for path, view in views.items()]
         self.db.execute("BEGIN IMMEDIATE")
-        self.db.executemany(
-            "INSERT OR REPLACE INTO views VALUES (?, ?)", [(self._name(p), v) for p, v in views.items()]
-        )
+        self.db.executemany("INSERT OR REPLACE INTO views VALUES (?, ?)", rows)
         self.db.execute("COMMIT")
-
-
-READING = 1  # version of what `picture_view` does
