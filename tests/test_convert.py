@@ -20,6 +20,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPConfig, CLIPModel
 
 from valor.cli import main
+from valor.files import whole_folder
 from valor.policy import convert
 from valor.policy.convert import (
     HUB_TOWER,
@@ -66,7 +67,7 @@ def big(tmp_path_factory):
 
 
 def left(folder):
-    return [p.name for p in folder.parent.iterdir() if p.name in (folder.name, f".{folder.name}.converting")]
+    return [p.name for p in folder.parent.iterdir() if p.name in (folder.name, f".{folder.name}.making")]
 
 
 @pytest.mark.parametrize("format,shards", [("safetensors", 1), ("bin", 1), ("bin", 3)])
@@ -264,7 +265,7 @@ def test_peak_memory_is_below_the_largest_file(big, tmp_path):
 
 
 def test_killed_leaves_nothing_half_made_and_a_rerun_cleans_up(big, tmp_path):
-    dst, work, end = tmp_path / "d", tmp_path / ".d.converting", time.time() + 100
+    dst, work, end = tmp_path / "d", tmp_path / ".d.making", time.time() + 100
     process = subprocess.Popen(
         [*COMMAND, str(big), str(dst)], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -284,9 +285,9 @@ def test_killed_leaves_nothing_half_made_and_a_rerun_cleans_up(big, tmp_path):
 
 def test_one_at_a_time_and_never_over_what_is_there(source, tmp_path, capsys, monkeypatch):
     dst = tmp_path / "d"
-    with convert.building(dst) as work:
+    with whole_folder(dst) as work:
         (work / "mine").write_text("x")
-        assert "another process is converting" in refused(capsys, source, dst) and (work / "mine").exists()
+        assert "another process is writing it" in refused(capsys, source, dst) and (work / "mine").exists()
     assert (
         left(dst) == ["d"]
         and "is there already" in refused(capsys, source, dst)

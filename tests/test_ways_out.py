@@ -105,7 +105,7 @@ WAYS_OUT = {
         for name in (
             "policy.convert.write_shard",
             "policy.convert.write_weights",
-            "policy.convert.convert_llava_med",
+            "policy.convert._write_all",
             "rewards.radgraph._lay_out",
             "expert.embedded.save_expert",
             "expert.frozen.overlay",
