@@ -204,16 +204,16 @@ MUTANTS = [
     ),
     Mutant(
         name="seeds are not drawn (runs, tables, attention: one bootstrap)",
-        module="metrics/statistics",
+        module="metrics/bootstrap",
         before="taken = study_draws(len(each), n_boot, seed + 1) / len(",
         after="taken = np.ones((n_boot, len(each))) / len(",
         test="test_exact.py::test_every_bootstrap_draws_the_seeds_anew",
     ),
     Mutant(
         name="p is lost where a draw is undefined",
-        module="metrics/statistics",
-        before="    gaps = gaps[~np.isnan(gaps)]\n    return (\n        min",
-        after="    return (\n        min",
+        module="metrics/bootstrap",
+        before="    gaps = gaps[~np.isnan(gaps)]\n    if not",
+        after="    if not",
         test="test_exact.py::test_one_bootstrap_for_valor_evaluate_and_the_tables",
     ),
     Mutant(

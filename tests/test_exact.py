@@ -15,6 +15,7 @@ from valor.config import preset
 from valor.data import phantom
 from valor.data.phantom import Finding
 from valor.metrics import statistics as ev
+from valor.metrics.bootstrap import study_draws
 from valor.metrics.convergence import FORMAT, not_converged
 from valor.metrics.evaluate import tidy_table
 from valor.results import attention, tables
@@ -331,7 +332,7 @@ def test_one_bootstrap_for_valor_evaluate_and_the_tables():
         .loc["x"]
     )
     assert a.p == pytest.approx(
-        2 / (1 + (ev.study_draws(8, 1000, 0)[:, 0] > 0).sum())
+        2 / (1 + (study_draws(8, 1000, 0)[:, 0] > 0).sum())
     )  # found in every draw that has it
     for column in ("value", "lo", "hi", "difference", "difference_lo", "difference_hi", "p", "p_holm"):
         assert a[column] == b[column], column

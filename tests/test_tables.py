@@ -8,8 +8,8 @@ import pytest
 from valor.config import preset
 from valor.data import phantom
 from valor.metrics import statistics as ev
+from valor.metrics.bootstrap import p_value
 from valor.metrics.evaluate import holm
-from valor.metrics.statistics import p_value
 from valor.results import tables
 from valor.results.paper import TABLE1, beside, with_footnotes
 from valor.results.tables import compare, gauges_for, main_table, options_of, rows_of, wide

@@ -27,6 +27,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..files import own_lines, report_lines
+from . import bootstrap
 from . import statistics as ev
 from ..rewards.chexbert import FIVE
 from ..rewards.radgraph import LEVELS, graph_set
@@ -412,22 +413,22 @@ def tidy_table(frames, metrics, n_boot, seed):
     """Rows of system, metric, value, lo, hi and, from the second system on, difference to the first, its
     interval, p and Holm-corrected p."""
     seen, rows, first = (
-        {s: ev.drawn({0: f}, metrics, n_boot, seed) for s, f in frames.items()},
+        {s: bootstrap.drawn({0: f}, metrics, n_boot, seed) for s, f in frames.items()},
         [],
         next(iter(frames)),
     )
     for system in frames:
         for name in metrics:
             (value, draws), (other, theirs) = seen[system][name], seen[first][name]
-            lo, hi = ev.interval(draws)
+            lo, hi = bootstrap.interval(draws)
             row = dict(system=system, metric=name, value=value, lo=lo, hi=hi)
             if system != first:
-                low, high = ev.interval(draws - theirs)
+                low, high = bootstrap.interval(draws - theirs)
                 row |= dict(
                     difference=value - other,
                     difference_lo=low,
                     difference_hi=high,
-                    p=ev.p_value(draws - theirs),
+                    p=bootstrap.p_value(draws - theirs),
                 )
             rows.append(row)
     table = pd.DataFrame(rows)

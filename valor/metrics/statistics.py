@@ -6,14 +6,15 @@
 __all__ = ['BLEU_COLUMNS', 'PATHOLOGIES', 'FINDING_COLUMNS', 'DRAWN', 'STATISTICS', 'METRICS', 'COUNTED', 'MENTIONS',
            'bleu_statistics', 'corpus_bleu', 'positives', 'label_columns', 'planted_columns', 'drawn_columns',
            'true_columns', 'distractors', 'retrieved', 'truth_keys', 'score_reports', 'ratio', 'f1', 'macro_f1',
-           'micro_f1', 'share', 'fresh_bleu', 'study_draws', 'measure', 'interval', 'p_value', 'drawn', 'summarize',
-           'aggregate', 'paired_difference', 'digits_of', 'cell', 'result_table', 'as_completion', 'shuffled',
-           'blank_images', 'normal_template', 'random_reports', 'perfect_findings', 'retrieval_by_true_codes',
-           'retrieval_by_expert', 'controls', 'plot_results', 'plot_progression', 'describe', 'plot_cases']
+           'micro_f1', 'share', 'fresh_bleu', 'measure', 'summarize', 'aggregate', 'paired_difference', 'digits_of',
+           'cell', 'result_table', 'as_completion', 'shuffled', 'blank_images', 'normal_template', 'random_reports',
+           'perfect_findings', 'retrieval_by_true_codes', 'retrieval_by_expert', 'controls', 'plot_results',
+           'plot_progression', 'describe', 'plot_cases']
 
 # %% ../../nbs/metrics/00_statistics.ipynb #9c760899
 import textwrap
 from collections import Counter
+from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -24,6 +25,7 @@ from ..data import phantom
 from ..data.benchmarks import benchmark_of
 from ..data.phantom import compare, compose_report, from_truth, parse_report, write_report
 from ..figures import COLOURS, MISPLACED, PAGE, RIGHT, WRONG
+from .bootstrap import Metrics, difference, drawn, interval, values_of, with_interval
 from ..rewards.rules import RuleLabeler
 from ..rewards.text import is_well_formed, report_body, scorer, tokenize
 from ..vocabulary import OBSERVATIONS
@@ -304,68 +306,18 @@ METRICS = {  # name: (function of sums, which way is better)
 }
 
 # %% ../../nbs/metrics/00_statistics.ipynb #a975580c
-def study_draws(n, n_boot=1000, seed=0):
-    """How often each of `n` studies is taken in each of `n_boot` bootstrap draws: (n_boot, n) counts with
-    rows that sum to n."""
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_boot).astype(float)
+def measure(frame: pd.DataFrame, draws: np.ndarray | None = None, metrics: Metrics = METRICS) -> dict:
+    "All `metrics` of a frame from `score_reports`, as `bootstrap.values_of` gives them."
+    return values_of(frame, metrics, draws)
 
 
-def measure(frame, draws=None, metrics=METRICS):
-    """All `metrics` of a frame from `score_reports`: metric -> number, or with `draws` (B, n) -> array
-    (B,). What the data does not allow is NaN."""
-    weights = np.ones((1, len(frame))) if draws is None else draws
-    sums = dict(zip(frame.columns, (weights @ frame.to_numpy()).T)) | {"studies": weights.sum(1)}
-    return {name: f(sums)[0] if draws is None else f(sums) for name, (f, _) in metrics.items()}
-
-
-def interval(values):
-    """95 % percentile interval (lo, hi) of bootstrap values; draws in which the measure is undefined are
-    left out."""
-    values = values[~np.isnan(values)]
-    return tuple(np.percentile(values, [2.5, 97.5])) if len(values) else (np.nan, np.nan)
-
-
-def p_value(gaps):
-    """Two-sided bootstrap p of drawn differences; draws in which the measure is undefined are left out,
-    NaN where it always is."""
-    gaps = gaps[~np.isnan(gaps)]
-    return (
-        min(1.0, 2 * (1 + min((gaps <= 0).sum(), (gaps >= 0).sum())) / (1 + len(gaps)))
-        if len(gaps)
-        else np.nan
-    )
-
-
-def drawn(by_seed, metrics, n_boot=1000, seed=0):
-    """{metric: (value, draws `(n_boot,)`)} of one system from `by_seed` {seed: frame}: the one bootstrap
-    of this package.
-
-    `value` is the mean over seeds; each draw takes seeds and studies with replacement. Systems with as
-    many seeds and the same number of studies are drawn alike, so that their draws may be subtracted.
-    Seeds with other studies than the first draw studies of their own."""
-    each = list(by_seed.values())
-    crossed = all(f.index.equals(each[0].index) for f in each)
-    draws = [study_draws(len(f), n_boot, seed + (0 if crossed else 1000 * i)) for i, f in enumerate(each)]
-    taken = study_draws(len(each), n_boot, seed + 1) / len(
-        each
-    )  # (n_boot, seeds): each seed's share of a draw
-    values, sums = (
-        [measure(f, None, metrics) for f in each],
-        [measure(f, d, metrics) for f, d in zip(each, draws)],
-    )
-    return {
-        m: (float(np.mean([v[m] for v in values])), (taken * np.stack([s[m] for s in sums], 1)).sum(1))
-        for m in metrics
-    }
-
-
-def summarize(frame, n_boot=1000, seed=0):
-    """metric -> (value, lo, hi): each measure of one system with its 95 % percentile bootstrap interval
+def summarize(
+    frame: pd.DataFrame, n_boot: int = 1000, seed: int = 0
+) -> dict[str, tuple[float, float, float]]:
+    """metric -> (value, lo, hi): each metric of one system with its 95 % percentile bootstrap interval
     over studies; NaN where it does not apply."""
-    return {
-        name: (value, *map(float, interval(draws)))
-        for name, (value, draws) in drawn({0: frame}, METRICS, n_boot, seed).items()
-    }
+    found = drawn({0: frame}, METRICS, n_boot, seed)
+    return {name: with_interval(one) for name, one in found.items()}
 
 # %% ../../nbs/metrics/00_statistics.ipynb #8d73aada
 def aggregate(frames, n_boot=1000, seed=0):
@@ -391,14 +343,21 @@ def aggregate(frames, n_boot=1000, seed=0):
     return pd.DataFrame(rows)
 
 # %% ../../nbs/metrics/00_statistics.ipynb #39343e4d
-def paired_difference(frames, a, b, metric, n_boot=1000, seed=0, metrics=METRICS):
+def paired_difference(
+    frames: Mapping,
+    a: str,
+    b: str,
+    metric: str,
+    n_boot: int = 1000,
+    seed: int = 0,
+    metrics: Metrics = METRICS,
+) -> tuple[float, float, float]:
     """(a − b, lo, hi) of one metric for two systems of `frames` (see `aggregate`), bootstrapped over the
     same seeds and studies; a control has one seed for all."""
     theirs = {s: frames[b].get(s, next(iter(frames[b].values()))) for s in frames[a]}
-    (x, drawn_x), (y, drawn_y) = (
-        drawn(f, {metric: metrics[metric]}, n_boot, seed)[metric] for f in (frames[a], theirs)
-    )
-    return (x - y, *map(float, interval(drawn_x - drawn_y)))
+    chosen = {metric: metrics[metric]}
+    ours, others = (drawn(f, chosen, n_boot, seed)[metric] for f in (frames[a], theirs))
+    return with_interval(difference(ours, others))
 
 # %% ../../nbs/metrics/00_statistics.ipynb #cel00002
 COUNTED = ("hallucinated", "missed", "mislocated", "duplicates", "false labels")  # findings a report

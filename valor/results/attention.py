@@ -32,6 +32,7 @@ from ..data import phantom
 from ..data.benchmarks import benchmark_of
 from ..data.phantom import FINDINGS
 from ..data.restricted import kept, safe_name
+from ..metrics import bootstrap
 from ..metrics import statistics as ev
 from ..policy.prompt import image_lists, render_prompt
 from ..rewards.chexbert import mentions
@@ -484,7 +485,7 @@ def _sums(frame: pd.DataFrame, column: str, studies: Sequence[str]) -> pd.DataFr
 def _means(frames: Mapping, column: str, studies: Sequence[str], n_boot: int, seed: int) -> tuple:
     """(value, draws): the mean over mentions, averaged over the seeds of `frames` {seed: frame}, and the
     same in each bootstrap draw `(n_boot,)`."""
-    return ev.drawn(
+    return bootstrap.drawn(
         {s: _sums(f, column, studies) for s, f in frames.items()},
         {column: (ev.share("sum", "count"), "")},
         n_boot,
@@ -497,8 +498,7 @@ def estimate(
 ) -> tuple[float, float, float]:
     """(value, lo, hi) of the mean of `column` over mentions; `frames`: {seed: frame of `score`},
     `studies`: all that could have one. NaN where there is no mention."""
-    value, draws = _means(frames, column, studies, n_boot, seed)
-    return (value, *map(float, ev.interval(draws)))
+    return bootstrap.with_interval(_means(frames, column, studies, n_boot, seed))
 
 
 def difference(
@@ -506,8 +506,8 @@ def difference(
 ) -> tuple[float, float, float]:
     """(a − b, lo, hi) of two systems of `frames` {system: {seed: frame}} on the same draws of seeds and
     studies."""
-    (x, drawn_x), (y, drawn_y) = (_means(frames[s], column, studies, n_boot, seed) for s in (a, b))
-    return (x - y, *map(float, ev.interval(drawn_x - drawn_y)))
+    ours, theirs = (_means(frames[s], column, studies, n_boot, seed) for s in (a, b))
+    return bootstrap.with_interval(bootstrap.difference(ours, theirs))
 
 # %% ../../nbs/results/02_attention.ipynb #d32094ac
 def overlay(

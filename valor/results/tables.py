@@ -22,6 +22,7 @@ from ..data.benchmarks import benchmark_of
 from ..data.sources import DataError
 from ..figures import COLOURS, PAGE
 from ..files import one_line
+from ..metrics import bootstrap
 from ..metrics import evaluate as judging
 from ..metrics import statistics as ev
 from ..rewards.guard import RewardError
@@ -214,14 +215,14 @@ def compare(frames, metrics, against="VALOR", n=20_000, seed=0):
     are compared on the seeds that both have; a row of one seed, as the controls are, with the mean over
     all."""
     chosen = {m: METRICS[m] for m in metrics}
-    rows, seen = [], {s: ev.drawn(f, chosen, n, seed) for s, f in frames.items()}
+    rows, seen = [], {s: bootstrap.drawn(f, chosen, n, seed) for s, f in frames.items()}
     for system, by_seed in frames.items():
         both = [s for s in by_seed if s in frames.get(against, {})]
         partial = against in frames and len(by_seed) > 1 and set(by_seed) != set(frames[against])
-        ours, theirs = [
-            ev.drawn({s: frames[x][s] for s in both}, chosen, n, seed) if partial and both else seen.get(x)
-            for x in (system, against)
-        ]
+        ours, theirs = seen[system], seen.get(against)
+        if partial and both:
+            shared = [{s: frames[x][s] for s in both} for x in (system, against)]
+            ours, theirs = [bootstrap.drawn(f, chosen, n, seed) for f in shared]
         for m in metrics:
             (value, draws), row = seen[system][m], {}
             if theirs and system != against:
@@ -229,7 +230,7 @@ def compare(frames, metrics, against="VALOR", n=20_000, seed=0):
                 row = dict(
                     zip(
                         ("difference", "difference_lo", "difference_hi", "p"),
-                        (ours[m][0] - theirs[m][0], *ev.interval(gaps), ev.p_value(gaps)),
+                        (ours[m][0] - theirs[m][0], *bootstrap.interval(gaps), bootstrap.p_value(gaps)),
                     )
                 )
             rows.append(
@@ -240,7 +241,7 @@ def compare(frames, metrics, against="VALOR", n=20_000, seed=0):
                             system,
                             m,
                             value,
-                            *ev.interval(draws),
+                            *bootstrap.interval(draws),
                             len(by_seed),
                             len(next(iter(by_seed.values()))),
                         ),
