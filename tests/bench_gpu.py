@@ -38,7 +38,7 @@ from valor.policy.models import load_policy, lora_config, save_policy
 from valor.policy.tiny import TEMPLATE, build_policy, build_tokenizer
 from valor.rewards.compose import CLINICAL_SCORERS, TEXT_SCORERS
 from valor.rewards.text import scorer
-from valor.train.grpo import Rewards, make_trainer
+from valor.train.grpo import Rewards, Stage, make_trainer
 from valor.train.memory import llava_med_7b, memory, shape_of
 
 REPORT = "<report> the heart is large . no effusion or edema seen . </report>"
@@ -147,7 +147,8 @@ def valor_trainer(a, out, prompts, steps):
     )
     rewards = Rewards({n: scorer(n) for n in (*TEXT_SCORERS, *CLINICAL_SCORERS, "format")}, cfg.k_clin)
     shutil.rmtree(out, ignore_errors=True)
-    return make_trainer(a.out / "policy", data, out, rewards, cfg, "language", 0.0, steps, seed=0)
+    stage = Stage("language", 0.0, steps, seed=0)
+    return make_trainer(a.out / "policy", data, out, rewards, cfg, stage)
 
 
 def trl_trainer(a, out, prompts, steps):

@@ -27,7 +27,7 @@ from valor.policy.prompt import conversations
 from valor.policy.tiny import build_policy
 from valor.rewards.text import minilm_folder, report_body
 from valor.runs.makers import target, text_scorers
-from valor.train.grpo import Rewards, make_trainer
+from valor.train.grpo import Rewards, Stage, make_trainer
 
 
 class Free:
@@ -127,10 +127,7 @@ def main():
             f"{work}/{name}",
             rewards,
             preset("laptop", rollout=rollout, k_clin=None, **size),
-            "language",
-            0.5,
-            args.steps,
-            0,
+            Stage("language", 0.5, args.steps, seed=0),
         )
 
     ours = make("ours", "merged")

@@ -22,7 +22,7 @@ from valor.results import attention, tables
 from valor.rewards.chexbert import LabelF1
 from valor.rewards.compose import advantages
 from valor.train import grpo
-from valor.train.grpo import Rewards, ValorTrainer, align, make_trainer
+from valor.train.grpo import Rewards, Stage, ValorTrainer, align, make_trainer
 
 SCORES = dict(
     bleu4=[0.11, 0.23, 0.05, 0.31],
@@ -114,7 +114,8 @@ def arguments(monkeypatch, tmp_path, **change):
     rewards = Rewards(
         scorers, 3, similarity=lambda texts, rows: [], watch={"truth_f1": lambda texts, rows: []}
     )
-    return make_trainer("sft", [1], tmp_path, rewards, cfg, "language", 0.35, 7, seed=5).args, rewards.names
+    stage = Stage("language", 0.35, steps=7, seed=5)
+    return make_trainer("sft", [1], tmp_path, rewards, cfg, stage).args, rewards.names
 
 
 def test_configuration_reaches_trl(monkeypatch, tmp_path):
@@ -172,8 +173,8 @@ def test_weights_of_the_grpo_baseline(monkeypatch, tmp_path):
 def test_stages_have_their_own_steps_modules_and_seeds(monkeypatch, tmp_path):
     made = []
 
-    def stub(sft, data, out, rewards, cfg, modules, lambda_vis, steps, seed, *more, **kw):
-        made.append((modules, steps, seed))
+    def stub(sft, data, out, rewards, cfg, stage, per_device):
+        made.append((stage.modules, stage.steps, stage.seed))
 
         def none(*a, **kw):
             return None
@@ -182,7 +183,7 @@ def test_stages_have_their_own_steps_modules_and_seeds(monkeypatch, tmp_path):
             add_callback=none,
             train=none,
             save_model=none,
-            args=SimpleNamespace(output_dir=tmp_path, max_steps=steps),
+            args=SimpleNamespace(output_dir=tmp_path, max_steps=stage.steps),
             state=SimpleNamespace(log_history=[dict(k=1), dict(train_loss=0)]),
         )
 

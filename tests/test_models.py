@@ -184,7 +184,7 @@ def test_both_stages_of_grpo_merge_and_reload(kind, folders, tmp_path):
     from valor.cli import main
     from valor.policy.generate import merge
     from valor.rewards.compose import CLINICAL_SCORERS, TEXT_SCORERS
-    from valor.train.grpo import Rewards, make_trainer
+    from valor.train.grpo import Rewards, Stage, make_trainer
 
     class Share:
         def score(self, candidates, references):
@@ -209,11 +209,7 @@ def test_both_stages_of_grpo_merge_and_reload(kind, folders, tmp_path):
             tmp_path / f"t{stage}",
             rewards,
             cfg,
-            modules,
-            0.5 * (stage - 1),
-            2,
-            seed=stage,
-            adapter=adapter,
+            Stage(modules, 0.5 * (stage - 1), steps=2, seed=stage, adapter=adapter),
         )
         forbidden = set(image_tokens(trainer.model, trainer.processing_class))
         started = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from valor.config import preset
 from valor.rewards.compose import CLINICAL_SCORERS, TEXT_SCORERS
-from valor.train.grpo import Rewards, make_trainer
+from valor.train.grpo import Rewards, Stage, make_trainer
 
 WORDS, START = "<report> the heart is large. no effusion or edema seen. </report>", 5
 IMAGES = [
@@ -86,11 +86,7 @@ def trained(out, sft, processes=1, parts=1, taken=None, resume=None, **change):
         out,
         rewards,
         cfg,
-        "language+projector",
-        0.5,
-        cfg.stage2_steps,
-        seed=0,
-        k_start=START,
+        Stage("language+projector", 0.5, cfg.stage2_steps, seed=0, k_start=START),
         per_device=4 // processes,
     )
     trainer.add_callback(gradients := Gradients())
