@@ -1,6 +1,6 @@
 """Sampling with static room: each prompt's keys are held once for its group, and one CUDA graph is a token."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -95,12 +95,30 @@ class Room:
         for own, theirs in zip(self.cache.layers, read.layers):
             own.fill(theirs)
         mask = inputs["attention_mask"]
+        self.padded = mask.is_cuda or not bool(mask.all())  # on a GPU a graph serves batches of both kinds
         self.first.copy_(self.slots - (mask.sum(1) - 1))
         self.start = inputs["input_ids"][:, -1:].repeat_interleave(self.group, 0)
         if self.positions is None:
             self.positions = positions.clone()
         self.positions.copy_(positions)
         self.again()
+
+    def unseen(self, until: int, window: int | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What the newest token may not attend to: slots of its prompt `(N, slots)` and, of the first `until` places
+        for drawn tokens, `(until,)`; None where it may attend to all. `window`: of a sliding attention."""
+        at, hidden, unseen = self.at, None, None
+        if self.padded or window:
+            slot = torch.arange(self.slots, device=at.device)
+            hidden = slot < self.first[:, None]
+            if window:
+                hidden = hidden | (self.slots + at - slot >= window)
+            hidden = hidden.repeat_interleave(self.group, 0)
+        if self.written is None or window:
+            drawn = torch.arange(until, device=at.device)
+            unseen = drawn > at
+            if window:
+                unseen = unseen | (at - drawn >= window)
+        return hidden, unseen
 
     def again(self) -> None:
         "Back to the prompts' last tokens; nothing is drawn yet."
@@ -122,17 +140,13 @@ def plain_attention(
     ours = q.reshape(N, kv, each, width)
     by_prompt = ours.view(P, G, kv, each, width).transpose(1, 2).reshape(P, kv, G * each, width)
     to_prompt = (by_prompt @ layer.prompt_keys.transpose(-1, -2)).view(P, kv, G, each, room.slots)
-    slot = torch.arange(room.slots, device=q.device)
-    hidden = slot < room.first[:, None]
-    drawn = torch.arange(until, device=q.device)
-    unseen = drawn > room.at
-    if window:
-        hidden = hidden | (room.slots + room.at - slot >= window)
-        unseen = unseen | (room.at - drawn >= window)
-    to_prompt = to_prompt.masked_fill(hidden[:, None, None, None], float("-inf"))
     to_prompt = to_prompt.transpose(1, 2).reshape(N, kv, each, room.slots)
     to_drawn = ours @ layer.keys[:, :, :until].transpose(-1, -2)
-    to_drawn = to_drawn.masked_fill(unseen, float("-inf"))
+    hidden, unseen = room.unseen(until, window)
+    if hidden is not None:
+        to_prompt = to_prompt.masked_fill(hidden[:, None, None], float("-inf"))
+    if unseen is not None:
+        to_drawn = to_drawn.masked_fill(unseen, float("-inf"))
     weights = (torch.cat([to_prompt, to_drawn], -1).float() * scaling).softmax(-1).to(q.dtype)
     on_prompt = weights[..., : room.slots].reshape(P, G, kv, each, room.slots).transpose(1, 2)
     out = on_prompt.reshape(P, kv, G * each, room.slots) @ layer.prompt_values
@@ -180,7 +194,7 @@ def attention_configs(policy: PreTrainedModel) -> list:
 
 
 @contextmanager
-def attention_named(policy: PreTrainedModel, name: str):
+def attention_named(policy: PreTrainedModel, name: str) -> Iterator[None]:
     "Inside, the language model of `policy` calls the attention that is registered as `name`."
     before = [(config, config._attn_implementation) for config in attention_configs(policy)]
     for config, _ in before:
@@ -199,6 +213,16 @@ def draw(logits: torch.Tensor, banned: torch.Tensor) -> torch.Tensor:
     torch.multinomial computes, without its checks, which a CUDA graph cannot hold."""
     chances = logits.softmax(-1).masked_fill(banned, 0.0)
     return (chances / torch.empty_like(chances).exponential_()).argmax(-1, keepdim=True)
+
+
+@contextmanager
+def same_dice(device: torch.device) -> Iterator[None]:
+    "What is drawn on the GPU `device` inside leaves what is drawn afterwards as it would have been."
+    before = torch.cuda.get_rng_state(device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_rng_state(before, device)
 
 
 class Sampler:
@@ -227,10 +251,10 @@ class Sampler:
         `given` `(N, ≤ more)`: tokens to take instead of drawing any."""
         room = self._room(policy, read, inputs, group, more)
         room.begin(read, inputs, positions[..., -1:].repeat_interleave(group, -2))
-        with attention_named(policy, ATTENTION):
-            if kernels.can_fuse(room) and self.graph is None:
+        if kernels.can_fuse(room) and self.graph is None:
+            with attention_named(policy, ATTENTION), same_dice(room.at.device):
                 join(policy, partial(self._step, policy, room))
-                room.again()
+            room.again()
         with attention_named(policy, ATTENTION), kernels.faster(policy, room):
             n = self._draw(policy, room, given)
         return room.tokens[:, :n].clone(), room.lengths.clone(), room.logps[:, :n].clone()
@@ -259,7 +283,8 @@ class Sampler:
         "Draw until every row has ended; returns how many tokens the longest has."
         if room.at.device.type == "cuda" and given is None and self.captures:
             if self.graph is None or self.of_graph is not policy:
-                self._capture(policy, room)
+                with same_dice(room.at.device):
+                    self._capture(policy, room)
             if self.graph is not None:
                 return self._replay(room)
         longest = room.more if given is None else given.shape[1]
@@ -284,7 +309,7 @@ class Sampler:
         new = draw(logits, room.banned) if given is None else given
         if given is None:
             new = new.masked_fill(room.done[:, None], self.pad)
-        room.logps.index_copy_(1, room.at, logits.log_softmax(-1).gather(1, new))
+        room.logps.index_copy_(1, room.at, logits.gather(1, new) - logits.logsumexp(-1, keepdim=True))
         room.tokens.index_copy_(1, room.at, new)
         room.lengths.add_(~room.done)
         room.done.logical_or_(torch.isin(new[:, 0], room.ending))
@@ -294,7 +319,6 @@ class Sampler:
     def _capture(self, policy: PreTrainedModel, room: Room) -> None:
         "Record one step as a CUDA graph; where that cannot be done, say why and draw without."
         device, room.written = room.at.device, None
-        dice = torch.cuda.get_rng_state(device)
         try:
             side = torch.cuda.Stream(device)
             side.wait_stream(torch.cuda.current_stream(device))
@@ -315,7 +339,6 @@ class Sampler:
             self.said(
                 f"rollout: a step cannot be captured as a CUDA graph ({reason}); drawing goes on without one"
             )
-        torch.cuda.set_rng_state(dice, device)  # what is drawn does not depend on when the graph was made
         room.again()
 
     def _replay(self, room: Room) -> int:

@@ -256,9 +256,9 @@ def attend(room: Any, layer: Any, q: torch.Tensor, scaling: float, window: int |
 
 
 def can_fuse(room: Any) -> bool:
-    "Whether the kernels here serve `room`: 16 bits on a GPU, heads of a power of two wide."
+    "Whether the kernels here serve `room`: 16 bits on a GPU, heads of 16, 32, 64, ... numbers."
     keys = room.cache.layers[0].keys
-    wide = all(power_of_two(layer.keys.shape[3]) for layer in room.cache.layers)
+    wide = all(power_of_two(layer.keys.shape[3]) and layer.keys.shape[3] >= 16 for layer in room.cache.layers)
     return (
         bool(find_spec("triton")) and keys.is_cuda and keys.dtype in (torch.bfloat16, torch.float16) and wide
     )

@@ -224,15 +224,16 @@ def memory(
     return {name: size / GB for name, size in sizes.items()}
 
 
-def fewest_parts(s: Shape, gpu: float, **settings: Any) -> tuple[int, dict[str, float]] | None:
-    """The fewest parts (a power of two) in which an update fits on `gpu` GB, a tenth of it left free,
-    with the memory it takes; None where the rollout or a single sequence does not."""
-    parts = 1
-    while parts <= settings.get("prompts", 8) * settings.get("group", 8):
-        m = memory(s, parts=parts, **settings)
+def fewest_parts(
+    s: Shape, gpu: float, prompts: int = 8, group: int = 8, **settings: Any
+) -> tuple[int, dict[str, float]] | None:
+    """The fewest parts (a divisor of prompts × `group`) in which an update fits on `gpu` GB, a tenth of it left
+    free, with the memory it takes; None where the rollout or a single sequence does not."""
+    rows = prompts * group
+    for parts in (n for n in range(1, rows + 1) if rows % n == 0):
+        m = memory(s, prompts=prompts, group=group, parts=parts, **settings)
         if m["peak"] <= 0.9 * gpu:
             return parts, m
-        parts *= 2
     return None
 
 
@@ -257,17 +258,22 @@ def fits(
     return pd.DataFrame(rows).round(1)
 
 
-def choose_parts(s: Shape, gpu: float, **settings: Any) -> tuple[int, bool]:
+def choose_parts(
+    s: Shape, gpu: float, checkpointing: bool | None = None, **settings: Any
+) -> tuple[int, bool]:
     """`(parts, checkpointing)` of an update on `gpu` GB: the fewest parts that fit without checkpointing, which costs
-    a second forward pass; with it where none do. Raises ValueError where nothing fits."""
-    for checkpointing in (False, True):
-        found = fewest_parts(s, gpu, checkpointing=checkpointing, **settings)
+    a second forward pass; with it where none do. `checkpointing`: decided already.
+
+    Raises ValueError where nothing fits."""
+    for recomputed in (False, True) if checkpointing is None else (checkpointing,):
+        found = fewest_parts(s, gpu, checkpointing=recomputed, **settings)
         if found:
-            return found[0], checkpointing
-    least = memory(s, parts=settings["prompts"] * settings["group"], checkpointing=True, **settings)["peak"]
+            return found[0], recomputed
+    rows = settings["prompts"] * settings["group"]
+    least = memory(s, parts=rows, checkpointing=recomputed, **settings)["peak"]
     raise ValueError(
-        f"batch_size={settings['prompts']}, group_size={settings['group']}: an update takes {least:.0f} GB even in "
-        f"single candidates, more than nine tenths of this GPU's {gpu:.0f} GB; expected fewer prompts, or "
+        f"batch_size={settings['prompts']}, group_size={settings['group']}: an update takes {least:.0f} GB even "
+        f"in single candidates, more than nine tenths of this GPU's {gpu:.0f} GB; expected fewer prompts, or "
         f"policy_weights='nf4'"
     )
 
