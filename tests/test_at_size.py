@@ -227,8 +227,9 @@ def test_gpu_benchmark_runs(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "bench_gpu.json").read_text())
-    assert found["device"] == "CPU" and found["largest batch"]["prompts"] >= 2
-    for system in ("valor", "TRL"):
+    assert found["device"] == "CPU"
+    assert [name for name, row in found["systems"].items() if row is None] == []
+    for system in ("valor", "valor, checkpointing", "TRL"):
         row = found["systems"][system]
         assert (
             all(row[k] > 0 for k in ("rollout", "rewards", "update", "step", "tokens/s"))
