@@ -431,7 +431,16 @@ class SharedRollout(GRPOTrainer):
         `prompts` `(N,)`."""
         which, _ = by_prompt(prompts)
         with self.accelerator.autocast(), self._images_of(which):
-            return score_packed(model, self._collate(which), ids, mask)
+            return score_packed(model, self._with_positions(which), ids, mask)
+
+    def _with_positions(self, which: torch.Tensor) -> dict[str, torch.Tensor]:
+        "Model inputs of the prompts `which`; those whose tokens' positions no rollout has noted are read for them."
+        unknown = [i for i in which.tolist() if "position_ids" not in self._prepared[i]]
+        if unknown:
+            base, unknown = self._base(self.model), torch.tensor(unknown)
+            with torch.no_grad(), self._images_of(unknown):
+                self._keep_positions(unknown, read_prompts(base, base, self._collate(unknown))[1])
+        return self._collate(which)
 
 
 class _HasRun:
