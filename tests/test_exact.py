@@ -183,7 +183,12 @@ def test_stages_have_their_own_steps_modules_and_seeds(monkeypatch, tmp_path):
             add_callback=none,
             train=none,
             save_model=none,
-            args=SimpleNamespace(output_dir=tmp_path, max_steps=stage.steps),
+            args=SimpleNamespace(
+                output_dir=tmp_path,
+                max_steps=stage.steps,
+                gradient_accumulation_steps=1,
+                per_device_train_batch_size=8,
+            ),
             state=SimpleNamespace(log_history=[dict(k=1), dict(train_loss=0)]),
         )
 

@@ -189,9 +189,8 @@ def test_another_policy_than_the_scored_one_raises_the_alarm(tmp_path, capsys, m
         with t.model.disable_adapter():
             return sample(*args, **kw)
 
-    monkeypatch.setattr(
-        "valor.train.rollout.merged_share", lambda model: 0.0
-    )  # the layers stay, so that they can be turned off
+    # the layers stay, so that they can be turned off
+    monkeypatch.setattr("valor.train.rollout.stays_beside", lambda *args: True)
     t._generate_single_turn = without
     t.train()
     assert max(l.get("policy/gap", 0) for l in t.state.log_history) > 0.01
