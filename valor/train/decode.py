@@ -47,8 +47,8 @@ class RoomLayer(CacheLayerMixin):
         if self.room.fast:
             kernels.write_token(self.keys, self.values, keys, values, self.room.at)
         else:
-            self.keys.index_copy_(2, self.room.at, keys)
-            self.values.index_copy_(2, self.room.at, values)
+            self.keys.index_copy_(2, self.room.at, keys.to(self.keys.dtype))
+            self.values.index_copy_(2, self.room.at, values.to(self.values.dtype))
         return keys, values
 
     def lazy_initialization(self, *args: Any) -> None:
