@@ -226,8 +226,8 @@ def choose_parts(
             return found[0], recomputed
     least = memory(s, parts=prompts * group, checkpointing=recomputed, **sizes)["peak"]
     raise ValueError(
-        f"batch_size={prompts}, group_size={group}: an update takes {least:.0f} GB in single candidates, more "
-        f"than nine tenths of this GPU's {gpu:.0f} GB; expected fewer prompts, or policy_weights='nf4'"
+        f"batch_size={prompts}, group_size={group}: an update takes {least:.0f} GB in single candidates, "
+        f"more than nine tenths of this GPU's {gpu:.0f} GB; expected fewer prompts, or policy_weights='nf4'"
     )
 
 # %% ../../nbs/train/02_memory.ipynb #me200014
