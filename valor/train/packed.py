@@ -85,8 +85,9 @@ def attend_packed(
     read = sdpa_attention_forward(module, *(x[:, :, :n] for x in parts), within, **own, **kw)[0]
     q, k, v = (_by_candidate(x[:, :, n:], packing) for x in parts)
     k, v = (torch.cat([_for_each(x[:, :, :n], packing), y], 2) for x, y in ((key, k), (value, v)))
+    seen = _mask(q, packing, sliding_window)
     out = F.scaled_dot_product_attention(
-        q, k, v, _mask(q, packing, sliding_window), dropout, scale=scaling, enable_gqa=True
+        q, k, v, attn_mask=seen, dropout_p=dropout, scale=scaling, enable_gqa=True
     )
     out = out.view(len(query), packing.group, *out.shape[1:]).permute(0, 1, 3, 2, 4)
     return torch.cat([read, out.flatten(1, 2)], 1), None
