@@ -349,7 +349,8 @@ def _made(name: str, cfg: Config) -> Path:
         if together(lambda: begin(folder, expected, cfg)) == "finished":
             return folder
         setup(cfg)
-        import_module("valor.runs.makers")  # there the makers register
+        for module in ("makers", "trust"):  # there the makers register
+            import_module(f"valor.runs.{module}")
         MAKERS[name](folder, cfg, after, name)
         together(lambda: finish(folder))
     return folder
