@@ -166,6 +166,9 @@ def cohort(cfg, train):
 # %% ../../nbs/runs/02_makers.ipynb #716c139e
 @maker("expert")
 def make_expert(out, cfg, after, name):
+    if not cfg.expert.startswith("embedded"):
+        expert = load_expert(cfg.expert, labeler(cfg))
+        return write_json(out / "expert.json", dict(path=cfg.expert, key=expert.key, note=expert.note))
     train, edits = cohort(cfg, load_data(after["data"])["train"])
     if cfg.expert == "embedded-labels":
         return train_classifier(
@@ -176,9 +179,6 @@ def make_expert(out, cfg, after, name):
             cfg.expert_steps,
             seed_of(cfg, "expert_seed"),
         )
-    if cfg.expert != "embedded":
-        expert = load_expert(cfg.expert, labeler(cfg))
-        return write_json(out / "expert.json", dict(path=cfg.expert, key=expert.key, note=expert.note))
     anew = (
         ()
         if benchmark_of(cfg.benchmark).truth != "observations"
