@@ -9,6 +9,7 @@ __all__ = ['GAUGED', 'METRICS', 'SHOWN', 'ROWS', 'VISUAL_CONTROLS', 'FAULTS', 'f
 
 # %% ../../nbs/results/00_tables.ipynb #6ed219fc
 import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +19,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from ..config import Config
 from ..config import preset as configure
 from ..data.benchmarks import benchmark_of
 from ..data.sources import DataError
@@ -132,7 +134,7 @@ def rows_of(cfgs, systems=ROWS, missing="run", controls=True):
     return rows, why
 
 # %% ../../nbs/results/00_tables.ipynb #tab00101
-def control_rows(cfgs, missing="run"):
+def control_rows(cfgs: Sequence[Config], missing: str = "run") -> dict[str, dict[int, tuple[Path, str]]]:
     """{control: {seed: (folder, condition)}} of the runs `cfgs`; seed 0 alone where all have the same
     studies and expert."""
     folders = {cfg.seed: finished("controls", cfg, missing) for cfg in cfgs}
@@ -146,13 +148,15 @@ def control_rows(cfgs, missing="run"):
     return rows
 
 # %% ../../nbs/results/00_tables.ipynb #tab00103
-def references_of(cfgs):
+def references_of(cfgs: Sequence[Config]) -> dict[int | None, list[str]]:
     "{seed: the references of its test studies} of the runs `cfgs`; None stands for any other seed."
     by_seed = {c.seed: list(load_data(phase_folder("data", c))["test"]["report"]) for c in cfgs}
     return by_seed | {None: by_seed[cfgs[0].seed]}
 
 
-def part_of(frames, leaked):
+def part_of(
+    frames: Mapping[str, Mapping[int, pd.DataFrame]], leaked: bool
+) -> dict[str, dict[int, pd.DataFrame]] | None:
     """`frames` with the leaked studies alone, or without them; None where some frame then has fewer than
     two."""
     parts = {

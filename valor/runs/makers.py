@@ -14,6 +14,7 @@ import dataclasses
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import datasets
@@ -23,7 +24,7 @@ import torch
 from datasets import concatenate_datasets
 from tqdm.auto import tqdm
 
-from ..config import BENCHMARKS, key_of, preset, resolve_device, runs_dir, seed_of
+from ..config import BENCHMARKS, Config, key_of, preset, resolve_device, runs_dir, seed_of
 from ..data.benchmarks import benchmark_note, benchmark_of, leaked, load_benchmark, rerender
 from valor.data.phantom import (
     FINDINGS,
@@ -39,7 +40,7 @@ from ..data.restricted import check_place
 from ..data.sources import DataError, terms_of
 from ..data.studies import load_studies, store_images
 from ..expert.controls import visual_judge
-from ..expert.embedded import GrammarEdits, edits_for, save_expert, train_expert
+from ..expert.embedded import Edits, GrammarEdits, edits_for, save_expert, train_expert
 from ..expert.frozen import load_expert, train_classifier, try_expert
 from ..files import whole
 from ..metrics import statistics as ev
@@ -154,7 +155,7 @@ def note_of(cfg):
     )
 
 # %% ../../nbs/runs/02_makers.ipynb #mak00011
-def cohort(cfg, train):
+def cohort(cfg: Config, train: datasets.Dataset) -> tuple[datasets.Dataset, Edits]:
     """`(studies, edits)` that the expert learns from: a cohort of its own where training references leave
     findings out, else the training studies `train`."""
     if not cfg.omit:
@@ -242,13 +243,13 @@ BY_OBSERVATION = {
 }
 
 
-def stated(row):
+def stated(row: Mapping) -> list[dict]:
     "The planted findings of a study that its reference states, as the schema's `truth`."
     places = {f.where for f in parse_report(row["report"])}
     return [t for t, f in zip(row["truth"], from_truth(row["truth"])) if f.where in places]
 
 
-def lay_findings(row, omits=False):
+def lay_findings(row: Mapping, omits: bool = False) -> list[Finding]:
     """What a layman may have seen in a study: the findings of its truth (where references may omit some:
     those that the reference states), or, where nobody stated them, what its labels say."""
     truth = stated(row) if omits else row["truth"]
@@ -261,7 +262,7 @@ def lay_findings(row, omits=False):
     ]
 
 
-def warm_up_targets(data, omits=False):
+def warm_up_targets(data: datasets.Dataset, omits: bool = False) -> torch.Tensor:
     """Multi-hot targets `(N, C)` of the vision warm-up: findings with side and zone where they are known
     (where references may omit some: those that the reference states), else the 14 labels."""
     if any(data["truth"]):

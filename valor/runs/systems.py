@@ -13,13 +13,14 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 
-from ..config import key_of, preset, runs_dir
+from ..config import Config, key_of, preset, runs_dir
 from ..contents import fingerprint_once
 from ..data.benchmarks import benchmark_of
 from ..figures import save, save_page, use_style
@@ -68,7 +69,7 @@ def phase_of(system, cfg):
     return phase, dataclasses.replace(cfg, **change)
 
 
-def systems_on(benchmark, systems=tuple(SYSTEMS)):
+def systems_on(benchmark: str, systems: Iterable[str] = tuple(SYSTEMS)) -> list[str]:
     "Those of `systems` that `benchmark` allows: without known truth, none is rewarded with it."
     if benchmark_of(benchmark).truth is not None:
         return list(systems)
@@ -103,7 +104,7 @@ def control_frames(cfg):
     }
 
 
-def controls_of(cfgs):
+def controls_of(cfgs: Sequence[Config]) -> dict[str, dict[int, pd.DataFrame]]:
     """Frames of the controls that need no policy for the runs `cfgs`: {control: {seed: frame}}, or {0:
     frame} where all runs have the same studies and expert."""
     if len({phase_key("controls", cfg) for cfg in cfgs}) == 1:

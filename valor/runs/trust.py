@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['truth_columns', 'judged', 'within_group', 'best_of', 'worth', 'trust_table', 'is_accepted', 'candidates_of',
-           'make_trust', 'trust_of', 'compare_experts', 'better_expert']
+           'make_trust', 'trust_of', 'trust_note', 'compare_experts', 'better_expert']
 
 # %% ../../nbs/runs/04_trust.ipynb #tru00003
 import dataclasses
@@ -123,12 +123,24 @@ def make_trust(out: Path, cfg: Config, after: Mapping[str, Path], name: str) -> 
     table.to_csv(out / "trust.csv")
     write_json(out / "trust.json", dict(expert=cfg.expert, accepted=is_accepted(table), studies=len(val)))
 
-# %% ../../nbs/runs/04_trust.ipynb #tru00017
+# %% ../../nbs/runs/04_trust.ipynb #tru00021
 def trust_of(cfg: Config) -> pd.DataFrame:
     "The table of the phase `trust` of the run `cfg` (see `trust_table`), which is made where it is missing."
     return pd.read_csv(ensure("trust", cfg) / "trust.csv", index_col=0)
 
 
+def trust_note(cfg: Config) -> str:
+    "One line about the expert of the run `cfg`: what the best candidate by it is worth, and its agreement."
+    table = trust_of(cfg)
+    best, verdict = table.loc["best by expert"], "accepted" if is_accepted(table) else "not accepted"
+    return (
+        f"expert {cfg.expert}, {verdict}: on validation studies the best of {cfg.group_size} by it has F1 "
+        f"{best.f1:.3f} against the truth (greedy report {table.f1['greedy']:.3f}, best by the truth "
+        f"{table.f1['best by truth_f1']:.3f}), invents {best.hallucinated:.2f} findings a report (greedy "
+        f"{table.hallucinated['greedy']:.2f}), correlation within a group {best.correlation:.2f}"
+    )
+
+# %% ../../nbs/runs/04_trust.ipynb #tru00017
 def compare_experts(
     cfgs: Sequence[Config], experts: Sequence[str] = ("embedded", "embedded-labels")
 ) -> pd.DataFrame:
