@@ -62,7 +62,7 @@ def read_reports(path):
         columns=[c for c in ("id", "candidate", "reference", "image", "system") if any(c in r for r in rows)],
     )
 
-
+# %% ../../nbs/metrics/01_evaluate.ipynb #372a2ce7
 def systems_in(paths):
     """{system: DataFrame indexed by id} of several files, all on the same studies in the same order.
     ValueError where systems have other ids or references."""
@@ -111,7 +111,7 @@ DEFAULTS = dict(
 class NotRun(Exception):
     "A metric cannot be had with these options; the message says what would give it."
 
-
+# %% ../../nbs/metrics/01_evaluate.ipynb #f852a6bb
 def lexical(options):
     rouge = scorer("rouge_l")
 
@@ -143,7 +143,7 @@ def bertscore(options):
         "bertscore", "bertscore", model=options["bertscore_model"], layer=options["bertscore_layer"]
     )
 
-
+# %% ../../nbs/metrics/01_evaluate.ipynb #add8a82c
 def chexbert(options):
     judge = scorer("chexbert", model=options["chexbert"], uncertain=options["chexbert_uncertain"])
 
@@ -156,7 +156,7 @@ def chexbert(options):
         + (" 2" if options["chexbert_uncertain"] == "class" else ""),
     )  # 2: uncertain counts as an answer
 
-
+# %% ../../nbs/metrics/01_evaluate.ipynb #c01bf81a
 def radgraph(options):
     judge = scorer(
         "radgraph",
@@ -194,7 +194,7 @@ def _meteor_process():
     with patch.dict(os.environ, java):
         return Meteor()
 
-
+# %% ../../nbs/metrics/01_evaluate.ipynb #bd0df2d4
 def meteor(options, patience=120):
     """METEOR 1.5. NotRun, and no process left, where Java gives no numbers, or none for `patience`
     seconds and a second for each pair."""
@@ -251,7 +251,7 @@ def five(s):
 def micro5(s):
     return ev.f1(*(sum(s[f"{kind} {o}"] for o in FIVE) for kind in ("tp", "fp", "fn")))
 
-
+# %% ../../nbs/metrics/01_evaluate.ipynb #1976ba1d
 def macro5(s):
     zero = {f"{kind} {o}": 0 * s["studies"] for kind in ("tp", "fp", "fn") for o in OBSERVATIONS}
     return ev.macro_f1(zero | five(s))
@@ -296,7 +296,7 @@ def scorer_gauge(name: str) -> tuple[Callable, str]:
         key = f"{name} {hashlib.sha256(text).hexdigest()[:16]}"
     return gauge, key
 
-
+# %% ../../nbs/metrics/01_evaluate.ipynb #9f39a748
 def check_metric(name: str):
     "Raise ValueError unless `name` is one of `MEASURES` or the name of a reward."
     if name in MEASURES:
@@ -355,7 +355,7 @@ def cider_column(frame):
     )
     return pd.DataFrame(dict(cider=Cider().compute_score(true, said)[1]))
 
-
+# %% ../../nbs/metrics/01_evaluate.ipynb #0a28916b
 def image_columns(frame, options, root):
     """Similarity of each report and its image under the frozen expert, and whether it is closer to it
     than to 7 other images. NotRun without images or expert."""
@@ -408,7 +408,7 @@ def holm(ps):
         adjusted[i] = worst
     return adjusted
 
-
+# %% ../../nbs/metrics/01_evaluate.ipynb #6a40bc4b
 def tidy_table(frames, metrics, n_boot, seed):
     """Rows of system, metric, value, lo, hi and, from the second system on, difference to the first, its
     interval, p and Holm-corrected p."""
@@ -452,7 +452,7 @@ def made(names, options):
             raise ValueError(f"metric {name}: {e}") from None
     return gauges, not_run
 
-
+# %% ../../nbs/metrics/01_evaluate.ipynb #bc7c3fef
 def evaluate(paths, out, metrics=None, n_boot=5000, seed=0, image_root=None, **options):
     """Score the JSONL files `paths` (one system each, see `read_reports`) and write `table.csv`,
     `table.md` and `table.json` to folder `out`.
@@ -521,7 +521,7 @@ def evaluate(paths, out, metrics=None, n_boot=5000, seed=0, image_root=None, **o
     (out / "table.md").write_text(f"{formatted(table, not_run).to_markdown()}\n\n{footnotes(info)}\n")
     return table, info
 
-
+# %% ../../nbs/metrics/01_evaluate.ipynb #abeb8612
 def formatted(table, not_run):
     "Metrics as rows, systems as columns, cells `value [lo, hi]`; metrics that could not run keep their rows."
     digits = [1 if metric == "words" else 3 for metric in table.metric]
@@ -533,7 +533,7 @@ def formatted(table, not_run):
             cells.loc[metric] = "not run"
     return cells.rename_axis(None).rename_axis(None, axis=1)
 
-
+# %% ../../nbs/metrics/01_evaluate.ipynb #36d85113
 def footnotes(info):
     "What the numbers were measured with, in a few lines."
     models = ", ".join(f"{n}={info['options'][n]}" for n in ("chexbert", "radgraph", "bertscore_model"))

@@ -76,7 +76,7 @@ def positives(texts, labeler):
         labels == 1, 1, np.where(labels == -1, {"positive": 1, "negative": 0, "class": 2}[uncertain], 0)
     )
 
-
+# %% ../../nbs/metrics/00_statistics.ipynb #99a53b7e
 def label_columns(candidates, references, labeler):
     """True/false positives and false negatives of the 14 labels per pair, as 42 columns `tp Edema`, `fp
     Edema`, …, and the two abnormality flags: an observation is right where it is the same in both (see
@@ -120,7 +120,7 @@ def planted_columns(report, truth):
         phantom.duplicates(report),
     ]
 
-
+# %% ../../nbs/metrics/00_statistics.ipynb #cc9bb48f
 DRAWN = sorted(
     {spec.observation for spec in phantom.FINDINGS.values() if spec.observation in OBSERVATIONS}
     | {"Pneumonia"}
@@ -198,7 +198,7 @@ def truth_keys(dataset):
         else list(dataset["report"])
     )
 
-
+# %% ../../nbs/metrics/00_statistics.ipynb #007feae7
 def score_reports(
     completions,
     dataset,
@@ -285,7 +285,7 @@ def share(column, of):
 def fresh_bleu(order):
     return lambda s: corpus_bleu({c: s[f"fresh {c}"] for c in BLEU_COLUMNS}, order)
 
-
+# %% ../../nbs/metrics/00_statistics.ipynb #6ebb5e96
 METRICS = {  # name: (function of sums, which way is better)
     **{f"BLEU-{n}": (lambda s, n=n: corpus_bleu(s, n), "↑") for n in (1, 2, 3, 4)},
     "ROUGE-L": (share("rouge_l", "studies"), "↑"),
@@ -419,7 +419,7 @@ def normal_template(train, n, sample=60, seed=0):
     central = max(dict.fromkeys(some), key=lambda r: np.mean(rouge.score([r] * len(some), some)))
     return [as_completion(central)] * n
 
-
+# %% ../../nbs/metrics/00_statistics.ipynb #edf2435f
 def random_reports(train, n, seed=0):
     "`n` reports of `train` at random."
     reports = train["report"]
@@ -448,7 +448,7 @@ def retrieval_by_true_codes(train, dataset):
 def _parts(findings):
     return {p for f in findings for p in ((f.what,), (f.what, f.side), f.where)}
 
-
+# %% ../../nbs/metrics/00_statistics.ipynb #2ecde379
 def retrieval_by_expert(train, dataset, expert):
     """For each study the `train` report that the frozen expert finds most similar to its image (Eq. 6;
     the first of equals): retrieval in its image-text space."""
@@ -603,7 +603,7 @@ def describe(finding):
     "A finding in a few words: `moderate left lower opacity`."
     return " ".join(str(v) for v in (finding.severity, finding.side, finding.zone, finding.what) if v)
 
-
+# %% ../../nbs/metrics/00_statistics.ipynb #893c1702
 def _coloured_text(ax, text, spans, width, y, step):
     """Monospaced `text` with spans (start, end, kind) coloured: in each line every kind is drawn with all
     other characters blank, so that nothing shifts."""
@@ -628,7 +628,7 @@ def _coloured_text(ax, text, spans, width, y, step):
         at += len(line)
     return len(lines)
 
-
+# %% ../../nbs/metrics/00_statistics.ipynb #68fb4df0
 def plot_cases(dataset, reports, n=4, width=92, first=0):
     """A page of `n` phantom studies from row `first` on: image with boxes around what was planted,
     reference, and each system's report with its mentions coloured.

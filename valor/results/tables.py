@@ -55,6 +55,8 @@ METRICS = {
     },
     "false labels": (false_labels, "↓"),
 }
+
+# %% ../../nbs/results/00_tables.ipynb #82f0414c
 SHOWN = [
     "BLEU-1",
     "BLEU-2",
@@ -104,7 +106,7 @@ def finished(phase, cfg, missing):
         raise RunError(f"seed {cfg.seed} has no run {phase_folder(phase, cfg).name}")
     return ensure(phase, cfg)
 
-
+# %% ../../nbs/results/00_tables.ipynb #6c351f4b
 def rows_of(cfgs, systems=ROWS, missing="run", controls=True):
     """`({row: {seed: (folder, condition)}}, {system: why it is not there})` for runs `cfgs` (one per
     seed); with `controls` also those of the test set and VALOR on wrong images."""
@@ -188,7 +190,7 @@ def options_of(cfg, models):
         | models
     )
 
-
+# %% ../../nbs/results/00_tables.ipynb #3ad26c3d
 def gauges_for(metrics, options):
     "`({gauge: (function, key)}, {metric: why it cannot be had})` of what `metrics` need."
     gauges, why = (
@@ -202,7 +204,7 @@ def gauges_for(metrics, options):
             why |= {m: f"not run; wants {e}" for m in metrics if GAUGED.get(m) == gauge}
     return gauges, why
 
-
+# %% ../../nbs/results/00_tables.ipynb #067d6b1c
 def with_gauges(frame, written, references, gauges, cider, folder):
     """`frame` with the columns of the `gauges` (and of CIDEr), from the reports as `written`; what was
     scored before is read from `folder`."""
@@ -224,7 +226,7 @@ def with_gauges(frame, written, references, gauges, cider, folder):
         parts.append(judging.cider_column(pd.DataFrame(dict(candidate=said, reference=references))))
     return pd.concat(parts, axis=1).set_axis(frame.index)
 
-
+# %% ../../nbs/results/00_tables.ipynb #d41b99ce
 def scored(rows, cfgs, metrics, models=MappingProxyType({})):
     """`({row: {seed: frame}}, {metric: why not})`: every row's frame with all that `metrics` need.
     References are those of the test set of each seed's run in `cfgs`."""
@@ -331,7 +333,7 @@ def main_table(
         sorted({f for by_seed in rows.values() for f, _ in by_seed.values()}),
     )
 
-
+# %% ../../nbs/results/00_tables.ipynb #e326737b
 def command_for(cfgs, notebook="09_main_results"):
     "The command line that makes the whole table of the runs `cfgs`; what is there is not run again."
     here, data = asdict(cfgs[0]), ("benchmark", "data_root", "data_options")
@@ -346,7 +348,7 @@ def command_for(cfgs, notebook="09_main_results"):
     given = yaml.safe_dump(told, default_flow_style=True, sort_keys=False, width=10_000).strip()
     return f"papermill nbs/{notebook}.ipynb out.ipynb -y {shlex.quote(given)}"
 
-
+# %% ../../nbs/results/00_tables.ipynb #846d873b
 def wide(tidy, systems=(), why=MappingProxyType({})):
     """Metrics as rows, systems as columns, cells `value [lo, hi]`; * marks a Holm-corrected p < 0.05
     against VALOR, `not run` a system or metric that `why` tells of."""
@@ -373,7 +375,7 @@ def wide(tidy, systems=(), why=MappingProxyType({})):
     table.index = [f"{m} {METRICS[m][1]}".strip() for m in table.index]
     return table.rename_axis(None).rename_axis(None, axis=1)
 
-
+# %% ../../nbs/results/00_tables.ipynb #8f9ef6f2
 def plot_systems(tidy, metrics, title=None):
     "Fig. 2's left side: a panel a metric, every system's value with its interval, in the order of `tidy`."
     metrics = [m for m in metrics if tidy.query("metric == @m").value.notna().any()]

@@ -36,6 +36,8 @@ from valor.data.phantom import (
     write_reference,
 )
 from ..data.report import data_report, to_markdown
+
+# %% ../../nbs/runs/02_makers.ipynb #429fa183
 from ..data.restricted import check_place
 from ..data.sources import DataError, terms_of
 from ..data.studies import load_studies, store_images
@@ -51,6 +53,8 @@ from ..policy.tiny import build_policy, finding_targets, generate, warm_up_visio
 from ..rewards.compose import extras_of
 from ..rewards.guard import probe
 from ..rewards.text import report_body, scorer
+
+# %% ../../nbs/runs/02_makers.ipynb #08075257
 from valor.runs.phases import (
     LABELER,
     OUTSIDE,
@@ -131,7 +135,7 @@ def real_data(out, cfg):
     )
     return datasets.DatasetDict(made)
 
-
+# %% ../../nbs/runs/02_makers.ipynb #0274c407
 def scorers_note(cfg):
     "What gives the clinical scores and BERTScore of the run `cfg`."
     return f"scored by chexbert={cfg.chexbert}, radgraph={cfg.radgraph}, bertscore={cfg.bertscore_model}"
@@ -197,7 +201,7 @@ def make_expert(out, cfg, after, name):
         out / "model",
     )
 
-
+# %% ../../nbs/runs/02_makers.ipynb #69f829d3
 def open_expert(folder, cfg):
     """The expert of an `expert` phase; the features of images are kept for all runs. `RunError` where
     another model lies now where the phase found its own."""
@@ -211,7 +215,7 @@ def open_expert(folder, cfg):
         )
     return expert
 
-
+# %% ../../nbs/runs/02_makers.ipynb #a1ea65e6
 def expert_note(cfg, frames):
     """One line that results print: which expert, what it judges, and how many reports of each system ran
     beyond its context and were cut. `frames`: {system: {seed: frame}}."""
@@ -261,7 +265,7 @@ def lay_findings(row: Mapping, omits: bool = False) -> list[Finding]:
         if v == 1 and o in BY_OBSERVATION
     ]
 
-
+# %% ../../nbs/runs/02_makers.ipynb #18803e0d
 def warm_up_targets(data: datasets.Dataset, omits: bool = False) -> torch.Tensor:
     """Multi-hot targets `(N, C)` of the vision warm-up: findings with side and zone where they are known
     (where references may omit some: those that the reference states), else the 14 labels."""
@@ -309,7 +313,7 @@ def make_base(out, cfg, after, name):
     )
     shutil.rmtree(out / "init")
 
-
+# %% ../../nbs/runs/02_makers.ipynb #a528a5b9
 def policy_in(folder):
     "Where the policy of a `base` or `sft` phase is: its own folder, or the checkpoint that `base` named."
     elsewhere = Path(folder) / "policy.json"
@@ -340,7 +344,7 @@ def make_sft(out, cfg, after, name):
     if is_first():
         pd.DataFrame([l for l in log if "loss" in l]).to_csv(out / "log.csv", index=False)
 
-
+# %% ../../nbs/runs/02_makers.ipynb #66175db8
 def text_scorers(cfg):
     "The scorers that `cfg` names, by reward column."
     kept = runs_dir() / "scores"  # what models said of references, shared by all runs
@@ -361,7 +365,7 @@ def text_scorers(cfg):
         **{name: scorer(name) for name in extras_of(cfg)},
     }
 
-
+# %% ../../nbs/runs/02_makers.ipynb #158d9f5d
 def check_scorers(cfgs):
     """Make the scorers and the expert that the runs `cfgs` name and try them, so that missing weights and
     broken rewards show before anything is trained (ValueError, RewardError)."""
@@ -387,7 +391,7 @@ def check_scorers(cfgs):
 
 TRIED = set()  # what this process has tried: real scorers take minutes to load
 
-
+# %% ../../nbs/runs/02_makers.ipynb #0d673239
 def labeler(cfg):
     "The label scorer that `cfg` names; it labels for training and evaluation alike."
     return scorer(
@@ -400,7 +404,7 @@ def context_watch(expert):
     judges their beginning alone."""
     return {"cut": lambda texts, rows: [float(c) for c in expert.cut(texts)]} if expert.counts else {}
 
-
+# %% ../../nbs/runs/02_makers.ipynb #9f5960a7
 def truth_watch(cfg):
     """What training is watched by but never rewarded with: F1 against the planted truth, and the share of
     true findings that are named."""
@@ -429,7 +433,7 @@ def truth_watch(cfg):
 
     return {"truth_f1": truth_f1, "finding_recall": finding_recall}
 
-
+# %% ../../nbs/runs/02_makers.ipynb #b54f3741
 @maker("stage1", "stage2")
 def make_stage(out, cfg, after, name):
     stage = int(name[-1])
@@ -479,7 +483,7 @@ def make_samples(out, cfg, after, name):
         min(len(train), updates_of(cfg, len(train)) // cfg.num_iterations * cfg.batch_size),
     )
 
-
+# %% ../../nbs/runs/02_makers.ipynb #d9f2065b
 def pairs_for(name, cfg, folder, train):
     """The pairs that phase `name` ('dpo' or 'mmedpo') trains on, from the samples or the preference file
     in `folder`."""
@@ -492,7 +496,7 @@ def pairs_for(name, cfg, folder, train):
         else clinical_pairs(samples, train, text_scorers(cfg)[cfg.mmedpo_scorer], cfg.mmedpo_noise)
     )
 
-
+# %% ../../nbs/runs/02_makers.ipynb #831a0c8e
 @maker("dpo", "mmedpo")
 def make_preference(out, cfg, after, name):
     train = load_data(phase_folder("data", cfg))["train"]
@@ -544,7 +548,7 @@ def snapshots_of(stage, cfg):
     }
     return ({0: None} if stage == "stage1" else {}) | dict(sorted(kept.items()))
 
-
+# %% ../../nbs/runs/02_makers.ipynb #ab545442
 def score_frame(completions, cfg, expert):
     data = load_data(phase_folder("data", cfg))
     return ev.score_reports(
@@ -556,7 +560,7 @@ def score_frame(completions, cfg, expert):
         labeler=labeler(cfg),
     )
 
-
+# %% ../../nbs/runs/02_makers.ipynb #73796d5e
 @maker("eval_base", "eval_sft", "eval_stage1", "eval_stage2", "eval_dpo", "eval_mmedpo")
 def make_evaluation(out, cfg, after, name):
     model, processor = policy_of(name.removeprefix("eval_"), cfg)
@@ -577,7 +581,7 @@ def make_evaluation(out, cfg, after, name):
         )
         score_frame(written, cfg, expert).to_csv(out / f"frame {condition}.csv")
 
-
+# %% ../../nbs/runs/02_makers.ipynb #c2593d67
 @maker("controls")
 def make_controls(out, cfg, after, name):
     data = load_data(after["data"])

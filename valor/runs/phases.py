@@ -35,6 +35,8 @@ from ..files import whole
 from ..policy.models import LOADING
 from ..rewards.guard import RewardError
 from ..rewards.text import StoreError
+
+# %% ../../nbs/runs/01_phases.ipynb #bd274774
 from .processes import JOINT, RunError, end_with_parent, is_first, processes, setup, together
 from ..train.sft import TrainingError
 
@@ -54,6 +56,8 @@ def _fields(names: str) -> tuple[str, ...]:
 LABELER = ("chexbert", "chexbert_uncertain")
 _RADGRAPH = _fields("radgraph radgraph_type radgraph_encoder radgraph_level")
 SCORING = ("bertscore_model", "bertscore_layer", *LABELER, *_RADGRAPH, "extra_rewards")
+
+# %% ../../nbs/runs/01_phases.ipynb #4cb43c72
 _GIVEN = {
     "data": Phase(
         (),
@@ -110,6 +114,8 @@ _BASELINES = {
     ),
 }
 _EVALUATED = ("base", "sft", "stage1", "stage2", "dpo", "mmedpo")
+
+# %% ../../nbs/runs/01_phases.ipynb #66096440
 _MEASURED = {
     "controls": Phase(("data", "expert"), LABELER, 6),
     "trust": Phase(
@@ -245,7 +251,7 @@ def _digest(path: Path) -> str:
     stat = path.stat()
     return _sha256(str(path), stat.st_size, stat.st_mtime_ns)
 
-
+# %% ../../nbs/runs/01_phases.ipynb #c2348350
 @lru_cache(4096)
 def _sha256(path: str, size: int, mtime: int) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
@@ -302,7 +308,7 @@ def finish(folder: Path) -> None:
     write_json(folder / "done.json", dict(files=digests))
     drop_checkpoints(folder)
 
-
+# %% ../../nbs/runs/01_phases.ipynb #a2a5eaa5
 def drop_checkpoints(folder: Path) -> None:
     """Delete what was only needed to resume. What cannot be deleted (a read-only medium), or is being
     deleted by another process, is left."""
@@ -443,7 +449,7 @@ def alone(name: str, cfg: Config) -> Path:
         raise RunError(f"phase {name} failed; its message is above")
     return phase_folder(name, cfg)
 
-
+# %% ../../nbs/runs/01_phases.ipynb #01be7dd8
 def alone_here() -> None:
     "What the process that `alone` starts does: the phase and the configuration are its arguments."
     try:

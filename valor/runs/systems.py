@@ -58,7 +58,7 @@ MAIN_SYSTEMS = (
     "VALOR, planted truth",
 )
 
-
+# %% ../../nbs/runs/03_systems.ipynb #df6cc702
 def phase_of(system, cfg):
     "Evaluation phase of `system` and the configuration it has under `cfg`. ValueError for an unknown system."
     if system not in SYSTEMS:
@@ -75,7 +75,7 @@ def systems_on(benchmark: str, systems: Iterable[str] = tuple(SYSTEMS)) -> list[
         return list(systems)
     return [s for s in systems if SYSTEMS[s][1].get("visual") != "truth"]
 
-
+# %% ../../nbs/runs/03_systems.ipynb #e6ee8825
 def frames_of(cfgs, systems=MAIN_SYSTEMS):
     """{system: {seed: frame}} for the runs `cfgs` (one per seed) and names of `SYSTEMS`, as far as their
     benchmark allows, controls included; missing phases are run."""
@@ -103,7 +103,7 @@ def control_frames(cfg):
         for p in sorted(folder.glob("frame *.csv"))
     }
 
-
+# %% ../../nbs/runs/03_systems.ipynb #ba17203f
 def controls_of(cfgs: Sequence[Config]) -> dict[str, dict[int, pd.DataFrame]]:
     """Frames of the controls that need no policy for the runs `cfgs`: {control: {seed: frame}}, or {0:
     frame} where all runs have the same studies and expert."""
@@ -127,7 +127,7 @@ def log_of(cfgs):
             logs.append(pd.concat([one, two]).assign(system=system, seed=cfg.seed))
     return pd.concat(logs, ignore_index=True)
 
-
+# %% ../../nbs/runs/03_systems.ipynb #50f6f78c
 PROGRESS = {
     "rewards/bleu4/mean": "BLEU-4",
     "rewards/rouge_l/mean": "ROUGE-L",
@@ -226,7 +226,7 @@ def check_packages(cfg):
     frozen_weights(cfg.policy_weights)
     vllm_args(cfg.rollout, cfg, image_token="")
 
-
+# %% ../../nbs/runs/03_systems.ipynb #a6090860
 def run_main(args, settings):
     "Run `valor run` with parsed arguments and `--set` settings."
     try:
@@ -272,7 +272,7 @@ def run_main(args, settings):
     )
     print("\n".join(map(str, files)))
 
-
+# %% ../../nbs/runs/03_systems.ipynb #6cc6cc83
 def run_train(args, settings):
     """Run `valor train` with parsed arguments and `--set` settings: the training phases up to
     `args.until`, on as many processes as were launched."""

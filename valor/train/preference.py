@@ -27,6 +27,8 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from ..files import UNREADABLE, DataError, json_lines, json_value, one_line, opened, own_lines
 from ..metrics.statistics import as_completion
 from ..policy.adapter import beside
+
+# %% ../../nbs/train/03_preference.ipynb #cd9f0516
 from valor.policy.models import (
     check_completions,
     ending,
@@ -69,7 +71,7 @@ def whole_lines(path, chunk):
     path.write_bytes(b"".join(line + b"\n" for line in kept))
     return whole
 
-
+# %% ../../nbs/train/03_preference.ipynb #4d18cf28
 def sample_reports(policy, data, path, rewards, cfg, n, chunk=8):
     """Write `cfg.group_size` samples and their rewards of `n` studies of `data` (a random choice by
     `cfg.seed`) to the JSONL file `path`: {row, study_id, samples, rewards}.
@@ -107,7 +109,7 @@ def sample_reports(policy, data, path, rewards, cfg, n, chunk=8):
                 )
             file.flush()
 
-
+# %% ../../nbs/train/03_preference.ipynb #4fbfec14
 def read_samples(path):
     return [line for _, line in own_lines(path, '{"row": ')]
 
@@ -151,7 +153,7 @@ def _turns(row, field):
         )
     return turns[0]["value"].replace("<image>", "").strip(), turns[1]["value"].strip()
 
-
+# %% ../../nbs/train/03_preference.ipynb #5c1f814e
 def _preference(row, rows_of, folder):
     """The pair of one row of a preference file, None where both reports are the same; ValueError saying
     what is wrong with it."""
@@ -181,7 +183,7 @@ def _preference(row, rows_of, folder):
         prompt=prompt or PROMPT,
     )
 
-
+# %% ../../nbs/train/03_preference.ipynb #12467db7
 def read_preferences(path, study_ids):
     """Pairs of a preference file in MMedPO's schema (JSON or JSONL); `study_ids`: of the training data,
     in order. Pairs of equal reports are set aside, and their number is printed.
@@ -289,7 +291,7 @@ def _shown(p, data):
     study = data.select([p["row"]])
     return [im.convert("RGB") for im in image_lists(study)[0]], [t["box"] for t in study[0]["truth"]]
 
-
+# %% ../../nbs/train/03_preference.ipynb #03e46ba6
 def pair_dataset(pairs, data, noise="none"):
     """`pairs` as a dataset with `prompt`, `chosen`, `rejected` (messages), `images`, `rejected_images`
     and `weight`; `noise` as in `mmedpo_noise`."""
@@ -340,7 +342,7 @@ class PairCollator(DataCollatorForVisionPreference):
         batch["weight"] = torch.tensor(weights)
         return batch
 
-
+# %% ../../nbs/train/03_preference.ipynb #6970247a
 class MMedPOTrainer(DPOTrainer):
     "TRL's DPO with a weight for every pair (`weighted_dpo_loss`); at weights 1 and equal images it is TRL's."
 
@@ -404,7 +406,7 @@ def preference_trainer(sft_folder, pairs, data, out, cfg, weighted, steps, seed,
 def updates_of(cfg, n):
     return sum(steps_of(steps, cfg, n) for steps in (cfg.stage1_steps, cfg.stage2_steps))
 
-
+# %% ../../nbs/train/03_preference.ipynb #19eec6f0
 def prefer(sft_folder, pairs, data, out, cfg, weighted, per_device=None):
     """Train on `pairs` for as many updates as both stages of VALOR have and write the adapter to
     `out/adapter`; returns the log, one dict per update.
