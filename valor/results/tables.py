@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -36,7 +37,7 @@ from ..runs.processes import RunError
 from ..runs.systems import phase_of
 
 # %% ../../nbs/results/00_tables.ipynb #1832fc26
-def false_labels(s):
+def false_labels(s: Mapping) -> float | np.ndarray:
     return ev.ratio(sum(s[f"fp {o}"] for o in ev.PATHOLOGIES), s["studies"])
 
 
@@ -80,7 +81,7 @@ SHOWN = [
 ]
 
 
-def shown_metrics(benchmark):
+def shown_metrics(benchmark: str) -> list[str]:
     return SHOWN + list(benchmark_of(benchmark).truth_metrics)
 
 # %% ../../nbs/results/00_tables.ipynb #e043ffb0
@@ -98,7 +99,7 @@ FAULTS = (
 )  # what may cost a row, and no more than that
 
 
-def finished(phase, cfg, missing):
+def finished(phase: str, cfg: Config, missing: str) -> Path:
     "Folder of an evaluation; with `missing='skip'` `RunError` where it is not there yet."
     if missing not in ("run", "skip"):
         raise ValueError(f"missing={missing!r}: expected 'run' or 'skip'")
@@ -107,7 +108,9 @@ def finished(phase, cfg, missing):
     return ensure(phase, cfg)
 
 # %% ../../nbs/results/00_tables.ipynb #6c351f4b
-def rows_of(cfgs, systems=ROWS, missing="run", controls=True):
+def rows_of(
+    cfgs: Sequence[Config], systems: Sequence[str] = ROWS, missing: str = "run", controls: bool = True
+) -> tuple[dict, dict]:
     """`({row: {seed: (folder, condition)}}, {system: why it is not there})` for runs `cfgs` (one per
     seed); with `controls` also those of the test set and VALOR on wrong images."""
     rows, why = {}, {}
@@ -168,7 +171,7 @@ def part_of(
     return parts if min(len(f) for by_seed in parts.values() for f in by_seed.values()) > 1 else None
 
 # %% ../../nbs/results/00_tables.ipynb #b583d710
-def options_of(cfg, models):
+def options_of(cfg: Config, models: Mapping) -> dict:
     """Which models the gauges use: the run's own, and `models` (such as ratescore=FOLDER, green=FOLDER,
     see `valor evaluate`)."""
     if strange := [n for n in models if n not in judging.DEFAULTS]:
@@ -191,7 +194,7 @@ def options_of(cfg, models):
     )
 
 # %% ../../nbs/results/00_tables.ipynb #3ad26c3d
-def gauges_for(metrics, options):
+def gauges_for(metrics: Sequence[str], options: dict) -> tuple[dict, dict]:
     "`({gauge: (function, key)}, {metric: why it cannot be had})` of what `metrics` need."
     gauges, why = (
         {},
@@ -205,7 +208,14 @@ def gauges_for(metrics, options):
     return gauges, why
 
 # %% ../../nbs/results/00_tables.ipynb #067d6b1c
-def with_gauges(frame, written, references, gauges, cider, folder):
+def with_gauges(
+    frame: pd.DataFrame,
+    written: Sequence[str],
+    references: Sequence[str],
+    gauges: Mapping,
+    cider: bool,
+    folder: Path,
+) -> pd.DataFrame:
     """`frame` with the columns of the `gauges` (and of CIDEr), from the reports as `written`; what was
     scored before is read from `folder`."""
     said = [report_body(w) for w in written]
@@ -227,7 +237,9 @@ def with_gauges(frame, written, references, gauges, cider, folder):
     return pd.concat(parts, axis=1).set_axis(frame.index)
 
 # %% ../../nbs/results/00_tables.ipynb #d41b99ce
-def scored(rows, cfgs, metrics, models=MappingProxyType({})):
+def scored(
+    rows: Mapping, cfgs: Sequence[Config], metrics: Sequence[str], models: Mapping = MappingProxyType({})
+) -> tuple[dict, dict]:
     """`({row: {seed: frame}}, {metric: why not})`: every row's frame with all that `metrics` need.
     References are those of the test set of each seed's run in `cfgs`."""
     gauges, why = gauges_for(metrics, options_of(cfgs[0], models))
@@ -248,7 +260,9 @@ def scored(rows, cfgs, metrics, models=MappingProxyType({})):
     }, why
 
 # %% ../../nbs/results/00_tables.ipynb #5d38a59e
-def compare(frames, metrics, against="VALOR", n=20_000, seed=0):
+def compare(
+    frames: Mapping, metrics: Mapping, against: str = "VALOR", n: int = 20_000, seed: int = 0
+) -> pd.DataFrame:
     """Tidy table: system, metric, value, lo, hi, seeds, studies, and difference to `against` (theirs
     minus its), its interval, p and Holm-corrected p.
 
@@ -297,15 +311,15 @@ def compare(frames, metrics, against="VALOR", n=20_000, seed=0):
 
 # %% ../../nbs/results/00_tables.ipynb #d305a7cf
 def main_table(
-    cfgs,
-    systems=(*ROWS, *VISUAL_CONTROLS),
-    metrics=None,
-    missing="run",
-    models=MappingProxyType({}),
-    n=20_000,
-    against="VALOR",
-    controls=True,
-):
+    cfgs: Sequence[Config],
+    systems: Sequence[str] = (*ROWS, *VISUAL_CONTROLS),
+    metrics: Sequence[str] | None = None,
+    missing: str = "run",
+    models: Mapping = MappingProxyType({}),
+    n: int = 20_000,
+    against: str = "VALOR",
+    controls: bool = True,
+) -> tuple:
     """`(tidy, parts, why, runs)` of the runs `cfgs` (one per seed): `compare` on all studies; the same on
     those that are not leaked and on those that are (`data.leaked`: report word for word in train, or
     patient there; {"unleaked": …, "leaked": …}; {} where a part has less than two); {system or metric:
@@ -334,7 +348,7 @@ def main_table(
     )
 
 # %% ../../nbs/results/00_tables.ipynb #e326737b
-def command_for(cfgs, notebook="09_main_results"):
+def command_for(cfgs: Sequence[Config], notebook: str = "09_main_results") -> str:
     "The command line that makes the whole table of the runs `cfgs`; what is there is not run again."
     here, data = asdict(cfgs[0]), ("benchmark", "data_root", "data_options")
     usual = asdict(configure(cfgs[0].preset, **{n: here[n] for n in data}))
@@ -349,11 +363,13 @@ def command_for(cfgs, notebook="09_main_results"):
     return f"papermill nbs/{notebook}.ipynb out.ipynb -y {shlex.quote(given)}"
 
 # %% ../../nbs/results/00_tables.ipynb #846d873b
-def wide(tidy, systems=(), why=MappingProxyType({})):
+def wide(
+    tidy: pd.DataFrame, systems: Sequence[str] = (), why: Mapping = MappingProxyType({})
+) -> pd.DataFrame:
     """Metrics as rows, systems as columns, cells `value [lo, hi]`; * marks a Holm-corrected p < 0.05
     against VALOR, `not run` a system or metric that `why` tells of."""
 
-    def text(r):
+    def text(r: Any) -> str:
         star = "*" if getattr(r, "p_holm", 1) < 0.05 else ""
         return ev.cell(r.value, r.lo, r.hi, ev.digits_of(r.metric)) + star
 
@@ -376,7 +392,7 @@ def wide(tidy, systems=(), why=MappingProxyType({})):
     return table.rename_axis(None).rename_axis(None, axis=1)
 
 # %% ../../nbs/results/00_tables.ipynb #8f9ef6f2
-def plot_systems(tidy, metrics, title=None):
+def plot_systems(tidy: pd.DataFrame, metrics: Sequence[str], title: str | None = None) -> plt.Figure:
     "Fig. 2's left side: a panel a metric, every system's value with its interval, in the order of `tidy`."
     metrics = [m for m in metrics if tidy.query("metric == @m").value.notna().any()]
     systems, columns = list(tidy.system.drop_duplicates()), min(3, len(metrics))
