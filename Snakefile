@@ -74,13 +74,13 @@ JOB = """import json, sys
 from valor.config import preset
 from valor.runs.makers import check_scorers
 from valor.runs.phases import check_updates, ensure
-from valor.runs.systems import SYSTEMS, phase_of
+from valor.runs.systems import phase_of, systems_on
 cfg, phases = preset(**json.loads(sys.argv[1])), sys.argv[2:]
 check_updates("stage1", cfg)
 check_scorers([cfg])
 for phase in phases: ensure(phase, cfg)
 if not phases:
-    for system in SYSTEMS: ensure(*phase_of(system, cfg))
+    for system in systems_on(cfg.benchmark): ensure(*phase_of(system, cfg))
     ensure("controls", cfg)
 """
 

@@ -230,6 +230,48 @@ MUTANTS = [
         after="last=log.tail(1).mean()",
         test="test_exact.py::test_convergence_is_judged_on_ten_updates",
     ),
+    Mutant(
+        name="omission: validation and test references leave findings out too",
+        module="data/benchmarks",
+        before='omit if split == "train" else 0.0',
+        after="omit",
+        test="test_effect.py::test_only_training_references_leave_findings_out",
+    ),
+    Mutant(
+        name="omission: plain findings are left out more often than subtle ones",
+        module="data/phantom",
+        before="omit + difference if is_subtle(finding) else omit - difference",
+        after="omit - difference if is_subtle(finding) else omit + difference",
+        test="test_effect.py::test_references_leave_out_what_they_say_and_subtle_findings_more_often",
+    ),
+    Mutant(
+        name="omission: the base is warmed up on planted truth",
+        module="runs/makers",
+        before='zip(row["truth"], from_truth(row["truth"])) if f.where in places]',
+        after='zip(row["truth"], from_truth(row["truth"]))]',
+        test="test_effect.py::test_the_base_is_told_no_more_than_the_references",
+    ),
+    Mutant(
+        name="the placebo sees the study's own image",
+        module="expert/controls",
+        before='dataset[partner[row["study_id"]]]["image"]',
+        after='row["image"]',
+        test="test_effect.py::test_stage_2_is_rewarded_by_what_the_configuration_names",
+    ),
+    Mutant(
+        name="data, base and expert do not follow the seed",
+        module="config",
+        before="return cfg.seed + (101 if",
+        after="return 0 + (101 if",
+        test="test_effect.py::test_the_seed_drives_data_base_and_expert_unless_theirs_is_given",
+    ),
+    Mutant(
+        name="all seeds are scored on the first seed's references",
+        module="results/tables",
+        before='by_seed = {c.seed: list(load_data(phase_folder("data", c))',
+        after='by_seed = {c.seed: list(load_data(phase_folder("data", cfgs[0]))',
+        test="test_effect.py::test_each_seed_is_scored_on_its_own_references",
+    ),
 ]
 
 

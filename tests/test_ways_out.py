@@ -83,6 +83,7 @@ WAYS_OUT = {
             "makers.make_evaluation",
             "makers.make_controls",
             "makers.make_progress",
+            "trust.make_trust",
         )
     },
     "runs.systems.main_job": "through figures.save",

@@ -20,9 +20,10 @@ from typing import Any
 import matplotlib as mpl
 import pandas as pd
 import seaborn as sns
+import torch
 from matplotlib.figure import Figure
 
-from .config import Config, figures_dir, key_of, runs_dir, versions
+from .config import Config, cpu_model, figures_dir, key_of, runs_dir, versions
 from .data.restricted import kept
 from .data.sources import terms_of
 from .files import whole
@@ -79,9 +80,13 @@ COLOURS = {
     "VALOR w/o visual": "#cc79a7",
     "VALOR": "#009e73",
     # controls and ceilings
+    "VALOR, placebo": "#857a66",
+    "VALOR, random numbers": "#958a9c",
+    "VALOR, planted truth": "#566656",
     "VALOR, shuffled images": "#707070",
     "VALOR, blank image": "#909090",
     "normal template": "#9a9a9a",
+    "best fixed report": "#8a8a8a",
     "random report": "#b4b4b4",
     "perfect findings": "#4d4d4d",
     "retrieval by true codes": "#4d4d4d",
@@ -115,7 +120,8 @@ def _computed_on(runs: Iterable[Path | str]) -> list[dict]:
 def sidecar(
     stem: str, cfgs: Iterable[Config] = (), runs: Iterable[Path | str] = (), note: str = ""
 ) -> dict[str, Any]:
-    "What the figure `stem` was made from: see `save`."
+    """What the figure `stem` was made from: see `save`. `computed_on` says on how many threads of which
+    CPUs its runs were computed, `drawn_on` the same of the process that writes it."""
     cfgs, runs = list(cfgs), list(runs)
     now = versions() | {name: version(name) for name in ("matplotlib", "seaborn", "pandas")}
     others = {Path(run).name: differing for run in runs if (differing := _differing(run, now))}
@@ -129,6 +135,7 @@ def sidecar(
         versions=now,
         other_versions=dict(sorted(others.items())),
         computed_on=_computed_on(runs),
+        drawn_on=dict(threads=torch.get_num_threads(), cpu=cpu_model()),
         note=note,
     )
 

@@ -450,7 +450,8 @@ class Benchmark:
     """All that the package knows about a benchmark; `register_benchmark` adds one.
 
     `load(counts, seed, size, sections, render_seed)` returns a `DatasetDict` with `FEATURES`; `counts` is
-    {split: number of studies or None for all}. `note(study_ids)` returns the line under its results.
+    {split: number of studies or None for all}; where `omits`, it also takes `omit`. `note(study_ids)`
+    returns the line under its results.
     `truth` says what `truth_metrics` are measured against: "findings" (planted, with their places),
     "observations" (what the image was drawn from), or None."""
 
@@ -463,6 +464,7 @@ class Benchmark:
     truth_metrics: tuple[str, ...] = ()
     text_shown: bool = False  # may report texts stand in committed results?
     made_up: bool = False  # is the text the phantom grammar's, in which every word occurs often?
+    omits: bool = False  # can its training references be told to leave findings out?
     described: str = ""  # what the gallery adds to the terms
     main_metrics: tuple[str, ...] = MAIN_METRICS  # the columns of the main table
 
@@ -483,11 +485,15 @@ def benchmark_of(name: str) -> Benchmark:
     return BENCHMARKS.get(name) or Benchmark(name)
 
 # %% ../../nbs/data/01_benchmarks.ipynb #5b3d77d2
-def _load_phantom(counts, seed, size, sections, render_seed):
+def _load_phantom(counts, seed, size, sections, render_seed, omit=0.0):
     for split, n in counts.items():
         if n is None or n < 1:
             raise ValueError(f"n_{split}={n}: phantom studies are made on demand; say how many (1 or more)")
-    made = {split: make_phantom(n, seed, split, size=size, sections=sections) for split, n in counts.items()}
+    made = {}
+    for split, n in counts.items():
+        # at 0 reports as the grammar writes them; else only training references leave findings out
+        left_out = None if not omit else omit if split == "train" else 0.0
+        made[split] = make_phantom(n, seed, split, size=size, sections=sections, omit=left_out)
     return DatasetDict({split: rerender(d, render_seed) if render_seed else d for split, d in made.items()})
 
 
@@ -497,6 +503,16 @@ def _load_openi(counts, seed, size, sections, render_seed):
     for split, n in counts.items():
         parts[split] = openi_dataset(studies, split, n, size, sections, render_seed)
     return DatasetDict(parts)
+
+# %% ../../nbs/data/01_benchmarks.ipynb #ben00091
+def _known(name, sections, omit):
+    "The benchmark `name`, or ValueError where it is unknown or does not have what is asked for."
+    if name not in BENCHMARKS:
+        raise ValueError(f"benchmark name={name!r}: must be one of {', '.join(BENCHMARKS)}")
+    compose_report("", "", sections)  # raises for unknown sections
+    if omit and not BENCHMARKS[name].omits:
+        raise ValueError(f"omit={omit}: the references of {name} are as they are; expected 0")
+    return BENCHMARKS[name]
 
 # %% ../../nbs/data/01_benchmarks.ipynb #be0029
 def load_benchmark(
@@ -508,17 +524,18 @@ def load_benchmark(
     size: int = 96,
     sections: str = "both",
     render_seed: int = 0,
+    omit: float = 0.0,
 ) -> DatasetDict:
     """The benchmark `name` as a `DatasetDict` (train, val, test) with `FEATURES`; the same parameters
     give the same rows. `phantom`: n studies per split, made from `seed`. `openi_rendered`: real reports,
     a split that no seed changes, the first n of each split (None: all); `render_seed` chooses the
-    anatomy. `sections` is what `report` holds: `both` or `findings`. Raises `ValueError` naming the
-    parameter for an unknown name or section, or an impossible n."""
-    if name not in BENCHMARKS:
-        raise ValueError(f"benchmark name={name!r}: must be one of {', '.join(BENCHMARKS)}")
-    compose_report("", "", sections)  # raises for unknown sections
+    anatomy. `sections` is what `report` holds: `both` or `findings`. `omit`: the share of findings that
+    `phantom`'s training references leave out (`data.phantom.write_reference`); references of the other
+    splits state all of them. Raises `ValueError` naming the parameter for an unknown name or section, an
+    impossible n, or an `omit` that the benchmark does not know."""
+    known = _known(name, sections, omit)
     counts = dict(train=n_train, val=n_val, test=n_test)
-    return BENCHMARKS[name].load(counts, seed, size, sections, render_seed)
+    return known.load(counts, seed, size, sections, render_seed, *([omit] if omit else []))
 
 # %% ../../nbs/data/01_benchmarks.ipynb #8fe33233
 def benchmark_note(name: str, dataset: Dataset | Mapping[str, Dataset]) -> str:
@@ -559,6 +576,7 @@ register_benchmark(
         truth_metrics=PHANTOM_METRICS,
         text_shown=True,
         made_up=True,
+        omits=True,
         main_metrics=PHANTOM_MAIN,
     )
 )

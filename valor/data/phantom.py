@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SIDES', 'ZONES', 'SEVERITIES', 'KINDS', 'FINDINGS', 'PHANTOM_NAMES', 'EDITS', 'FEATURES', 'Finding',
            'sample_findings', 'render', 'show_studies', 'write_report', 'generic_description', 'parse_report',
-           'compare', 'located_f1', 'spans', 'duplicates', 'labels', 'flip_side', 'drop_one', 'add_one', 'swap_finding',
-           'compose_report', 'png_bytes', 'to_truth', 'from_truth', 'make_phantom']
+           'is_subtle', 'omission_chance', 'write_reference', 'compare', 'located_f1', 'spans', 'duplicates', 'labels',
+           'flip_side', 'drop_one', 'add_one', 'swap_finding', 'compose_report', 'png_bytes', 'to_truth', 'from_truth',
+           'make_phantom']
 
 # %% ../../nbs/data/00_phantom.ipynb #463b2bbe
 import io
@@ -1081,13 +1082,18 @@ def write_report(findings: Sequence[Finding], rng: Generator) -> tuple[str, str]
 
     Both state every one of `findings`, FINDINGS with all attributes; only absent findings are denied.
     Raises ValueError for a finding outside the phantom benchmark."""
+    return _written(findings, findings, rng)
+
+
+def _written(said, findings, rng):
+    "The report of a study with `findings` that states `said` of them."
     for f in findings:
         if f.what not in _NOUNS:
             raise ValueError(f"finding {f.what!r} has no words; expected one of {', '.join(PHANTOM_NAMES)}")
-    sentences = [(_ORDER[f.name], _sentence(f, rng)) for f in findings] + _negatives(findings, rng)
+    sentences = [(_ORDER[f.name], _sentence(f, rng)) for f in said] + _negatives(findings, rng)
     turn = _pick(rng, (0, 0, 1))  # some start with the lungs, some with devices
     sentences.sort(key=lambda s: (s[0] - turn) % 5)
-    return " ".join(text for _, text in sentences), _impression(findings, rng)
+    return " ".join(text for _, text in sentences), _impression(said, rng)
 
 # %% ../../nbs/data/00_phantom.ipynb #d20f2957
 _OPENINGS = (
@@ -1232,6 +1238,53 @@ def parse_report(text: str) -> tuple[Finding, ...]:
         if not negated and (f.where not in found or found[f.where].severity is None):
             found[f.where] = f
     return tuple(found.values())
+
+# %% ../../nbs/data/00_phantom.ipynb #ref00002
+_SUBTLE = {"opacity", "atelectasis", "nodule", "fracture"}
+
+
+def is_subtle(finding: Finding) -> bool:
+    "Whether a finding is easily missed: one that is mild, or of a kind that is small or faint."
+    return finding.severity == "mild" or finding.name in _SUBTLE
+
+
+def omission_chance(finding: Finding, omit: float) -> float:
+    "The chance with which a reference leaves out `finding`, where `omit` of all findings are left out."
+    difference = 0.9 * omit * (1 - omit)
+    return omit + difference if is_subtle(finding) else omit - difference
+
+# %% ../../nbs/data/00_phantom.ipynb #ref00004
+_TECHNIQUE = (
+    "single frontal view of the chest.",
+    "portable chest radiograph.",
+    "one view of the chest was obtained.",
+)
+_COMPARISON = (
+    "comparison is made with the prior study.",
+    "compared with the earlier film.",
+    "there is no change since the last examination.",
+    "no prior study is available for comparison.",
+)
+_NO_CLAIM = (  # the impression where every finding is left out: it does not say that all is normal
+    "see findings.",
+    "as described above.",
+    "clinical correlation is suggested.",
+)
+
+# %% ../../nbs/data/00_phantom.ipynb #ref00006
+def write_reference(findings: Sequence[Finding], rng: Generator, omit: float = 0.0) -> tuple[str, str]:
+    """(FINDINGS, IMPRESSION) as a radiologist writes them who leaves findings out (see `omission_chance`).
+
+    Only what is absent is denied. An impression of which everything was left out makes no claim. FINDINGS
+    may begin with the technique and end with a comparison. Raises ValueError for a finding outside the
+    phantom benchmark."""
+    said = tuple(f for f in findings if rng.random() >= omission_chance(f, omit))
+    text, impression = _written(said, findings, rng)
+    before = _pick(rng, _TECHNIQUE) if rng.random() < 0.5 else ""
+    after = _pick(rng, _COMPARISON) if rng.random() < 0.5 else ""
+    if findings and not said:
+        impression = _pick(rng, _NO_CLAIM)
+    return " ".join(filter(None, (before, text, after))), impression
 
 # %% ../../nbs/data/00_phantom.ipynb #7f25a7cb
 def _match(predicted, truth):
@@ -1388,10 +1441,13 @@ def from_truth(truth: Iterable[dict]) -> tuple[Finding, ...]:
     return tuple(Finding(*(t[k] for k in ("name", "side", "zone", "severity", "kind"))) for t in truth)
 
 # %% ../../nbs/data/00_phantom.ipynb #be7eddcd
-def _study(seed, split, number, size, sections):
-    rng = np.random.default_rng([seed, zlib.crc32(split.encode()), number])
+def _study(seed, split, number, size, sections, omit=None):
+    source = [seed, zlib.crc32(split.encode()), number]
+    rng = np.random.default_rng(source)
     findings = sample_findings(rng)
     found, impression = write_report(findings, rng)
+    if omit is not None:  # numbers of their own: the same films whatever `omit` is
+        found, impression = write_reference(findings, np.random.default_rng([*source, 1]), omit)
     image, boxes = render(findings, int(rng.integers(2**31)), size)
     return dict(
         study_id=f"phantom-{split}-{seed}-{number:05d}",
@@ -1405,16 +1461,27 @@ def _study(seed, split, number, size, sections):
     )
 
 # %% ../../nbs/data/00_phantom.ipynb #ph0103
-def make_phantom(n: int, seed: int, split: str, size: int = 96, sections: str = "both") -> datasets.Dataset:
+def make_phantom(
+    n: int,
+    seed: int,
+    split: str,
+    size: int = 96,
+    sections: str = "both",
+    omit: float | None = None,
+) -> datasets.Dataset:
     """A `datasets.Dataset` of `n` phantom studies with FEATURES; `split` names it and keeps its seeds
-    apart from other splits.
+    apart from other splits. Images, truth and labels are the same for every `omit`.
 
-    Raises ValueError for n < 1 or unknown sections."""
+    `omit`: None for reports that state all findings and nothing else (`write_report`), a share in [0, 1]
+    for references that leave so much out (`write_reference`). Raises ValueError for n < 1, another `omit`
+    or unknown sections."""
     if n < 1:
         raise ValueError(f"n={n!r} is not allowed; expected at least 1 study")
+    if omit is not None and not 0 <= omit <= 1:
+        raise ValueError(f"omit={omit!r} is not allowed; expected None or a number in [0, 1]")
     compose_report("", "", sections)
     rows = [
-        _study(seed, split, i, size, sections)
+        _study(seed, split, i, size, sections, omit)
         for i in tqdm(range(n), desc=f"phantom {split}", disable=n < 500, leave=False)
     ]
     return datasets.Dataset.from_list(rows, features=FEATURES)

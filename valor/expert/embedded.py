@@ -163,15 +163,15 @@ Edits = Callable[[int, str, Generator], str | None]  # (study, kind, rng) -> its
 
 class GrammarEdits:
     """Edited reports of phantom studies: `edits(i, kind, rng)` is study i's report after one edit, in
-    fresh words, or None where that is impossible."""
+    words that `write` gives them, or None where that is impossible."""
 
-    def __init__(self, dataset: Dataset):
-        self.truth = [from_truth(t) for t in dataset["truth"]]
+    def __init__(self, dataset: Dataset, write: Callable = write_report):
+        self.truth, self.write = [from_truth(t) for t in dataset["truth"]], write
         self.sections = "both" if dataset["report"][0].startswith("findings:") else "findings"
 
     def __call__(self, i: int, kind: str, rng: Generator) -> str | None:
         edited = EDITS[kind](self.truth[i], rng)
-        return None if edited is None else compose_report(*write_report(edited, rng), self.sections)
+        return None if edited is None else compose_report(*self.write(edited, rng), self.sections)
 
 # %% ../../nbs/expert/00_embedded.ipynb #em0008
 def moved_sides(text: str) -> str:

@@ -18,8 +18,9 @@ import secrets
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -36,7 +37,7 @@ from ..rewards.text import load_attribute, report_body, scorer, tokenize
 from ..vocabulary import OBSERVATIONS
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #f4472d97
-def read_reports(path):
+def read_reports(path: Path | str) -> pd.DataFrame:
     """DataFrame of a JSONL file: columns `id`, `candidate`, `reference` and, where given, `image` and
     `system`; tags are taken off.
 
@@ -62,8 +63,8 @@ def read_reports(path):
         columns=[c for c in ("id", "candidate", "reference", "image", "system") if any(c in r for r in rows)],
     )
 
-
-def systems_in(paths):
+# %% ../../nbs/metrics/01_evaluate.ipynb #372a2ce7
+def systems_in(paths: Sequence[Path | str]) -> dict[str, pd.DataFrame]:
     """{system: DataFrame indexed by id} of several files, all on the same studies in the same order.
     ValueError where systems have other ids or references."""
     frames = {}
@@ -111,11 +112,11 @@ DEFAULTS = dict(
 class NotRun(Exception):
     "A metric cannot be had with these options; the message says what would give it."
 
-
-def lexical(options):
+# %% ../../nbs/metrics/01_evaluate.ipynb #f852a6bb
+def lexical(options: dict) -> tuple:
     rouge = scorer("rouge_l")
 
-    def gauge(pairs):
+    def gauge(pairs: Sequence[tuple[str, str]]) -> list[dict]:
         tokens = [(tokenize(c), tokenize(r)) for c, r in pairs]
         return [
             dict(
@@ -130,7 +131,7 @@ def lexical(options):
     return gauge, "lexical 1"
 
 
-def mean_of(column, name, key=None, **given):
+def mean_of(column: str, name: str, key: str | None = None, **given) -> tuple:
     "A gauge that is one scorer: its scores in `column`."
     judge = scorer(name, **given)
     return (lambda pairs: [{column: x} for x in judge.score(*map(list, zip(*pairs)))]), getattr(
@@ -138,16 +139,16 @@ def mean_of(column, name, key=None, **given):
     )
 
 
-def bertscore(options):
+def bertscore(options: dict) -> tuple:
     return mean_of(
         "bertscore", "bertscore", model=options["bertscore_model"], layer=options["bertscore_layer"]
     )
 
-
-def chexbert(options):
+# %% ../../nbs/metrics/01_evaluate.ipynb #add8a82c
+def chexbert(options: dict) -> tuple:
     judge = scorer("chexbert", model=options["chexbert"], uncertain=options["chexbert_uncertain"])
 
-    def gauge(pairs):
+    def gauge(pairs: Sequence[tuple[str, str]]) -> list[dict]:
         return ev.label_columns(*map(list, zip(*pairs)), judge).astype(int).to_dict("records")
 
     return (
@@ -156,8 +157,8 @@ def chexbert(options):
         + (" 2" if options["chexbert_uncertain"] == "class" else ""),
     )  # 2: uncertain counts as an answer
 
-
-def radgraph(options):
+# %% ../../nbs/metrics/01_evaluate.ipynb #c01bf81a
+def radgraph(options: dict) -> tuple:
     judge = scorer(
         "radgraph",
         model=options["radgraph"],
@@ -165,7 +166,7 @@ def radgraph(options):
         encoder=options["radgraph_encoder"],
     )
 
-    def gauge(pairs):
+    def gauge(pairs: Sequence[tuple[str, str]]) -> list[dict]:
         graphs = judge.analysed([text for pair in pairs for text in pair])
         return [
             {
@@ -194,13 +195,13 @@ def _meteor_process():
     with patch.dict(os.environ, java):
         return Meteor()
 
-
-def meteor(options, patience=120):
+# %% ../../nbs/metrics/01_evaluate.ipynb #bd0df2d4
+def meteor(options: dict, patience: float = 120) -> tuple:
     """METEOR 1.5. NotRun, and no process left, where Java gives no numbers, or none for `patience`
     seconds and a second for each pair."""
     judge = _meteor_process()
 
-    def gauge(pairs):
+    def gauge(pairs: Sequence[tuple[str, str]]) -> list[dict]:
         said, true = (
             {i: [" ".join(tokenize(p[k])).encode("ascii", "replace").decode()] for i, p in enumerate(pairs)}
             for k in (0, 1)
@@ -220,7 +221,7 @@ def meteor(options, patience=120):
     return gauge, "meteor 1.5"
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #ad7d1d52
-def ratescore(options):
+def ratescore(options: dict) -> tuple:
     if options["ratescore"] is None:
         raise NotRun(
             "--set ratescore=FOLDER (Angelakeke/RaTE-NER-Deberta) --set ratescore_embedder=FOLDER "
@@ -235,7 +236,7 @@ def ratescore(options):
     )
 
 
-def green(options):
+def green(options: dict) -> tuple:
     if options["green"] is None:
         raise NotRun("--set green=FOLDER (StanfordAIMI/GREEN-radllama2-7b), after `make scorers`")
     return mean_of("green", "green", f"green {options['green']}", model=options["green"])
@@ -244,15 +245,15 @@ def green(options):
 GAUGES = {f.__name__: f for f in (lexical, meteor, bertscore, chexbert, radgraph, ratescore, green)}
 
 
-def five(s):
+def five(s: Mapping) -> dict:
     return {f"{kind} {o}": s[f"{kind} {o}"] for kind in ("tp", "fp", "fn") for o in FIVE}
 
 
-def micro5(s):
+def micro5(s: Mapping) -> float | np.ndarray:
     return ev.f1(*(sum(s[f"{kind} {o}"] for o in FIVE) for kind in ("tp", "fp", "fn")))
 
-
-def macro5(s):
+# %% ../../nbs/metrics/01_evaluate.ipynb #1976ba1d
+def macro5(s: Mapping) -> float | np.ndarray:
     zero = {f"{kind} {o}": 0 * s["studies"] for kind in ("tp", "fp", "fn") for o in OBSERVATIONS}
     return ev.macro_f1(zero | five(s))
 
@@ -296,8 +297,8 @@ def scorer_gauge(name: str) -> tuple[Callable, str]:
         key = f"{name} {hashlib.sha256(text).hexdigest()[:16]}"
     return gauge, key
 
-
-def check_metric(name: str):
+# %% ../../nbs/metrics/01_evaluate.ipynb #9f39a748
+def check_metric(name: str) -> None:
     "Raise ValueError unless `name` is one of `MEASURES` or the name of a reward."
     if name in MEASURES:
         return
@@ -315,11 +316,11 @@ def measures_of(name: str) -> dict[str, tuple]:
     return MEASURES.get(name) or {name: (ev.share(name, "studies"), "↑")}
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #6b257cc2
-def pair_key(pair):
+def pair_key(pair: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(pair).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def kept_scores(path, key):
+def kept_scores(path: Path, key: str) -> dict[str, dict]:
     """{pair key: numbers} from a score file; a torn last line is cut off. The file of another model is
     put aside as `.old`."""
     lines = [row for _, row in own_lines(path, '{"key": ')]
@@ -331,7 +332,9 @@ def kept_scores(path, key):
     return {}
 
 
-def gauged(name, gauge, key, pairs, path, chunk=64):
+def gauged(
+    name: str, gauge: Callable, key: str, pairs: Sequence[tuple[str, str]], path: Path, chunk: int = 64
+) -> pd.DataFrame:
     """DataFrame of a gauge's numbers for (candidate, reference) `pairs`; what `path` has is not computed
     again."""
     kept = kept_scores(path, key)
@@ -345,7 +348,7 @@ def gauged(name, gauge, key, pairs, path, chunk=64):
     return pd.DataFrame([kept[pair_key(p)] for p in pairs], dtype=float)
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #0a6e12c3
-def cider_column(frame):
+def cider_column(frame: pd.DataFrame) -> pd.DataFrame:
     "CIDEr of each study, pycocoevalcap's, with n-gram weights from this set."
     from pycocoevalcap.cider.cider import Cider
 
@@ -355,8 +358,8 @@ def cider_column(frame):
     )
     return pd.DataFrame(dict(cider=Cider().compute_score(true, said)[1]))
 
-
-def image_columns(frame, options, root):
+# %% ../../nbs/metrics/01_evaluate.ipynb #0a28916b
+def image_columns(frame: pd.DataFrame, options: dict, root: Path | str | None) -> pd.DataFrame:
     """Similarity of each report and its image under the frozen expert, and whether it is closer to it
     than to 7 other images. NotRun without images or expert."""
     if options["expert"] is None:
@@ -399,7 +402,7 @@ def image_columns(frame, options, root):
     return out
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #91e2a705
-def holm(ps):
+def holm(ps: Sequence[float]) -> np.ndarray:
     "Holm's correction of a list of p-values (NaN stays)."
     ps, adjusted, worst = np.asarray(ps, float), np.full(len(ps), np.nan), 0.0
     order = [i for i in np.argsort(ps) if not np.isnan(ps[i])]
@@ -408,8 +411,8 @@ def holm(ps):
         adjusted[i] = worst
     return adjusted
 
-
-def tidy_table(frames, metrics, n_boot, seed):
+# %% ../../nbs/metrics/01_evaluate.ipynb #6a40bc4b
+def tidy_table(frames: dict[str, pd.DataFrame], metrics: Mapping, n_boot: int, seed: int) -> pd.DataFrame:
     """Rows of system, metric, value, lo, hi and, from the second system on, difference to the first, its
     interval, p and Holm-corrected p."""
     seen, rows, first = (
@@ -437,7 +440,7 @@ def tidy_table(frames, metrics, n_boot, seed):
     return table
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #6756b1fa
-def made(names, options):
+def made(names: Sequence[str], options: dict) -> tuple[dict, dict]:
     """The gauges of `names` as {name: (gauge, key)}, and {name: what it wants} of those that cannot be
     had; so that what is wrong shows before anything is scored."""
     gauges, not_run = {}, {}
@@ -452,8 +455,16 @@ def made(names, options):
             raise ValueError(f"metric {name}: {e}") from None
     return gauges, not_run
 
-
-def evaluate(paths, out, metrics=None, n_boot=5000, seed=0, image_root=None, **options):
+# %% ../../nbs/metrics/01_evaluate.ipynb #bc7c3fef
+def evaluate(
+    paths: Sequence[Path | str],
+    out: Path | str,
+    metrics: Sequence[str] | None = None,
+    n_boot: int = 5000,
+    seed: int = 0,
+    image_root: Path | str | None = None,
+    **options,
+) -> tuple[pd.DataFrame, dict]:
     """Score the JSONL files `paths` (one system each, see `read_reports`) and write `table.csv`,
     `table.md` and `table.json` to folder `out`.
 
@@ -521,8 +532,8 @@ def evaluate(paths, out, metrics=None, n_boot=5000, seed=0, image_root=None, **o
     (out / "table.md").write_text(f"{formatted(table, not_run).to_markdown()}\n\n{footnotes(info)}\n")
     return table, info
 
-
-def formatted(table, not_run):
+# %% ../../nbs/metrics/01_evaluate.ipynb #abeb8612
+def formatted(table: pd.DataFrame, not_run: Mapping[str, str]) -> pd.DataFrame:
     "Metrics as rows, systems as columns, cells `value [lo, hi]`; metrics that could not run keep their rows."
     digits = [1 if metric == "words" else 3 for metric in table.metric]
     texts = [ev.cell(r.value, r.lo, r.hi, d) for r, d in zip(table.itertuples(), digits)]
@@ -533,8 +544,8 @@ def formatted(table, not_run):
             cells.loc[metric] = "not run"
     return cells.rename_axis(None).rename_axis(None, axis=1)
 
-
-def footnotes(info):
+# %% ../../nbs/metrics/01_evaluate.ipynb #36d85113
+def footnotes(info: dict) -> str:
     "What the numbers were measured with, in a few lines."
     models = ", ".join(f"{n}={info['options'][n]}" for n in ("chexbert", "radgraph", "bertscore_model"))
     lines = [
@@ -555,7 +566,7 @@ def footnotes(info):
     return "\n".join(lines)
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #ba3bb6df
-def run_command(args, options):
+def run_command(args: Any, options: dict) -> None:
     "Run `valor evaluate` with parsed arguments and `--set` options."
     import transformers
 

@@ -8,18 +8,20 @@ __all__ = ['BLEU_COLUMNS', 'PATHOLOGIES', 'FINDING_COLUMNS', 'DRAWN', 'STATISTIC
            'true_columns', 'distractors', 'retrieved', 'truth_keys', 'score_reports', 'ratio', 'f1', 'macro_f1',
            'micro_f1', 'share', 'fresh_bleu', 'measure', 'summarize', 'aggregate', 'paired_difference', 'digits_of',
            'cell', 'result_table', 'as_completion', 'shuffled', 'blank_images', 'normal_template', 'random_reports',
-           'perfect_findings', 'retrieval_by_true_codes', 'retrieval_by_expert', 'controls', 'plot_results',
-           'plot_progression', 'describe', 'plot_cases']
+           'perfect_findings', 'retrieval_by_true_codes', 'retrieval_by_expert', 'controls', 'fixed_scores',
+           'best_fixed_report', 'plot_results', 'plot_progression', 'describe', 'plot_cases']
 
 # %% ../../nbs/metrics/00_statistics.ipynb #9c760899
 import textwrap
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from datasets import Dataset
 
 from ..data import phantom
 from ..data.benchmarks import benchmark_of
@@ -38,18 +40,18 @@ BLEU_COLUMNS = (
 )
 
 
-def bleu_statistics(candidate, reference):
+def bleu_statistics(candidate: Sequence[str], reference: Sequence[str]) -> list[int]:
     """The ten `BLEU_COLUMNS` of one pair of token lists: clipped n-gram matches, n-grams of the candidate
     (n = 1…4), both lengths."""
 
-    def grams(tokens, n):
+    def grams(tokens: Sequence[str], n: int) -> Counter:
         return Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
 
     match = [sum((grams(candidate, n) & grams(reference, n)).values()) for n in (1, 2, 3, 4)]
     return match + [max(0, len(candidate) - n + 1) for n in (1, 2, 3, 4)] + [len(candidate), len(reference)]
 
 
-def corpus_bleu(sums, order):
+def corpus_bleu(sums: Mapping, order: int) -> float | np.ndarray:
     """BLEU-`order` from summed `BLEU_COLUMNS` (a mapping of column to number or array), equal to
     pycocoevalcap's corpus BLEU.
 
@@ -64,7 +66,7 @@ def corpus_bleu(sums, order):
 PATHOLOGIES = OBSERVATIONS[:12]  # without Support Devices and No Finding
 
 
-def positives(texts, labeler):
+def positives(texts: Sequence[str], labeler: RuleLabeler) -> np.ndarray:
     """What `labeler` finds in each of `texts`, as `labeler.uncertain` counts it: integers `(N, 14)`, 0
     not there, 1 there, 2 uncertain (only where "class" makes that an answer of its own). A labeler
     without `uncertain` counts uncertain observations as there."""
@@ -76,8 +78,8 @@ def positives(texts, labeler):
         labels == 1, 1, np.where(labels == -1, {"positive": 1, "negative": 0, "class": 2}[uncertain], 0)
     )
 
-
-def label_columns(candidates, references, labeler):
+# %% ../../nbs/metrics/00_statistics.ipynb #99a53b7e
+def label_columns(candidates: Sequence[str], references: Sequence[str], labeler: RuleLabeler) -> pd.DataFrame:
     """True/false positives and false negatives of the 14 labels per pair, as 42 columns `tp Edema`, `fp
     Edema`, …, and the two abnormality flags: an observation is right where it is the same in both (see
     `positives`). The only such count: runs and `valor evaluate` use it."""
@@ -105,7 +107,7 @@ FINDING_COLUMNS = [
 ]
 
 
-def planted_columns(report, truth):
+def planted_columns(report: str, truth: list) -> list[float]:
     """`FINDING_COLUMNS` of one report against planted findings; a finding named right but put in the
     wrong place is a located error, not a hallucination."""
     c = compare(parse_report(report), truth)
@@ -120,19 +122,21 @@ def planted_columns(report, truth):
         phantom.duplicates(report),
     ]
 
-
+# %% ../../nbs/metrics/00_statistics.ipynb #cc9bb48f
 DRAWN = sorted(
     {spec.observation for spec in phantom.FINDINGS.values() if spec.observation in OBSERVATIONS}
     | {"Pneumonia"}
 )  # what a code can draw
 
 
-def drawn_columns(said, drawn):
+def drawn_columns(said: set[str], drawn: set[str]) -> list[float]:
     "`FINDING_COLUMNS` from two sets of observations, said and drawn: places cannot be judged and stay NaN."
     return [len(said & drawn), len(said - drawn), len(drawn - said)] + [np.nan] * 5
 
 # %% ../../nbs/metrics/00_statistics.ipynb #8f2c87f1
-def true_columns(reports, dataset, benchmark, labeler):
+def true_columns(
+    reports: Sequence[str], dataset: Dataset, benchmark: str, labeler: RuleLabeler
+) -> pd.DataFrame:
     """`FINDING_COLUMNS` of every report against what its image was drawn from; all NaN where `benchmark`
     has no truth."""
     truth = benchmark_of(benchmark).truth
@@ -142,7 +146,7 @@ def true_columns(reports, dataset, benchmark, labeler):
         said = positives(reports, labeler) > 0
         true = np.array(dataset["labels"]) == 1
 
-        def names(row):
+        def names(row: Sequence[int]) -> set[str]:
             return {o for o, x in zip(OBSERVATIONS, row) if x and o in DRAWN}
 
         rows = [drawn_columns(names(s), names(t)) for s, t in zip(said, true)]
@@ -151,7 +155,7 @@ def true_columns(reports, dataset, benchmark, labeler):
     return pd.DataFrame(rows, columns=FINDING_COLUMNS, dtype=float)
 
 # %% ../../nbs/metrics/00_statistics.ipynb #10707673
-def distractors(keys, n=7, seed=0):
+def distractors(keys: Sequence, n: int = 7, seed: int = 0) -> np.ndarray:
     """For every study the indices (N, n) of `n` others with another key (the truth, as anything
     hashable), fixed by `seed`. ValueError where there are too few."""
     rng = np.random.default_rng(seed)
@@ -165,7 +169,7 @@ def distractors(keys, n=7, seed=0):
     return np.stack([rng.choice(d, n, replace=False) for d in different])
 
 
-def retrieved(text_features, image_features, others):
+def retrieved(text_features: np.ndarray, image_features: np.ndarray, others: np.ndarray) -> np.ndarray:
     """1 where a report (N, D) is strictly closer to its own image (N, D) than to every distractor (N, n),
     else 0."""
     own = (text_features * image_features).sum(-1)
@@ -189,7 +193,7 @@ STATISTICS = [
 ]
 
 
-def truth_keys(dataset):
+def truth_keys(dataset: Dataset) -> list:
     """What makes two studies different for retrieval: the set of drawn findings, or the report's text
     where no truth is known at all."""
     return (
@@ -198,18 +202,18 @@ def truth_keys(dataset):
         else list(dataset["report"])
     )
 
-
+# %% ../../nbs/metrics/00_statistics.ipynb #007feae7
 def score_reports(
-    completions,
-    dataset,
-    benchmark,
-    leaked=None,
-    expert=None,
-    image_features=None,
-    labeler=None,
-    tokenizer="field",
-    seed=0,
-):
+    completions: Sequence[str],
+    dataset: Dataset,
+    benchmark: str,
+    leaked: Sequence[bool] | None = None,
+    expert: Any = None,
+    image_features: np.ndarray | None = None,
+    labeler: RuleLabeler | None = None,
+    tokenizer: str = "field",
+    seed: int = 0,
+) -> pd.DataFrame:
     """One row of additive statistics per study, for `summarize` and `aggregate`.
 
     `completions`: raw text, one for each row of `dataset` (a `valor.data.benchmarks` schema), tags
@@ -255,37 +259,37 @@ def score_reports(
     return frame[STATISTICS].set_index(pd.Index(dataset["study_id"], name="study_id"))
 
 # %% ../../nbs/metrics/00_statistics.ipynb #c804b8f6
-def ratio(a, b):
+def ratio(a: float | np.ndarray, b: float | np.ndarray) -> float | np.ndarray:
     "a / b for numbers or arrays; NaN where both are 0."
     with np.errstate(invalid="ignore"):
         return np.divide(a, b)
 
 
-def f1(tp, fp, fn):
+def f1(tp: float | np.ndarray, fp: float | np.ndarray, fn: float | np.ndarray) -> float | np.ndarray:
     "2·TP / (2·TP + FP + FN); NaN where all three are 0."
     return ratio(2 * tp, 2 * tp + fp + fn)
 
 
-def macro_f1(s):
+def macro_f1(s: Mapping) -> float | np.ndarray:
     "Mean F1 over the observations with at least one positive reference."
     occurs = np.stack([s[f"tp {o}"] + s[f"fn {o}"] > 0 for o in OBSERVATIONS])
     each = np.stack([f1(s[f"tp {o}"], s[f"fp {o}"], s[f"fn {o}"]) for o in OBSERVATIONS])
     return ratio(np.where(occurs, each, 0).sum(0), occurs.sum(0))
 
 
-def micro_f1(s):
+def micro_f1(s: Mapping) -> float | np.ndarray:
     return f1(*(sum(s[f"{k} {o}"] for o in OBSERVATIONS) for k in ("tp", "fp", "fn")))
 
 
-def share(column, of):
+def share(column: str, of: str) -> Callable:
     "Measure: the sum of one column over the sum of another (NaN where that is 0)."
     return lambda s: ratio(s[column], s[of])
 
 
-def fresh_bleu(order):
+def fresh_bleu(order: int) -> Callable:
     return lambda s: corpus_bleu({c: s[f"fresh {c}"] for c in BLEU_COLUMNS}, order)
 
-
+# %% ../../nbs/metrics/00_statistics.ipynb #6ebb5e96
 METRICS = {  # name: (function of sums, which way is better)
     **{f"BLEU-{n}": (lambda s, n=n: corpus_bleu(s, n), "↑") for n in (1, 2, 3, 4)},
     "ROUGE-L": (share("rouge_l", "studies"), "↑"),
@@ -320,7 +324,7 @@ def summarize(
     return {name: with_interval(one) for name, one in found.items()}
 
 # %% ../../nbs/metrics/00_statistics.ipynb #8d73aada
-def aggregate(frames, n_boot=1000, seed=0):
+def aggregate(frames: Mapping, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
     """Tidy table with one row per system and metric: system, metric, value, lo, hi, seeds, studies.
 
     `frames`: {system: {seed: frame}}. `value` is the mean over seeds; the interval is a percentile
@@ -377,7 +381,7 @@ def cell(value: float, lo: float, hi: float, digits: int = 3) -> str:
     return f"{value:.{digits}f} [{lo:.{digits}f}, {hi:.{digits}f}]"
 
 # %% ../../nbs/metrics/00_statistics.ipynb #233fb400
-def result_table(tidy, metrics=None):
+def result_table(tidy: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd.DataFrame:
     """Formatted table: one row per system (in the order of `tidy`), one column per metric with its better
     direction, cells `value [lo, hi]` or n/a."""
     chosen = list(metrics or METRICS)
@@ -391,25 +395,25 @@ def result_table(tidy, metrics=None):
     return table.rename_axis(None)
 
 # %% ../../nbs/metrics/00_statistics.ipynb #79f5bb3a
-def as_completion(report):
+def as_completion(report: str) -> str:
     "A report as a well-formed completion."
     return f"<report> {report} </report>"
 
 
-def shuffled(n, seed=0):
+def shuffled(n: int, seed: int = 0) -> np.ndarray:
     "A random order of `n` studies that leaves none in its place (one random cycle)."
     cycle, order = np.random.default_rng(seed).permutation(n), np.empty(n, int)
     order[cycle] = np.roll(cycle, -1)
     return order
 
 
-def blank_images(dataset):
+def blank_images(dataset: Dataset) -> list:
     "For each study an image of its size that shows nothing: the mean grey of the test set."
     mean = int(np.mean([np.asarray(im).mean() for im in dataset["image"]]))
     return [im.point(lambda _: mean) for im in dataset["image"]]
 
 
-def normal_template(train, n, sample=60, seed=0):
+def normal_template(train: Dataset, n: int, sample: int = 60, seed: int = 0) -> list[str]:
     """One fixed normal report for all `n` studies: among `sample` of `train` with nothing drawn and read
     as No Finding, the most central (highest mean ROUGE-L to the others)."""
     reports = [r for r, truth in zip(train["report"], train["truth"]) if not truth]
@@ -419,14 +423,14 @@ def normal_template(train, n, sample=60, seed=0):
     central = max(dict.fromkeys(some), key=lambda r: np.mean(rouge.score([r] * len(some), some)))
     return [as_completion(central)] * n
 
-
-def random_reports(train, n, seed=0):
+# %% ../../nbs/metrics/00_statistics.ipynb #edf2435f
+def random_reports(train: Dataset, n: int, seed: int = 0) -> list[str]:
     "`n` reports of `train` at random."
     reports = train["report"]
     return [as_completion(reports[i]) for i in np.random.default_rng(seed).integers(len(reports), size=n)]
 
 
-def perfect_findings(dataset, sections="both", seed=0):
+def perfect_findings(dataset: Dataset, sections: str = "both", seed: int = 0) -> list[str]:
     "`phantom` only: every study's planted findings, written by the grammar in fresh words."
     rng = np.random.default_rng(seed)
     return [
@@ -434,12 +438,12 @@ def perfect_findings(dataset, sections="both", seed=0):
     ]
 
 
-def retrieval_by_true_codes(train, dataset):
+def retrieval_by_true_codes(train: Dataset, dataset: Dataset) -> list[str]:
     """For each study the `train` report whose drawn findings are most similar (Jaccard over name,
     name+side and name+side+zone; the first of equals)."""
     sets = [[_parts(from_truth(t)) for t in d["truth"]] for d in (train, dataset)]
 
-    def alike(a, b):
+    def alike(a: set, b: set) -> float:
         return len(a & b) / len(a | b) if a | b else 1.0
 
     return [as_completion(train[int(np.argmax([alike(a, b) for a in sets[0]]))]["report"]) for b in sets[1]]
@@ -448,8 +452,8 @@ def retrieval_by_true_codes(train, dataset):
 def _parts(findings):
     return {p for f in findings for p in ((f.what,), (f.what, f.side), f.where)}
 
-
-def retrieval_by_expert(train, dataset, expert):
+# %% ../../nbs/metrics/00_statistics.ipynb #2ecde379
+def retrieval_by_expert(train: Dataset, dataset: Dataset, expert: Any) -> list[str]:
     """For each study the `train` report that the frozen expert finds most similar to its image (Eq. 6;
     the first of equals): retrieval in its image-text space."""
     reports = list(dict.fromkeys(train["report"]))
@@ -460,7 +464,9 @@ def retrieval_by_expert(train, dataset, expert):
     return [as_completion(reports[i]) for i in similarity.argmax(1)]
 
 
-def controls(train, dataset, benchmark, sections="both", seed=0):
+def controls(
+    train: Dataset, dataset: Dataset, benchmark: str, sections: str = "both", seed: int = 0
+) -> dict[str, list[str]]:
     "The controls that need no policy, {name: completions}; the ceiling's name says what it is."
     truth, ceiling = benchmark_of(benchmark).truth, {}
     if truth == "findings":
@@ -469,11 +475,36 @@ def controls(train, dataset, benchmark, sections="both", seed=0):
         ceiling = {"retrieval by true codes": retrieval_by_true_codes(train, dataset)}
     return {
         "normal template": normal_template(train, len(dataset), seed=seed),
+        "best fixed report": best_fixed_report(train, len(dataset), seed=seed),
         "random report": random_reports(train, len(dataset), seed),
     } | ceiling
 
+# %% ../../nbs/metrics/00_statistics.ipynb #sta00102
+def fixed_scores(candidates: list[str], references: list[str]) -> np.ndarray:
+    "What each of `candidates` scores as the one report for all `references`: the mean of BLEU-4 and ROUGE-L."
+    rouge, tokens = scorer("rouge_l"), [tokenize(r, "field") for r in references]
+    out = []
+    for candidate in candidates:
+        mine = tokenize(candidate, "field")
+        sums = np.sum([bleu_statistics(mine, reference) for reference in tokens], axis=0)
+        bleu = corpus_bleu(dict(zip(BLEU_COLUMNS, sums)), 4)
+        out.append((bleu + np.mean(rouge.score([candidate] * len(references), references))) / 2)
+    return np.array(out)
+
+
+def best_fixed_report(
+    train: Dataset, n: int, sample: int = 60, references: int = 120, seed: int = 0
+) -> list[str]:
+    """`n` times the report of `train` that scores best on it (see `fixed_scores`): the best of `sample`
+    distinct ones, measured on `references` others."""
+    rng = np.random.default_rng(seed)
+    reports = [train["report"][i] for i in rng.permutation(len(train))[: sample + references]]
+    candidates = list(dict.fromkeys(reports[:sample]))
+    scores = fixed_scores(candidates, reports[sample:] or reports)
+    return [as_completion(candidates[int(scores.argmax())])] * n
+
 # %% ../../nbs/metrics/00_statistics.ipynb #494b5b21
-def plot_results(tidy, metrics, title=None):
+def plot_results(tidy: pd.DataFrame, metrics: Sequence[str], title: str | None = None) -> plt.Figure:
     """One panel per metric: every system's value with its interval, in the order of the table. Metrics
     that do not apply are left out."""
     metrics = [m for m in metrics if tidy.query("metric == @m").value.notna().any()]
@@ -501,7 +532,9 @@ def plot_results(tidy, metrics, title=None):
     return fig
 
 # %% ../../nbs/metrics/00_statistics.ipynb #cfdc1f59
-def plot_progression(log, quantities=None, k_clin=None, smooth=5):
+def plot_progression(
+    log: pd.DataFrame, quantities: Sequence[str] | None = None, k_clin: int | None = None, smooth: int = 5
+) -> plt.Figure:
     """Panels over k for a log with columns `k`, `stage` and one per quantity (default: all others that
     are numbers).
 
@@ -576,11 +609,11 @@ MENTIONS = {
 }
 
 
-def describe(finding):
+def describe(finding: Any) -> str:
     "A finding in a few words: `moderate left lower opacity`."
     return " ".join(str(v) for v in (finding.severity, finding.side, finding.zone, finding.what) if v)
 
-
+# %% ../../nbs/metrics/00_statistics.ipynb #893c1702
 def _coloured_text(ax, text, spans, width, y, step):
     """Monospaced `text` with spans (start, end, kind) coloured: in each line every kind is drawn with all
     other characters blank, so that nothing shifts."""
@@ -605,8 +638,10 @@ def _coloured_text(ax, text, spans, width, y, step):
         at += len(line)
     return len(lines)
 
-
-def plot_cases(dataset, reports, n=4, width=92, first=0):
+# %% ../../nbs/metrics/00_statistics.ipynb #68fb4df0
+def plot_cases(
+    dataset: Dataset, reports: Sequence[str], n: int = 4, width: int = 92, first: int = 0
+) -> plt.Figure:
     """A page of `n` phantom studies from row `first` on: image with boxes around what was planted,
     reference, and each system's report with its mentions coloured.
 

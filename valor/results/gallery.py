@@ -30,6 +30,8 @@ from tqdm.auto import tqdm
 
 from ..config import Config
 from ..data.benchmarks import benchmark_of
+
+# %% ../../nbs/results/03_gallery.ipynb #9e55b2fe
 from valor.data.phantom import (
     Finding,
     from_truth,
@@ -463,7 +465,7 @@ def policy(template: str) -> str:
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
 
-
+# %% ../../nbs/results/03_gallery.ipynb #61bd89a9
 def to_html(data: dict, title: str, note: str, judged: str, restricted: str | None = None) -> str:
     "The page as text. `restricted`: what its head says of the terms of restricted data."
     template = (files("valor.results") / "gallery.html").read_text(encoding="utf-8")
@@ -536,7 +538,7 @@ def gallery(
         temporary.write_text(page, encoding="utf-8")
     return out
 
-
+# %% ../../nbs/results/03_gallery.ipynb #27b993a0
 def _check_choice(systems: Sequence[System], attention: Mapping | Sequence, n: int | None) -> None:
     names = [system.name for system in systems]
     for name in dict(attention):

@@ -38,6 +38,8 @@ from urllib.parse import urlsplit
 import numpy as np
 import openai
 import pandas as pd
+
+# %% ../../nbs/results/04_zeroshot.ipynb #0b04e668
 import torch
 from datasets import Dataset
 from fastcore.basics import patch
@@ -1124,7 +1126,7 @@ SCORED = {
     "drop": "studies without a report in every row are left out",
 }
 
-
+# %% ../../nbs/results/04_zeroshot.ipynb #166e975a
 def footnotes(
     results: dict[str, Result],
     tidy: pd.DataFrame,

@@ -12,7 +12,9 @@ import dataclasses
 import json
 import os
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +26,12 @@ from transformers import PrinterCallback, set_seed
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
+from ..config import Config
 from ..files import UNREADABLE, DataError, json_lines, json_value, one_line, opened, own_lines
 from ..metrics.statistics import as_completion
 from ..policy.adapter import beside
+
+# %% ../../nbs/train/03_preference.ipynb #cd9f0516
 from valor.policy.models import (
     check_completions,
     ending,
@@ -44,14 +49,21 @@ from .grpo import Rewards, steps_of
 from .sft import Progress, train_to_end, trainer_args
 
 # %% ../../nbs/train/03_preference.ipynb #0237bf34
-def weighted_dpo_loss(chosen, rejected, ref_chosen, ref_rejected, weights=1.0, beta=0.1):
+def weighted_dpo_loss(
+    chosen: torch.Tensor,
+    rejected: torch.Tensor,
+    ref_chosen: torch.Tensor,
+    ref_rejected: torch.Tensor,
+    weights: torch.Tensor | float = 1.0,
+    beta: float = 0.1,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean over pairs of w · −log σ(β · margin), and the margins (N,); arguments are log-probabilities of
     whole reports (N,) under the policy and the reference."""
     margins = (chosen - ref_chosen) - (rejected - ref_rejected)
     return (weights * -logsigmoid(beta * margins)).mean(), margins
 
 # %% ../../nbs/train/03_preference.ipynb #67f734bd
-def text_rewards(candidates, rows, rewards, cfg):
+def text_rewards(candidates: list[str], rows: list[dict], rewards: Rewards, cfg: Config) -> torch.Tensor:
     """The GRPO baseline's reward of each candidate, `(N,)`: Eq. 3 and format, no clinical and no visual
     part. `rows`: dict of columns of the candidates' studies; `rewards`: a `Rewards` with k_clin=None."""
     columns = {n: f(completions=candidates, **rows) for n, f in zip(rewards.scorers, rewards.functions())}
@@ -61,7 +73,7 @@ def text_rewards(candidates, rows, rewards, cfg):
     )[0]
 
 
-def whole_lines(path, chunk):
+def whole_lines(path: Path, chunk: int) -> int:
     """Cut the file `path` to a whole number of chunks of `chunk` lines (or make it empty) and return how
     many lines those are."""
     whole = len(own_lines(path, '{"row": ')) // chunk * chunk
@@ -69,8 +81,10 @@ def whole_lines(path, chunk):
     path.write_bytes(b"".join(line + b"\n" for line in kept))
     return whole
 
-
-def sample_reports(policy, data, path, rewards, cfg, n, chunk=8):
+# %% ../../nbs/train/03_preference.ipynb #4d18cf28
+def sample_reports(
+    policy: tuple, data: Dataset, path: Path, rewards: Rewards, cfg: Config, n: int, chunk: int = 8
+) -> None:
     """Write `cfg.group_size` samples and their rewards of `n` studies of `data` (a random choice by
     `cfg.seed`) to the JSONL file `path`: {row, study_id, samples, rewards}.
 
@@ -107,12 +121,20 @@ def sample_reports(policy, data, path, rewards, cfg, n, chunk=8):
                 )
             file.flush()
 
-
-def read_samples(path):
+# %% ../../nbs/train/03_preference.ipynb #4fbfec14
+def read_samples(path: Path) -> list[dict]:
     return [line for _, line in own_lines(path, '{"row": ')]
 
 # %% ../../nbs/train/03_preference.ipynb #e0138ac1
-def pair(row, chosen, rejected, weight=1.0, noised=False, image="", prompt=PROMPT):
+def pair(
+    row: int,
+    chosen: str,
+    rejected: str,
+    weight: float = 1.0,
+    noised: bool = False,
+    image: str = "",
+    prompt: str = PROMPT,
+) -> dict:
     """One preference pair. `row`: its study in the training data, or −1 where `image` is a file;
     `noised`: the rejected report is shown the image in noise."""
     return dict(
@@ -126,7 +148,7 @@ def pair(row, chosen, rejected, weight=1.0, noised=False, image="", prompt=PROMP
     )
 
 
-def sampled_pairs(samples, margin):
+def sampled_pairs(samples: list[dict], margin: float) -> list[dict]:
     "DPO's pairs: best and worst sample of each study, where their rewards differ by at least `margin`."
     pairs = []
     for s in samples:
@@ -151,7 +173,7 @@ def _turns(row, field):
         )
     return turns[0]["value"].replace("<image>", "").strip(), turns[1]["value"].strip()
 
-
+# %% ../../nbs/train/03_preference.ipynb #5c1f814e
 def _preference(row, rows_of, folder):
     """The pair of one row of a preference file, None where both reports are the same; ValueError saying
     what is wrong with it."""
@@ -169,7 +191,7 @@ def _preference(row, rows_of, folder):
             f"id {row.get('id')!r} is no training study and image {image!r} no file below {folder}"
         )
 
-    def tagged(text):
+    def tagged(text: str) -> str:
         return text if TAG.search(text) else as_completion(text)
 
     return pair(
@@ -181,8 +203,8 @@ def _preference(row, rows_of, folder):
         prompt=prompt or PROMPT,
     )
 
-
-def read_preferences(path, study_ids):
+# %% ../../nbs/train/03_preference.ipynb #12467db7
+def read_preferences(path: Path | str, study_ids: Sequence[str]) -> list[dict]:
     """Pairs of a preference file in MMedPO's schema (JSON or JSONL); `study_ids`: of the training data,
     in order. Pairs of equal reports are set aside, and their number is printed.
 
@@ -231,7 +253,7 @@ def read_preferences(path, study_ids):
 ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))  # the linear schedule of DDPM (Ho et al., 2020)
 
 
-def add_noise(image, boxes=None, step=500, seed=0):
+def add_noise(image: Image.Image, boxes: list | None = None, step: int = 500, seed: int = 0) -> Image.Image:
     """`image` (PIL) with diffusion noise of `step` (1 to 1000) inside `boxes` (x0, y0, x1, y1 in [0, 1]),
     or all over where `boxes` is None."""
     x = np.asarray(image, float) / 127.5 - 1
@@ -253,13 +275,13 @@ def add_noise(image, boxes=None, step=500, seed=0):
 NOTHING = "no acute cardiopulmonary abnormality."
 
 
-def relevance(chosen, rejected, judge):
+def relevance(chosen: Sequence[str], rejected: Sequence[str], judge: Any) -> list[float]:
     """Clinical relevance in [0, 1] of each pair: 1 − `judge`'s score of the rejected against the chosen
     report."""
     return [min(1.0, max(0.0, 1 - s)) for s in judge.score(list(rejected), list(chosen))]
 
 
-def clinical_pairs(samples, data, judge, noise):
+def clinical_pairs(samples: list[dict], data: Dataset, judge: Any, noise: str) -> list[dict]:
     """MMedPO's pairs: the reference against the worst sample of each study, and, unless `noise` is
     'none', against itself with the image in noise; weighed by `judge`, weight 0 left out."""
     rows = [s["row"] for s in samples]
@@ -269,7 +291,9 @@ def clinical_pairs(samples, data, judge, noise):
     return [p for p in pairs + noised_pairs(rows, truth, data, judge, noise) if p["weight"] > 0]
 
 
-def noised_pairs(rows, reports, data, judge, noise):
+def noised_pairs(
+    rows: Sequence[int], reports: Sequence[str], data: Dataset, judge: Any, noise: str
+) -> list[dict]:
     """Image pairs of the studies `rows` of `data` with their `reports`; with 'lesions' of those where
     something is drawn."""
     if noise == "none":
@@ -289,12 +313,12 @@ def _shown(p, data):
     study = data.select([p["row"]])
     return [im.convert("RGB") for im in image_lists(study)[0]], [t["box"] for t in study[0]["truth"]]
 
-
-def pair_dataset(pairs, data, noise="none"):
+# %% ../../nbs/train/03_preference.ipynb #03e46ba6
+def pair_dataset(pairs: list[dict], data: Dataset, noise: str = "none") -> Dataset:
     """`pairs` as a dataset with `prompt`, `chosen`, `rejected` (messages), `images`, `rejected_images`
     and `weight`; `noise` as in `mmedpo_noise`."""
 
-    def opened(batch):
+    def opened(batch: dict) -> dict:
         rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
         out = dict(
             prompt=[[dict(role="user", content=r["prompt"])] for r in rows],
@@ -328,7 +352,7 @@ def pair_dataset(pairs, data, noise="none"):
 class PairCollator(DataCollatorForVisionPreference):
     "TRL's collator with the pairs' weights, and with the rejected reports' own images."
 
-    def torch_call(self, examples):
+    def torch_call(self, examples: list[dict]) -> dict:
         examples = [dict(e) for e in examples]
         weights, own = (
             [e.pop("weight") for e in examples],
@@ -340,7 +364,7 @@ class PairCollator(DataCollatorForVisionPreference):
         batch["weight"] = torch.tensor(weights)
         return batch
 
-
+# %% ../../nbs/train/03_preference.ipynb #6970247a
 class MMedPOTrainer(DPOTrainer):
     "TRL's DPO with a weight for every pair (`weighted_dpo_loss`); at weights 1 and equal images it is TRL's."
 
@@ -364,7 +388,17 @@ class MMedPOTrainer(DPOTrainer):
         return loss
 
 # %% ../../nbs/train/03_preference.ipynb #1f4cd26a
-def preference_trainer(sft_folder, pairs, data, out, cfg, weighted, steps, seed, per_device=None):
+def preference_trainer(
+    sft_folder: Path | str,
+    pairs: list[dict],
+    data: Dataset,
+    out: Path | str,
+    cfg: Config,
+    weighted: bool,
+    steps: int,
+    seed: int,
+    per_device: int | None = None,
+) -> DPOTrainer:
     """TRL's `DPOTrainer` (or, `weighted`, an `MMedPOTrainer`) on `pairs`, started at the policy in
     `sft_folder`, which is the reference as well.
 
@@ -401,11 +435,19 @@ def preference_trainer(sft_folder, pairs, data, out, cfg, weighted, steps, seed,
     return trainer
 
 # %% ../../nbs/train/03_preference.ipynb #0abcc071
-def updates_of(cfg, n):
+def updates_of(cfg: Config, n: int) -> int:
     return sum(steps_of(steps, cfg, n) for steps in (cfg.stage1_steps, cfg.stage2_steps))
 
-
-def prefer(sft_folder, pairs, data, out, cfg, weighted, per_device=None):
+# %% ../../nbs/train/03_preference.ipynb #19eec6f0
+def prefer(
+    sft_folder: Path | str,
+    pairs: list[dict],
+    data: Dataset,
+    out: Path | str,
+    cfg: Config,
+    weighted: bool,
+    per_device: int | None = None,
+) -> list[dict]:
     """Train on `pairs` for as many updates as both stages of VALOR have and write the adapter to
     `out/adapter`; returns the log, one dict per update.
 
