@@ -24,7 +24,7 @@ import torch
 from datasets import concatenate_datasets
 from tqdm.auto import tqdm
 
-from ..config import BENCHMARKS, Config, key_of, preset, resolve_device, runs_dir, seed_of
+from ..config import BENCHMARKS, Config, key_of, parts_in, preset, resolve_device, runs_dir, seed_of
 from ..data.benchmarks import benchmark_note, benchmark_of, leaked, load_benchmark, rerender
 from valor.data.phantom import (
     FINDINGS,
@@ -66,7 +66,7 @@ from valor.runs.phases import (
     read_json,
     write_json,
 )
-from .processes import RunError, is_first, share
+from .processes import RunError, is_first, processes, share
 from ..train.grpo import Rewards, align
 from valor.train.preference import (
     clinical_pairs,
@@ -324,6 +324,7 @@ def policy_in(folder):
 def make_sft(out, cfg, after, name):
     train = load_data(phase_folder("data", cfg))["train"]
     shown = renderings(train, cfg.render_copies)
+    parts = parts_in(cfg, cfg.sft_batch_size // processes())
     log = sft(
         policy_in(after["base"]),
         conversations(shown, [target(r) for r in shown["report"]]),
@@ -331,12 +332,12 @@ def make_sft(out, cfg, after, name):
         cfg.sft_mode,
         epochs=cfg.sft_epochs,
         lr=cfg.sft_lr,
-        batch_size=share(cfg.sft_batch_size, "sft_batch_size", cfg.gradient_accumulation_steps),
+        batch_size=share(cfg.sft_batch_size, "sft_batch_size", parts),
         lora_r=cfg.lora_r,
         lora_alpha=cfg.lora_alpha,
         seed=cfg.seed,
         save_steps=cfg.save_steps,
-        parts=cfg.gradient_accumulation_steps,
+        parts=parts,
         checkpointing=cfg.gradient_checkpointing,
         weights=cfg.policy_weights,
         **loading(cfg),
@@ -437,7 +438,7 @@ def truth_watch(cfg):
 @maker("stage1", "stage2")
 def make_stage(out, cfg, after, name):
     stage = int(name[-1])
-    share(cfg.batch_size * cfg.group_size, "batch_size * group_size", cfg.gradient_accumulation_steps)
+    share(cfg.batch_size * cfg.group_size, "batch_size * group_size", parts_in(cfg, 1))
     expert = open_expert(after["expert"], cfg) if stage == 2 else None
     similarity, watch = None, truth_watch(cfg)
     if expert:
@@ -511,7 +512,7 @@ def make_preference(out, cfg, after, name):
         share(
             cfg.batch_size * cfg.group_size // 2,
             "batch_size * group_size / 2",
-            cfg.gradient_accumulation_steps,
+            parts_in(cfg, 1),
         ),
     )
     if is_first():

@@ -26,7 +26,7 @@ from transformers import PrinterCallback, set_seed
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
-from ..config import Config
+from ..config import Config, parts_in
 from ..files import UNREADABLE, DataError, json_lines, json_value, one_line, opened, own_lines
 from ..metrics.statistics import as_completion
 from ..policy.adapter import beside
@@ -409,15 +409,16 @@ def preference_trainer(
     check_completions([p[side] for p in pairs for side in ("chosen", "rejected")], model, processor)
     stop = ending(model, processor)
     pairs = [p | {side: p[side] + stop for side in ("chosen", "rejected")} for p in pairs]
+    here = per_device or cfg.batch_size * cfg.group_size // 2
+    parts = parts_in(cfg, here)
     args = DPOConfig(
         **trainer_args(Path(out) / "checkpoints", seed, cfg.save_steps, cfg.gradient_checkpointing),
         max_steps=steps,
         learning_rate=cfg.dpo_lr,
         beta=cfg.dpo_beta,
         max_length=None,
-        per_device_train_batch_size=(per_device or cfg.batch_size * cfg.group_size // 2)
-        // cfg.gradient_accumulation_steps,
-        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
+        per_device_train_batch_size=here // parts,
+        gradient_accumulation_steps=parts,
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=0.1,
     )
