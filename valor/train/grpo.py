@@ -555,8 +555,8 @@ def settle_parts(cfg, policy: PreTrainedModel, prompt: int, per_device: int | No
     """`cfg` with a number in place of `gradient_accumulation_steps="auto"`, and what that takes for
     `gradient_checkpointing`; says what was chosen.
 
-    `prompt`: tokens of a prompt; `per_device`: completions on each process. On a CPU, and where weights are spread over
-    processes (FSDP), it is 1. Raises ValueError if nothing fits on the GPU."""
+    `prompt`: tokens of a prompt; `per_device`: completions on each process. On a CPU, and where weights
+    are spread over processes (FSDP), it is 1. Raises ValueError if nothing fits on the GPU."""
     if cfg.gradient_accumulation_steps != "auto":
         return cfg
     device = resolve_device()
@@ -577,8 +577,9 @@ def settle_parts(cfg, policy: PreTrainedModel, prompt: int, per_device: int | No
 
 # %% ../../nbs/train/00_grpo.ipynb #gr20c003
 def more_parts(args: GRPOConfig) -> int | None:
-    """The next number of parts, above the present one, that a process's share of a batch can be cut into; None where
-    it is in single candidates already."""
+    """The next number of parts, above the present one, that a process's share of a batch can be cut into.
+
+    None if it is in single candidates already."""
     parts = args.gradient_accumulation_steps
     rows = args.per_device_train_batch_size * parts
     return next((n for n in range(parts + 1, rows + 1) if rows % n == 0), None)
