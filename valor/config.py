@@ -6,8 +6,9 @@
 __all__ = ['RULES', 'PARTS', 'POSITIVE', 'UNIT', 'SEED', 'MODEL', 'BENCHMARKS', 'REAL_SOURCES', 'PRESETS', 'ON_BENCHMARK', 'Rule',
            'at_least', 'one_of', 'check_values', 'RunSettings', 'DataSettings', 'ModelSettings', 'SftSettings',
            'RewardSettings', 'ScorerSettings', 'VisualSettings', 'GrpoSettings', 'ComputeSettings',
-           'PreferenceSettings', 'EvaluationSettings', 'Config', 'validate', 'preset', 'parse_settings', 'sweeps',
-           'key_of', 'repo_root', 'runs_dir', 'figures_dir', 'cpu_model', 'versions', 'resolve_device', 'parts_in']
+           'PreferenceSettings', 'EvaluationSettings', 'Config', 'validate', 'preset', 'parse_settings', 'seed_of',
+           'sweeps', 'key_of', 'repo_root', 'runs_dir', 'figures_dir', 'cpu_model', 'versions', 'resolve_device',
+           'parts_in']
 
 # %% ../nbs/00_config.ipynb #0322eea5
 import configparser
@@ -128,7 +129,8 @@ class DataSettings:
     data_root: str | None = None  # folder or file of a real source
     # further parameters of `load_studies`, such as {"preset": "r2gen", "view": "both"}
     data_options: dict = dataclasses.field(default_factory=dict)
-    data_seed: int = 0  # makes the phantoms
+    data_seed: int | None = None  # makes the phantoms; None: `seed` (0 for studies that are given)
+    omit: float = 0.0  # share of findings that phantom's training references leave out; presets say 0.4
     n_train: int | None = 3000  # studies; None is all there are
     n_val: int | None = 100
     n_test: int | None = 300
@@ -142,7 +144,7 @@ class DataSettings:
 RULES["benchmark"] = Rule(
     lambda value: value in (*BENCHMARKS, *REAL_SOURCES), one_of(*BENCHMARKS, *REAL_SOURCES).expected
 )
-RULES.update(data_seed=SEED, image_size=at_least(64))
+RULES.update(data_seed=SEED, image_size=at_least(64), omit=UNIT)
 RULES.update(dict.fromkeys(["n_train", "n_val", "n_test", "render_copies"], at_least(1)))
 RULES.update(sections=one_of("both", "findings", "impression", "report", "auto"))
 
@@ -154,10 +156,10 @@ class ModelSettings:
     # "embedded" and "embedded-labels" (a classifier) are trained here; or a folder of open_clip,
     # hf-hub:owner/name, xrv:NAME (torchxrayvision), package.module:attribute, or a registered name
     expert: str = "embedded"
-    expert_seed: int = 101  # independent of the policy's
+    expert_seed: int | None = None  # None: 101 + `seed`
     expert_steps: int = 400
     base: str = "embedded"  # or a folder that transformers can load
-    base_seed: int = 0
+    base_seed: int | None = None  # None: `seed`
     base_studies: int = 3000  # phantoms with generic descriptions; on openi_rendered, training studies
     warmup_epochs: int = 14  # the embedded vision tower first learns labels
     base_epochs: int = 1
@@ -238,6 +240,9 @@ class VisualSettings:
     "How text and image are mixed (Eq. 8) and how advantages follow (Eq. 9)."
 
     lambda_vis: float = 0.5  # Eq. 8; the paper finds [0.4, 0.6] best
+    # what judges reports by their image: the expert, or as controls (expert/02_controls) "placebo",
+    # "random" or "truth"
+    visual: str = "expert"
     rank_norm: str = "centered"  # Eq. 9 does not define RankNorm: rewards/04_ranknorm has four readings
     # the text reward as it enters Eq. 8: "raw" is the paper's; "ranked" ranks it in its group by Eq. 7, so
     # that text and image count alike at lambda_vis = 0.5
@@ -245,6 +250,7 @@ class VisualSettings:
 
 
 RULES.update(lambda_vis=UNIT, text_in_mix=one_of("raw", "ranked"))
+RULES.update(visual=one_of("expert", "placebo", "random", "truth"))
 RULES.update(rank_norm=one_of("centered", "unit", "standardized", "grpo"))
 
 # %% ../nbs/00_config.ipynb #cfg9grp1
@@ -460,6 +466,20 @@ def _check_source(cfg: Config) -> None:
             f"images cannot be drawn again; expected 1"
         )
 
+# %% ../nbs/00_config.ipynb #cfg20che
+def _check_truth(cfg: Config) -> None:
+    "Only made-up references leave out what they are told to, and only planted truth can be a reward."
+    if cfg.omit and cfg.benchmark in ("openi_rendered", *REAL_SOURCES):
+        raise ValueError(
+            f"omit={cfg.omit} is not allowed with benchmark={cfg.benchmark!r}: real references leave out "
+            f"what they do; expected 0"
+        )
+    if cfg.visual == "truth" and cfg.benchmark in REAL_SOURCES:
+        raise ValueError(
+            f"visual='truth' is not allowed with benchmark={cfg.benchmark!r}: nobody planted what its images "
+            f"show; expected 'expert', 'placebo' or 'random'"
+        )
+
 # %% ../nbs/00_config.ipynb #dedfa19c
 def validate(cfg: Config) -> Config:
     """`cfg` with numbers in their declared type. Raises `ValueError` naming the parameter, its value and what
@@ -467,6 +487,7 @@ def validate(cfg: Config) -> Config:
     check_values(cfg)
     _check_rewards(cfg)
     _check_training(cfg)
+    _check_truth(cfg)
     _check_models(cfg)
     _check_extra_rewards(cfg.extra_rewards)
     if cfg.benchmark in BENCHMARKS:
@@ -543,6 +564,9 @@ PRESETS["paper"] |= dict(
 
 # %% ../nbs/00_config.ipynb #cfg17be1
 ON_BENCHMARK = {
+    # the expert whose best of eight is the truer one on validation studies (runs/04_trust)
+    **{(name, "phantom"): dict(omit=0.4, expert="embedded-labels") for name in ("laptop", "smoke")},
+    ("paper", "phantom"): dict(omit=0.4),
     ("laptop", "openi_rendered"): dict(
         sections="findings",
         n_train=None,  # all studies
@@ -551,7 +575,7 @@ ON_BENCHMARK = {
         render_copies=4,
         warmup_epochs=5,
         sft_epochs=2,
-    )
+    ),
 }
 
 
@@ -605,6 +629,17 @@ def parse_settings(pairs: Iterable[str]) -> dict:
             out[name] = value
     return out
 
+# %% ../nbs/00_config.ipynb #cfg0seedf
+def seed_of(cfg: Config, name: str) -> int:
+    """The seed `name` ("data_seed", "base_seed" or "expert_seed") of the run `cfg`: as it is given, or
+    derived from `seed`."""
+    given = getattr(cfg, name)
+    if given is not None:
+        return given
+    if name == "data_seed" and cfg.benchmark in ("openi_rendered", *REAL_SOURCES):
+        return 0
+    return cfg.seed + (101 if name == "expert_seed" else 0)
+
 # %% ../nbs/00_config.ipynb #c57b3e88
 def sweeps(cfg: Config) -> dict[str, dict]:
     """What is varied around `cfg`: {parameter: {label: change of the configuration}}.
@@ -617,6 +652,10 @@ def sweeps(cfg: Config) -> dict[str, dict]:
         steps |= {"16 (rare)": 16, "never": None}
     reports, G = cfg.batch_size * cfg.group_size, cfg.group_size
     sizes = {size: dict(group_size=size, batch_size=reports // size) for size in (G // 2, 2 * G)}
+
+    def family(expert):
+        return {} if cfg.expert == expert else dict(expert=expert)
+
     return {
         "lambda_vis": {weight: dict(lambda_vis=weight) for weight in weights},  # Table 3
         "k_clin": {label: dict(k_clin=k) for label, k in steps.items()},  # Table 4
@@ -624,9 +663,9 @@ def sweeps(cfg: Config) -> dict[str, dict]:
         "text_in_mix": {"raw": {}, "ranked": dict(text_in_mix="ranked")},
         "group_size": {G // 2: sizes[G // 2], G: {}, 2 * G: sizes[2 * G]},
         "expert": {
-            "embedded": {},
+            "embedded": family("embedded"),
             "a tenth trained": dict(expert_steps=max(1, cfg.expert_steps // 10)),
-            "labels": dict(expert="embedded-labels"),
+            "labels": family("embedded-labels"),
         },
     }
 
@@ -695,8 +734,9 @@ def resolve_device(name: str = "auto") -> "torch.device":
 
 # %% ../nbs/00_config.ipynb #cfg10pt1
 def parts_in(cfg: Config, sequences: int) -> int:
-    """`gradient_accumulation_steps` as a number, for a phase that has no memory model of its own (SFT, DPO): "auto" is
-    one of its `sequences` a part where there is a GPU, and all at once on a CPU."""
+    """`gradient_accumulation_steps` as a number, for a phase without a memory model of its own (SFT, DPO).
+
+    "auto" is one of its `sequences` a part if there is a GPU, and all at once on a CPU."""
     if cfg.gradient_accumulation_steps != "auto":
         return cfg.gradient_accumulation_steps
     return sequences if resolve_device().type == "cuda" else 1
