@@ -10,8 +10,10 @@ from PIL import Image
 from rollouts import shared_rollout
 from transformers import set_seed
 
+from valor.policy.adapter import adapted_layers, adapted_weight
 from valor.policy.models import load_policy
 from valor.testing import KINDS, miniature_policy
+from valor.train.rollout import merged, stays_beside
 
 FILMS = [
     Image.fromarray(np.random.default_rng(i).integers(0, 255, (70, 60 + 20 * i), dtype=np.uint8))
@@ -29,9 +31,11 @@ def studies(two=False):
     return Dataset.from_dict(columns, features=Features(features))
 
 
-def trainer(folder, out, share, two=False, **changes):
+def trainer(folder, out, share, two=False, prepare=None, **changes):
     set_seed(0)
     model, processor = load_policy(folder)
+    if prepare:
+        prepare(model)
     own = dict(per_device_train_batch_size=9, logging_strategy="no", learning_rate=1e-3)
     t = shared_rollout(model, processor, studies(two), out, share, 4, **own | changes)
     for i, (name, p) in enumerate(t.model.named_parameters()):
@@ -74,10 +78,10 @@ def test_merged_equals_trl(kind, two, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl"])
-def test_parts_of_an_update_are_shuffled_and_still_equal(kind, tmp_path):
-    "One update of nine candidates, whole and in three parts of three, which hold candidates of any prompt."
+def test_parts_of_an_update_are_equal(kind, tmp_path):
+    "One update of nine candidates: whole, in three parts of a group each, and candidate by candidate."
     folder, ends = miniature_policy(kind, tmp_path / "policy"), []
-    for parts in (1, 3):
+    for parts in (1, 3, 9):
         t = trainer(
             folder,
             tmp_path / str(parts),
@@ -93,17 +97,62 @@ def test_parts_of_an_update_are_shuffled_and_still_equal(kind, tmp_path):
         p for n, p in trainer(folder, tmp_path / "before", True).model.named_parameters() if "lora" in n
     ]
     assert (
-        max((a - b).abs().max() for a, b in zip(ends[0], ends[1]))
+        max((a - b).abs().max() for end in ends[1:] for a, b in zip(ends[0], end))
         < 1e-4
         < max((a - b).abs().max() for a, b in zip(ends[0], before))
     )
 
 
-def test_quantised_weights_are_refused(tmp_path):
+def test_parts_that_cut_through_groups_are_equal(tmp_path):
+    "Parts of two candidates, one of each prompt's: rows then count as prompts of their own."
     t = trainer(miniature_policy("llava", tmp_path / "policy"), tmp_path / "t", True)
-    layer = next(m for m in t.model.modules() if hasattr(m, "lora_A"))
-    layer.get_base_layer().weight = torch.nn.Parameter(
-        layer.get_base_layer().weight.data.to(torch.int8), requires_grad=False
-    )
-    with pytest.raises(ValueError, match="rollout='merged': the weights of .* are quantised"):
-        step(t)
+    batch, _, _ = step(t)
+    apart = torch.cat([score(t, batch, rows) for rows in ([0, 3], [1, 4, 6], [2, 5, 7, 8])])
+    whole = score(t, batch, [0, 3, 1, 4, 6, 2, 5, 7, 8])
+    in_order = score(t, batch, list(range(9)))[[0, 3, 1, 4, 6, 2, 5, 7, 8]]
+    assert torch.allclose(apart, in_order, atol=1e-5) and torch.allclose(whole, in_order, atol=1e-5)
+
+
+@torch.no_grad()
+def score(t, batch, rows):
+    "Log-probabilities of the candidates `rows` of `batch`, 0 behind their ends."
+    mask = batch["completion_mask"][rows]
+    return t._score(t.model, batch["completion_ids"][rows], mask, batch["pixel_values"][rows, 0])[0] * mask
+
+
+class Coarse(torch.nn.Linear):
+    "A layer whose weights are held in 8 bits and a scale."
+
+    @classmethod
+    def of(cls, layer):
+        held = cls(layer.in_features, layer.out_features, layer.bias is not None)
+        held.scale, held.bias = layer.weight.abs().max().item() / 127, layer.bias
+        coarse = (layer.weight.data / held.scale).round().to(torch.int8)
+        held.weight = torch.nn.Parameter(coarse, requires_grad=False)
+        return held
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+def quantised(model):
+    for name, layer in list(model.named_modules()):
+        if type(layer) is torch.nn.Linear and "language_model" in name:
+            model.set_submodule(name, Coarse.of(layer))
+
+
+def test_quantised_weights_keep_their_adapter_beside_them(tmp_path, capsys):
+    folder, steps = miniature_policy("llava", tmp_path / "policy"), []
+    for share in (False, True):
+        t = trainer(folder, tmp_path / str(share), share, prepare=quantised)
+        held = [adapted_weight(layer).clone() for layer in adapted_layers(t.model).values()]
+        steps.append(step(t))
+        assert all(torch.equal(a, adapted_weight(b)) for a, b in zip(held, adapted_layers(t.model).values()))
+    assert stays_beside(t.model) and "the adapter stays beside" in capsys.readouterr().out
+    with merged(t.model, {}) as policy:
+        assert len(adapted_layers(policy)) == len(held)
+    theirs, ours = steps
+    assert torch.equal(theirs[0]["completion_ids"], ours[0]["completion_ids"])
+    assert torch.allclose(theirs[1], ours[1], atol=1e-5)
+    for a, b in zip(theirs[2], ours[2]):
+        assert a is None or torch.allclose(a, b, atol=1e-5, rtol=1e-3)
