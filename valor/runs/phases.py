@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from datasets import DatasetDict, load_from_disk
@@ -177,10 +177,11 @@ def phase_key(name: str, cfg: Config) -> str:
 
 
 def phase_folder(name: str, cfg: Config) -> Path:
+    "The folder of the phase `name` under `cfg`, whether or not it exists yet."
     return runs_dir() / phase_key(name, cfg)
 
 # %% ../../nbs/runs/01_phases.ipynb #phs00008
-def held_by(name: str, value) -> dict[str, str]:
+def held_by(name: str, value: Any) -> dict[str, str]:
     """{path: what it holds} for the files and folders that the `value` of the parameter `name` names (see
     `fingerprint_once`). For a path that is gone: what it held when a phase in the runs folder began with
     it, so that finished runs stay readable."""
@@ -199,7 +200,7 @@ def _noted() -> dict[str, str]:
     return json.loads(noted.read_text()) if noted.exists() else {}
 
 # %% ../../nbs/runs/01_phases.ipynb #0e82a862
-def read_json(path: Path):
+def read_json(path: Path) -> Any:
     "The JSON value in the file `path`. Raises `RunError` where it cannot be read."
     try:
         return json.loads(path.read_text())
@@ -207,7 +208,7 @@ def read_json(path: Path):
         raise RunError(f"{path}: cannot be read ({e}); move {path.parent} away and start again") from None
 
 
-def write_json(path: Path, value) -> None:
+def write_json(path: Path, value: Any) -> None:
     "Write `value` to the file `path`, whole or not at all."
     with whole(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1))

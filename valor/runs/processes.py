@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from functools import lru_cache
+from typing import Any
 
 import datasets
 import torch
@@ -40,8 +41,8 @@ def is_first() -> bool:
     "Whether this is the first of them."
     return int(os.environ.get("RANK", 0)) == 0
 
-
-def together(f: Callable):
+# %% ../../nbs/runs/00_processes.ipynb #90b9acd1
+def together(f: Callable[[], Any]) -> Any:
     """What `f()` returns on the first process, on every process. An error of the first is raised on every
     process too, so that none waits for one that has failed."""
     if processes() == 1:
