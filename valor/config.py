@@ -695,8 +695,9 @@ def resolve_device(name: str = "auto") -> "torch.device":
 
 # %% ../nbs/00_config.ipynb #cfg10pt1
 def parts_in(cfg: Config, sequences: int) -> int:
-    """`gradient_accumulation_steps` as a number, for a phase that has no memory model of its own (SFT, DPO): "auto" is
-    one of its `sequences` a part where there is a GPU, and all at once on a CPU."""
+    """`gradient_accumulation_steps` as a number, for a phase without a memory model of its own (SFT, DPO).
+
+    "auto" is one of its `sequences` a part if there is a GPU, and all at once on a CPU."""
     if cfg.gradient_accumulation_steps != "auto":
         return cfg.gradient_accumulation_steps
     return sequences if resolve_device().type == "cuda" else 1

@@ -510,6 +510,6 @@ def memory_line(what: str, more_parts: int | None = None, **parameters) -> Itera
         lower = ", ".join(f"{name}={value}" for name, value in parameters.items() if value is not None)
         raise MemoryError(
             f"{what}: out of memory ({one_line(e)[:300].split('. ')[0]}); lower one of {lower}, raise "
-            f"gradient_accumulation_steps{f' to {more_parts}' if more_parts else ''}, or hold frozen weights in "
-            "policy_weights=bfloat16 or nf4; what is finished stays and is resumed"
+            f"gradient_accumulation_steps{f' to {more_parts}' if more_parts else ''}, or hold frozen weights "
+            "in policy_weights=bfloat16 or nf4; what is finished stays and is resumed"
         ) from e

@@ -555,8 +555,8 @@ def settle_parts(cfg, policy: PreTrainedModel, prompt: int, per_device: int | No
     """`cfg` with a number in place of `gradient_accumulation_steps="auto"`, and what that takes for
     `gradient_checkpointing`; says what was chosen.
 
-    `prompt`: tokens of a prompt; `per_device`: completions on each process. On a CPU, and where weights are spread over
-    processes (FSDP), it is 1. Raises ValueError if nothing fits on the GPU."""
+    `prompt`: tokens of a prompt; `per_device`: completions on each process. On a CPU, and where weights
+    are spread over processes (FSDP), it is 1. Raises ValueError if nothing fits on the GPU."""
     if cfg.gradient_accumulation_steps != "auto":
         return cfg
     device = resolve_device()
