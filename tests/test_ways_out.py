@@ -83,6 +83,8 @@ WAYS_OUT = {
             "makers.make_evaluation",
             "makers.make_controls",
             "makers.make_progress",
+            "makers.measure_snapshot",
+            "makers.save_reports",
             "trust.make_trust",
         )
     },
