@@ -119,7 +119,7 @@ DECODERS = "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg, or pytho
 def _check_one_picture(ds: Any, name: str) -> None:
     "Raise `ImageError` unless the DICOM object holds exactly one image."
     if "PixelData" not in ds:
-        kind = ds.get("Modality", "unknown")
+        kind = " ".join(str(ds.get("Modality", "unknown")).split())[:40]  # damaged files hold anything
         raise ImageError(f"{name}: a DICOM object without pixels (Modality {kind}); expected a radiograph")
     if int(ds.get("NumberOfFrames") or 1) > 1:
         raise ImageError(f"{name}: a DICOM object of {ds.NumberOfFrames} frames; expected one image")
