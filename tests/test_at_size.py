@@ -210,7 +210,7 @@ def test_runs_differ_where_results_do():
 
     assert (
         key()
-        == key(gradient_accumulation_steps=2, gradient_checkpointing="on")
+        == key(gradient_accumulation_steps=2, gradient_checkpointing="on", overlap_rewards="on")
         != key(policy_weights="bfloat16")
     )
 

@@ -83,7 +83,8 @@ def two(folder, how, port, **env):
 def test_two_processes_equal_one(folder, one):
     ranks = two(folder, "ddp", 29517)
     for how in (1, 2, "merged"):
-        same(one, [r[how] for r in ranks])  # parts; and each prompt read once on each process, in two parts
+        # parts; and each prompt read once on each process, in two parts, with rewards in a thread of each
+        same(one, [r[how] for r in ranks])
     assert (
         torch.equal(*(r["sampled"]["weights"] for r in ranks))
         and ranks[0]["sampled"]["sampled"] != ranks[1]["sampled"]["sampled"]

@@ -156,7 +156,7 @@ def main(out, how):
     }
     if how == "ddp":
         saw |= {
-            "merged": trained(out / "merged", sft, 2, 2, taken, rollout="merged"),
+            "merged": trained(out / "merged", sft, 2, 2, taken, rollout="merged", overlap_rewards="on"),
             "sampled": trained(out / "sampled", sft, 2, rollout="merged"),
         }
     torch.save(saw, out / f"{how} rank{torch.distributed.get_rank()}.pt")

@@ -293,12 +293,15 @@ class ComputeSettings:
     # by the memory model of train/02_memory
     gradient_accumulation_steps: int | str = 1
     gradient_checkpointing: str = "auto"  # "on", "off"; "auto" is on if there is a GPU
+    # "on": rewards are computed while the reference policy is scored; "off"; "auto" is on on a GPU
+    overlap_rewards: str = "auto"
     vllm_server_url: str | None = None  # where `trl vllm-serve` answers, for rollout="vllm_server"
     vllm_gpu_memory_utilization: float = 0.3  # share of each GPU for rollout="vllm_colocate"
 
 
 RULES.update(rollout=one_of("merged", "transformers", "vllm_colocate", "vllm_server"))
-RULES.update(gradient_accumulation_steps=PARTS, gradient_checkpointing=one_of("auto", "on", "off"))
+RULES.update(gradient_accumulation_steps=PARTS)
+RULES.update(dict.fromkeys(["gradient_checkpointing", "overlap_rewards"], one_of("auto", "on", "off")))
 RULES.update(vllm_gpu_memory_utilization=Rule(lambda value: 0 < value < 1, "a number in (0, 1)"))
 
 # %% ../nbs/00_config.ipynb #cfg11dp1

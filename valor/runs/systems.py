@@ -142,10 +142,12 @@ PROGRESS = {
 
 
 def step_profile(log):
-    "Mean seconds of a GRPO step by part, and their shares."
+    """Mean seconds of a GRPO step by part, and their shares of the step; `overlap` are those in which rewards
+    and reference ran side by side, which count in both."""
     log = log.drop_duplicates(["seed", "stage", "k", "step_time"])  # stage 1 is in the log of both systems
     parts = log[[c for c in log if c.startswith("time/")]].mean().rename(lambda c: c.removeprefix("time/"))
-    return pd.DataFrame(dict(seconds=parts, share=parts / parts.sum())).round(3)
+    step = parts.sum() - 2 * parts.get("overlap", 0)
+    return pd.DataFrame(dict(seconds=parts, share=parts / step)).round(3)
 
 # %% ../../nbs/runs/03_systems.ipynb #sys00004
 def progress_of(cfg):
