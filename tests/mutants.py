@@ -272,6 +272,62 @@ MUTANTS = [
         after='by_seed = {c.seed: list(load_data(phase_folder("data", cfgs[0]))',
         test="test_effect.py::test_each_seed_is_scored_on_its_own_references",
     ),
+    Mutant(
+        name="seeds: a p-value that looks at one side",
+        module="metrics/seeds",
+        before="np.abs(rows @ signs.T), np.abs(",
+        after="rows @ signs.T, np.abs(",
+        test="test_seeds.py::test_sign_flips_give_the_p_of_scipys_permutation_test",
+    ),
+    Mutant(
+        name="seeds: rounding decides whether two sums are equal",
+        module="metrics/seeds",
+        before="observed - rounding",
+        after="observed",
+        test="test_seeds.py::test_sign_flips_by_hand",
+    ),
+    Mutant(
+        name="seeds: a rerun is as certain as a mean",
+        module="metrics/seeds",
+        before="(1 + 1 / np.shape(values)[-1]) ** 0.5",
+        after="(1 / np.shape(values)[-1]) ** 0.5",
+        test="test_seeds.py::test_a_rerun_lies_in_its_interval_as_often_as_promised",
+    ),
+    Mutant(
+        name="seeds: seeds are not drawn",
+        module="metrics/seeds",
+        before="np.random.default_rng(seed).integers(len(pairs), size=(n_boot, len(pairs)))",
+        after="np.tile(np.arange(len(pairs)), (n_boot, 1))",
+        test="test_seeds.py::test_draws_vary_as_much_as_seeds_and_studies_do",
+    ),
+    Mutant(
+        name="seeds: two systems draw other studies",
+        module="metrics/seeds",
+        before="measure(b, draws, one)[metric]",
+        after="measure(b, draws[::-1], one)[metric]",
+        test="test_seeds.py::test_the_interval_is_paired_over_systems_and_fixed_by_its_seed",
+    ),
+    Mutant(
+        name="seeds: Holm over all families at once",
+        module="metrics/seeds",
+        before="here = table.family == family",
+        after="here = table.family == table.family",
+        test="test_seeds.py::test_holm_runs_over_each_family_by_itself",
+    ),
+    Mutant(
+        name="seeds: a table of another sidecar is read",
+        module="metrics/seeds",
+        before='!= about.get("sha256")',
+        after='== ""',
+        test="test_seeds.py::test_a_write_that_is_stopped_leaves_no_half",
+    ),
+    Mutant(
+        name="seeds: seeds of other settings are put together",
+        module="metrics/seeds",
+        before="    _check_same(abouts)\n    return frames",
+        after="    return frames",
+        test="test_seeds.py::test_only_the_seed_may_differ",
+    ),
 ]
 
 

@@ -54,6 +54,7 @@ NUMBERS = "numbers under digests of texts, names of files"
 WAYS_OUT = {
     "results.attention.write_maps": "guarded: kept",
     "data.report.run_report": "guarded: kept",
+    "metrics.seeds.write_seed": "guarded: kept",
     "figures.save_page": "guarded: _guarded",
     "figures._saved": "inside save, which opens the guard",
     "results.gallery.gallery": "guarded: kept",
