@@ -296,15 +296,22 @@ MUTANTS = [
     Mutant(
         name="seeds: seeds are not drawn",
         module="metrics/seeds",
-        before="np.random.default_rng(seed).integers(len(pairs), size=(n_boot, len(pairs)))",
-        after="np.tile(np.arange(len(pairs)), (n_boot, 1))",
-        test="test_seeds.py::test_draws_vary_as_much_as_seeds_and_studies_do",
+        before="return np.take_along_axis(gaps, taken, 1).mean(1)",
+        after="return gaps.mean(1)",
+        test="test_seeds.py::test_seeds_that_share_a_test_set_share_the_drawn_studies",
+    ),
+    Mutant(
+        name="seeds: studies of one test set are drawn for each seed",
+        module="metrics/seeds",
+        before="draw = crossed_draws if crossed else nested_draws",
+        after="draw = nested_draws",
+        test="test_seeds.py::test_seeds_that_share_a_test_set_share_the_drawn_studies",
     ),
     Mutant(
         name="seeds: two systems draw other studies",
         module="metrics/seeds",
-        before="measure(b, draws, one)[metric]",
-        after="measure(b, draws[::-1], one)[metric]",
+        before="(measure(frame, draws, one) for frame in pair)",
+        after="(measure(frame, d, one) for frame, d in zip(pair, (draws, draws[::-1])))",
         test="test_seeds.py::test_the_interval_is_paired_over_systems_and_fixed_by_its_seed",
     ),
     Mutant(

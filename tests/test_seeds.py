@@ -97,6 +97,22 @@ def test_draws_vary_as_much_as_seeds_and_studies_do():
     assert sd.nested_draws(pairs, MEAN, 6000, 0).std() == pytest.approx(both, rel=0.05)
 
 
+def test_seeds_that_share_a_test_set_share_the_drawn_studies():
+    rng, studies = np.random.default_rng(0), 400
+    alike, means = rng.normal(0, 1, studies), np.array([0.0, 0.02, 0.1, 0.04])
+    shared = [(frame(alike + m), frame(np.zeros(studies))) for m in means]
+    both = (means.var() / 4 + alike.var() / studies) ** 0.5  # the noise of studies is that of one seed
+    assert sd.crossed_draws(shared, MEAN, 6000, 0).std() == pytest.approx(both, rel=0.05)
+    a, b = ({s: pair[i] for s, pair in enumerate(shared)} for i in (0, 1))
+    of_one = sd.hierarchical_interval(a, b, "mean", 4000, 0, MEAN)
+    own = [{s: frame(f.x.to_numpy(), s) for s, f in system.items()} for system in (a, b)]
+    nested = sd.hierarchical_interval(*own, "mean", 4000, 0, MEAN)
+    assert of_one[0] == nested[0]
+    assert of_one[2] - of_one[1] == pytest.approx(2 * 1.96 * both, rel=0.06)
+    less = (means.var() / 4 + alike.var() / (4 * studies)) ** 0.5
+    assert nested[2] - nested[1] == pytest.approx(2 * 1.96 * less, rel=0.06)
+
+
 def test_the_interval_is_paired_over_systems_and_fixed_by_its_seed():
     rng = np.random.default_rng(0)
     b = {s: frame(rng.normal(0, 100, 30), s) for s in range(4)}

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Frames', 'FREE', 'MOST_SEEDS', 'CONTRASTS', 'WORDS', 'BETTER', 'stacked', 'settings_of', 'commit_of', 'write_seed',
            'read_seeds', 'seed_values', 'mean_interval', 'prediction_interval', 'seed_table', 'smallest_p',
-           'sign_flip_test', 'paired_seeds', 'seed_differences', 'nested_draws', 'hierarchical_interval', 'Contrast',
-           'contrast_table', 'Noise', 'made_up_intervals', 'simulate', 'simulation_table', 'plot_simulation',
-           'axis_label', 'plot_seeds']
+           'sign_flip_test', 'paired_seeds', 'seed_differences', 'nested_draws', 'crossed_draws',
+           'hierarchical_interval', 'Contrast', 'contrast_table', 'Noise', 'made_up_intervals', 'simulate',
+           'simulation_table', 'plot_simulation', 'axis_label', 'plot_seeds']
 
 # %% ../../nbs/metrics/03_seeds.ipynb #seed0002
 import dataclasses
@@ -80,6 +80,13 @@ def commit_of(folder: Path | str | None = None) -> str | None:
     return found.stdout.strip() if found.returncode == 0 else None
 
 # %% ../../nbs/metrics/03_seeds.ipynb #seed000g
+def _stem_of(name: str, seed: int) -> str:
+    "How the files of one seed are called, without their endings. Raises ValueError for an unfit `name`."
+    if not re.fullmatch(r"[\w-][\w.-]*", name):
+        raise ValueError(f"name={name!r}: expected letters, digits, '_', '-' and '.'")
+    return f"{name}_seed{seed}"
+
+
 def _sidecar_of(stem: str, frames: Mapping, data: bytes, cfg: Config, runs: Iterable, note: str) -> dict:
     "What the JSON file beside the table `data` of one seed says."
     return sidecar(stem, [cfg], runs, note) | dict(
@@ -104,9 +111,7 @@ def write_seed(
     `name`: by default the benchmark; a variant of it (another `omit`) needs a name of its own. `runs`: the
     phase folders behind the frames. `out`: by default `seeds` in the folder of the figures of `cfg`.
     Raises ValueError if a frame holds text, and `PlaceError` if the studies must not go there."""
-    stem = f"{name or cfg.benchmark}_seed{cfg.seed}"
-    if not re.fullmatch(r"[\w-][\w.-]*", stem):
-        raise ValueError(f"name={name!r}: expected letters, digits, '_', '-' and '.'")
+    stem = _stem_of(name or cfg.benchmark, cfg.seed)
     folder = Path(out or place_of([cfg]) / "seeds")
     data = gzip.compress(stacked(frames).to_csv(index=False, lineterminator="\n").encode(), mtime=0)
     about = json.dumps(_sidecar_of(stem, frames, data, cfg, runs, note), indent=1, ensure_ascii=False)
@@ -279,21 +284,35 @@ def seed_differences(
     return {seed: gap for seed, gap in gaps.items() if not np.isnan(gap)}
 
 # %% ../../nbs/metrics/03_seeds.ipynb #seed0017
+def _gap(pair: tuple[pd.DataFrame, pd.DataFrame], draws: np.ndarray, one: Metrics) -> np.ndarray:
+    "a − b of a `pair` of frames in the one metric of `one`, for each of the `draws` `(N, studies)`."
+    (a, b), (metric,) = (measure(frame, draws, one) for frame in pair), one
+    return a[metric] - b[metric]
+
+
 def nested_draws(
     pairs: Sequence[tuple[pd.DataFrame, pd.DataFrame]], one: Metrics, n_boot: int, seed: int
 ) -> np.ndarray:
     """`n_boot` draws of the mean over seeds of a − b in the one metric of `one`: seeds with replacement,
     then studies within each. `pairs`: for each seed the frames of both systems, over the same studies."""
-    (metric,) = one
     taken = np.random.default_rng(seed).integers(len(pairs), size=(n_boot, len(pairs)))
     gaps = np.empty(taken.shape)
-    for i, (a, b) in enumerate(pairs):
+    for i, pair in enumerate(pairs):
         places = taken == i  # where seed i was taken; each place draws its studies anew
-        draws = study_draws(len(a), int(places.sum()), seed + 1 + i)
-        gaps[places] = measure(a, draws, one)[metric] - measure(b, draws, one)[metric]
+        gaps[places] = _gap(pair, study_draws(len(pair[0]), int(places.sum()), seed + 1 + i), one)
     return gaps.mean(1)
 
+# %% ../../nbs/metrics/03_seeds.ipynb #seed002c
+def crossed_draws(
+    pairs: Sequence[tuple[pd.DataFrame, pd.DataFrame]], one: Metrics, n_boot: int, seed: int
+) -> np.ndarray:
+    "As `nested_draws`, for seeds that share their studies: a draw takes the same studies for all its seeds."
+    taken = np.random.default_rng(seed).integers(len(pairs), size=(n_boot, len(pairs)))
+    draws = study_draws(len(pairs[0][0]), n_boot, seed + 1)
+    gaps = np.stack([_gap(pair, draws, one) for pair in pairs], 1)  # (n_boot, seeds)
+    return np.take_along_axis(gaps, taken, 1).mean(1)
 
+# %% ../../nbs/metrics/03_seeds.ipynb #seed002e
 def hierarchical_interval(
     frames_a: Mapping,
     frames_b: Mapping,
@@ -303,12 +322,15 @@ def hierarchical_interval(
     known: Metrics = METRICS,
 ) -> tuple[float, float, float]:
     """(a − b, lo, hi) in `metric`, as the mean over the seeds that both systems {seed: frame} have, with the
-    95 % percentile interval of a bootstrap over seeds and the studies within them; NaN if there are none."""
+    95 % percentile interval of a bootstrap over seeds and studies: `crossed_draws` if all seeds have the
+    same studies, else `nested_draws`. NaN if there are no such seeds."""
     gaps = seed_differences(frames_a, frames_b, metric, known)
     if not gaps:
         return (np.nan, np.nan, np.nan)
     pairs = [(frames_a[s], frames_b[s]) for s in gaps]
-    draws = nested_draws(pairs, _chosen([metric], known), n_boot, seed)
+    crossed = all(a.index.equals(pairs[0][0].index) for a, _ in pairs)
+    draw = crossed_draws if crossed else nested_draws
+    draws = draw(pairs, _chosen([metric], known), n_boot, seed)
     return (float(np.mean(list(gaps.values()))), *map(float, interval(draws)))
 
 # %% ../../nbs/metrics/03_seeds.ipynb #seed001c
@@ -484,6 +506,17 @@ def _keys() -> list[plt.Line2D]:
         plt.Line2D([], [], lw=0.7, label="95 % interval of a single rerun", **dark),
     ]
 
+# %% ../../nbs/metrics/03_seeds.ipynb #seed002f
+def _draw_panel(ax: plt.Axes, values: pd.DataFrame, metric: str, systems: Sequence[str]) -> None:
+    "Draws `metric` of `values` into one panel of `plot_seeds`: `systems` from top to bottom."
+    here = values[values.metric == metric].dropna()
+    for at, system in enumerate(systems):
+        each = here.value[here.system == system].to_numpy()
+        if len(each):
+            _draw_system(ax, at, each, COLOURS.get(system, "#444444"))
+    ax.set(yticks=range(len(systems)), yticklabels=systems, ylim=(len(systems) - 0.5, -0.5))
+    ax.grid(axis="x", alpha=0.3)
+
 # %% ../../nbs/metrics/03_seeds.ipynb #seed001x
 def plot_seeds(
     values: pd.DataFrame,
@@ -493,22 +526,20 @@ def plot_seeds(
     known: Metrics = METRICS,
 ) -> plt.Figure:
     """A panel per metric of `values` (from `seed_values`): systems in their order, each seed a dot, the mean,
-    its 95 % interval and that of a single rerun. `zero`: let every axis begin at zero."""
-    metrics = [m for m in metrics or values.metric.unique() if values.value[values.metric == m].notna().any()]
+    its 95 % interval and that of a single rerun. `zero`: let every axis begin at zero.
+
+    A metric that does not apply has no panel. Raises ValueError if none applies."""
+    defined = values.dropna().metric.unique()
+    metrics = [m for m in metrics or defined if m in defined]
+    if not metrics:
+        raise ValueError("values: none of the metrics is defined for these studies")
     systems = list(values.system.unique())
     size = (min(PAGE, 2.3 * len(metrics) + 1.2), 0.28 * len(systems) + 1.1)
     fig, axes = plt.subplots(1, len(metrics), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for ax, metric in zip(axes[0], metrics):
-        here = values[values.metric == metric].dropna()
-        for at, system in enumerate(systems):
-            each = here.value[here.system == system].to_numpy()
-            if len(each):
-                _draw_system(ax, at, each, COLOURS.get(system, "#444444"))
-        ax.set(xlabel=axis_label(metric, known), yticks=range(len(systems)), yticklabels=systems)
-        ax.grid(axis="x", alpha=0.3)
-        if zero:
-            ax.set_xlim(left=0)
-    axes[0, 0].set_ylim(len(systems) - 0.5, -0.5)
+        _draw_panel(ax, values, metric, systems)
+        ax.set_xlabel(axis_label(metric, known))
+        ax.set_xlim(left=0 if zero else None)
     fig.legend(handles=_keys(), loc="outside lower center", ncol=4)
     fig.suptitle(title)
     return fig
