@@ -42,6 +42,7 @@ from tqdm.auto import tqdm
 from ..config import resolve_device
 from .embedded import Expert, as_batch, load_embedded
 from ..files import one_line
+from ..policy.films import FilmClassifier, moved
 from ..rewards.chexbert import UNCERTAIN
 from ..rewards.guard import PROBES, RewardError
 from ..rewards.rules import RuleLabeler
@@ -423,10 +424,14 @@ class LabelExpert:
         return np.select([said == 1, said == -1], [1.0, self.uncertain], -1.0)
 
 # %% ../../nbs/expert/01_frozen.ipynb #0b84af69
-def build_classifier(size: int, classes: int, seed: int = 0) -> torch.nn.Module:
-    "An untrained classifier of grey images of `size` pixels into `classes` logits; weights fixed by `seed`."
+def build_classifier(size: int, classes: int, seed: int = 0, tower: str = "patches") -> torch.nn.Module:
+    """An untrained classifier of grey images of `size` pixels into `classes` logits; weights fixed by `seed`.
+
+    `tower`: "patches" is a ResNet, "films" a `FilmTower`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if tower == "films":
+            return FilmClassifier(size, classes)
         return open_clip.modified_resnet.ModifiedResNet(
             [1, 1, 1, 1], output_dim=classes, heads=16, image_size=size, width=16
         )
@@ -441,14 +446,18 @@ def fit_classifier(
     batch_size: int,
     lr: float,
     seed: int,
+    move: bool = False,
 ) -> None:
-    "Trains `model` on `pixels` (N, 3, size, size) and `target` (N, C) of 0 and 1, in place."
+    """Trains `model` on `pixels` (N, 3, size, size) and `target` (N, C) of 0 and 1, in place.
+
+    `move`: whether every visit shows an image a little `moved`."""
     rng = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, max(steps, 2), pct_start=0.1)
     for _ in tqdm(range(steps), desc="classifier"):
         rows = rng.choice(len(pixels), min(batch_size, len(pixels)), replace=False)
-        loss = F.binary_cross_entropy_with_logits(model(pixels[rows]), target[rows])
+        shown = moved(pixels[rows], rng) if move else pixels[rows]
+        loss = F.binary_cross_entropy_with_logits(model(shown), target[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -476,19 +485,24 @@ def train_classifier(
     seed: int = 101,
     batch_size: int = 32,
     lr: float = 1e-3,
+    tower: str = "patches",
 ) -> None:
     """Trains on `images` and `labels` (N, C), 1 where an observation is present; writes weights and what they
     are to the folder `out`. Equal parameters and number of threads give equal weights.
 
+    `tower`: see `build_classifier`; with "films", `lr` is doubled and images are `moved`.
+
     Observations that are not `learnable` are left out."""
     kept, size, out = learnable(labels), images[0].size[0], Path(out)
     target = torch.tensor((labels[:, kept] == 1).astype(np.float32))
-    model = build_classifier(size, len(kept), seed).train()
+    model = build_classifier(size, len(kept), seed, tower).train()
     pixels = torch.stack([as_batch([image], size)[0] for image in images])
-    fit_classifier(model, pixels, target, steps=steps, batch_size=batch_size, lr=lr, seed=seed)
+    films = tower == "films"
+    lr = 2 * lr if films else lr
+    fit_classifier(model, pixels, target, steps=steps, batch_size=batch_size, lr=lr, seed=seed, move=films)
     out.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, out / "classifier.safetensors")
-    about = dict(size=size, observations=[observations[i] for i in kept])
+    about = dict(size=size, observations=[observations[i] for i in kept], tower=tower)
     (out / "classifier.json").write_text(json.dumps(about))
 
 # %% ../../nbs/expert/01_frozen.ipynb #frz4trn1
@@ -496,7 +510,8 @@ def classifier_expert(folder: Path | str, labeler: Any) -> LabelExpert:
     "The `LabelExpert` around a classifier that `train_classifier` wrote to `folder`."
     folder = Path(folder).expanduser()
     about = json.loads((folder / "classifier.json").read_text())
-    model = build_classifier(about["size"], len(about["observations"]))
+    tower = about.get("tower", "patches")  # older ones do not say it
+    model = build_classifier(about["size"], len(about["observations"]), tower=tower)
     model.load_state_dict(load_file(folder / "classifier.safetensors"))
     model.eval().requires_grad_(False).to(resolve_device())
 

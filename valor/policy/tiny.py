@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL.Image import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -24,12 +25,14 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     MistralConfig,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
     ProcessorMixin,
     set_seed,
 )
 
 from .checkpoints import keep, restore
+from .films import FilmTowerConfig, moved
 from .models import image_tokens, memory_line
 from .prompt import PROMPT, render_prompt
 
@@ -126,7 +129,7 @@ def _text_config(width: int, tokenizer: PreTrainedTokenizerFast) -> MistralConfi
     )
 
 # %% ../../nbs/policy/00_tiny.ipynb #9b0f0060
-def _llava_config(vision: CLIPVisionConfig, tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
+def _llava_config(vision: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
     "Both parts and the projector between them; the language model is as wide as the tower."
     return LlavaConfig(
         vision_config=vision,
@@ -147,12 +150,18 @@ def build_policy(
     width: int = 128,
     seed: int = 0,
     min_count: int = 1,
+    tower: str = "patches",
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    "An untrained `(model, processor)` with the vocabulary of `texts`; `seed` fixes its weights."
+    """An untrained `(model, processor)` with the vocabulary of `texts`; `seed` fixes its weights.
+
+    `tower`: "patches" is a CLIP, "films" begins with convolutions (see `FilmTower`)."""
     set_seed(seed)
     processor = build_processor(texts, image_size, patch_size, min_count)
     tokenizer = processor.tokenizer
-    config = _llava_config(_vision_config(width, image_size, patch_size), tokenizer)
+    vision = _vision_config(width, image_size, patch_size)
+    if tower == "films":
+        vision = FilmTowerConfig(image_size=image_size, hidden_size=width)
+    config = _llava_config(vision, tokenizer)
     model = LlavaForConditionalGeneration(config)
     model.generation_config.update(
         pad_token_id=tokenizer.pad_token_id,
@@ -285,12 +294,25 @@ def _update(parts: dict, pixels: Tensor, targets: Tensor) -> float:
     return loss.item()
 
 # %% ../../nbs/policy/00_tiny.ipynb #9b0f0070
-def _fit(parts: dict, order: tuple, pixels: Tensor, targets: Tensor, save_steps: int, kept) -> float | None:
-    "An update for each batch of `order`, a checkpoint in folder `kept` after `save_steps`. The last loss."
+def _fit(
+    parts: dict,
+    order: tuple,
+    pixels: Tensor,
+    targets: Tensor,
+    save_steps: int,
+    kept: Path | str | None,
+    drawn: int | None = None,
+) -> float | None:
+    """An update for each batch of `order`, a checkpoint in folder `kept` after `save_steps`. The last loss.
+
+    `drawn`: the seed by which images are `moved`; None leaves them as they are."""
     done, last = restore(kept, parts) if kept else (0, None)
     steps = range(done, len(order))
     for step in tqdm(steps, initial=done, total=len(order), desc="vision warm-up", leave=False):
-        last = _update(parts, pixels[order[step]], targets[order[step]])
+        shown = pixels[order[step]]
+        if drawn is not None:
+            shown = moved(shown, np.random.default_rng([drawn, step]))  # a resumed warm-up draws the same
+        last = _update(parts, shown, targets[order[step]])
         if kept and (step + 1) % save_steps == 0:
             keep(kept, step + 1, parts, last)
     return last
@@ -306,9 +328,11 @@ def warm_up_vision(
     batch_size: int = 32,
     seed: int = 0,
     kept: Path | str | None = None,
+    move: bool = False,
 ) -> float:
     """Train the vision tower of `model`, in place, to tell `targets` `(N, C)` from `images`; the last loss.
 
+    `move`: whether every visit shows an image a little `moved`.
     `kept`: a folder for a checkpoint after every epoch. A killed warm-up that is started again resumes there
     and ends with the same weights (bit for bit on one CPU thread)."""
     set_seed(seed)
@@ -317,6 +341,6 @@ def warm_up_vision(
     order = _batches(len(images), min(batch_size, len(images)), epochs)
     schedule = torch.optim.lr_scheduler.OneCycleLR
     parts["schedule"] = schedule(parts["optimizer"], lr, total_steps=len(order), pct_start=0.1)
-    last = _fit(parts, order, pixels, targets, len(order) // epochs, kept)
+    last = _fit(parts, order, pixels, targets, len(order) // epochs, kept, seed if move else None)
     settle_projector(model, pixels[:256])
     return last

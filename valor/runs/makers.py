@@ -206,7 +206,7 @@ def make_expert(out: Path, cfg: Config, after: Mapping[str, Path], name: str) ->
         return save_expert(fit_expert(cfg, train, edits), out / "model")
     labels = np.array(train["labels"], dtype=float)
     steps, seed = cfg.expert_steps, seed_of(cfg, "expert_seed")
-    train_classifier(list(train["image"]), labels, OBSERVATIONS, out / "model", steps, seed)
+    train_classifier(list(train["image"]), labels, OBSERVATIONS, out / "model", steps, seed, tower=cfg.tower)
 
 # %% ../../nbs/runs/02_makers.ipynb #69f829d3
 def open_expert(folder: Path | str, cfg: Config) -> FrozenExpert:
@@ -286,11 +286,14 @@ def warm_base(out: Path, cfg: Config, shown: datasets.Dataset, words: list[str])
     """Write an embedded policy with a vocabulary from the texts `words` to `out/init`, its vision warmed
     up on the studies `shown`. The warm-up is kept after every epoch."""
     seed, known = seed_of(cfg, "base_seed"), benchmark_of(cfg.benchmark)
-    model, processor = build_policy(words, cfg.image_size, seed=seed, min_count=1 if known.made_up else 4)
+    rare = 1 if known.made_up else 4
+    model, processor = build_policy(words, cfg.image_size, seed=seed, min_count=rare, tower=cfg.tower)
     if cfg.warmup_epochs:
         images, targets = list(shown["image"]), warm_up_targets(shown, known.omits)
-        kept = out / "checkpoints" / "warm-up"
-        warm_up_vision(model, processor, images, targets, cfg.warmup_epochs, seed=seed, kept=kept)
+        how = dict(epochs=cfg.warmup_epochs, seed=seed, kept=out / "checkpoints" / "warm-up")
+        if cfg.tower == "films":
+            how |= dict(lr=2e-3, move=True)
+        warm_up_vision(model, processor, images, targets, **how)
     save_policy(model, processor, out / "init")
 
 # %% ../../nbs/runs/02_makers.ipynb #s3run005

@@ -64,12 +64,12 @@ _GIVEN = {
         _fields("benchmark data_root data_options data_seed n_train n_val n_test image_size sections omit"),
         2,
     ),
-    "expert": Phase(("data",), _fields("threads expert expert_seed expert_steps"), 1),
+    "expert": Phase(("data",), _fields("threads expert expert_seed expert_steps tower"), 1),
     "base": Phase(
         ("data",),
         _fields(
             "threads base base_seed base_studies warmup_epochs base_epochs render_copies sft_lr "
-            "sft_batch_size"
+            "sft_batch_size tower"
         )
         + tuple(LOADING),
         1,
@@ -142,7 +142,9 @@ NO_PATHS = ("embedded", "embedded-labels", "rules", "samples", "minilm")  # valu
 
 
 SEEDS = ("data_seed", "base_seed", "expert_seed")  # what may be derived from `seed`
-LATER = dict(omit=0.0, visual="expert")  # fields that came later: at these values a phase is as it was
+LATER = dict(
+    omit=0.0, visual="expert", tower="patches"
+)  # fields that came later: at these values a phase is as it was
 
 
 def fields_reaching(name: str, cfg: Config) -> dict:
