@@ -454,12 +454,12 @@ def truth_watch(cfg: Config) -> dict[str, Callable]:
 def rewards_of(cfg: Config, expert: FrozenExpert | None = None) -> Rewards:
     """What a stage under `cfg` is rewarded with and watched by: with an `expert` (stage 2), what
     `cfg.visual` names judges images as well."""
-    similarity, watch = None, truth_watch(cfg)
+    similarity, watch, scorers = None, truth_watch(cfg), text_scorers(cfg)
     if expert:
         train = load_data(phase_folder("data", cfg))["train"]
-        similarity = visual_judge(cfg.visual, expert, train, watch.get("truth_f1"), cfg.seed)
+        similarity = visual_judge(cfg.visual, expert, train, watch.get("truth_f1"), cfg.seed, scorers)
         watch = watch | context_watch(expert)
-    return Rewards(text_scorers(cfg), cfg.k_clin, similarity, watch, extras_of(cfg))
+    return Rewards(scorers, cfg.k_clin, similarity, watch, extras_of(cfg))
 
 
 def start_after(folder: Path) -> dict:
