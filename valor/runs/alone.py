@@ -79,7 +79,7 @@ def parting(reward: pd.Series, truth: pd.Series, window: int = 10) -> int | None
     """The update (its place in the series) from which the truth falls while the reward rises; None if never.
 
     It is the place of the highest smoothed truth, after the first `window` updates, if the smoothed truth
-    ends lower by twice the standard error of a mean of `window` values and the smoothed reward ends higher."""
+    ends lower by twice the standard error of a mean of `window` values, and the smoothed reward higher."""
     curve, paid = smoothed(truth, window), smoothed(reward, window)
     noise = (truth - curve).std() / np.sqrt(window)
     top = int(curve.iloc[window - 1 :].to_numpy().argmax()) + window - 1
@@ -113,8 +113,8 @@ def alarm(
 
 # %% ../../nbs/runs/05_alone.ipynb #aln00018
 def alarm_record(runs: Mapping[tuple[str, int], pd.DataFrame]) -> pd.DataFrame:
-    """One row for each run `{(reward, seed): log of stage 2}`: the updates at which reward and truth parted and
-    at which the alarm came, and its lead (updates before the parting; negative: after it). NaN: never."""
+    """One row for each run `{(reward, seed): log of stage 2}`: the update at which reward and truth parted,
+    that of the alarm, and its lead (updates before the parting; negative: after it). NaN: never."""
     rows = []
     for (name, seed), log in runs.items():
         trained = "rewards/similarity/mean"
