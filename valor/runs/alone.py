@@ -78,8 +78,10 @@ def smoothed(values: pd.Series, window: int = 10) -> pd.Series:
 def parting(reward: pd.Series, truth: pd.Series, window: int = 10) -> int | None:
     """The update (its place in the series) from which the truth falls while the reward rises; None if never.
 
-    It is the place of the highest smoothed truth, after the first `window` updates, if the smoothed truth
-    ends lower by twice the standard error of a mean of `window` values, and the smoothed reward higher."""
+    It is the place of the highest smoothed truth, if the smoothed truth then ends lower by twice the standard
+    error of a mean of `window` values, and the smoothed reward higher. None before 2 × `window` updates."""
+    if len(truth) < 2 * window:
+        return None
     curve, paid = smoothed(truth, window), smoothed(reward, window)
     noise = (truth - curve).std() / np.sqrt(window)
     top = int(curve.iloc[window - 1 :].to_numpy().argmax()) + window - 1
