@@ -8,8 +8,8 @@ __all__ = ['BY_OBSERVATION', 'TRIED', 'make_data', 'target', 'check_splits', 'fi
            'warm_up_targets', 'warm_base', 'lay_descriptions', 'make_base', 'policy_in', 'make_sft', 'text_scorers',
            'check_scorers', 'labeler', 'context_watch', 'truth_watch', 'rewards_of', 'start_after', 'make_stage',
            'make_samples', 'pairs_for', 'make_preference', 'policy_of', 'policy_with', 'snapshots_of', 'score_frame',
-           'save_reports', 'read_frame', 'read_reports', 'make_evaluation', 'make_controls', 'validation_studies',
-           'measure_snapshot', 'make_progress']
+           'save_reports', 'read_frame', 'read_reports', 'make_evaluation', 'erased_of', 'make_erased', 'make_controls',
+           'validation_studies', 'measure_snapshot', 'make_progress']
 
 # %% ../../nbs/runs/02_makers.ipynb #mak00002
 import dataclasses
@@ -32,6 +32,7 @@ from transformers import ProcessorMixin
 
 from ..config import BENCHMARKS, Config, key_of, parts_in, preset, resolve_device, runs_dir, seed_of
 from ..data.benchmarks import benchmark_note, benchmark_of, leaked, load_benchmark, rerender
+from ..data.pairs import erased_pairs
 from valor.data.phantom import (
     FINDINGS,
     Finding,
@@ -614,6 +615,25 @@ def make_evaluation(out: Path, cfg: Config, after: Mapping[str, Path], name: str
         )
         save_reports(out, condition, test, written)
         score_frame(written, cfg, expert).to_csv(out / f"frame {condition}.csv")
+
+# %% ../../nbs/runs/02_makers.ipynb #mak000e1
+def erased_of(cfg: Config) -> datasets.Dataset:
+    """The test studies of the run `cfg` that have a finding, each without one of them (`erased_pairs`).
+    Raises `RunError` where films cannot be drawn again."""
+    if cfg.benchmark != "phantom":
+        raise RunError(f"{cfg.benchmark}: only films of the phantom benchmark can be drawn without a finding")
+    return erased_pairs(load_data(ensure("data", cfg))["test"])
+
+# %% ../../nbs/runs/02_makers.ipynb #mak000e3
+@maker("erased_base", "erased_sft", "erased_stage1", "erased_stage2", "erased_dpo", "erased_mmedpo")
+def make_erased(out: Path, cfg: Config, after: Mapping[str, Path], name: str) -> None:
+    "Greedy reports on the test studies without one finding; their complete films are read in `eval_`."
+    pairs = erased_of(cfg)
+    model, processor = policy_of(name.removeprefix("erased_"), cfg)
+    model.to(resolve_device())
+    how = dict(batch_size=cfg.eval_batch_size, desc=name)
+    written = generate(model, processor, image_lists(pairs), cfg.max_new_tokens, **how)
+    save_reports(out, "erased", pairs, written)
 
 # %% ../../nbs/runs/02_makers.ipynb #c2593d67
 @maker("controls")

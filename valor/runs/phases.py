@@ -127,6 +127,7 @@ _MEASURED = {
         f"eval_{name}": Phase((name, "expert"), ("max_new_tokens", "eval_batch_size", *LABELER), 4)
         for name in _EVALUATED
     },
+    **{f"erased_{name}": Phase((name,), ("max_new_tokens", "eval_batch_size"), 1) for name in _EVALUATED},
     **{
         f"progress_{name}": Phase((name,), ("max_new_tokens", "eval_studies", "eval_batch_size", *LABELER), 2)
         for name in ("stage1", "stage2")
