@@ -194,6 +194,7 @@ def test_stages_have_their_own_steps_modules_and_seeds(monkeypatch, tmp_path):
 
     monkeypatch.setattr(grpo, "make_trainer", stub)
     monkeypatch.setattr(grpo, "train_to_end", lambda *args, **kw: None)
+    monkeypatch.setattr(grpo, "read_references", lambda *args: None)
     cfg = preset(
         "smoke",
         stage1_steps=3,

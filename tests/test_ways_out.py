@@ -103,7 +103,6 @@ WAYS_OUT = {
     "data.images.to_png": MEMORY,
     "data.phantom.png_bytes": MEMORY,
     "results.gallery.data_url": MEMORY,
-    "rewards.radgraph.read_pack": MEMORY,
     **{
         name: WEIGHTS
         for name in (

@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..config import resolve_device
 
@@ -452,6 +453,7 @@ class ModelScorer(Scorer):
     two analyses. `sent` counts the texts that the model has read."""
 
     batched = True
+    reads_ahead = False  # whether reading all references before training saves time
 
     def __init__(
         self,
@@ -472,23 +474,42 @@ class ModelScorer(Scorer):
 
 # %% ../../nbs/rewards/00_text.ipynb #e0b019e3
 @patch
-def analysed(self: ModelScorer, texts: Iterable[str], keep: bool = False) -> dict:
-    "{text: analysis}. The model reads only unknown texts. `keep`: remember these (they are references)."
-    texts = list(dict.fromkeys(texts))
+def known(self: ModelScorer, texts: Iterable[str], stored: bool = False) -> dict:
+    "{text: analysis} of the `texts` that are in memory or, if `stored`, in the store."
+    texts = list(texts)
     found = {text: self.kept[text] for text in texts if text in self.kept}
-    if keep and self.store:
-        stored = self.store.get([text for text in texts if text not in found])
-        found |= {text: self.unpack(data) for text, data in stored.items()}
+    if stored and self.store:
+        values = self.store.get([text for text in texts if text not in found])
+        found |= {text: self.unpack(data) for text, data in values.items()}
+    return found
+
+
+@patch
+def remember(self: ModelScorer, analyses: dict, new: Iterable[str]) -> None:
+    "Keep {text: analysis} of references in memory, and those of the `new` ones in the store as well."
+    values = {text: self.pack(analyses[text]) for text in new} if self.store else {}
+    if values:
+        self.store.put(values)
+    self.kept.update(analyses)
+    while len(self.kept) > self.keep:
+        del self.kept[next(iter(self.kept))]  # the oldest
+
+
+@patch
+def analysed(self: ModelScorer, texts: Iterable[str], keep: bool = False, beside: Iterable[str] = ()) -> dict:
+    """{text: analysis}. The model reads only unknown texts, those of `beside` together with those of `texts`.
+    `keep`: remember `texts` (they are references)."""
+    texts = dict.fromkeys(texts)
+    found = self.known(texts, keep)
     new = [text for text in texts if text not in found]
-    said = dict(zip(new, self.analyse(new))) if new else {}
-    self.sent += len(new)
-    if keep and self.store and said:
-        self.store.put({text: self.pack(analysis) for text, analysis in said.items()})
+    others = [text for text in dict.fromkeys(beside) if text not in texts]
+    also = self.known(others)
+    unread = new + [text for text in others if text not in also]
+    said = dict(zip(unread, self.analyse(unread))) if unread else {}
+    self.sent += len(unread)
     if keep:
-        self.kept.update(found | said)
-        while len(self.kept) > self.keep:
-            del self.kept[next(iter(self.kept))]  # the oldest
-    return found | said
+        self.remember({text: found[text] if text in found else said[text] for text in texts}, new)
+    return found | also | said
 
 # %% ../../nbs/rewards/00_text.ipynb #d4f800e9
 @patch
@@ -496,6 +517,21 @@ def _score(self: ModelScorer, pairs: list[tuple[str, str]]) -> list[float]:
     references = self.analysed([reference for _, reference in pairs], keep=True)
     candidates = self.analysed([candidate for candidate, _ in pairs])
     return [self.compare(candidates[c], references[r]) for c, r in pairs]
+
+# %% ../../nbs/rewards/00_text.ipynb #ahead002
+@patch
+def read_ahead(self: ModelScorer, references: Iterable[str], at_once: int = 1024) -> None:
+    """Read and remember the `references` that are not known yet, `at_once` at a time, with a progress bar.
+
+    Does nothing if there are more than memory keeps and no store has room for them."""
+    texts = list(dict.fromkeys(map(report_body, references)))
+    if len(texts) > self.keep and (self.store is None or self.store.read_only):
+        return
+    bar = tqdm(total=len(texts), desc=f"{self.name} reads references", delay=3, leave=False)
+    with bar:
+        for at in range(0, len(texts), at_once):
+            self.analysed(texts[at : at + at_once], keep=True)
+            bar.update(at_once)
 
 # %% ../../nbs/rewards/00_text.ipynb #7497c9c5
 def length_sorted(lengths: list[int], batch_size: int) -> list[list[int]]:

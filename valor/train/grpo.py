@@ -7,7 +7,7 @@ __all__ = ['MOST_SNAPSHOTS', 'grpo_loss', 'group_correlation', 'Similarity', 'di
            'CompletionTable', 'candidate_rows', 'completions_of', 'TimedRollout', 'time_columns', 'RewardedRollout',
            'ValorTrainer', 'check_references', 'vllm_args', 'whole_generations', 'steps_of', 'snapshot_every',
            'Snapshots', 'Stage', 'linear_weights', 'grpo_args', 'prompt_length', 'settle_parts', 'more_parts',
-           'make_trainer', 'align']
+           'make_trainer', 'read_references', 'align']
 
 # %% ../../nbs/train/00_grpo.ipynb #e93ea962
 import gzip
@@ -26,6 +26,7 @@ from types import MappingProxyType
 
 import pandas as pd
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import load_peft_weights, set_peft_model_state_dict
@@ -38,7 +39,7 @@ from ..config import resolve_device
 from ..data.restricted import check_server
 from ..policy.models import frozen_weights, load_policy, loading, lora_config, memory_line
 from ..policy.prompt import conversations
-from ..rewards.compose import advantages, extras_of, is_clinical_step, needed
+from ..rewards.compose import CLINICAL_SCORERS, advantages, extras_of, is_clinical_step, needed
 from ..rewards.guard import alarms, checked_scores, distinct_share, odd_line, probe
 from ..rewards.ranknorm import group_ranks
 from .memory import choose_parts, shape_of
@@ -719,6 +720,22 @@ def make_trainer(
         set_peft_model_state_dict(trainer.model, load_peft_weights(stage.adapter, device="cpu"))
     return trainer
 
+# %% ../../nbs/train/00_grpo.ipynb #ahd00002
+def read_references(rewards: Rewards, data: Dataset, cfg, generations: int) -> None:
+    """Let the clinical rewards that gain by it read the references of `data` ahead, if a stage of so many
+    `generations` asks for half of them or more. Processes that share a store read a share each."""
+    asked = generations // cfg.k_clin * cfg.batch_size if cfg.k_clin else 0
+    if asked < len(data) / 2:
+        return
+    state = PartialState()
+    for name in CLINICAL_SCORERS:
+        scorer = rewards.scorers.get(name)
+        if getattr(scorer, "reads_ahead", False):
+            references = list(data["report"])
+            shared = scorer.store is not None and not scorer.store.read_only
+            share = slice(state.process_index, None, state.num_processes) if shared else slice(None)
+            scorer.read_ahead(references[share])
+
 # %% ../../nbs/train/00_grpo.ipynb #hh000032
 def align(
     sft_folder: Path | str,
@@ -746,6 +763,7 @@ def align(
     trainer = make_trainer(sft_folder, data, out, rewards, cfg, this, per_device)
     trainer.add_callback(Progress(f"stage {stage}"))
     every = _keep_snapshots(trainer, out, cfg, stage)
+    read_references(rewards, data, cfg, steps // cfg.num_iterations)
     sizes = {n: getattr(cfg, n) for n in ("batch_size", "group_size", "max_new_tokens")}
     with memory_line(f"stage {stage}", more_parts(trainer.args), **sizes):
         train_to_end(trainer, f"stage {stage}", copies=1 + (trainer.args.max_steps - 1) // every)
