@@ -21,7 +21,7 @@ class Block(nn.Module):
         super().__init__()
         self.first = nn.Conv2d(before, after, 3, stride, 1, bias=False)
         self.second = nn.Conv2d(after, after, 3, 1, 1, bias=False)
-        self.first_norm, self.second_norm = nn.GroupNorm(8, after), nn.GroupNorm(8, after)
+        self.first_norm, self.second_norm = nn.BatchNorm2d(after), nn.BatchNorm2d(after)
         same = stride == 1 and before == after
         self.shortcut = nn.Identity() if same else nn.Conv2d(before, after, 1, stride, bias=False)
 
@@ -59,7 +59,7 @@ class FilmTowerConfig(PreTrainedConfig):
 def film_layers(widths: list[int]) -> nn.Sequential:
     "A stem and four residual stages: `(B, 1, H, W)` → `(B, widths[-1], H / 16, W / 16)`."
     stem, *stages = widths
-    layers = [nn.Conv2d(1, stem, 5, 2, 2, bias=False), nn.GroupNorm(8, stem), nn.ReLU()]
+    layers = [nn.Conv2d(1, stem, 5, 2, 2, bias=False), nn.BatchNorm2d(stem), nn.ReLU()]
     strides = [2, 2, 2, 1]
     for before, after, stride in zip(widths[:-1], stages, strides, strict=True):
         layers.append(Block(before, after, stride))
@@ -67,7 +67,10 @@ def film_layers(widths: list[int]) -> nn.Sequential:
 
 # %% ../../nbs/policy/00b_films.ipynb #flm00013
 class FilmTower(PreTrainedModel):
-    "A vision tower of residual convolutions for LLaVA: pixels `(B, C, H, W)` → `(B, 1 + H/16 · W/16, D)`."
+    """A vision tower of residual convolutions for LLaVA: pixels `(B, C, H, W)` → `(B, 1 + H/16 · W/16, D)`.
+
+    Trainers put the whole policy into training mode; a tower whose weights are frozen stays in evaluation
+    mode, so that its batch statistics stay frozen too."""
 
     config_class = FilmTowerConfig
     main_input_name = "pixel_values"
@@ -81,6 +84,9 @@ class FilmTower(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         "PyTorch's own initialisation stays: it is made for convolutions."
+
+    def train(self, mode: bool = True) -> "FilmTower":
+        return super().train(mode and any(p.requires_grad for p in self.parameters()))
 
     def forward(self, pixel_values: Tensor, **kw) -> BaseModelOutput:
         seen = self.out(self.layers(standardised(pixel_values)))  # (B, D, h, w)

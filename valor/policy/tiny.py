@@ -342,5 +342,6 @@ def warm_up_vision(
     schedule = torch.optim.lr_scheduler.OneCycleLR
     parts["schedule"] = schedule(parts["optimizer"], lr, total_steps=len(order), pct_start=0.1)
     last = _fit(parts, order, pixels, targets, len(order) // epochs, kept, seed if move else None)
+    model.model.vision_tower.eval()
     settle_projector(model, pixels[:256])
     return last
