@@ -5,9 +5,15 @@ python tests/bench_gpu.py --out DIR             # LLaVA 7B from its configuratio
 python tests/bench_gpu.py --out DIR --tiny      # a miniature on the CPU, under a minute: that the script runs
 
 The systems take turns on one model, so that only one policy is in memory. Every step has every reward
-(text, labels and entities) with the embedded scorers; the first step of a system is not counted. Beside them
-stands the limit that the device's own bandwidth and arithmetic, measured first, leave
-(`valor.train.memory.step_limit`).
+(text, labels and entities) with the embedded scorers; two systems have "reward models" instead, CheXbert and
+RadGraph of the true size with random weights, once after the reference and once beside it
+(`overlap_rewards`). "rewards" are the seconds that a step waits for them, "beside" those in which they run
+while the reference is scored. The first step of a system is not counted. Beside the systems stands the limit
+that the device's own bandwidth and arithmetic, measured first, leave (`valor.train.memory.step_limit`).
+
+RadGraph alone is measured against its package, which reads every candidate with its reference as its own
+reward does: on a batch of texts that ours has not seen, as in an epoch's first steps, and on the same batch
+again.
 Writes DIR/bench_gpu.json and a table, DIR/bench_gpu.md."""
 
 import argparse
@@ -24,6 +30,7 @@ import numpy as np
 import torch
 import transformers
 import trl
+from bench_rewards import batch
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
@@ -39,8 +46,11 @@ from trl import GRPOTrainer
 from valor.config import preset
 from valor.policy.models import load_policy, lora_config, save_policy
 from valor.policy.tiny import TEMPLATE, build_policy, build_tokenizer
+from valor.rewards.chexbert import LabelF1
 from valor.rewards.compose import CLINICAL_SCORERS, TEXT_SCORERS
+from valor.rewards.radgraph import EntityF1, load_radgraph, radgraph_folder, shims
 from valor.rewards.text import scorer
+from valor.testing import miniature_chexbert, miniature_radgraph
 from valor.train import grpo
 from valor.train.memory import llava_med_7b, memory, shape_of
 
@@ -123,7 +133,9 @@ def timed(trainer) -> dict:
         k: float(np.mean([s[k] for s in kept])) for k in ("rollout", "rewards", "batch", "step", "tokens")
     }
     log = [row for row in trainer.state.log_history if "policy/gap" in row]
+    beside = [row["time/overlap"] for row in trainer.state.log_history if "time/overlap" in row]
     return mean | {
+        "overlap": float(np.mean(beside[1:] or beside)) if beside else None,
         "reference": mean["batch"] - mean["rollout"] - mean["rewards"],
         "update": mean["step"] - mean["batch"],
         "ms a token": 1e3 * mean["rollout"] / trainer.args.max_completion_length,
@@ -136,8 +148,31 @@ def timed(trainer) -> dict:
     }
 
 
-def valor_trainer(a, model, processor, steps, prompts=None, parts=None, checkpointing=None, **changes):
-    "Our trainer on `model`, as `valor train` makes it."
+def made_up_models(a) -> Path:
+    "The folder of reward models with random weights, of the true size or, for `--tiny`, small."
+    folder, size = a.out / "rewards", (64, 2) if a.tiny else (768, 12)
+    if not folder.exists():
+        folder.mkdir()
+        miniature_chexbert(folder, *size)
+        miniature_radgraph(folder, "radgraph-xl", *size)
+    return folder
+
+
+def scorers_of(a, models: bool) -> dict:
+    "{name: scorer} of all rewards: the embedded ones or, with `models`, `made_up_models`."
+    names = (*TEXT_SCORERS, *CLINICAL_SCORERS, "format")
+    embedded = {name: scorer(name) for name in names}
+    if not models:
+        return embedded
+    folder = made_up_models(a)
+    real = dict(chexbert=LabelF1(folder), radgraph=EntityF1(folder / "radgraph-xl"))
+    return {name: real.get(name, embedded[name]) for name in names}
+
+
+def valor_trainer(
+    a, model, processor, steps, prompts=None, parts=None, checkpointing=None, models=False, **changes
+):
+    "Our trainer on `model`, as `valor train` makes it. `models`: see `scorers_of`."
     prompts, parts = prompts or a.prompts, parts or a.parts
     cfg = preset(
         "smoke",
@@ -167,7 +202,7 @@ def valor_trainer(a, model, processor, steps, prompts=None, parts=None, checkpoi
         dict(image=images, report=[REPORT] * prompts),
         features=Features(image=ImageFeature(), report=Value("string")),
     )
-    rewards = grpo.Rewards({n: scorer(n) for n in (*TEXT_SCORERS, *CLINICAL_SCORERS, "format")}, cfg.k_clin)
+    rewards = grpo.Rewards(scorers_of(a, models), cfg.k_clin)
     grpo.load_policy = lambda *args, **kw: (model, processor)
     shutil.rmtree(a.out / "run", ignore_errors=True)
     stage = grpo.Stage("language", 0.0, steps, seed=0)
@@ -234,6 +269,36 @@ def measured(a, make, model, processor, steps, **changes) -> dict | None:
             torch.cuda.empty_cache()
 
 
+def radgraph_seconds(a) -> dict:
+    "Seconds of RadGraph for a batch: the package's, ours on texts that are new, and ours on the same again."
+    folder = made_up_models(a) / "radgraph-xl"
+    package = load_radgraph(radgraph_folder(folder, "radgraph-xl"), "radgraph-xl")
+    device = "cuda" if GPU else "cpu"
+    package.device = torch.device(device)
+    package.model.to(device)
+    judge, found = EntityF1(folder, device=device), {}
+
+    def seconds(job) -> float:
+        start = now()
+        job()
+        return now() - start
+
+    with shims(), torch.no_grad():
+        for seed in (1, 0):  # the first batch, whose texts do not come again, makes kernels ready
+            candidates, references = batch(a.prompts, a.group, 0.3, seed)
+            found["package"] = seconds(lambda: package(candidates + references))
+            found["first epoch"] = seconds(lambda: judge.score(candidates, references))
+            found["later epochs"] = seconds(lambda: judge.score(candidates, references))
+    return found
+
+
+def radgraph_lines(found: dict) -> list[str]:
+    "The table of RadGraph's seconds."
+    package = found["package"]
+    lines = ["", "| RadGraph | seconds | times faster |", "|---|---|---|"]
+    return lines + [f"| {name} | {s:.3f} | {package / s:.1f} |" for name, s in found.items()]
+
+
 def device_limits() -> dict:
     "What the device does: bytes a second of a copy (read and write), FLOP a second of a bfloat16 product."
     big = torch.empty(2 << 30, dtype=torch.uint8, device="cuda")
@@ -253,24 +318,24 @@ def device_limits() -> dict:
 
 def rows_of(a, found: dict) -> list[str]:
     "The table of the systems, one line each."
-    lines = [
-        "| system | step (s) | rollout | ms a token | rewards | reference | update | tokens/s | peak GB |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = "step (s), rollout, ms a token, rewards, beside, reference, update, tokens/s, peak GB"
+    columns = columns.split(", ")
+    lines = ["| system | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
     for name, r in found["systems"].items():
         if r is None:
-            lines.append(f"| {name} | does not fit | | | | | | | |")
+            lines.append(f"| {name} | does not fit | | | | | | | | |")
             continue
         peak = "–" if r["peak GB"] is None else f"{r['peak GB']:.1f}"
+        beside = "–" if r["overlap"] is None else f"{r['overlap']:.2f}"
         lines.append(
             f"| {name} | {r['step']:.2f} | {r['rollout']:.2f} | {r['ms a token']:.1f} | {r['rewards']:.2f} | "
-            f"{r['reference']:.2f} | {r['update']:.2f} | {r['tokens/s']:.0f} | {peak} |"
+            f"{beside} | {r['reference']:.2f} | {r['update']:.2f} | {r['tokens/s']:.0f} | {peak} |"
         )
     if found["limit"]:
         r = found["limit"]
         a_token = 1e3 * r["rollout"] / a.new
         lines.append(
-            f"| limit (computed) | {r['step']:.2f} | {r['rollout']:.2f} | {a_token:.1f} | | "
+            f"| limit (computed) | {r['step']:.2f} | {r['rollout']:.2f} | {a_token:.1f} | | | "
             f"{r['reference']:.2f} | {r['update']:.2f} | | |"
         )
     return lines
@@ -283,7 +348,7 @@ def main() -> None:
     for name, value in dict(prompts=8, group=8, new=256, rank=64, parts=8, steps=3).items():
         p.add_argument(f"--{name}", type=int, default=value)
     p.add_argument("--checkpointing", default="off", choices=("on", "off"))
-    p.add_argument("--only", nargs="*", default=None, help="names of the systems to measure")
+    p.add_argument("--only", nargs="*", default=None, help="names of the systems to measure, or RadGraph")
     p.add_argument("--small", action="store_true", help="also a 24 GB card, by limiting torch's memory")
     a = p.parse_args()
     if a.tiny:
@@ -297,8 +362,16 @@ def main() -> None:
     limits = device_limits() if GPU else None
     model, processor = policy(a.tiny)
     systems = {
-        "valor": (valor_trainer, dict(steps=a.steps + 1)),
+        "valor": (valor_trainer, dict(steps=a.steps + 1, overlap_rewards="off")),
         "valor, checkpointing": (valor_trainer, dict(steps=a.steps + 1, checkpointing="on", parts=2)),
+        "valor, reward models": (
+            valor_trainer,
+            dict(steps=a.steps + 1, models=True, overlap_rewards="off"),
+        ),
+        "valor, reward models beside the reference": (
+            valor_trainer,
+            dict(steps=a.steps + 1, models=True, overlap_rewards="on"),
+        ),
         "TRL": (trl_trainer, dict(steps=2)),
     }
     if find_spec("vllm"):
@@ -337,15 +410,20 @@ def main() -> None:
         if GPU and "24 GB" in name:
             torch.cuda.set_per_process_memory_fraction(1.0)
         (a.out / "bench_gpu.json").write_text(json.dumps(found, indent=1))
+    if not a.only or "RadGraph" in a.only:
+        found["radgraph"] = radgraph_seconds(a)
+        (a.out / "bench_gpu.json").write_text(json.dumps(found, indent=1))
     what = (
         "A miniature on the CPU, not measured on a GPU"
         if a.tiny
         else f"LLaVA 7B, {device}, {a.prompts} × {a.group}, {a.new} new tokens, LoRA r = {a.rank}"
     )
     lines = [what, "", *rows_of(a, found)]
+    lines += radgraph_lines(found["radgraph"]) if "radgraph" in found else []
     (a.out / "bench_gpu.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-    shutil.rmtree(a.out / "run", ignore_errors=True)
+    for folder in ("run", "rewards"):
+        shutil.rmtree(a.out / folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -229,10 +229,13 @@ def test_gpu_benchmark_runs(tmp_path):
     found = json.loads((tmp_path / "bench_gpu.json").read_text())
     assert found["device"] == "CPU"
     assert [name for name, row in found["systems"].items() if row is None] == []
-    for system in ("valor", "valor, checkpointing", "TRL"):
+    models = "valor, reward models"
+    for system in ("valor", "valor, checkpointing", models, f"{models} beside the reference", "TRL"):
         row = found["systems"][system]
         assert (
             all(row[k] > 0 for k in ("rollout", "rewards", "update", "step", "tokens/s"))
             and row["rollout"] + row["rewards"] + row["update"] <= row["step"] * 1.01
         )
+        assert (row["overlap"] is not None) == ("beside" in system)
+    assert all(found["radgraph"][what] > 0 for what in ("package", "first epoch", "later epochs"))
     assert "not measured on a GPU" in (tmp_path / "bench_gpu.md").read_text()
