@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from valor.rewards import radgraph
 from valor.rewards.radgraph import (
@@ -233,6 +234,43 @@ def test_64_less_k_candidates_reach_the_model_and_no_reference_twice(place, tmp_
     )  # what changes the analysis is another key
     fewer.score(candidates, references)
     assert fewer.sent == 64 - duplicates + 8
+
+
+def test_references_read_ahead_or_beside_candidates_score_alike(place, tmp_path):
+    "However references come to be known, the scores are the same, and each text is read once."
+    references = [f"{WORDS[i]} effusion {i}" for i in range(4) for _ in range(2)]
+    candidates = [f"no nodule {WORDS[i]} {i}" for i in range(7)] + references[:1]
+    beside, ahead = (EntityF1(model=place, device="cpu", cache=tmp_path / n) for n in "ab")
+    ahead.read_ahead(references, at_once=3)
+    assert (ahead.sent, len(ahead.kept)) == (4, 4)
+    assert ahead.score(candidates, references) == beside.score(candidates, references)
+    assert ahead.sent == beside.sent == 4 + 7
+    later = EntityF1(model=place, device="cpu", cache=tmp_path / "a")
+    later.read_ahead(references)
+    assert later.sent == 0 and later.kept == beside.kept
+
+
+def test_a_pack_waits_for_its_device_twice(place):
+    """What would make a host wait for a GPU, counted on the CPU: questions to the network's tensors. One is
+    the encoder's, whether anything is masked; the other wait is for the labels."""
+    ours, asked = RadGraph(place, device="cpu"), []
+    questions = ("item", "_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select")
+
+    class Questions(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.__name__.startswith(questions):
+                asked.append(function.__name__)
+            return function(*args, **(kwargs or {}))
+
+    reports = [" ".join(WORDS[:k]) for k in (4, 9, 12)]
+    ours.annotate(reports)  # tokenizes the words
+    with Questions():
+        ours.annotate(reports)
+        assert len(asked) <= 2, asked  # the second, how many wordpieces a word has, is asked on the host
+        asked.clear()
+        with torch.inference_mode():
+            torch.ones(1).item()
+    assert asked  # they are seen
 
 
 def test_rewards_are_the_packages(both):

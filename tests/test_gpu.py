@@ -8,7 +8,8 @@ from PIL import Image
 from transformers import set_seed
 
 from valor.policy.models import load_policy
-from valor.testing import KINDS, miniature_policy
+from valor.rewards.radgraph import RadGraph
+from valor.testing import KINDS, miniature_policy, miniature_radgraph
 from valor.train.decode import Sampler
 from valor.train.prompts import collate, read_prompts
 
@@ -101,3 +102,16 @@ def test_a_graph_draws_from_the_distribution(tmp_path):
     n = int(kept.sum()) - 1
     assert chi < n + 5 * (2 * n) ** 0.5, (chi, n)
     assert sampler.graph is not None
+
+
+def test_radgraph_reads_on_the_gpu_what_it_reads_on_the_cpu(tmp_path):
+    "Its made-up weights decide by small margins, so a few entities may differ by rounding."
+    place, _ = miniature_radgraph(tmp_path)
+    reports = ["the heart is mildly enlarged . no pleural effusion . " * n for n in (1, 3, 6)] * 4
+
+    def entities(device):
+        said = RadGraph(place, device=device).annotate(reports)
+        return {(i, e["start_ix"], e["end_ix"], e["label"]) for i, r in enumerate(said) for e in r.values()}
+
+    there, here = entities("cuda"), entities("cpu")
+    assert here and len(there ^ here) <= 0.02 * len(here)

@@ -393,7 +393,7 @@ def relations_of(spans: list[int], pairs: np.ndarray, numbers: dict[int, str], n
             found.setdefault(spans[i], []).append(link)
     return found
 
-
+# %% ../../nbs/rewards/03_radgraph.ipynb #graph00b
 def entities_of(
     words: list[str], labels: np.ndarray, spans: list[int], pairs: np.ndarray, names: Names
 ) -> dict[str, dict]:
@@ -563,13 +563,14 @@ def decoded(reader: RadGraph, words: list[list[str]], kept: list[int], answer: A
         found.append(entities_of(report, labels, spans.tolist(), own_pairs(pairs, n), reader.names))
     return found
 
-
+# %% ../../nbs/rewards/03_radgraph.ipynb #read0005
 @torch.inference_mode()
 def annotate(reader: RadGraph, words: list[list[str]]) -> list[dict]:
     "Entities of each report, given its words. See `RadGraph.annotate`."
     n_pieces = [sum(map(len, reader.pieces.of(w))) for w in words]
     found = [{} for _ in words]
     share, before = reader.network._relation._spans_per_word, None
+    # one turn more than there are packs: each decodes the pack that the turn before asked for
     for rows in [*passes(list(map(len, words)), n_pieces, reader.pieces.limit, reader.budget), None]:
         asked = None
         if rows:

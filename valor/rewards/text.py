@@ -494,7 +494,7 @@ def remember(self: ModelScorer, analyses: dict, new: Iterable[str]) -> None:
     while len(self.kept) > self.keep:
         del self.kept[next(iter(self.kept))]  # the oldest
 
-
+# %% ../../nbs/rewards/00_text.ipynb #e0b019e4
 @patch
 def analysed(self: ModelScorer, texts: Iterable[str], keep: bool = False, beside: Iterable[str] = ()) -> dict:
     """{text: analysis}. The model reads only unknown texts, those of `beside` together with those of `texts`.

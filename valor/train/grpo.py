@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import pandas as pd
 import torch
@@ -35,7 +36,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_
 from trl import GRPOConfig
 
 # %% ../../nbs/train/00_grpo.ipynb #hh000001
-from ..config import resolve_device
+from ..config import Config, resolve_device
 from ..data.restricted import check_server
 from ..policy.models import frozen_weights, load_policy, loading, lora_config, memory_line
 from ..policy.prompt import conversations
@@ -178,7 +179,7 @@ def _scorer(rewards: Rewards, name: str) -> Callable:
     score.__name__ = name  # TRL names the column after the function
     return score
 
-
+# %% ../../nbs/train/00_grpo.ipynb #hh00004b
 def _extra(rewards: Rewards, name: str) -> Callable:
     "TRL's reward function for the similarity (Eq. 6) or for a watched column, which is not checked."
 
@@ -323,7 +324,7 @@ def _complete(rows: list[dict]) -> list[dict]:
 class TimedRollout(SharedRollout):
     "A `SharedRollout` that adds up the seconds of its parts in `_times`."
 
-    def __init__(self, *args, **kw):
+    def __init__(self, *args: Any, **kw: Any):
         super().__init__(*args, **kw)
         self._times = {}
 
@@ -333,11 +334,11 @@ class TimedRollout(SharedRollout):
         yield
         self._times[name] = self._times.get(name, 0) + time.perf_counter() - start
 
-    def _generate(self, *args):
+    def _generate(self, *args: Any) -> tuple:
         with self._timed("rollout"):
             return super()._generate(*args)
 
-    def training_step(self, *args, **kw) -> torch.Tensor:
+    def training_step(self, *args: Any, **kw: Any) -> torch.Tensor:
         with self._timed("step"):
             return super().training_step(*args, **kw)
 
@@ -374,7 +375,14 @@ class RewardedRollout(TimedRollout):
 
     _thread = None
 
-    def __init__(self, model, rewards: Rewards, overlap_rewards: str = "off", k_start: int = 0, **kw):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rewards: Rewards,
+        overlap_rewards: str = "off",
+        k_start: int = 0,
+        **kw: Any,
+    ):
         super().__init__(model, reward_funcs=rewards.functions(), **kw)
         self.rewards, self.k_start = rewards, k_start
         device = self.accelerator.device
@@ -385,14 +393,14 @@ class RewardedRollout(TimedRollout):
     def k(self) -> int:
         return self.state.stateful_callbacks.get("k", self.k_start)
 
-    def _generate(self, prompts):
+    def _generate(self, prompts: list) -> tuple:
         generated = super()._generate(prompts)
         if self._thread is not None:
             self.rewards.k = max(1, self.k + self.model.training)
             self._thread.start(_given_to_rewards(self._inputs, prompts, generated))
         return generated
 
-    def _calculate_rewards(self, *args):
+    def _calculate_rewards(self, *args: Any) -> torch.Tensor:
         if self.model.training:
             self.state.stateful_callbacks["k"] = self.k + 1
         self.rewards.k = max(1, self.k)  # rewards also run in an evaluation before the first update
@@ -403,7 +411,7 @@ class RewardedRollout(TimedRollout):
             self.scores = super()._calculate_rewards(*args)
         return self.scores
 
-    def _generate_and_score_completions(self, inputs):
+    def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
         self._inputs = inputs
         try:
             with self._timed("rollout and rewards"):
@@ -417,14 +425,23 @@ class ValorTrainer(RewardedRollout):
     """TRL's GRPO with the advantages of Eq. 5-9. With `rank_norm='grpo'` TRL's own (R − mean)/std stays,
     which is the paper's GRPO baseline. `table`: a CompletionTable, or None."""
 
-    def __init__(self, model, rewards: Rewards, cfg, lambda_vis: float, k_start: int = 0, table=None, **kw):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rewards: Rewards,
+        cfg: Config,
+        lambda_vis: float,
+        k_start: int = 0,
+        table: CompletionTable | None = None,
+        **kw: Any,
+    ):
         super().__init__(model, rewards, cfg.overlap_rewards, k_start, share=cfg.rollout == "merged", **kw)
         self.cfg, self.lambda_vis, self.table = cfg, lambda_vis, table
         self._alarmed = set()
         if table is not None:
             self.add_callback(table)
 
-    def _generate_and_score_completions(self, inputs):
+    def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
         output = super()._generate_and_score_completions(inputs)
         scores = dict(zip(self.rewards.names, self.scores.unbind(1)))
         if self.cfg.rank_norm == "grpo":
@@ -520,7 +537,7 @@ def check_references(data: Dataset) -> None:
             )
 
 # %% ../../nbs/train/00_grpo.ipynb #hh000019
-def vllm_args(rollout: str, cfg, image_token: str) -> dict:
+def vllm_args(rollout: str, cfg: Config, image_token: str) -> dict:
     """Arguments of GRPOConfig for `rollout` = 'vllm_colocate' (vLLM on the GPUs that train) or
     'vllm_server' (`trl vllm-serve` at `vllm_server_url`); none for any other.
 
@@ -540,7 +557,7 @@ def vllm_args(rollout: str, cfg, image_token: str) -> dict:
     )
 
 # %% ../../nbs/train/00_grpo.ipynb #da43c97a
-def _check_vllm(rollout: str, cfg) -> None:
+def _check_vllm(rollout: str, cfg: Config) -> None:
     "Raise ValueError unless `rollout` has the package and, for a server, an allowed address."
     if rollout == "vllm_server" and cfg.vllm_server_url is None:
         raise ValueError(
@@ -559,12 +576,12 @@ def _check_vllm(rollout: str, cfg) -> None:
 MOST_SNAPSHOTS = 20  # of a stage; those of LLaVA-Med's adapter take 671 MB each
 
 
-def whole_generations(updates: int, cfg) -> int:
+def whole_generations(updates: int, cfg: Config) -> int:
     "`updates`, rounded up to a multiple of the updates that each generation serves for."
     return -(-updates // cfg.num_iterations) * cfg.num_iterations
 
 
-def steps_of(steps: int | None, cfg, n: int) -> int:
+def steps_of(steps: int | None, cfg: Config, n: int) -> int:
     "Updates of a stage on `n` studies: `steps` or, if that is None, those of `rl_epochs` over the studies."
     return steps or cfg.rl_epochs * -(-n // cfg.batch_size) * cfg.num_iterations
 
@@ -599,7 +616,7 @@ class Stage:
     adapter: Path | str | None = None  # folder of the adapter to start from; None: a fresh one
 
 
-def linear_weights(cfg) -> dict[str, float]:
+def linear_weights(cfg: Config) -> dict[str, float]:
     "{reward: its weight in the sum of all rewards}, from Eq. 3, 4, 5 and 8 without ranks."
     weights = dict(
         bleu4=cfg.lambda_lex,
@@ -614,7 +631,7 @@ def linear_weights(cfg) -> dict[str, float]:
     return weights
 
 # %% ../../nbs/train/00_grpo.ipynb #hh000028
-def grpo_args(out: Path | str, cfg, stage: Stage, per_device: int | None = None) -> dict:
+def grpo_args(out: Path | str, cfg: Config, stage: Stage, per_device: int | None = None) -> dict:
     """Arguments of GRPOConfig that the configuration gives.
 
     A rollout batch (a generation, which serves for `num_iterations` updates) is `batch_size` ×
@@ -650,8 +667,8 @@ def prompt_length(processor, row: dict) -> int:
         processor.apply_chat_template([dict(role="user", content=images + asked)], **given)["input_ids"][0]
     )
 
-
-def settle_parts(cfg, policy: PreTrainedModel, prompt: int, per_device: int | None = None):
+# %% ../../nbs/train/00_grpo.ipynb #gr20c004
+def settle_parts(cfg: Config, policy: PreTrainedModel, prompt: int, per_device: int | None = None):
     """`cfg` with a number in place of `gradient_accumulation_steps="auto"`, and what that takes for
     `gradient_checkpointing`; says what was chosen.
 
@@ -690,7 +707,7 @@ def make_trainer(
     data: Dataset,
     out: Path | str,
     rewards: Rewards,
-    cfg,
+    cfg: Config,
     stage: Stage,
     per_device: int | None = None,
 ) -> ValorTrainer:
@@ -721,7 +738,7 @@ def make_trainer(
     return trainer
 
 # %% ../../nbs/train/00_grpo.ipynb #ahd00002
-def read_references(rewards: Rewards, data: Dataset, cfg, generations: int) -> None:
+def read_references(rewards: Rewards, data: Dataset, cfg: Config, generations: int) -> None:
     """Let the clinical rewards that gain by it read the references of `data` ahead, if a stage of so many
     `generations` asks for half of them or more. Processes that share a store read a share each."""
     asked = generations // cfg.k_clin * cfg.batch_size if cfg.k_clin else 0
@@ -742,7 +759,7 @@ def align(
     data: Dataset,
     out: Path | str,
     rewards: Rewards,
-    cfg,
+    cfg: Config,
     stage: int,
     lambda_vis: float,
     k_start: int = 0,
@@ -771,7 +788,7 @@ def align(
     return [dict(l, stage=stage) for l in trainer.state.log_history if "k" in l]
 
 # %% ../../nbs/train/00_grpo.ipynb #hh000033
-def _keep_snapshots(trainer: ValorTrainer, out: Path | str, cfg, stage: int) -> int:
+def _keep_snapshots(trainer: ValorTrainer, out: Path | str, cfg: Config, stage: int) -> int:
     "Add `Snapshots` to the trainer if the configuration asks for them; returns the updates between two."
     steps = trainer.args.max_steps
     if not cfg.eval_steps:
