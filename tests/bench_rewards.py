@@ -2,6 +2,8 @@
 
 python tests/bench_rewards.py [--prompts 8] [--device cuda] [--chexbert chexbert.pth] [--radgraph FOLDER]
 
+python tests/bench_rewards.py --outside          # RadGraph on one CPU thread: what is not its networks
+
 Weights are made up at the true size (BERT-base) unless real ones are given; the values do not
 matter for speed.
 The packages get only the shims that they need on transformers 5:
@@ -20,7 +22,7 @@ from pathlib import Path
 import torch
 
 from valor.rewards.chexbert import LabelF1, package_chexbert
-from valor.rewards.radgraph import EntityF1, load_radgraph, radgraph_folder, shims
+from valor.rewards.radgraph import EntityF1, RadGraph, load_radgraph, radgraph_folder, shims
 from valor.rewards.text import BertScore, minilm_folder
 from valor.testing import miniature_chexbert, miniature_radgraph
 
@@ -59,6 +61,64 @@ def seconds(f, device):
     return time.perf_counter() - start
 
 
+def clocked(modules) -> list[float]:
+    "The processor seconds, in a list of one number, that `modules` spend from now on."
+    spent = [0.0]
+
+    def around(inner):
+        def timed(*args, **kw):
+            start = time.process_time()
+            try:
+                return inner(*args, **kw)
+            finally:
+                spent[0] += time.process_time() - start
+
+        return timed
+
+    for module in modules:
+        module.forward = around(module.forward)
+    return spent
+
+
+def networks_of(dygie) -> list:
+    "The modules of DyGIE++ that compute: encoder, and scorers of spans, mentions and pairs."
+    relation = dygie._relation
+    layers = [dygie._ner._ner_scorers, relation._relation_feedforwards, relation._relation_scorers]
+    return [
+        dygie._embedder.token_embedder_bert._matched_embedder.transformer_model,
+        *(module for kinds in layers for module in kinds.values()),
+        *(pruner._scorer for pruner in relation._mention_pruners.values()),
+    ]
+
+
+def fewer_entities(folder, by=5.0):
+    "Lower the scores of all entities in the made-up weights in `folder`, so that a report has some forty."
+    weights = torch.load(folder / "weights.th", weights_only=True)
+    for name in weights:
+        if "_ner_scorers" in name and name.endswith("1._module.bias"):
+            weights[name] -= by
+    torch.save(weights, folder / "weights.th")
+
+
+def outside(a, repeats=3):
+    "Print the processor time a report that RadGraph, the package's and ours, spends outside its networks."
+    candidates, references = batch(a.prompts, a.group, a.duplicates)
+    texts = list(dict.fromkeys(candidates + references))
+    with tempfile.TemporaryDirectory() as folder, shims(), torch.no_grad():
+        place = miniature_radgraph(folder)[0]
+        fewer_entities(place)
+        package, ours = load_radgraph(place, "radgraph-xl"), RadGraph(place, device="cpu")
+        for name, network, read in (("package", package.model, package), ("ours", ours.network, ours.graphs)):
+            found, spent, least = read(texts), clocked(networks_of(network)), float("inf")
+            for _ in range(repeats):
+                start, spent[0] = time.process_time(), 0.0
+                read(texts)
+                least = min(least, time.process_time() - start - spent[0])
+            graphs = found.values() if isinstance(found, dict) else found
+            entities = sum(len(graph["entities"]) for graph in graphs) / len(texts)
+            print(f"{name:8} {1e3 * least / len(texts):6.2f} ms a report, {entities:.0f} entities in each")
+
+
 def radeval(a, candidates, references, chexbert, radgraph):
     "Print the seconds that RadEval's reward functions take for the same batch and weights."
     with tempfile.TemporaryDirectory() as folder:
@@ -95,8 +155,11 @@ def main():
     p.add_argument("--chexbert")
     p.add_argument("--radgraph")
     p.add_argument("--radeval", metavar="PYTHON", help="a Python in which radeval runs, see bench_radeval.py")
+    p.add_argument("--outside", action="store_true", help="only what RadGraph spends outside its networks")
     a = p.parse_args()
     torch.set_num_threads(a.threads)
+    if a.outside:
+        return outside(a)
     c, r = batch(a.prompts, a.group, a.duplicates)
     with tempfile.TemporaryDirectory() as folder:
         chexbert = a.chexbert or miniature_chexbert(folder, 768, 12)
