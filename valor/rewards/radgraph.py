@@ -642,7 +642,8 @@ class EntityF1(ModelScorer):
             self.reader, cache = RuleGraph(), None
         else:
             options = dict(encoder=encoder, dtype=dtype, budget=budget, device=device, longest=longest)
-            self.reader, self.reads_ahead = RadGraph(model, model_type, **options), True
+            self.reader = RadGraph(model, model_type, **options)
+            self.reads_ahead = self.reader.device.type == "cuda"  # on a CPU many at once are no faster
         super().__init__(self.reader.key, cache)
 
     def analyse(self, texts: list[str]) -> list[dict[str, list]]:
