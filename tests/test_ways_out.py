@@ -89,7 +89,7 @@ WAYS_OUT = {
             "trust.make_trust",
         )
     },
-    "runs.systems.main_job": "through figures.save",
+    "runs.systems.Results": "through figures.save",
     "train.grpo.CompletionTable": IN_RUN,
     "policy.checkpoints.keep": WEIGHTS,
     "policy.checkpoints.seal": NUMBERS,
