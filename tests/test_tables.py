@@ -8,8 +8,8 @@ import pytest
 from valor.config import preset
 from valor.data import phantom
 from valor.metrics import statistics as ev
-from valor.metrics.bootstrap import p_value
-from valor.metrics.evaluate import holm
+from valor.metrics.bootstrap import holm, p_value
+from valor.metrics.evaluate import MEASURES
 from valor.results import tables
 from valor.results.paper import TABLE1, beside, with_footnotes
 from valor.results.tables import compare, gauges_for, main_table, options_of, rows_of, wide
@@ -50,6 +50,21 @@ def test_p_values_and_their_correction_by_hand():
     assert p_value(np.array([1.0] * 90 + [-1.0] * 9)) == pytest.approx(2 * 10 / 100)
     assert p_value(np.zeros(50)) == 1 and np.isnan(p_value(np.array([np.nan])))
     assert holm([0.01, 0.04, 0.03, np.nan]).tolist()[:3] == pytest.approx([0.03, 0.06, 0.06])
+
+
+def test_one_registration_brings_a_metric_into_all_tables(monkeypatch):
+    monkeypatch.setattr(ev, "REGISTERED", dict(ev.REGISTERED))
+    test = phantom.make_phantom(12, 0, "test", size=64)
+    frames = {"VALOR": {0: ev.score_reports(list(test["report"]), test, "phantom")}}
+    assert "double" not in set(ev.aggregate(frames, 50).metric)
+    twice = ev.Metric("double", lambda s: 2 * s["words"] / s["studies"], words="twice", gauge="chexbert")
+    ev.register_metric(twice)
+    assert ev.measure(frames["VALOR"][0])["double"] == 2 * ev.measure(frames["VALOR"][0])["words"]
+    tidy = ev.aggregate(frames, 50)
+    assert "double" in set(tidy.metric) and "twice" in ev.result_table(tidy)
+    assert "double" in tables.shown_metrics("phantom") and "double" in MEASURES["chexbert"]
+    assert list(wide(compare(frames, ["double"], n=50)).index) == ["twice"]
+    assert len(ev.plot_results(tidy, ["double"]).axes) == 1
 
 
 def test_rows_are_compared_on_the_seeds_that_both_have():

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DEFAULTS', 'GAUGES', 'MEASURES', 'read_reports', 'systems_in', 'NotRun', 'lexical', 'mean_of', 'bertscore',
-           'chexbert', 'radgraph', 'meteor', 'ratescore', 'green', 'five', 'micro5', 'macro5', 'scorer_gauge',
-           'check_metric', 'measures_of', 'pair_key', 'kept_scores', 'gauged', 'cider_column', 'image_columns', 'holm',
-           'tidy_table', 'made', 'evaluate', 'formatted', 'footnotes', 'run_command']
+           'chexbert', 'radgraph', 'meteor', 'ratescore', 'green', 'measures', 'scorer_gauge', 'check_metric',
+           'measures_of', 'pair_key', 'kept_scores', 'gauged', 'cider_column', 'image_columns', 'tidy_table', 'made',
+           'evaluate', 'formatted', 'footnotes', 'run_command']
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #612646ff
 import hashlib
@@ -28,13 +28,10 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..files import own_lines, report_lines
-from . import bootstrap
 from . import statistics as ev
-from ..rewards.chexbert import FIVE
 from ..rewards.radgraph import LEVELS, graph_set
 from ..rewards.rules import set_f1
 from ..rewards.text import load_attribute, report_body, scorer, tokenize
-from ..vocabulary import OBSERVATIONS
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #f4472d97
 def read_reports(path: Path | str) -> pd.DataFrame:
@@ -244,40 +241,17 @@ def green(options: dict) -> tuple:
 
 GAUGES = {f.__name__: f for f in (lexical, meteor, bertscore, chexbert, radgraph, ratescore, green)}
 
-
-def five(s: Mapping) -> dict:
-    return {f"{kind} {o}": s[f"{kind} {o}"] for kind in ("tp", "fp", "fn") for o in FIVE}
-
-
-def micro5(s: Mapping) -> float | np.ndarray:
-    return ev.f1(*(sum(s[f"{kind} {o}"] for o in FIVE) for kind in ("tp", "fp", "fn")))
-
 # %% ../../nbs/metrics/01_evaluate.ipynb #1976ba1d
-def macro5(s: Mapping) -> float | np.ndarray:
-    zero = {f"{kind} {o}": 0 * s["studies"] for kind in ("tp", "fp", "fn") for o in OBSERVATIONS}
-    return ev.macro_f1(zero | five(s))
+def measures() -> dict[str, dict[str, tuple]]:
+    "{gauge: {metric: (function of sums, which way is better)}} of all registered metrics that have a gauge."
+    found = {gauge: {} for gauge in ev.GAUGE_NAMES}
+    for metric in ev.registered():
+        if metric.gauge:
+            found[metric.gauge][metric.name] = metric.pair
+    return found
 
 
-MEASURES = {  # gauge: {metric: (function of sums, which way is better)}
-    "lexical": {**{n: ev.METRICS[n] for n in ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "words")}},
-    "meteor": {"METEOR": (ev.share("meteor", "studies"), "↑")},
-    "cider": {"CIDEr": (ev.share("cider", "studies"), "↑")},
-    "bertscore": {"BERTScore": (ev.share("bertscore", "studies"), "↑")},
-    "chexbert": {
-        **{n: ev.METRICS[n] for n in ("label micro F1", "label macro F1")},
-        "label micro F1 (5)": (micro5, "↑"),
-        "label macro F1 (5)": (macro5, "↑"),
-        "abnormal recall": ev.METRICS["abnormal recall"],
-    },
-    "radgraph": {f"RadGraph {level}": (ev.share(f"radgraph {level}", "studies"), "↑") for level in LEVELS},
-    "ratescore": {"RaTEScore": (ev.share("ratescore", "studies"), "↑")},
-    "green": {"GREEN": (ev.share("green", "studies"), "↑")},
-    "image": {
-        "image similarity": (ev.share("similarity", "studies"), "↑"),
-        "R@1 of 8": (ev.share("retrieved", "studies"), "↑"),
-        "beyond the expert's context": (ev.share("cut", "studies"), "↓"),
-    },
-}
+MEASURES = ev.Live(measures)
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #48575921
 def scorer_gauge(name: str) -> tuple[Callable, str]:
@@ -401,43 +375,13 @@ def image_columns(frame: pd.DataFrame, options: dict, root: Path | str | None) -
     )
     return out
 
-# %% ../../nbs/metrics/01_evaluate.ipynb #91e2a705
-def holm(ps: Sequence[float]) -> np.ndarray:
-    "Holm's correction of a list of p-values (NaN stays)."
-    ps, adjusted, worst = np.asarray(ps, float), np.full(len(ps), np.nan), 0.0
-    order = [i for i in np.argsort(ps) if not np.isnan(ps[i])]
-    for rank, i in enumerate(order):
-        worst = max(worst, min(1.0, ps[i] * (len(order) - rank)))
-        adjusted[i] = worst
-    return adjusted
-
 # %% ../../nbs/metrics/01_evaluate.ipynb #6a40bc4b
 def tidy_table(frames: dict[str, pd.DataFrame], metrics: Mapping, n_boot: int, seed: int) -> pd.DataFrame:
     """Rows of system, metric, value, lo, hi and, from the second system on, difference to the first, its
-    interval, p and Holm-corrected p."""
-    seen, rows, first = (
-        {s: bootstrap.drawn({0: f}, metrics, n_boot, seed) for s, f in frames.items()},
-        [],
-        next(iter(frames)),
-    )
-    for system in frames:
-        for name in metrics:
-            (value, draws), (other, theirs) = seen[system][name], seen[first][name]
-            lo, hi = bootstrap.interval(draws)
-            row = dict(system=system, metric=name, value=value, lo=lo, hi=hi)
-            if system != first:
-                low, high = bootstrap.interval(draws - theirs)
-                row |= dict(
-                    difference=value - other,
-                    difference_lo=low,
-                    difference_hi=high,
-                    p=bootstrap.p_value(draws - theirs),
-                )
-            rows.append(row)
-    table = pd.DataFrame(rows)
-    if "p" in table:
-        table["p_holm"] = holm(table.p)
-    return table
+    interval, p and Holm-corrected p: the `statistics.system_table` of one seed."""
+    by_seed = {system: {0: frame} for system, frame in frames.items()}
+    table = ev.system_table(by_seed, metrics, next(iter(frames)), n_boot, seed)
+    return table.drop(columns=["seeds", "studies"])
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #6756b1fa
 def made(names: Sequence[str], options: dict) -> tuple[dict, dict]:
@@ -485,7 +429,7 @@ def evaluate(
     options, systems, out = DEFAULTS | options, systems_in(paths), Path(out)
     (out / "scores").mkdir(parents=True, exist_ok=True)
     chosen, (gauges, not_run) = metrics or list(MEASURES), made(metrics or MEASURES, options)
-    frames, measures = {s: [] for s in systems}, {}
+    frames, found = {s: [] for s in systems}, {}
     for name in chosen:
         if name in not_run:
             continue
@@ -503,7 +447,7 @@ def evaluate(
                         out / "scores" / f"{name.replace(':', '.')}.jsonl",
                     )
                 frames[system].append(part)
-            measures |= measures_of(name)
+            found |= measures_of(name)
         except NotRun as e:
             not_run[name] = str(e)
     frames = {s: pd.concat(parts, axis=1).set_axis(systems[s].index) for s, parts in frames.items()}
@@ -524,7 +468,7 @@ def evaluate(
             for n in ("valor", "torch", "transformers", "pycocoevalcap", "numpy")
         },
     )
-    table = tidy_table(frames, measures, n_boot, seed)
+    table = tidy_table(frames, found, n_boot, seed)
     table.to_csv(out / "table.csv", index=False, float_format="%.6g")
     (out / "table.json").write_text(
         json.dumps(dict(info, rows=json.loads(table.to_json(orient="records"))), indent=1)
@@ -535,14 +479,11 @@ def evaluate(
 # %% ../../nbs/metrics/01_evaluate.ipynb #abeb8612
 def formatted(table: pd.DataFrame, not_run: Mapping[str, str]) -> pd.DataFrame:
     "Metrics as rows, systems as columns, cells `value [lo, hi]`; metrics that could not run keep their rows."
-    digits = [1 if metric == "words" else 3 for metric in table.metric]
-    texts = [ev.cell(r.value, r.lo, r.hi, d) for r, d in zip(table.itertuples(), digits)]
-    cells = table.assign(cell=texts).pivot(index="metric", columns="system", values="cell")
-    cells = cells.loc[table.metric.drop_duplicates(), table.system.drop_duplicates()]
+    cells = ev.cells_of(table)
     for name in not_run:
         for metric in measures_of(name):
             cells.loc[metric] = "not run"
-    return cells.rename_axis(None).rename_axis(None, axis=1)
+    return cells
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #36d85113
 def footnotes(info: dict) -> str:

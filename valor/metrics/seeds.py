@@ -32,8 +32,7 @@ from ..config import ComputeSettings, Config, figures_dir, repo_root
 from ..data.restricted import kept
 from ..figures import COLOURS, PAGE, place_of, sidecar
 from ..files import DataError, whole
-from .bootstrap import Metrics, interval, study_draws
-from .evaluate import holm
+from .bootstrap import Metrics, holm, interval, study_draws
 from .statistics import METRICS, measure
 
 # %% ../../nbs/metrics/03_seeds.ipynb #seed0005
