@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from ..config import Config
-from ..expert.controls import by_text
+from ..expert.controls import TEXT_REWARDS, by_text
+from ..rewards.compose import CLINICAL_SCORERS, TEXT_SCORERS
 from .makers import text_scorers
 from .phases import ensure, load_data, phase_folder
 from .trust import trust_table
@@ -41,10 +42,10 @@ def alone(reward: str, cfg: Config) -> Config:
 
 # %% ../../nbs/runs/05_alone.ipynb #aln00009
 MIXTURES = {
-    "R_ver (Eq. 3)": ("bleu4", "rouge_l", "bertscore"),
-    "R_clin (Eq. 4)": ("chexbert", "radgraph"),
-    "R_ver and expert": ("bleu4", "rouge_l", "bertscore", "expert"),
-    "all five and expert": ("bleu4", "rouge_l", "bertscore", "chexbert", "radgraph", "expert"),
+    "R_ver (Eq. 3)": TEXT_SCORERS,
+    "R_clin (Eq. 4)": CLINICAL_SCORERS,
+    "R_ver and expert": (*TEXT_SCORERS, "expert"),
+    "all five and expert": (*TEXT_REWARDS, "expert"),
 }
 
 
@@ -62,12 +63,11 @@ def best_of_each(cfg: Config) -> pd.DataFrame:
     references = {row["study_id"]: row for row in studies}
     rows = [references[study] for study in frame.study_id]
     scorers = text_scorers(cfg)
-    texts = [name for name in ("bleu4", "rouge_l", "bertscore", "chexbert", "radgraph") if name in scorers]
-    for name in texts:
+    for name in TEXT_REWARDS:
         frame[name] = by_text(scorers[name])(frame.completion.tolist(), rows)
     for name, judges in MIXTURES.items():
         frame[name] = mixed(frame, judges)
-    return trust_table(frame, cfg.benchmark, [*texts, *MIXTURES, "expert", "placebo", "random"])
+    return trust_table(frame, cfg.benchmark, [*TEXT_REWARDS, *MIXTURES, "expert", "placebo", "random"])
 
 # %% ../../nbs/runs/05_alone.ipynb #aln00013
 def smoothed(values: pd.Series, window: int = 10) -> pd.Series:
@@ -90,7 +90,7 @@ def parting(reward: pd.Series, truth: pd.Series, window: int = 10) -> int | None
     return top if falls and rises else None
 
 # %% ../../nbs/runs/05_alone.ipynb #aln00016
-OTHERS = ("rewards/bleu4/mean", "rewards/rouge_l/mean", "rewards/bertscore/mean")
+OTHERS = tuple(f"rewards/{name}/mean" for name in TEXT_SCORERS)
 
 
 def changes(log: pd.DataFrame, column: str, window: int = 10) -> pd.Series:

@@ -620,7 +620,7 @@ def make_evaluation(out: Path, cfg: Config, after: Mapping[str, Path], name: str
 def erased_of(cfg: Config) -> datasets.Dataset:
     """The test studies of the run `cfg` that have a finding, each without one of them (`erased_pairs`).
     Raises `RunError` where films cannot be drawn again."""
-    if cfg.benchmark != "phantom":
+    if benchmark_of(cfg.benchmark).truth != "findings":
         raise RunError(f"{cfg.benchmark}: only films of the phantom benchmark can be drawn without a finding")
     return erased_pairs(load_data(ensure("data", cfg))["test"])
 

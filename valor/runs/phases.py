@@ -143,9 +143,8 @@ NO_PATHS = ("embedded", "embedded-labels", "rules", "samples", "minilm")  # valu
 
 
 SEEDS = ("data_seed", "base_seed", "expert_seed")  # what may be derived from `seed`
-LATER = dict(
-    omit=0.0, visual="expert", tower="patches"
-)  # fields that came later: at these values a phase is as it was
+# fields that came later: at these values a phase is as it was
+LATER = dict(omit=0.0, visual="expert", tower="patches")
 
 
 def fields_reaching(name: str, cfg: Config) -> dict:
