@@ -1,5 +1,8 @@
-"""Fail unless the package is what the notebooks export, and the notebooks are clean and name their kernel."""
+"""Fail unless the package is what the notebooks export, the notebooks are clean and name their kernel, and
+every name that a notebook or a test imports from the package is there."""
 
+import ast
+import importlib
 import json
 import shutil
 import subprocess
@@ -37,6 +40,45 @@ def name_kernel(path):
         path.write_text(text, encoding="utf-8")
 
 
+def names_imported(code):
+    "`(module, name)` of every `from valor… import …` in `code`, which may hold lines of shell and magic."
+    lines = ["pass" if line.lstrip().startswith(("%", "!")) else line for line in code.splitlines()]
+    try:
+        tree = ast.parse("\n".join(lines))
+    except SyntaxError:  # a cell of `%%bash`
+        return []
+    imports = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and not n.level]
+    imports = [n for n in imports if (n.module or "").split(".")[0] == "valor"]
+    return [(n.module, alias.name) for n in imports for alias in n.names if alias.name != "*"]
+
+
+def is_there(module, name):
+    "Whether `from module import name` works."
+    if hasattr(importlib.import_module(module), name):
+        return True
+    try:
+        importlib.import_module(f"{module}.{name}")
+    except ModuleNotFoundError:
+        return False
+    return True
+
+
+def missing_names():
+    "Lines `file: from module import name` for every import of the package that would fail."
+    missing = []
+    for path in [*sorted((ROOT / "nbs").rglob("*.ipynb")), *sorted((ROOT / "tests").glob("*.py"))]:
+        if ".ipynb_checkpoints" in path.parts:
+            continue
+        code = [path.read_text(encoding="utf-8")]
+        if path.suffix == ".ipynb":
+            cells = json.loads(code[0])["cells"]
+            code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+        for module, name in (pair for part in code for pair in names_imported(part)):
+            if not is_there(module, name):
+                missing.append(f"{path.relative_to(ROOT)}: from {module} import {name}")
+    return missing
+
+
 def main(fix=False):
     with tempfile.TemporaryDirectory() as d:
         copy = ROOT if fix else Path(d) / "valor"
@@ -62,6 +104,10 @@ def main(fix=False):
         ]
     if wrong and not fix:
         sys.exit("out of step (run `python tests/check_notebooks.py --fix`): " + ", ".join(wrong))
+    sys.path.insert(0, str(ROOT))
+    missing = missing_names()
+    if missing:
+        sys.exit("imports of names that are not there: " + "; ".join(missing))
     print("notebooks and package are in step")
 
 
