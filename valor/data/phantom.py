@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['SIDES', 'ZONES', 'SEVERITIES', 'KINDS', 'FINDINGS', 'PHANTOM_NAMES', 'EDITS', 'FEATURES', 'Finding',
            'sample_findings', 'render', 'show_studies', 'write_report', 'generic_description', 'parse_report',
-           'is_subtle', 'omission_chance', 'write_reference', 'compare', 'located_f1', 'spans', 'duplicates', 'labels',
-           'flip_side', 'drop_one', 'add_one', 'swap_finding', 'compose_report', 'png_bytes', 'to_truth', 'from_truth',
-           'make_phantom']
+           'is_subtle', 'omission_chance', 'write_reference', 'Matching', 'match_findings', 'compare', 'located_f1',
+           'spans', 'duplicates', 'labels', 'flip_side', 'drop_one', 'add_one', 'swap_finding', 'compose_report',
+           'png_bytes', 'to_truth', 'from_truth', 'make_phantom']
 
 # %% ../../nbs/data/00_phantom.ipynb #463b2bbe
 import io
 import re
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from types import SimpleNamespace
 
@@ -1287,33 +1287,43 @@ def write_reference(findings: Sequence[Finding], rng: Generator, omit: float = 0
     return " ".join(filter(None, (before, text, after))), impression
 
 # %% ../../nbs/data/00_phantom.ipynb #7f25a7cb
-def _match(predicted, truth):
-    "(pairs with equal `where`, what is left of `predicted`, what is left of `truth`)"
-    pairs, rest, wanted = [], [], list(truth)
-    for p in predicted:
-        hit = next((t for t in wanted if t.where == p.where), None)
+@dataclass(frozen=True)
+class Matching:
+    "How the findings that a report states agree with the true ones; every finding stands here once."
+
+    matched: list[tuple[Finding, Finding]]  # (stated, true) at the same place
+    mislocated: list[tuple[Finding, Finding]]  # (stated, true) of the same name at different places
+    hallucinated: list[Finding]  # stated only
+    missed: list[Finding]  # true only
+
+
+def _paired(stated: Iterable[Finding], true: Iterable[Finding], by: str) -> tuple[list, list, list]:
+    "(pairs with an equal attribute `by`, what is left of `stated`, what is left of `true`)"
+    pairs, rest, wanted = [], [], list(true)
+    for s in stated:
+        hit = next((t for t in wanted if getattr(t, by) == getattr(s, by)), None)
         if hit is None:
-            rest.append(p)
+            rest.append(s)
             continue
         wanted.remove(hit)
-        pairs.append((p, hit))
+        pairs.append((s, hit))
     return pairs, rest, wanted
 
+# %% ../../nbs/data/00_phantom.ipynb #ph7match
+def match_findings(stated: Iterable[Finding], true: Iterable[Finding]) -> Matching:
+    "Pairs the stated findings with the true ones: first by name and place, what is left by name alone."
+    matched, stated, true = _paired(stated, true, by="where")
+    mislocated, hallucinated, missed = _paired(stated, true, by="what")
+    return Matching(matched, mislocated, hallucinated, missed)
 
+# %% ../../nbs/data/00_phantom.ipynb #ph7count
 def compare(predicted: Iterable[Finding], truth: Iterable[Finding]) -> dict[str, int]:
     """Counts over two collections of Finding: matched, mislocated, hallucinated, missed, severity_ok.
 
     A match agrees in name, kind, side and zone; `severity_ok` counts those whose severity agrees too."""
-    pairs, rest, wanted = _match(predicted, truth)
-    mislocated = 0
-    for p in rest:
-        near = next((t for t in wanted if t.what == p.what), None)
-        if near is not None:
-            wanted.remove(near)
-            mislocated += 1
-    invented, severity_ok = len(rest) - mislocated, sum(p.severity == t.severity for p, t in pairs)
-    counts = dict(matched=len(pairs), mislocated=mislocated, hallucinated=invented, missed=len(wanted))
-    return counts | dict(severity_ok=severity_ok)
+    found = match_findings(predicted, truth)
+    counts = {field.name: len(getattr(found, field.name)) for field in fields(Matching)}
+    return counts | dict(severity_ok=sum(p.severity == t.severity for p, t in found.matched))
 
 # %% ../../nbs/data/00_phantom.ipynb #ph0089
 def located_f1(counts: dict[str, int]) -> float:
