@@ -48,6 +48,7 @@ COMMANDS = (
     "generate",
     "serve",
     "gallery",
+    "config",
 )
 TIMES = ("seconds", "time", "per_second", "runtime")  # parts of the names of columns that measure time
 

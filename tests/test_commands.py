@@ -275,6 +275,8 @@ def options_only(words, monkeypatch, said):
 
 HOW = [  # (beginning of a command, how it is run at miniature size)
     ("make ", makes),
+    ("valor --version", options_only),  # it ends the process: tests/test_settings.py
+    ("valor config", plain(r"lr = ")),
     ("valor convert-llava-med ", plain("all equal to the original's")),
     ("valor run --preset paper --set base=llava-med-hf ", run_to(None, **HUB)),
     ("accelerate launch --config_file configs/fsdp2.yaml ", options_only),
