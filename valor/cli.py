@@ -95,6 +95,7 @@ MEASURED = (
     "ratescore",
     "green",
     "image",
+    "f1",
 )
 _METRICS = f"comma-separated, some of {', '.join(MEASURED)}, and names of rewards (mylab:sides)"
 
@@ -111,6 +112,9 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         help="folder for table.csv, table.md, table.json and the scores that a killed run goes on from",
     )
     p.add_argument("--metrics", help=_METRICS)
+    p.add_argument(
+        "--convention", metavar="NAME[,NAME]", help="also label F1 as r2gen, miura, radeval, valor or all"
+    )
     p.add_argument("--image-root", help="put before the paths in the field image")
     p.add_argument("--n-boot", type=int, default=5000)
     p.add_argument("--seed", type=int, default=0)

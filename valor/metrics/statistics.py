@@ -325,7 +325,7 @@ def false_labels(s: Mapping) -> Number:
 
 # %% ../../nbs/metrics/00_statistics.ipynb #reg00005
 GAUGE_NAMES = (
-    "lexical", "meteor", "cider", "bertscore", "chexbert", "radgraph", "ratescore", "green", "image",
+    "lexical", "meteor", "cider", "bertscore", "chexbert", "radgraph", "ratescore", "green", "image", "f1",
 )  # fmt: skip
 
 
