@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMN', 'PAGE', 'TEXT_STYLE', 'LINE_STYLE', 'PAGE_STYLE', 'COLOURS', 'NEUTRAL', 'RIGHT', 'WRONG', 'MISPLACED',
-           'use_style', 'sidecar', 'slug', 'place_of', 'save', 'save_page']
+           'use_style', 'panels', 'sidecar', 'slug', 'place_of', 'save', 'save_page']
 
 # %% ../nbs/00a_figures.ipynb #5b9333d9
 import contextlib
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 import torch
@@ -69,6 +70,18 @@ def use_style() -> None:
     style = PAGE_STYLE | TEXT_STYLE | LINE_STYLE
     sns.set_theme(context="paper", style="ticks", palette="colorblind", rc=style)
 
+# %% ../nbs/00a_figures.ipynb #59a980bd
+def panels(n: int, columns: int, height: float, **kw: Any) -> tuple[Figure, list[plt.Axes]]:
+    """A figure of `n` panels, `columns` side by side, and its panels in reading order. Places left
+    over in the last line stay empty.
+
+    `height`: of the figure in inches, unless `figsize` is given; `kw`: arguments of `plt.subplots`."""
+    kw = dict(figsize=(PAGE, height), squeeze=False) | kw
+    fig, axes = plt.subplots(-(-n // columns), columns, **kw)
+    for ax in axes.flat[n:]:
+        ax.axis("off")
+    return fig, list(axes.flat[:n])
+
 # %% ../nbs/00a_figures.ipynb #c95326d3
 COLOURS = {
     "base": "#7a4a1e",
@@ -92,6 +105,8 @@ COLOURS = {
     "retrieval by true codes": "#4d4d4d",
     "retrieval by expert": "#606060",
 }
+
+# %% ../nbs/00a_figures.ipynb #92f75816
 # lines of settings that are no system of their own, such as λ_vis = 1
 NEUTRAL = ["#222222", "#aa3377", "#8a8a00", "#777777"]
 # mentions in a report; WRONG ones are bold too, MISPLACED ones italic

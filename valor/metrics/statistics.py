@@ -6,12 +6,13 @@
 __all__ = ['BLEU_COLUMNS', 'PATHOLOGIES', 'FINDING_COLUMNS', 'DRAWN', 'STATISTICS', 'Number', 'GAUGE_NAMES', 'REGISTERED', 'RUN',
            'MAIN', 'LEXICAL', 'GAUGED', 'LABELS', 'IMAGE', 'METRICS', 'MENTIONS', 'bleu_statistics', 'corpus_bleu',
            'positives', 'label_columns', 'planted_columns', 'drawn_columns', 'true_columns', 'distractors', 'retrieved',
-           'truth_keys', 'score_reports', 'ratio', 'f1', 'share', 'fresh_bleu', 'micro_f1', 'macro_f1', 'micro5',
-           'macro5', 'false_labels', 'Metric', 'register_metric', 'registered', 'finding_f1', 'located_f1', 'Live',
-           'heading', 'measure', 'summarize', 'system_table', 'aggregate', 'paired_difference', 'digits_of', 'cell',
-           'cells_of', 'result_table', 'as_completion', 'shuffled', 'blank_images', 'normal_template', 'random_reports',
-           'perfect_findings', 'retrieval_by_true_codes', 'retrieval_by_expert', 'controls', 'fixed_scores',
-           'best_fixed_report', 'plot_results', 'plot_progression', 'describe', 'plot_cases']
+           'truth_keys', 'text_columns', 'fresh_columns', 'expert_columns', 'score_reports', 'ratio', 'f1', 'share',
+           'fresh_bleu', 'micro_f1', 'macro_f1', 'micro5', 'macro5', 'false_labels', 'Metric', 'register_metric',
+           'registered', 'finding_f1', 'located_f1', 'Live', 'heading', 'measure', 'summarize', 'system_table',
+           'aggregate', 'paired_difference', 'digits_of', 'cell', 'cells_of', 'result_table', 'as_completion',
+           'shuffled', 'blank_images', 'normal_template', 'random_reports', 'perfect_findings',
+           'retrieval_by_true_codes', 'retrieval_by_expert', 'controls', 'fixed_scores', 'best_fixed_report',
+           'plot_results', 'running_mean', 'plot_progression', 'describe', 'plot_cases']
 
 # %% ../../nbs/metrics/00_statistics.ipynb #9c760899
 import textwrap
@@ -26,10 +27,11 @@ import pandas as pd
 import seaborn as sns
 from datasets import Dataset
 
+# %% ../../nbs/metrics/00_statistics.ipynb #dffa9908
 from ..data import phantom
 from ..data.benchmarks import benchmark_of
 from ..data.phantom import compare, compose_report, from_truth, parse_report, write_report
-from ..figures import COLOURS, MISPLACED, PAGE, RIGHT, WRONG
+from ..figures import COLOURS, MISPLACED, PAGE, RIGHT, WRONG, panels
 from valor.metrics.bootstrap import (
     Metrics,
     difference,
@@ -216,6 +218,50 @@ def truth_keys(dataset: Dataset) -> list:
         else list(dataset["report"])
     )
 
+# %% ../../nbs/metrics/00_statistics.ipynb #5b86c62a
+def text_columns(completions: Sequence[str], references: Sequence[str], tokenizer: str) -> pd.DataFrame:
+    """What text alone says of each completion: BLEU's counts, `rouge_l`, `words` and `well_formed`.
+
+    `completions`: raw text, tags included; `tokenizer`: see `rewards.text.tokenize`."""
+    reports = [report_body(c) for c in completions]
+    tokens = [(tokenize(c, tokenizer), tokenize(r, tokenizer)) for c, r in zip(reports, references)]
+    frame = pd.DataFrame([bleu_statistics(c, r) for c, r in tokens], columns=BLEU_COLUMNS, dtype=float)
+    frame["rouge_l"] = scorer("rouge_l", tokenizer=tokenizer).score(reports, references)
+    frame["words"] = [float(len(r.split())) for r in reports]
+    frame["well_formed"] = [float(is_well_formed(c)) for c in completions]
+    return frame
+
+# %% ../../nbs/metrics/00_statistics.ipynb #25662306
+def fresh_columns(frame: pd.DataFrame, leaked: Sequence[bool] | None) -> pd.DataFrame:
+    """`fresh`, 1 for a study that is not `leaked` (NaN where `leaked` is None), and the text measures of
+    `frame` times it, so that their sums run over fresh studies alone."""
+    fresh = pd.Series(np.nan if leaked is None else 1.0 - np.asarray(leaked, dtype=float), frame.index)
+    columns = {"fresh": fresh}
+    for name in [*BLEU_COLUMNS, "rouge_l"]:
+        columns[f"fresh {name}"] = frame[name] * fresh
+    return pd.DataFrame(columns)
+
+# %% ../../nbs/metrics/00_statistics.ipynb #e0b36747
+def expert_columns(
+    reports: Sequence[str], dataset: Dataset, expert: Any, image_features: np.ndarray | None, seed: int
+) -> pd.DataFrame:
+    """Column `retrieved`: does each report find its image among 8? Column `cut`: does the expert read only
+    its beginning? NaN without an expert; `retrieved` also if fewer than 7 studies have another truth.
+
+    `image_features`: (N, D) of the images of `dataset`; None: the expert computes them."""
+    frame = pd.DataFrame(np.nan, range(len(reports)), ["retrieved", "cut"])
+    if hasattr(expert, "cut"):
+        frame["cut"] = np.array(expert.cut(reports), dtype=float)
+    keys = truth_keys(dataset)
+    most_alike = max(Counter(map(str, keys)).values())
+    if expert is None or most_alike + 7 > len(keys):
+        return frame
+    if image_features is None:
+        image_features = expert.image_features(dataset["image"])
+    texts, others = np.asarray(expert.text_features(reports)), distractors(keys, seed=seed)
+    frame["retrieved"] = retrieved(texts, np.asarray(image_features), others)
+    return frame
+
 # %% ../../nbs/metrics/00_statistics.ipynb #007feae7
 def score_reports(
     completions: Sequence[str],
@@ -228,49 +274,20 @@ def score_reports(
     tokenizer: str = "field",
     seed: int = 0,
 ) -> pd.DataFrame:
-    """One row of additive statistics per study, for `summarize` and `aggregate`.
+    """One row of additive statistics (columns `STATISTICS`) per study, for `summarize` and `aggregate`.
 
-    `completions`: raw text, one for each row of `dataset` (a `valor.data.benchmarks` schema), tags
-    included; what counts as the report is decided by `rewards.report_body`. `leaked`: where given, a
-    boolean array that says which studies are (`data.leaked`). `expert`: where given, R@1 among 8 test
-    images (`image_features` (N, D), if they are at hand, save the images' pass), n/a where fewer than 7
-    studies have another truth. Raises ValueError if the lengths differ."""
+    `completions`: raw text with its tags, one for each row of `dataset` (schema of `valor.data.benchmarks`).
+    `leaked`: which studies are (`data.leaked`), where that is known. `expert`, `image_features`: see
+    `expert_columns`. Raises ValueError unless there is one completion for each study."""
     if len(completions) != len(dataset):
         raise ValueError(f"completions: {len(completions)} for {len(dataset)} studies; give one for each")
-    labeler = labeler or RuleLabeler()
-    reports, references = [report_body(c) for c in completions], dataset["report"]
-    tokens = [(tokenize(c, tokenizer), tokenize(r, tokenizer)) for c, r in zip(reports, references)]
-    frame = pd.DataFrame([bleu_statistics(c, r) for c, r in tokens], columns=BLEU_COLUMNS, dtype=float)
-    frame["rouge_l"] = scorer("rouge_l", tokenizer=tokenizer).score(reports, references)
-    frame["words"] = [float(len(r.split())) for r in reports]
-    frame["well_formed"] = [float(is_well_formed(c)) for c in completions]
-    frame["fresh"] = np.nan if leaked is None else 1.0 - np.asarray(leaked, dtype=float)
-    for name in [*BLEU_COLUMNS, "rouge_l"]:
-        frame[f"fresh {name}"] = frame[name] * frame["fresh"]
-    frame["retrieved"] = frame["cut"] = np.nan
-    if hasattr(expert, "cut"):
-        frame["cut"] = np.array(
-            expert.cut(reports), dtype=float
-        )  # reports of which the expert reads the beginning alone
-    keys = truth_keys(dataset)
-    if expert is not None and max(Counter(map(str, keys)).values()) + 7 <= len(
-        keys
-    ):  # else R@1 is n/a: too few studies with another truth
-        images = np.asarray(
-            expert.image_features(dataset["image"]) if image_features is None else image_features
-        )
-        frame["retrieved"] = retrieved(
-            np.asarray(expert.text_features(reports)), images, distractors(keys, seed=seed)
-        )
-    frame = pd.concat(
-        [
-            frame,
-            label_columns(reports, references, labeler),
-            true_columns(reports, dataset, benchmark, labeler),
-        ],
-        axis=1,
-    )
-    return frame[STATISTICS].set_index(pd.Index(dataset["study_id"], name="study_id"))
+    reports, labeler = [report_body(c) for c in completions], labeler or RuleLabeler()
+    text = text_columns(completions, dataset["report"], tokenizer)
+    parts = [text, fresh_columns(text, leaked)]
+    parts += [expert_columns(reports, dataset, expert, image_features, seed)]
+    parts += [label_columns(reports, dataset["report"], labeler)]
+    parts += [true_columns(reports, dataset, benchmark, labeler)]
+    return pd.concat(parts, axis=1)[STATISTICS].set_index(pd.Index(dataset["study_id"], name="study_id"))
 
 # %% ../../nbs/metrics/00_statistics.ipynb #c804b8f6
 Number = float | np.ndarray  # one number, or one per bootstrap draw
@@ -686,7 +703,7 @@ def _draw_systems(ax: plt.Axes, tidy: pd.DataFrame, metric: str) -> None:
     ax.set(title=heading(metric), yticks=range(len(systems)), yticklabels=systems)
     ax.grid(axis="x", alpha=0.3)
 
-
+# %% ../../nbs/metrics/00_statistics.ipynb #7dbc0add
 def plot_results(
     tidy: pd.DataFrame, metrics: Sequence[str], title: str | None = None, columns: int = 4
 ) -> plt.Figure:
@@ -694,17 +711,56 @@ def plot_results(
     order of the table. Metrics that do not apply are left out."""
     metrics = [m for m in metrics if tidy.query("metric == @m").value.notna().any()]
     columns = min(columns, len(metrics))
-    rows = -(-len(metrics) // columns)
-    height = 0.3 + (0.17 * tidy.system.nunique() + 0.5) * rows
-    grid = dict(sharey=True, squeeze=False, layout="constrained")
-    fig, axes = plt.subplots(rows, columns, figsize=(PAGE, height), **grid)
-    for ax, metric in zip(axes.flat, metrics):
+    height = 0.3 + (0.17 * tidy.system.nunique() + 0.5) * -(-len(metrics) // columns)
+    fig, axes = panels(len(metrics), columns, height, sharey=True, layout="constrained")
+    for ax, metric in zip(axes, metrics):
         _draw_systems(ax, tidy, metric)
-    for ax in axes.flat[len(metrics) :]:
-        ax.axis("off")
-    axes[0, 0].invert_yaxis()
+    axes[0].invert_yaxis()
     fig.suptitle(title)
     return fig
+
+# %% ../../nbs/metrics/00_statistics.ipynb #d9a22b5b
+def running_mean(part: pd.DataFrame, quantity: str, steps: int) -> pd.Series:
+    """The mean of `quantity` over the last `steps` rows; over those of the same `system` and `seed`, where
+    `part` has such columns."""
+    keys = [c for c in ("system", "seed") if c in part]
+    if part.empty:
+        return part[quantity]
+    if not keys:
+        return part[quantity].rolling(steps, 1).mean()
+    return part.groupby(keys)[quantity].transform(lambda v: v.rolling(steps, 1).mean())
+
+# %% ../../nbs/metrics/00_statistics.ipynb #b48efed0
+def _draw_over_k(ax: plt.Axes, log: pd.DataFrame, quantity: str, system: str | None, smooth: int) -> None:
+    "One quantity of one system (None: of all rows) over k: raw values faint, the running mean over them."
+    part = log if system is None else log[log.system == system]
+    part = part.dropna(subset=quantity).sort_values("k")
+    colour = COLOURS.get(system or "VALOR", "black")
+    ax.plot(part["k"], part[quantity], ".", color=colour, ms=2.5, alpha=0.35)
+    calm = part.assign(calm=running_mean(part, quantity, smooth))
+    look = dict(color=colour, lw=1.8, errorbar=("pi", 100), label=system, legend=False)
+    sns.lineplot(calm, x="k", y="calm", ax=ax, **look)
+
+# %% ../../nbs/metrics/00_statistics.ipynb #8a3ea2c2
+def _mark_onsets(ax: plt.Axes, log: pd.DataFrame, k_clin: int | None) -> list[tuple[str, str]]:
+    "Marks the onsets of injection and of stage 2, where there are any; [(line style, text)] for the legend."
+    marks = []
+    if k_clin:
+        ax.axvline(k_clin, color="black", ls=":", lw=1)
+        marks.append((":", f"injection starts (k_clin = {k_clin})"))
+    second = log.loc[log.stage == 2, "k"]
+    if len(second):
+        ax.axvline(second.min(), color="black", ls="--", lw=1)
+        marks.append(("--", "stage 2 starts"))
+    return marks
+
+
+def _legend_of(fig: plt.Figure, systems: Sequence[str | None], marks: Sequence[tuple[str, str]]) -> None:
+    "A legend below the panels: a coloured line for each named system, then the vertical `marks`."
+    handles = [plt.Line2D([], [], color=COLOURS.get(s, "black"), lw=2, label=s) for s in systems if s]
+    handles += [plt.Line2D([], [], color="black", ls=style, label=text) for style, text in marks]
+    if handles:
+        fig.legend(handles=handles, loc="lower center", ncol=4)
 
 # %% ../../nbs/metrics/00_statistics.ipynb #cfdc1f59
 def plot_progression(
@@ -715,65 +771,21 @@ def plot_progression(
 
     `k_clin` marks the onset of injection; `smooth`: running mean over so many steps, drawn over the faint
     raw values."""
-    keys = [c for c in ("system", "seed") if c in log]
-    quantities = quantities or [
-        c for c in log.select_dtypes("number") if c not in ("k", "stage", "seed") and log[c].notna().any()
-    ]
-    columns = min(3, len(quantities))
-    rows = -(-len(quantities) // columns)
-    fig, axes = plt.subplots(
-        rows, columns, figsize=(PAGE * columns / 3, 1.5 * rows + 0.35), sharex=True, squeeze=False
-    )
+    numbers = [c for c in log.select_dtypes("number") if c not in ("k", "stage", "seed")]
+    quantities = quantities or [c for c in numbers if log[c].notna().any()]
     systems = list(log["system"].drop_duplicates()) if "system" in log else [None]
-    for ax, quantity in zip(axes.flat, quantities):
+    columns = min(3, len(quantities))
+    size = (PAGE * columns / 3, 1.5 * -(-len(quantities) // columns) + 0.35)
+    fig, axes = panels(len(quantities), columns, size[1], figsize=size, sharex=True)
+    for ax, quantity in zip(axes, quantities):
         for system in systems:
-            part = (
-                (log if system is None else log[log.system == system])
-                .dropna(subset=quantity)
-                .sort_values("k")
-            )
-            colour = COLOURS.get(system or "VALOR", "black")
-            calm = (
-                part[quantity]
-                if part.empty
-                else part.groupby(keys)[quantity].transform(lambda v: v.rolling(smooth, 1).mean())
-                if keys
-                else part[quantity].rolling(smooth, 1).mean()
-            )
-            ax.plot(part["k"], part[quantity], ".", color=colour, ms=2.5, alpha=0.35)
-            sns.lineplot(
-                part.assign(calm=calm),
-                x="k",
-                y="calm",
-                color=colour,
-                ax=ax,
-                lw=1.8,
-                errorbar=("pi", 100),
-                label=system,
-                legend=False,
-            )
-        if k_clin:
-            ax.axvline(k_clin, color="black", ls=":", lw=1)
-        second = log.loc[log.stage == 2, "k"]
-        if len(second):
-            ax.axvline(second.min(), color="black", ls="--", lw=1)
+            _draw_over_k(ax, log, quantity, system, smooth)
+        marks = _mark_onsets(ax, log, k_clin)
         ax.set(title=quantity, ylabel="", xlabel="k")
         ax.tick_params(labelbottom=True)
-    for ax in axes.flat[len(quantities) :]:
-        ax.axis("off")
-    marks = [
-        plt.Line2D([], [], color="black", ls=ls, label=t)
-        for ls, t, on in (
-            (":", f"injection starts (k_clin = {k_clin})", k_clin),
-            ("--", "stage 2 starts", (log.stage == 2).any()),
-        )
-        if on
-    ]
-    lines = [plt.Line2D([], [], color=COLOURS.get(s, "black"), lw=2, label=s) for s in systems if s]
     sns.despine()
     fig.tight_layout(rect=(0, 0.07, 1, 1))
-    if marks or lines:
-        fig.legend(handles=lines + marks, loc="lower center", ncol=4)
+    _legend_of(fig, systems, marks)
     return fig
 
 # %% ../../nbs/metrics/00_statistics.ipynb #635d2f57
@@ -813,71 +825,72 @@ def _coloured_text(ax, text, spans, width, y, step):
         at += len(line)
     return len(lines)
 
+# %% ../../nbs/metrics/00_statistics.ipynb #8d975edd
+def _head(ax: plt.Axes, y: float, system: str, report: str, truth: Sequence[phantom.Finding]) -> None:
+    "The line above a report at height `y`: left the system, right which findings of `truth` it misses."
+    look = dict(va="top", transform=ax.transAxes)
+    ax.text(0, y, system, fontsize=7.5, weight="bold", color=COLOURS.get(system, "black"), **look)
+    if system != "reference":
+        said = {finding.what for finding in parse_report(report)}
+        missed = [finding for finding in truth if finding.what not in said]
+        text = "missed: " + ", ".join(map(describe, missed)) if missed else ""
+        ax.text(1, y, text, ha="right", fontsize=6.2, color="#666666", **look)
+
+# %% ../../nbs/metrics/00_statistics.ipynb #51a26d4e
+def _draw_image(ax: plt.Axes, row: Mapping) -> None:
+    "The image of a study with a box around each planted finding."
+    ax.imshow(row["image"], cmap="gray", vmin=0, vmax=255)
+    ax.axis("off")
+    ax.set_anchor("N")
+    for planted in row["truth"]:
+        x0, y0, x1, y1 = np.array(planted["box"]) * row["image"].size[0]
+        ax.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="gold", lw=0.8))
+
+
+def _draw_texts(ax: plt.Axes, row: Mapping, case: Mapping[str, str], width: int, height: float) -> None:
+    "The texts of a case below one another, mentions coloured. `height`: of the panel, in lines of text."
+    truth, line, y = from_truth(row["truth"]), 1 / height, 1.0
+    ax.axis("off")
+    for system, report in case.items():
+        _head(ax, y, system, report, truth)
+        text = " ".join(report.split())
+        lines = _coloured_text(ax, text, phantom.spans(text, truth), width, y - 1.1 * line, line)
+        y -= (lines + 1.9) * line
+
+# %% ../../nbs/metrics/00_statistics.ipynb #132c4056
+def _case_height(case: Mapping[str, str], width: int) -> float:
+    "How many lines of text a case takes: its texts wrapped at `width`, heads, and at least the image."
+    return max(15, sum(len(textwrap.wrap(text, width)) + 1.9 for text in case.values()) + 0.5)
+
+
+def _case_page(heights: Sequence[float]) -> tuple[plt.Figure, np.ndarray]:
+    "A figure with a panel for the image and one for the texts of each case; `heights` in lines of text."
+    inches, bottom = (sum(heights) * 9 + 25) / 72, 25 / 72  # a line is 9 points high, the legend 25
+    grid = dict(width_ratios=[1, 3.2], height_ratios=heights, squeeze=False)
+    fig, axes = plt.subplots(len(heights), 2, figsize=(PAGE, inches), **grid)
+    margins = dict(left=0.01, right=0.99, top=0.995, bottom=bottom / fig.get_figheight())
+    fig.subplots_adjust(**margins, wspace=0.03, hspace=0)
+    kinds = zip(("correct", "wrong (bold)", "mislocated (italic)"), MENTIONS.values())
+    marks = [plt.Line2D([], [], ls="", marker="s", color=look["color"], label=kind) for kind, look in kinds]
+    fig.legend(handles=marks, loc="lower center", ncol=3, frameon=False, fontsize=8)
+    return fig, axes
+
 # %% ../../nbs/metrics/00_statistics.ipynb #68fb4df0
 def plot_cases(
-    dataset: Dataset, reports: Sequence[str], n: int = 4, width: int = 92, first: int = 0
+    dataset: Dataset, reports: Mapping[str, Sequence[str]], n: int = 4, width: int = 92, first: int = 0
 ) -> plt.Figure:
     """A page of `n` phantom studies from row `first` on: image with boxes around what was planted,
     reference, and each system's report with its mentions coloured.
 
     `reports`: {system: list of completions, one per row of `dataset`}."""
     rows = range(first, min(first + n, len(dataset)))
-    texts = [
-        {"reference": dataset[i]["report"]} | {s: report_body(r[i]) for s, r in reports.items()} for i in rows
-    ]
-    lines = [
-        max(15, sum(len(textwrap.wrap(t, width)) + 1.9 for t in case.values()) + 0.5) for case in texts
-    ]  # height of each case in lines of text
-    fig, axes = plt.subplots(
-        len(rows),
-        2,
-        figsize=(PAGE, (sum(lines) * 9 + 25) / 72),
-        width_ratios=[1, 3.2],
-        height_ratios=lines,
-        squeeze=False,
-    )
-    fig.subplots_adjust(
-        left=0.01, right=0.99, top=0.995, bottom=25 / 72 / fig.get_figheight(), wspace=0.03, hspace=0
-    )
-    for (left, right), i, case, height in zip(axes, rows, texts, lines):
-        left.imshow(dataset[i]["image"], cmap="gray", vmin=0, vmax=255)
-        left.axis("off")
-        left.set_anchor("N")
-        right.axis("off")
-        truth, line, y = from_truth(dataset[i]["truth"]), 1 / height, 1.0
-        for x0, y0, x1, y1 in (np.array(t["box"]) * dataset[i]["image"].size[0] for t in dataset[i]["truth"]):
-            left.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="gold", lw=0.8))
-        for system, report in case.items():
-            right.text(
-                0,
-                y,
-                system,
-                va="top",
-                fontsize=7.5,
-                weight="bold",
-                color=COLOURS.get(system, "black"),
-                transform=right.transAxes,
-            )
-            if system != "reference":
-                said = {f.what for f in parse_report(report)}
-                missed = [t for t in truth if t.what not in said]
-                right.text(
-                    1,
-                    y,
-                    "missed: " + ", ".join(map(describe, missed)) if missed else "",
-                    va="top",
-                    ha="right",
-                    fontsize=6.2,
-                    color="#666666",
-                    transform=right.transAxes,
-                )
-            text = " ".join(report.split())
-            y -= (
-                _coloured_text(right, text, phantom.spans(text, truth), width, y - 1.1 * line, line) + 1.9
-            ) * line
-    handles = [
-        plt.Line2D([], [], ls="", marker="s", color=style["color"], label=kind)
-        for kind, style in zip(("correct", "wrong (bold)", "mislocated (italic)"), MENTIONS.values())
-    ]
-    fig.legend(handles=handles, loc="lower center", ncol=3, frameon=False, fontsize=8)
+    cases = []
+    for i in rows:
+        written = {system: report_body(texts[i]) for system, texts in reports.items()}
+        cases.append({"reference": dataset[i]["report"]} | written)
+    heights = [_case_height(case, width) for case in cases]
+    fig, axes = _case_page(heights)
+    for (left, right), i, case, height in zip(axes, rows, cases, heights):
+        _draw_image(left, dataset[i])
+        _draw_texts(right, dataset[i], case, width, height)
     return fig
