@@ -215,7 +215,7 @@ def test_vllm_gap_comes_from_its_log_probabilities_and_weights_are_put_back(tmp_
         return tokens, [[-3.0] * len(row) for row in tokens]
 
     monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", stub)
-    make = t._generate_by_trl
+    make = t._generate_single_turn
 
     def by_vllm(*args, **kw):
         t.use_vllm, t.vllm_mode = True, "colocate"
@@ -224,7 +224,7 @@ def test_vllm_gap_comes_from_its_log_probabilities_and_weights_are_put_back(tmp_
         finally:
             t.use_vllm = False
 
-    t._generate_by_trl = by_vllm
+    t._generate_single_turn = by_vllm
     t.train()
     said, log = capsys.readouterr().out, t.state.log_history[0]
     assert (
