@@ -287,6 +287,15 @@ def test_abnormal_recall_counts_what_is_present():
     "Three are abnormal: one report says so (of another thing), one denies it (no finding), one is silent."
     columns = ev.label_columns(CASES["candidate"], CASES["reference"], LabelF1())
     assert columns.abnormal.tolist() == [1, 1, 1, 0] and columns.abnormal_found.tolist() == [0, 1, 0, 0]
+    assert columns.normal_kept.tolist() == [0, 0, 0, 1]
+
+
+def test_specificity_counts_normal_studies_that_are_reported_as_normal():
+    "Of two studies without a pathology in the reference, one report invents one: .5. Others do not count."
+    said = ["the lungs are clear .", "large pleural effusion .", "the lungs are clear ."]
+    true = ["the lungs are clear .", "the heart is normal .", "pneumothorax ."]
+    sums = dict(ev.label_columns(said, true, LabelF1()).sum(), studies=3.0)
+    assert ev.REGISTERED["specificity"].function(sums) == 0.5
 
 
 def seeds(values, n=12, name="rouge_l"):

@@ -154,7 +154,7 @@ def chexbert(options: dict) -> tuple:
     return (
         gauge,
         f"{judge.key} {options['chexbert_uncertain']}"
-        + (" 2" if options["chexbert_uncertain"] == "class" else ""),
+        + (" 3" if options["chexbert_uncertain"] == "class" else " 2"),
     )  # 2: uncertain counts as an answer
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #c01bf81a
@@ -196,7 +196,7 @@ def _meteor_process():
         return Meteor()
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #bd0df2d4
-def meteor(options: dict, patience: float = 120) -> tuple:
+def meteor(options: dict, patience: float = 600) -> tuple:
     """METEOR 1.5. NotRun, and no process left, where Java gives no numbers, or none for `patience`
     seconds and a second for each pair."""
     judge = _meteor_process()

@@ -8,9 +8,9 @@ __all__ = ['BLEU_COLUMNS', 'PATHOLOGIES', 'FINDING_COLUMNS', 'DRAWN', 'STATISTIC
            'positives', 'label_columns', 'planted_columns', 'drawn_columns', 'true_columns', 'distractors', 'retrieved',
            'truth_keys', 'text_columns', 'fresh_columns', 'expert_columns', 'score_reports', 'ratio', 'f1', 'share',
            'fresh_bleu', 'micro_f1', 'macro_f1', 'micro5', 'macro5', 'false_labels', 'Metric', 'register_metric',
-           'registered', 'finding_f1', 'located_f1', 'Live', 'heading', 'measure', 'summarize', 'system_table',
-           'aggregate', 'paired_difference', 'digits_of', 'cell', 'cells_of', 'result_table', 'as_completion',
-           'shuffled', 'blank_images', 'normal_template', 'random_reports', 'perfect_findings',
+           'registered', 'finding_f1', 'located_f1', 'specificity', 'Live', 'heading', 'measure', 'summarize',
+           'system_table', 'aggregate', 'paired_difference', 'digits_of', 'cell', 'cells_of', 'result_table',
+           'as_completion', 'shuffled', 'blank_images', 'normal_template', 'random_reports', 'perfect_findings',
            'retrieval_by_true_codes', 'retrieval_by_expert', 'controls', 'fixed_scores', 'best_fixed_report',
            'plot_results', 'running_mean', 'plot_progression', 'describe', 'plot_cases']
 
@@ -97,8 +97,8 @@ def positives(texts: Sequence[str], labeler: RuleLabeler) -> np.ndarray:
 # %% ../../nbs/metrics/00_statistics.ipynb #99a53b7e
 def label_columns(candidates: Sequence[str], references: Sequence[str], labeler: RuleLabeler) -> pd.DataFrame:
     """True/false positives and false negatives of the 14 labels per pair, as 42 columns `tp Edema`, `fp
-    Edema`, …, and the two abnormality flags: an observation is right where it is the same in both (see
-    `positives`). The only such count: runs and `valor evaluate` use it."""
+    Edema`, …, and the flags `abnormal`, `abnormal_found` and `normal_kept`: an observation is right
+    where it is the same in both (see `positives`). The only such count: runs and `valor evaluate` use it."""
     said, true = (positives(texts, labeler) for texts in (candidates, references))
     right = (said == true) & (true > 0)
     counts = dict(tp=right, fp=(said > 0) & ~right, fn=(true > 0) & ~right)
@@ -108,7 +108,8 @@ def label_columns(candidates: Sequence[str], references: Sequence[str], labeler:
         for i, name in enumerate(OBSERVATIONS)
     }
     abnormal, found = ((x[:, : len(PATHOLOGIES)] > 0).any(1) for x in (true, said))
-    return pd.DataFrame({**columns, "abnormal": abnormal, "abnormal_found": abnormal & found}).astype(float)
+    flags = dict(abnormal=abnormal, abnormal_found=abnormal & found, normal_kept=~abnormal & ~found)
+    return pd.DataFrame(columns | flags).astype(float)
 
 # %% ../../nbs/metrics/00_statistics.ipynb #328e22aa
 FINDING_COLUMNS = [
@@ -205,6 +206,7 @@ STATISTICS = [
     *(f"{k} {o}" for k in ("tp", "fp", "fn") for o in OBSERVATIONS),
     "abnormal",
     "abnormal_found",
+    "normal_kept",
     *FINDING_COLUMNS,
 ]
 
@@ -437,9 +439,15 @@ for name in ("hallucinated", "missed", "mislocated", "duplicates"):  # findings 
     register_metric(Metric(name, share(name), False, digits=2, tables=RUN))
 
 # %% ../../nbs/metrics/00_statistics.ipynb #reg0000c
+def specificity(s: Mapping) -> Number:
+    "Share of the studies without a pathology in the reference whose report has none either."
+    return ratio(s["normal_kept"], s["studies"] - s["abnormal"])
+
+
 IMAGE = dict(gauge="image", from_gauge=True, tables=())
 
 register_metric(Metric("abnormal recall", share("abnormal_found", "abnormal"), **LABELS))
+register_metric(Metric("specificity", specificity, **LABELS))
 register_metric(Metric("false labels", false_labels, False, digits=2, tables=MAIN))
 register_metric(Metric("image similarity", share("similarity"), True, **IMAGE))
 register_metric(Metric("R@1 of 8", share("retrieved"), True, gauge="image"))

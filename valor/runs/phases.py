@@ -117,19 +117,19 @@ _EVALUATED = ("base", "sft", "stage1", "stage2", "dpo", "mmedpo")
 
 # %% ../../nbs/runs/01_phases.ipynb #66096440
 _MEASURED = {
-    "controls": Phase(("data", "expert"), LABELER, 6),
+    "controls": Phase(("data", "expert"), LABELER, 7),
     "trust": Phase(
         ("sft", "expert"),
         _fields("threads max_new_tokens temperature group_size eval_batch_size") + LABELER,
         1,
     ),
     **{
-        f"eval_{name}": Phase((name, "expert"), ("max_new_tokens", "eval_batch_size", *LABELER), 4)
+        f"eval_{name}": Phase((name, "expert"), ("max_new_tokens", "eval_batch_size", *LABELER), 5)
         for name in _EVALUATED
     },
     **{f"erased_{name}": Phase((name,), ("max_new_tokens", "eval_batch_size"), 1) for name in _EVALUATED},
     **{
-        f"progress_{name}": Phase((name,), ("max_new_tokens", "eval_studies", "eval_batch_size", *LABELER), 2)
+        f"progress_{name}": Phase((name,), ("max_new_tokens", "eval_studies", "eval_batch_size", *LABELER), 3)
         for name in ("stage1", "stage2")
     },
 }

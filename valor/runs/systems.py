@@ -29,6 +29,7 @@ from ..data.benchmarks import benchmark_of
 from ..figures import save, save_page, use_style
 from ..metrics import statistics as ev
 from ..metrics.seeds import Frames
+from ..metrics.verdict import plot_verdict, verdict, verdict_text
 from ..policy.models import check_policy, frozen_weights
 from ..rewards.text import report_body
 from .makers import check_scorers, expert_note, note_of, policy_in, read_frame, read_reports
@@ -205,12 +206,14 @@ def cases_of(cfg: Config) -> tuple[pd.DataFrame, plt.Figure]:
     return pd.DataFrame(rows), ev.plot_cases(test, reports)
 
 # %% ../../nbs/runs/03_systems.ipynb #s3sys005
-def main_page(tidy: pd.DataFrame, frames: Frames, cfg: Config, note: str) -> str:
-    "The page of the main job in Markdown: the main table, the same without leaked studies, and all measures."
+def main_page(tidy: pd.DataFrame, frames: Frames, cfg: Config, note: str, compared: pd.DataFrame) -> str:
+    """The page of the main job in Markdown: the main table, what the controls say about it (`compared`, a
+    table of `verdict`), the main table without leaked studies, and all measures."""
     table = ev.result_table(tidy, benchmark_of(cfg.benchmark).main_metrics)
     everything = ev.result_table(tidy).T.to_markdown()
+    says = verdict_text(compared)
     again = fresh_section(frames, cfg)
-    return f"{table.to_markdown()}\n\n{again}All measures:\n\n{everything}\n\n{note}\n"
+    return f"{table.to_markdown()}\n\n{says}\n\n{again}All measures:\n\n{everything}\n\n{note}\n"
 
 
 def phases_behind(cfgs: Sequence[Config]) -> list[Path]:
@@ -247,7 +250,11 @@ def main_job(cfgs: Sequence[Config], out: Path | str) -> tuple[pd.DataFrame, pd.
     note = f"{note_of(cfg)}; {expert_note(cfg, frames)}"
     results = Results(cfgs, note, Path(out))
     results.keep(stem, tidy)
-    results.files.insert(0, save_page(stem, main_page(tidy, frames, cfg, note), cfgs, Path(out)))
+    compared = verdict(frames, cfg.benchmark, cfg.n_boot)
+    if len(compared):
+        results.keep(f"{stem}_verdict", compared, plot_verdict(frames, cfg.benchmark, cfg.n_boot))
+    page = main_page(tidy, frames, cfg, note, compared)
+    results.files.insert(0, save_page(stem, page, cfgs, Path(out)))
     shown = shown_log(log)
     results.keep(f"{stem}_progression", shown, ev.plot_progression(shown, k_clin=cfg.k_clin))
     results.keep(f"{stem}_steps", step_profile(log))
@@ -314,6 +321,8 @@ def run_main(args: Namespace, settings: dict) -> None:
     for start in range(0, table.shape[1], 4):
         print(f"\n{table.iloc[:, start : start + 4].to_string()}")
     print()
+    for compared in [f for f in files if f.name.endswith("_verdict.csv")]:
+        print(f"{verdict_text(pd.read_csv(compared))}\n")
     print(files[0].read_text().rsplit("\n\n", 1)[-1])
     print(stand_ins(cfg), end="\n\n")
     print("\n".join(map(str, files)))
