@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MOST_SNAPSHOTS', 'grpo_loss', 'group_correlation', 'Similarity', 'distinct', 'Rewards', 'RewardThread',
-           'CompletionTable', 'candidate_rows', 'completions_of', 'TimedRollout', 'time_columns', 'RewardedRollout',
-           'ValorTrainer', 'check_references', 'vllm_args', 'whole_generations', 'steps_of', 'snapshot_every',
-           'Snapshots', 'Stage', 'linear_weights', 'grpo_args', 'prompt_length', 'settle_parts', 'more_parts',
-           'make_trainer', 'read_references', 'align']
+           'candidate_rows', 'CompletionTable', 'completions_of', 'TimedRollout', 'time_columns', 'CountedRollout',
+           'RewardedRollout', 'WholeGeneration', 'set_advantages', 'keep_generation', 'LoggedRollout', 'ValorTrainer',
+           'check_references', 'vllm_args', 'whole_generations', 'steps_of', 'snapshot_every', 'Snapshots', 'Stage',
+           'linear_weights', 'grpo_args', 'prompt_length', 'settle_parts', 'more_parts', 'make_trainer',
+           'read_references', 'stage_of', 'align']
 
 # %% ../../nbs/train/00_grpo.ipynb #e93ea962
 import gzip
@@ -19,12 +20,12 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import InitVar, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
+# %% ../../nbs/train/00_grpo.ipynb #grl00020
 import pandas as pd
 import torch
 from accelerate import PartialState
@@ -32,7 +33,15 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import load_peft_weights, set_peft_model_state_dict
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProcessorMixin,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from trl import GRPOConfig
 
 # %% ../../nbs/train/00_grpo.ipynb #hh000001
@@ -98,13 +107,13 @@ class Similarity:
 
     range = (-1.0, 1.0)
 
-    def __init__(self, similarity: Callable):
+    def __init__(self, similarity: Callable) -> None:
         self.similarity = similarity
 
     def score(self, candidates: list[str], references: list[str], rows: list[dict]) -> list[float]:
         return self.similarity(candidates, rows)
 
-
+# %% ../../nbs/train/00_grpo.ipynb #1d52cbbf
 def distinct(texts: list[str], rows: list[dict]) -> list[float]:
     "The share of distinct reports in each group. It is watched, not rewarded."
     return distinct_share(texts, [row.get("study_id") for row in rows])
@@ -120,29 +129,23 @@ def _rows(columns: dict, n: int) -> list[dict]:
     return [{c: values[i] for c, values in columns.items() if isinstance(values, list)} for i in range(n)]
 
 # %% ../../nbs/train/00_grpo.ipynb #hh000003
+@dataclass(eq=False)
 class Rewards:
-    """Scorers as TRL reward functions over the dataset columns `report` and `image`.
+    """Scorers as TRL reward functions over the columns `report` and `image` of the data, the columns of which
+    make up `rows`. Raises RewardError if a scorer fails on the trial texts."""
 
-    `scorers`: {name: object with `.score(candidates, references)`}; `extras`: {name: (equation, weight)}
-    of those that are not the paper's; `similarity(candidates, rows)`: Eq. 6, or None; `watch`: {name:
-    function of `(candidates, rows)`}, logged only. `rows` are dicts of the data's columns `study_id`,
-    `image`, `truth`, … `odd`: {reward: studies whose last score was replaced} (see `checked_scores`).
-    Raises RewardError if a scorer fails on the trial texts."""
+    scorers: dict[str, Any]  # objects with `.score(candidates, references)`
+    k_clin: int | None  # clinical scorers score every k_clin-th generation; None: none
+    similarity: InitVar[Callable | None] = None  # Eq. 6, a function of (candidates, rows)
+    watch: InitVar[Mapping[str, Callable] | None] = None  # functions of (candidates, rows), never rewarded
+    extras: Mapping = field(default_factory=dict)  # {scorer that is not the paper's: (equation, weight)}
 
-    def __init__(
-        self,
-        scorers: dict,
-        k_clin: int | None,
-        similarity: Callable | None = None,
-        watch: dict[str, Callable] | None = None,
-        extras: Mapping = MappingProxyType({}),
-    ):
-        self.scorers, self.k_clin, self.extras = scorers, k_clin, extras
-        self.k, self.odd = 1, {}
+    def __post_init__(self, similarity: Callable | None, watch: Mapping[str, Callable] | None) -> None:
+        self.k, self.odd = 1, {}  # odd: {reward: studies whose last score was replaced}
         self.ahead = {}  # {name: scores of the coming batch} that a `RewardThread` has computed
         self.extra = {"similarity": similarity} if similarity else {}
-        self.extra |= {"distinct": distinct} | (watch or {})
-        probe(scorers)
+        self.extra |= {"distinct": distinct, **(watch or {})}
+        probe(self.scorers)
 
     @property
     def names(self) -> list[str]:
@@ -150,31 +153,31 @@ class Rewards:
 
     def functions(self) -> list[Callable]:
         "A function for each of `names`, in their order, as `GRPOTrainer` takes them."
-        return [_unless_ahead(self, function) for function in self.computing()]
+        return [_unless_ahead(self, function) for function in _computing(self)]
 
-    def computing(self) -> list[Callable]:
-        "As `functions`, but these always compute."
-        return [_scorer(self, n) for n in self.scorers] + [_extra(self, n) for n in self.extra]
+# %% ../../nbs/train/00_grpo.ipynb #06262b85
+def _checked(
+    rewards: Rewards, name: str, scorer: Any, completions: list, report: list, columns: dict, **wanted: list
+) -> list:
+    """The scores of a batch by `scorer`; studies whose score had to be replaced are noted in `rewards.odd`.
 
-    def checked(self, name: str, scorer, completions: list, report: list, columns: dict, **wanted) -> list:
-        "The scores of a batch by `scorer`; which of them had to be replaced is noted in `odd`."
-        studies = columns.get("study_id")
-        scores, self.odd[name] = checked_scores(
-            name, scorer, _texts(completions), report, f"k={self.k}", studies, **wanted
-        )
-        return scores
+    `columns`: of the data; `wanted`: those that the scorer is given."""
+    texts, studies = _texts(completions), columns.get("study_id")
+    step = f"k={rewards.k}"
+    scores, rewards.odd[name] = checked_scores(name, scorer, texts, report, step, studies, **wanted)
+    return scores
 
 # %% ../../nbs/train/00_grpo.ipynb #hh000004
 def _scorer(rewards: Rewards, name: str) -> Callable:
-    "TRL's reward function for the scorer `name`; None for each candidate on steps without it."
+    "TRL's reward function for the scorer `name`; it gives None for each candidate on steps without it."
 
-    def score(completions, report, **columns):
+    def score(completions: list, report: list, **columns: Any) -> list:
         rewards.odd[name] = []
         if name not in needed(rewards.k, rewards.k_clin, rewards.extras):
             return [None] * len(completions)
         scorer = rewards.scorers[name]
         wanted = {n: columns[n] for n in getattr(scorer, "needs", ()) if n != "reference"}
-        return rewards.checked(name, scorer, completions, report, columns, **wanted)
+        return _checked(rewards, name, scorer, completions, report, columns, **wanted)
 
     score.__name__ = name  # TRL names the column after the function
     return score
@@ -183,100 +186,75 @@ def _scorer(rewards: Rewards, name: str) -> Callable:
 def _extra(rewards: Rewards, name: str) -> Callable:
     "TRL's reward function for the similarity (Eq. 6) or for a watched column, which is not checked."
 
-    def score(completions, **columns):
+    def score(completions: list, **columns: Any) -> list:
         rows = _rows(columns, len(completions))
         function = rewards.extra[name]
         if name != "similarity":
             return function(_texts(completions), rows)
         report = columns.get("report", [""] * len(rows))
-        return rewards.checked(name, Similarity(function), completions, report, columns, rows=rows)
+        return _checked(rewards, name, Similarity(function), completions, report, columns, rows=rows)
 
     score.__name__ = name
     return score
+
+# %% ../../nbs/train/00_grpo.ipynb #1961ebdc
+def _computing(rewards: Rewards) -> list[Callable]:
+    "A function for each of `rewards.names`, in their order, that computes the scores."
+    return [_scorer(rewards, n) for n in rewards.scorers] + [_extra(rewards, n) for n in rewards.extra]
 
 
 def _unless_ahead(rewards: Rewards, function: Callable) -> Callable:
     "TRL's reward function that takes the scores out of `rewards.ahead`, or calls `function` for them."
     name = function.__name__
 
-    def score(**given):
+    def score(**given: Any) -> list:
         return rewards.ahead.pop(name) if name in rewards.ahead else function(**given)
 
     score.__name__ = name
     return score
 
+# %% ../../nbs/train/00_grpo.ipynb #10c9e44d
+def _scores(functions: list[Callable], given: dict, gradients: bool, stream: Any) -> tuple[dict, float]:
+    """{name: scores} by the reward `functions` with the arguments `given`, and the seconds that took.
+
+    `stream`: the CUDA stream to compute on; `gradients`: whether torch records them (a thread has its own
+    setting)."""
+    start = time.perf_counter()
+    with torch.set_grad_enabled(gradients), torch.cuda.stream(stream):
+        scores = {function.__name__: function(**given) for function in functions}
+    return scores, time.perf_counter() - start
+
 # %% ../../nbs/train/00_grpo.ipynb #ovl00002
 class RewardThread:
-    """Computes the rewards of a rollout batch in one thread, one after the other in TRL's order. On a GPU the
-    thread has a CUDA stream of its own, which first waits for what the caller's stream has to do by then."""
+    """Computes the rewards of a batch in one thread, one after the other in TRL's order. On a GPU the thread
+    has its own CUDA stream, which first waits for the work that the caller's stream has by then."""
 
-    def __init__(self, rewards: Rewards, device: torch.device):
-        self.functions = rewards.computing()
+    def __init__(self, rewards: Rewards, device: torch.device) -> None:
+        self.functions = _computing(rewards)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="rewards")
         self.running = None
 
     def start(self, given: dict) -> None:
-        "Begin with the batch that `given`, the arguments of reward functions, describes."
+        "Start with the batch that `given`, the arguments of reward functions, describes."
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
-        self.running = self.pool.submit(self._scores, given, torch.is_grad_enabled())
-
-    def _scores(self, given: dict, gradients: bool) -> tuple[dict[str, list], float]:
-        start = time.perf_counter()
-        with torch.set_grad_enabled(gradients), torch.cuda.stream(self.stream):
-            scores = {function.__name__: function(**given) for function in self.functions}
-        return scores, time.perf_counter() - start
+        gradients = torch.is_grad_enabled()
+        self.running = self.pool.submit(_scores, self.functions, given, gradients, self.stream)
 
     def finish(self) -> tuple[dict[str, list], float]:
-        """Wait for the batch: {name: scores}, and the seconds of that work in which the caller did not wait.
-
-        Raises what a reward raised."""
+        "Wait for {name: scores}, and for how many seconds the caller saved. Raises what a reward raised."
         start, running, self.running = time.perf_counter(), self.running, None
         scores, seconds = running.result()
         return scores, max(0.0, seconds - (time.perf_counter() - start))
 
     def abandon(self) -> None:
-        "Wait until nothing runs, whatever became of it."
+        "Wait until nothing runs, and drop the result."
         if self.running is not None:
             wait([self.running])
             self.running = None
 
-# %% ../../nbs/train/00_grpo.ipynb #c0mp1e71
-class CompletionTable(TrainerCallback):
-    """Writes every candidate of a stage to `out/completions/generations.jsonl.gz`: a row each with k,
-    group, candidate, study_id, completion, a column per score (None if it was not computed), r_vis
-    (Eq. 7), R (Eq. 8) and A (Eq. 9).
-
-    A generation is appended as a whole. The checkpoints record the length of the file, so a resumed
-    stage first cuts off the generations after its checkpoint."""
-
-    def __init__(self, out: Path | str):
-        self.path = Path(out) / "completions" / "generations.jsonl.gz"
-
-    def on_train_begin(self, args, state, control, **kw) -> None:
-        if not state.is_world_process_zero:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = state.stateful_callbacks.get("completions", 0)
-        with self.path.open("ab") as file:
-            if file.tell() < kept or (state.global_step and not kept):
-                tqdm.write(
-                    f"{self.path}: candidates of before update {state.global_step} are missing here; those "
-                    f"that follow are kept"
-                )
-            file.truncate(min(file.tell(), kept))
-
-    def add(self, state, k: int, group_size: int, columns: dict[str, list]) -> None:
-        """Append the generation `k`; `columns`: {name: list with one item a candidate}, groups of
-        `group_size` one after the other."""
-        rows = candidate_rows(k, group_size, columns)
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        with self.path.open("ab") as file:
-            file.write(gzip.compress(text.encode(), mtime=0))
-            state.stateful_callbacks["completions"] = file.tell()
-
-# %% ../../nbs/train/00_grpo.ipynb #93dd39f3
+# %% ../../nbs/train/00_grpo.ipynb #z3dd39f3
 def candidate_rows(k: int, group_size: int, columns: dict[str, list]) -> list[dict]:
     "The rows of the table for one generation; a NaN becomes None, which JSON can hold."
     rows = []
@@ -287,9 +265,48 @@ def candidate_rows(k: int, group_size: int, columns: dict[str, list]) -> list[di
         rows.append(row)
     return rows
 
+# %% ../../nbs/train/00_grpo.ipynb #13b8e86f
+def _packed(rows: list[dict]) -> bytes:
+    "`rows` as JSON lines, compressed; the same rows always give the same bytes."
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    return gzip.compress(text.encode(), mtime=0)
+
+
+def _missing_line(path: Path, update: int) -> str:
+    return f"{path}: candidates of before update {update} are missing here; those that follow are kept"
+
+# %% ../../nbs/train/00_grpo.ipynb #c0mp1e71
+class CompletionTable(TrainerCallback):
+    """Writes every candidate of a stage to `out/completions/generations.jsonl.gz`: one row each with k,
+    group, candidate, study_id, completion, a column per score (None if it was not computed), r_vis (Eq. 7), R
+    (Eq. 8) and A (Eq. 9).
+
+    A generation is appended as a whole. Checkpoints record the length of the file, so that a resumed stage
+    can first cut off the generations after its checkpoint."""
+
+    def __init__(self, out: Path | str) -> None:
+        self.path = Path(out) / "completions" / "generations.jsonl.gz"
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kw: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = state.stateful_callbacks.get("completions", 0)
+        with self.path.open("ab") as file:
+            if file.tell() < kept or (state.global_step and not kept):
+                tqdm.write(_missing_line(self.path, state.global_step))
+            file.truncate(min(file.tell(), kept))
+
+    def add(self, state: TrainerState, k: int, group_size: int, columns: dict[str, list]) -> None:
+        """Append generation `k`: `columns` {name: one item a candidate}, one group of `group_size` after
+        another."""
+        with self.path.open("ab") as file:
+            file.write(_packed(candidate_rows(k, group_size, columns)))
+            state.stateful_callbacks["completions"] = file.tell()
+
 # %% ../../nbs/train/00_grpo.ipynb #hh000006
 def completions_of(folder: Path | str) -> pd.DataFrame:
-    """The table that `CompletionTable` wrote in the folder of a stage, k rising; a score that was not
+    """The table that `CompletionTable` wrote in the folder of a stage, by rising k; a score that was not
     computed is NaN.
 
     Raises ValueError if there is none. If the stage was killed while it wrote, a message says so and the
@@ -324,7 +341,7 @@ def _complete(rows: list[dict]) -> list[dict]:
 class TimedRollout(SharedRollout):
     "A `SharedRollout` that adds up the seconds of its parts in `_times`."
 
-    def __init__(self, *args: Any, **kw: Any):
+    def __init__(self, *args: Any, **kw: Any) -> None:
         super().__init__(*args, **kw)
         self._times = {}
 
@@ -346,9 +363,9 @@ class TimedRollout(SharedRollout):
 def time_columns(times: dict[str, float]) -> dict[str, float]:
     """Seconds of each part of a step, from `_times`, where 'step' includes the rollout and the rewards.
 
-    `time/rewards` is all that the rewards took, also in a `RewardThread`. `time/overlap`, which is there only
-    with such a thread, are those of its seconds that `time/reference` has too: the parts without it add up
-    to the step and the overlap. On a GPU a part also has the kernels of the part before that it waits for."""
+    `time/rewards` is the time that all rewards took, also if a `RewardThread` computed them. Then there is
+    also `time/overlap`, the part of it that `time/reference` contains too; all other parts add up to the step
+    plus the overlap. On a GPU a part includes earlier kernels that it waits for."""
     rollout, waited = times.get("rollout", 0), times.get("rewards", 0)
     both, completions = times.get("rollout and rewards", 0), times.get("completions", 0)
     columns = {
@@ -360,38 +377,48 @@ def time_columns(times: dict[str, float]) -> dict[str, float]:
     }
     return columns | ({"time/overlap": times["overlap"]} if "overlap" in times else {})
 
+# %% ../../nbs/train/00_grpo.ipynb #d2515d63
+class CountedRollout(TimedRollout):
+    "A `TimedRollout` that counts its generations (`k`) from `k_start`."
+
+    def __init__(self, model: PreTrainedModel, rewards: Rewards, k_start: int = 0, **kw: Any) -> None:
+        super().__init__(model, reward_funcs=rewards.functions(), **kw)
+        self.rewards, self.k_start = rewards, k_start
+
+    @property
+    def k(self) -> int:
+        return self.state.stateful_callbacks.get("k", self.k_start)
+
+    def _calculate_rewards(self, *args: Any) -> torch.Tensor:
+        if self.model.training:
+            self.state.stateful_callbacks["k"] = self.k + 1
+        self.rewards.k = max(1, self.k)  # rewards also run in an evaluation before the first update
+        with self._timed("rewards"):
+            self.scores = super()._calculate_rewards(*args)
+        return self.scores
+
 # %% ../../nbs/train/00_grpo.ipynb #ovl00005
 def _given_to_rewards(inputs: list[dict], prompts: list, generated: tuple) -> dict:
-    """What TRL gives to the reward functions, from the rows of a batch, its prompts and what `_generate`
-    returned; without TRL's own tools, which no reward here uses."""
+    """The arguments that TRL gives to the reward functions, made from the rows of a batch, its prompts and
+    what `_generate` returned. TRL's own tools are left out; no reward here uses them."""
     own = ("prompt", "completion", "completion_ids")
     columns = {name: [row[name] for row in inputs] for name in inputs[0] if name not in own}
     return dict(prompts=prompts, completions=generated[3], completion_ids=generated[1], **columns)
 
 # %% ../../nbs/train/00_grpo.ipynb #ovl00012
-class RewardedRollout(TimedRollout):
-    """A `TimedRollout` that counts its generations (`k`) from `k_start` and, unless `overlap_rewards` is
-    "off", or "auto" and no GPU trains, computes the rewards while the reference is scored."""
+class RewardedRollout(CountedRollout):
+    """A `CountedRollout` that can compute the rewards while the reference is scored: if `overlap_rewards` is
+    "on", or "auto" and a GPU trains."""
 
     _thread = None
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        rewards: Rewards,
-        overlap_rewards: str = "off",
-        k_start: int = 0,
-        **kw: Any,
-    ):
-        super().__init__(model, reward_funcs=rewards.functions(), **kw)
-        self.rewards, self.k_start = rewards, k_start
+        self, model: PreTrainedModel, rewards: Rewards, overlap_rewards: str = "off", **kw: Any
+    ) -> None:
+        super().__init__(model, rewards, **kw)
         device = self.accelerator.device
         if overlap_rewards == "on" or (overlap_rewards == "auto" and device.type == "cuda"):
             self._thread = RewardThread(rewards, device)
-
-    @property
-    def k(self) -> int:
-        return self.state.stateful_callbacks.get("k", self.k_start)
 
     def _generate(self, prompts: list) -> tuple:
         generated = super()._generate(prompts)
@@ -401,15 +428,15 @@ class RewardedRollout(TimedRollout):
         return generated
 
     def _calculate_rewards(self, *args: Any) -> torch.Tensor:
-        if self.model.training:
-            self.state.stateful_callbacks["k"] = self.k + 1
-        self.rewards.k = max(1, self.k)  # rewards also run in an evaluation before the first update
-        with self._timed("rewards"):
-            if self._thread is not None:
+        if self._thread is not None:
+            with self._timed("rewards"):
                 self.rewards.ahead, hidden = self._thread.finish()
-                self._times["overlap"] = self._times.get("overlap", 0) + hidden
-            self.scores = super()._calculate_rewards(*args)
-        return self.scores
+            self._times["overlap"] = self._times.get("overlap", 0) + hidden
+        return super()._calculate_rewards(*args)
+
+# %% ../../nbs/train/00_grpo.ipynb #de9197dd
+class WholeGeneration(RewardedRollout):
+    "Makes a generation whose reward thread has ended in any case, even if the reference fails."
 
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
         self._inputs = inputs
@@ -420,55 +447,52 @@ class RewardedRollout(TimedRollout):
             if self._thread is not None:
                 self._thread.abandon()
 
-# %% ../../nbs/train/00_grpo.ipynb #b42f5a12
-class ValorTrainer(RewardedRollout):
-    """TRL's GRPO with the advantages of Eq. 5-9. With `rank_norm='grpo'` TRL's own (R − mean)/std stays,
-    which is the paper's GRPO baseline. `table`: a CompletionTable, or None."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        rewards: Rewards,
-        cfg: Config,
-        lambda_vis: float,
-        k_start: int = 0,
-        table: CompletionTable | None = None,
-        **kw: Any,
-    ):
-        super().__init__(model, rewards, cfg.overlap_rewards, k_start, share=cfg.rollout == "merged", **kw)
-        self.cfg, self.lambda_vis, self.table = cfg, lambda_vis, table
-        self._alarmed = set()
-        if table is not None:
-            self.add_callback(table)
-
-    def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
-        output = super()._generate_and_score_completions(inputs)
-        scores = dict(zip(self.rewards.names, self.scores.unbind(1)))
-        if self.cfg.rank_norm == "grpo":
-            R = (self.scores * self.reward_weights.to(self.scores)).nansum(1)
-        else:
-            R, A = advantages(scores, self.rewards.k, self.num_generations, self.cfg, self.lambda_vis)
-            start = self.accelerator.process_index * len(inputs)  # this process's candidates
-            output["advantages"] = A.to(output["advantages"])[start : start + len(inputs)]
-            _record(self, scores, R, A)
-        if self.table is not None and self.model.training:
-            _keep(self, inputs, scores, R)
-        return output
-
-    def log(self, logs: dict, start_time: float | None = None) -> None:
-        if "loss" in logs:
-            logs |= _warnings(self)
-            logs |= {"k": self.k, "clinical": is_clinical_step(self.k, self.cfg.k_clin)}
-            logs |= time_columns(self._times)
-            self._times = {}
-        super().log(logs, start_time)
-
-# %% ../../nbs/train/00_grpo.ipynb #hh000014
-def _keep(
-    trainer: ValorTrainer, inputs: list[dict], scores: dict[str, torch.Tensor], R: torch.Tensor
+# %% ../../nbs/train/00_grpo.ipynb #578649b1
+def _record(
+    trainer: WholeGeneration, scores: dict[str, torch.Tensor], R: torch.Tensor, A: torch.Tensor
 ) -> None:
-    """Add a generation to the trainer's table. `scores` and `R`, each (N,), are gathered over all
-    processes already; `inputs` are the rows of this process."""
+    """Replace TRL's rewards and advantages in the log with the composite reward `R` and our advantages `A`.
+    Add how each column agrees, inside the groups, with the composite, and with the truth if it is watched."""
+    log = trainer._metrics["train" if trainer.model.training else "eval"]
+    logged = trainer._logs["advantages"]
+    recent = list(logged)[: -len(A)]
+    logged.clear()
+    logged.extend(recent + A.tolist())
+    group_size = trainer.num_generations
+    log["reward"][-1] = R.mean().item()
+    log["reward_std"][-1] = R.view(-1, group_size).std(1).mean().item()
+    for name, column in scores.items():
+        if column.isnan().any():
+            continue
+        log[f"agrees/{name}"].append(group_correlation(column, R, group_size))
+        if "truth_f1" in scores:
+            log[f"truth/{name}"].append(group_correlation(column, scores["truth_f1"], group_size))
+
+# %% ../../nbs/train/00_grpo.ipynb #hh00015b
+def set_advantages(
+    trainer: WholeGeneration, output: dict, scores: dict[str, torch.Tensor], n: int
+) -> torch.Tensor:
+    """Put the advantages of Eq. 5-9 in the generation `output`, which has `n` candidates of this process, and
+    return the composite rewards (N,) of all processes.
+
+    `scores`: {name: (N,)}. With `rank_norm='grpo'` TRL's advantages stay."""
+    cfg = trainer.cfg
+    if cfg.rank_norm == "grpo":
+        return (trainer.scores * trainer.reward_weights.to(trainer.scores)).nansum(1)
+    R, A = advantages(scores, trainer.rewards.k, trainer.num_generations, cfg, trainer.lambda_vis)
+    start = trainer.accelerator.process_index * n
+    output["advantages"] = A.to(output["advantages"])[start : start + n]
+    _record(trainer, scores, R, A)
+    return R
+
+# %% ../../nbs/train/00_grpo.ipynb #hh00014b
+def keep_generation(
+    trainer: WholeGeneration, inputs: list[dict], scores: dict[str, torch.Tensor], R: torch.Tensor
+) -> None:
+    """Add a generation to the trainer's table.
+
+    `scores` and `R`, each (N,), are gathered over all processes already; `inputs`: the rows of this
+    process."""
     studies = gather_object([row.get("study_id") for row in inputs])
     if not trainer.is_world_process_zero():
         return
@@ -487,30 +511,11 @@ def _keep(
     with trainer._timed("completions"):
         trainer.table.add(trainer.state, trainer.k, group_size, columns)
 
-# %% ../../nbs/train/00_grpo.ipynb #hh000015
-def _record(trainer: ValorTrainer, scores: dict[str, torch.Tensor], R: torch.Tensor, A: torch.Tensor) -> None:
-    """Put the composite reward and our advantages in place of TRL's in the log. Add how each column agrees,
-    inside the groups, with the composite, and with the truth if it is watched."""
-    log = trainer._metrics["train" if trainer.model.training else "eval"]
-    logged = trainer._logs["advantages"]
-    recent = list(logged)[: -len(A)]
-    logged.clear()
-    logged.extend(recent + A.tolist())
-    group_size = trainer.num_generations
-    log["reward"][-1] = R.mean().item()
-    log["reward_std"][-1] = R.view(-1, group_size).std(1).mean().item()
-    for name, column in scores.items():
-        if column.isnan().any():
-            continue
-        log[f"agrees/{name}"].append(group_correlation(column, R, group_size))
-        if "truth_f1" in scores:
-            log[f"truth/{name}"].append(group_correlation(column, scores["truth_f1"], group_size))
-
 # %% ../../nbs/train/00_grpo.ipynb #hh000016
-def _warnings(trainer: ValorTrainer) -> dict[str, float]:
+def _warnings(trainer: WholeGeneration) -> dict[str, float]:
     """Print new alarms and replaced scores, and return them as columns of the log.
 
-    `odd` is emptied, so that a generation that serves several updates is reported once."""
+    `odd` is emptied, so that a generation that is used for several updates is reported once."""
     raised = alarms(trainer.state.log_history)
     for name, (first, last) in raised.items():
         if name not in trainer._alarmed and trainer.is_world_process_zero():
@@ -526,6 +531,50 @@ def _warnings(trainer: ValorTrainer) -> dict[str, float]:
     columns = {f"alarm/{name}": last / first for name, (first, last) in raised.items()}
     return columns | {f"odd/{name}": len(studies) for name, studies in odd.items()}
 
+# %% ../../nbs/train/00_grpo.ipynb #fe85e36b
+class LoggedRollout(WholeGeneration):
+    "Adds k, the seconds of each part and the warnings to every line of the log."
+
+    def __init__(self, model: PreTrainedModel, rewards: Rewards, cfg: Config, **kw: Any) -> None:
+        own = dict(overlap_rewards=cfg.overlap_rewards, share=cfg.rollout == "merged")
+        super().__init__(model, rewards, **own, **kw)
+        self.cfg, self._alarmed = cfg, set()
+
+    def log(self, logs: dict, start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= _warnings(self)
+            logs |= {"k": self.k, "clinical": is_clinical_step(self.k, self.cfg.k_clin)}
+            logs |= time_columns(self._times)
+            self._times = {}
+        super().log(logs, start_time)
+
+# %% ../../nbs/train/00_grpo.ipynb #b42f5a13
+class ValorTrainer(LoggedRollout):
+    """TRL's GRPO with the advantages of Eq. 5-9. With `cfg.rank_norm='grpo'`, the paper's GRPO baseline,
+    TRL's own (R − mean)/std stay. `kw`: `k_start` and arguments of `GRPOTrainer`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rewards: Rewards,
+        cfg: Config,
+        lambda_vis: float,
+        table: CompletionTable | None = None,
+        **kw: Any,
+    ) -> None:
+        super().__init__(model, rewards, cfg, **kw)
+        self.lambda_vis, self.table = lambda_vis, table
+        if table is not None:
+            self.add_callback(table)
+
+    def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
+        output = super()._generate_and_score_completions(inputs)
+        scores = dict(zip(self.rewards.names, self.scores.unbind(1)))
+        R = set_advantages(self, output, scores, len(inputs))
+        if self.table is not None and self.model.training:
+            keep_generation(self, inputs, scores, R)
+        return output
+
 # %% ../../nbs/train/00_grpo.ipynb #9ded5fe3
 def check_references(data: Dataset) -> None:
     "Raise ValueError, naming the study, unless every row of `data` has a report with text to compare with."
@@ -536,27 +585,7 @@ def check_references(data: Dataset) -> None:
                 f"study {study}: report={report!r}; training needs a report with text in every study"
             )
 
-# %% ../../nbs/train/00_grpo.ipynb #hh000019
-def vllm_args(rollout: str, cfg: Config, image_token: str) -> dict:
-    """Arguments of GRPOConfig for `rollout` = 'vllm_colocate' (vLLM on the GPUs that train) or
-    'vllm_server' (`trl vllm-serve` at `vllm_server_url`); none for any other.
-
-    TRL would weigh or mask reports by how far vLLM's probabilities are from the policy's own; Eq. 10 has
-    no such factor, so it is off. An image token is never sampled. Not yet run on a GPU. Raises
-    `ValueError` if the server's address or the package is missing."""
-    if not rollout.startswith("vllm_"):
-        return {}
-    _check_vllm(rollout, cfg)
-    return dict(
-        use_vllm=True,
-        vllm_mode=rollout.removeprefix("vllm_"),
-        vllm_server_base_url=cfg.vllm_server_url,
-        vllm_gpu_memory_utilization=cfg.vllm_gpu_memory_utilization,
-        vllm_importance_sampling_correction=False,
-        generation_kwargs=dict(bad_words=[image_token]),
-    )
-
-# %% ../../nbs/train/00_grpo.ipynb #da43c97a
+# %% ../../nbs/train/00_grpo.ipynb #za43c97a
 def _check_vllm(rollout: str, cfg: Config) -> None:
     "Raise ValueError unless `rollout` has the package and, for a server, an allowed address."
     if rollout == "vllm_server" and cfg.vllm_server_url is None:
@@ -572,12 +601,32 @@ def _check_vllm(rollout: str, cfg: Config) -> None:
             f"'trl[vllm]', for GPUs), or rollout='transformers'"
         )
 
+# %% ../../nbs/train/00_grpo.ipynb #hh000019
+def vllm_args(rollout: str, cfg: Config, image_token: str) -> dict:
+    """Arguments of GRPOConfig for `rollout` = 'vllm_colocate' (vLLM on the GPUs that train) or 'vllm_server'
+    (`trl vllm-serve` at `vllm_server_url`); none for any other.
+
+    TRL would weight or mask reports by how far vLLM's probabilities are from the policy's own. Eq. 10 has no
+    such factor, so that is switched off. An image token is never sampled. This has not been run on a GPU yet.
+    Raises `ValueError` if the server's address or the package is missing."""
+    if not rollout.startswith("vllm_"):
+        return {}
+    _check_vllm(rollout, cfg)
+    return dict(
+        use_vllm=True,
+        vllm_mode=rollout.removeprefix("vllm_"),
+        vllm_server_base_url=cfg.vllm_server_url,
+        vllm_gpu_memory_utilization=cfg.vllm_gpu_memory_utilization,
+        vllm_importance_sampling_correction=False,
+        generation_kwargs=dict(bad_words=[image_token]),
+    )
+
 # %% ../../nbs/train/00_grpo.ipynb #hh000022
 MOST_SNAPSHOTS = 20  # of a stage; those of LLaVA-Med's adapter take 671 MB each
 
 
 def whole_generations(updates: int, cfg: Config) -> int:
-    "`updates`, rounded up to a multiple of the updates that each generation serves for."
+    "`updates`, rounded up to a multiple of the updates that each generation is used for."
     return -(-updates // cfg.num_iterations) * cfg.num_iterations
 
 
@@ -587,8 +636,8 @@ def steps_of(steps: int | None, cfg: Config, n: int) -> int:
 
 
 def snapshot_every(eval_steps: int, steps: int) -> int:
-    """Updates between two kept adapters: `eval_steps`, or the multiple of it at which a stage of `steps`
-    updates keeps no more than `MOST_SNAPSHOTS`."""
+    """Updates between two adapters that are kept: the smallest multiple of `eval_steps` with which a stage of
+    `steps` updates keeps no more than `MOST_SNAPSHOTS`."""
     return eval_steps * max(1, -(-steps // (eval_steps * (MOST_SNAPSHOTS + 1))))
 
 # %% ../../nbs/train/00_grpo.ipynb #hh000024
@@ -596,10 +645,10 @@ class Snapshots(TrainerCallback):
     """Keeps the adapter after every `every`-th update except the last as `folder/k0010`, … It draws no random
     number and trains nothing, so the run is the same without it."""
 
-    def __init__(self, trainer: ValorTrainer, folder: Path | str, every: int):
+    def __init__(self, trainer: ValorTrainer, folder: Path | str, every: int) -> None:
         self.trainer, self.folder, self.every = trainer, Path(folder), every
 
-    def on_step_end(self, args, state, control, **kw) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kw: Any) -> None:
         if state.global_step % self.every == 0 and state.global_step < state.max_steps:
             self.trainer.save_model(str(self.folder / f"k{self.trainer.k:04d}"))
 
@@ -630,21 +679,10 @@ def linear_weights(cfg: Config) -> dict[str, float]:
         weights[name] = weight * (cfg.lambda_clin if equation == 4 else 1)
     return weights
 
-# %% ../../nbs/train/00_grpo.ipynb #hh000028
-def grpo_args(out: Path | str, cfg: Config, stage: Stage, per_device: int | None = None) -> dict:
-    """Arguments of GRPOConfig that the configuration gives.
-
-    A rollout batch (a generation, which serves for `num_iterations` updates) is `batch_size` ×
-    `group_size` completions; `per_device` of them on each process (default: all on one), which computes
-    its share of the update in `gradient_accumulation_steps` parts."""
-    here = per_device or cfg.batch_size * cfg.group_size
-    every = whole_generations(cfg.save_steps, cfg)
+# %% ../../nbs/train/00_grpo.ipynb #grl00021
+def _fixed_args(cfg: Config) -> dict:
+    "Arguments of GRPOConfig that are the same in both stages: sampling, and the loss of Eq. 10."
     return dict(
-        **trainer_args(Path(out) / "checkpoints", stage.seed, every, cfg.gradient_checkpointing),
-        max_steps=stage.steps,
-        learning_rate=cfg.lr,
-        per_device_train_batch_size=here // cfg.gradient_accumulation_steps,
-        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
         num_generations=cfg.group_size,
         max_completion_length=cfg.max_new_tokens,
         temperature=cfg.temperature,
@@ -657,23 +695,40 @@ def grpo_args(out: Path | str, cfg: Config, stage: Stage, per_device: int | None
         warmup_steps=0.1,
     )
 
+# %% ../../nbs/train/00_grpo.ipynb #hh000028
+def grpo_args(out: Path | str, cfg: Config, stage: Stage, per_device: int | None = None) -> dict:
+    """Arguments of GRPOConfig that follow from the configuration.
+
+    A generation, which is used for `num_iterations` updates, has `batch_size` × `group_size` completions,
+    `per_device` of them on each process (None: all on one). Each process computes its part of an update in
+    `gradient_accumulation_steps` parts."""
+    here = per_device or cfg.batch_size * cfg.group_size
+    every = whole_generations(cfg.save_steps, cfg)
+    return dict(
+        **trainer_args(Path(out) / "checkpoints", stage.seed, every, cfg.gradient_checkpointing),
+        max_steps=stage.steps,
+        learning_rate=cfg.lr,
+        per_device_train_batch_size=here // cfg.gradient_accumulation_steps,
+        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
+        **_fixed_args(cfg),
+    )
+
 # %% ../../nbs/train/00_grpo.ipynb #gr20c001
-def prompt_length(processor, row: dict) -> int:
-    "How many tokens the prompt of `row` (see `conversations`) has, those of its images included."
+def prompt_length(processor: ProcessorMixin, row: dict) -> int:
+    "How many tokens the prompt of `row` (see `conversations`) has, including those of its images."
     images = [dict(type="image", image=image) for image in row.get("images") or [row["image"]]]
     asked = [dict(type="text", text=row["prompt"][-1]["content"])]
     given = dict(tokenize=True, return_dict=True, add_generation_prompt=True)
-    return len(
-        processor.apply_chat_template([dict(role="user", content=images + asked)], **given)["input_ids"][0]
-    )
+    turn = dict(role="user", content=images + asked)
+    return len(processor.apply_chat_template([turn], **given)["input_ids"][0])
 
 # %% ../../nbs/train/00_grpo.ipynb #gr20c004
-def settle_parts(cfg: Config, policy: PreTrainedModel, prompt: int, per_device: int | None = None):
-    """`cfg` with a number in place of `gradient_accumulation_steps="auto"`, and what that takes for
-    `gradient_checkpointing`; says what was chosen.
+def settle_parts(cfg: Config, policy: PreTrainedModel, prompt: int, per_device: int | None = None) -> Config:
+    """`cfg` with `gradient_accumulation_steps="auto"` replaced by a number, and with the setting of
+    `gradient_checkpointing` that this number needs. Prints what was chosen.
 
-    `prompt`: tokens of a prompt; `per_device`: completions on each process. On a CPU, and where weights
-    are spread over processes (FSDP), it is 1. Raises ValueError if nothing fits on the GPU."""
+    `prompt`: tokens of a prompt; `per_device`: completions on each process. The number is 1 on a CPU, and if
+    weights are spread over processes (FSDP). Raises ValueError if nothing fits on the GPU."""
     if cfg.gradient_accumulation_steps != "auto":
         return cfg
     device = resolve_device()
@@ -684,22 +739,32 @@ def settle_parts(cfg: Config, policy: PreTrainedModel, prompt: int, per_device: 
     sizes = dict(prompts=prompts, group=cfg.group_size, prompt=prompt, new=cfg.max_new_tokens, r=cfg.lora_r)
     decided = {"on": True, "off": False}.get(cfg.gradient_checkpointing)
     parts, recomputed = choose_parts(shape_of(policy.config), gpu, decided, held=cfg.policy_weights, **sizes)
-    print(
-        f'gradient_accumulation_steps="auto": {parts} parts on this GPU of {gpu:.0f} GB, activations '
-        f"{'recomputed' if recomputed else 'kept'}",
-        flush=True,
-    )
+    chosen = f"{parts} parts on this GPU of {gpu:.0f} GB"
+    activations = "recomputed" if recomputed else "kept"
+    print(f'gradient_accumulation_steps="auto": {chosen}, activations {activations}', flush=True)
     checkpointing = "on" if recomputed else "off"
     return replace(cfg, gradient_accumulation_steps=parts, gradient_checkpointing=checkpointing)
 
 # %% ../../nbs/train/00_grpo.ipynb #gr20c003
 def more_parts(args: GRPOConfig) -> int | None:
-    """The next number of parts, above the present one, that a process's share of a batch can be cut into.
-
-    None if it is in single candidates already."""
+    """The next larger number of equal parts that a process's share of a batch can be cut into; None if each
+    part is a single candidate already."""
     parts = args.gradient_accumulation_steps
     rows = args.per_device_train_batch_size * parts
     return next((n for n in range(parts + 1, rows + 1) if rows % n == 0), None)
+
+# %% ../../nbs/train/00_grpo.ipynb #b5cd77e1
+def _policy_for(
+    sft_folder: Path | str, row: dict, cfg: Config, seed: int, per_device: int | None
+) -> tuple[PreTrainedModel, ProcessorMixin, Config]:
+    """The policy in `sft_folder`, its processor, and `cfg` with the parts of an update settled; `row`: a
+    prompt's."""
+    set_seed(seed)
+    model, processor = load_policy(sft_folder, **frozen_weights(cfg.policy_weights), **loading(cfg))
+    if cfg.gradient_accumulation_steps == "auto":
+        cfg = settle_parts(cfg, model, prompt_length(processor, row), per_device)
+    shard_by_layer(model, cfg.gradient_accumulation_steps)
+    return model, processor, cfg
 
 # %% ../../nbs/train/00_grpo.ipynb #hh000030
 def make_trainer(
@@ -711,27 +776,17 @@ def make_trainer(
     stage: Stage,
     per_device: int | None = None,
 ) -> ValorTrainer:
-    """The trainer of a stage, on the policy in `sft_folder`, which writes to the folder `out`.
-
-    `per_device`: completions of a rollout batch on each process, see `grpo_args`. Raises ValueError if a
-    study has no report."""
+    """The trainer of `stage`, from the policy in `sft_folder`, which writes to the folder `out`;
+    `per_device`: as for `grpo_args`. Raises ValueError if a study has no report."""
     check_references(data)
-    set_seed(stage.seed)
-    model, processor = load_policy(sft_folder, **frozen_weights(cfg.policy_weights), **loading(cfg))
     rows = conversations(data)
-    if cfg.gradient_accumulation_steps == "auto":
-        cfg = settle_parts(cfg, model, prompt_length(processor, rows[0]), per_device)
-    shard_by_layer(model, cfg.gradient_accumulation_steps)
-    weights = linear_weights(cfg)
-    args = GRPOConfig(
-        **grpo_args(out, cfg, stage, per_device),
-        **vllm_args(cfg.rollout, cfg, processor.image_token),
-        reward_weights=[weights.get(name, 0.0) for name in rewards.names],
-    )
-    table = CompletionTable(out) if cfg.keep_completions else None
-    lora = lora_config(model, stage.modules, cfg.lora_r, cfg.lora_alpha)
-    given = dict(args=args, train_dataset=rows, processing_class=processor, peft_config=lora)
-    trainer = ValorTrainer(model, rewards, cfg, stage.lambda_vis, stage.k_start, table=table, **given)
+    model, processor, cfg = _policy_for(sft_folder, rows[0], cfg, stage.seed, per_device)
+    settings = grpo_args(out, cfg, stage, per_device) | vllm_args(cfg.rollout, cfg, processor.image_token)
+    weights = [linear_weights(cfg).get(name, 0.0) for name in rewards.names]
+    given = dict(args=GRPOConfig(**settings, reward_weights=weights), train_dataset=rows)
+    given |= dict(table=CompletionTable(out) if cfg.keep_completions else None, k_start=stage.k_start)
+    given |= dict(peft_config=lora_config(model, stage.modules, cfg.lora_r, cfg.lora_alpha))
+    trainer = ValorTrainer(model, rewards, cfg, stage.lambda_vis, processing_class=processor, **given)
     trainer.remove_callback(PrinterCallback)
     if stage.adapter is not None:
         set_peft_model_state_dict(trainer.model, load_peft_weights(stage.adapter, device="cpu"))
@@ -739,8 +794,10 @@ def make_trainer(
 
 # %% ../../nbs/train/00_grpo.ipynb #ahd00002
 def read_references(rewards: Rewards, data: Dataset, cfg: Config, generations: int) -> None:
-    """Let the clinical rewards that gain by it read the references of `data` ahead, if a stage of so many
-    `generations` asks for half of them or more. Processes that share a store read a share each."""
+    """Let the clinical rewards that are faster that way read the references of `data` ahead, if a stage of
+    `generations` generations needs at least half of them.
+
+    Processes that share a store read one part each."""
     asked = generations // cfg.k_clin * cfg.batch_size if cfg.k_clin else 0
     if asked < len(data) / 2:
         return
@@ -753,41 +810,16 @@ def read_references(rewards: Rewards, data: Dataset, cfg: Config, generations: i
             share = slice(state.process_index, None, state.num_processes) if shared else slice(None)
             scorer.read_ahead(references[share])
 
-# %% ../../nbs/train/00_grpo.ipynb #hh000032
-def align(
-    sft_folder: Path | str,
-    data: Dataset,
-    out: Path | str,
-    rewards: Rewards,
-    cfg: Config,
-    stage: int,
-    lambda_vis: float,
-    k_start: int = 0,
-    adapter: Path | str | None = None,
-) -> list[dict]:
-    """Run stage 1 or 2 of Algorithm 1 and write the adapter to `out/adapter`; returns the log, one dict
-    per update.
-
-    Every `cfg.eval_steps` updates (in a long stage less often, see `snapshot_every`) the adapter is kept
-    in `out/snapshots`, and every generation's candidates in a `CompletionTable`. Checkpoints go to
-    `out/checkpoints`; a killed run that is started again ends with the same adapter: bit for bit on one
-    CPU thread (on more, any two runs may differ in the last bits)."""
+# %% ../../nbs/train/00_grpo.ipynb #06fc32fe
+def stage_of(
+    cfg: Config, stage: int, lambda_vis: float, n: int, k_start: int = 0, adapter: Path | str | None = None
+) -> Stage:
+    "Stage 1 or 2 of Algorithm 1 as `cfg` describes it, on `n` studies; `k_start`, `adapter`: as in `Stage`."
     stages = (cfg.stage1_steps, cfg.stage1_modules), (cfg.stage2_steps, cfg.stage2_modules)
     steps, modules = stages[stage - 1]
-    steps, seed = steps_of(steps, cfg, len(data)), 10 * cfg.seed + stage
-    per_device = cfg.batch_size * cfg.group_size // int(os.environ.get("WORLD_SIZE", 1))
-    this = Stage(modules, lambda_vis, steps, seed, k_start, adapter)
-    trainer = make_trainer(sft_folder, data, out, rewards, cfg, this, per_device)
-    trainer.add_callback(Progress(f"stage {stage}"))
-    every = _keep_snapshots(trainer, out, cfg, stage)
-    read_references(rewards, data, cfg, steps // cfg.num_iterations)
-    sizes = {n: getattr(cfg, n) for n in ("batch_size", "group_size", "max_new_tokens")}
-    with memory_line(f"stage {stage}", more_parts(trainer.args), **sizes):
-        train_to_end(trainer, f"stage {stage}", copies=1 + (trainer.args.max_steps - 1) // every)
-    trainer.save_model(str(Path(out) / "adapter"))
-    return [dict(l, stage=stage) for l in trainer.state.log_history if "k" in l]
+    return Stage(modules, lambda_vis, steps_of(steps, cfg, n), 10 * cfg.seed + stage, k_start, adapter)
 
-# %% ../../nbs/train/00_grpo.ipynb #hh000033
+# %% ../../nbs/train/00_grpo.ipynb #zh000033
 def _keep_snapshots(trainer: ValorTrainer, out: Path | str, cfg: Config, stage: int) -> int:
     "Add `Snapshots` to the trainer if the configuration asks for them; returns the updates between two."
     steps = trainer.args.max_steps
@@ -803,3 +835,38 @@ def _keep_snapshots(trainer: ValorTrainer, out: Path | str, cfg: Config, stage: 
             flush=True,
         )
     return every
+
+# %% ../../nbs/train/00_grpo.ipynb #3981fe1f
+def _train(trainer: ValorTrainer, name: str, cfg: Config, every: int) -> None:
+    "Train to the last update with a bar called `name`; `every`: updates between two snapshots."
+    trainer.add_callback(Progress(name))
+    sizes = {n: getattr(cfg, n) for n in ("batch_size", "group_size", "max_new_tokens")}
+    with memory_line(name, more_parts(trainer.args), **sizes):
+        train_to_end(trainer, name, copies=1 + (trainer.args.max_steps - 1) // every)
+
+# %% ../../nbs/train/00_grpo.ipynb #hh000032
+def align(
+    sft_folder: Path | str,
+    data: Dataset,
+    out: Path | str,
+    rewards: Rewards,
+    cfg: Config,
+    stage: int,
+    lambda_vis: float,
+    **before: Any,
+) -> list[dict]:
+    """Run stage 1 or 2 of Algorithm 1 and write the adapter to `out/adapter`; returns the log, a dict an
+    update.
+
+    `before`: `k_start` and `adapter` of stage 2, see `Stage`. Also written are checkpoints (to
+    `out/checkpoints`), adapters on the way (`out/snapshots`) and every candidate (`CompletionTable`). A
+    killed run that is started again ends with the same adapter: bit for bit on one CPU thread (on more
+    threads any two runs may differ in the last bits)."""
+    this = stage_of(cfg, stage, lambda_vis, len(data), **before)
+    per_device = cfg.batch_size * cfg.group_size // int(os.environ.get("WORLD_SIZE", 1))
+    trainer = make_trainer(sft_folder, data, out, rewards, cfg, this, per_device)
+    every = _keep_snapshots(trainer, out, cfg, stage)
+    read_references(rewards, data, cfg, this.steps // cfg.num_iterations)
+    _train(trainer, f"stage {stage}", cfg, every)
+    trainer.save_model(str(Path(out) / "adapter"))
+    return [dict(line, stage=stage) for line in trainer.state.log_history if "k" in line]
