@@ -282,6 +282,12 @@ HOW = [  # (beginning of a command, how it is run at miniature size)
     ("accelerate launch --config_file configs/fsdp2.yaml ", options_only),
     ("valor train --until mmedpo", lambda words, monkeypatch, said: main(small(words))),
     ("valor merge ", plain("my-policy")),
+    (
+        "valor evaluate-on ",
+        lambda words, monkeypatch, said: plain("VALOR, openi_rendered")(
+            small([*words, "--n-test", "8"]), monkeypatch, said
+        ),
+    ),
     ("valor generate ", plain("2 reports written, 0 images could not be read")),
     ("valor serve ", serve),
     ("valor gallery ", gallery),

@@ -90,6 +90,8 @@ WAYS_OUT = {
         )
     },
     "runs.systems.Results": "through figures.save",
+    "runs.transfer.transfer_job": "through figures.save",
+    "runs.transfer.write_transfer": "inside transferred, which opens the guard",
     "train.grpo.CompletionTable": IN_RUN,
     "policy.checkpoints.keep": WEIGHTS,
     "policy.checkpoints.seal": NUMBERS,

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from . import __version__
-from .config import ABOUT_PRESETS, REAL_SOURCES, did_you_mean, parse_settings, versions
+from .config import ABOUT_PRESETS, BENCHMARKS, REAL_SOURCES, did_you_mean, parse_settings, versions
 
 # %% ../nbs/07i_cli.ipynb #482c7ba8
 Command = Callable[[argparse.Namespace, dict], None]
@@ -123,6 +123,20 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         "which models: chexbert, radgraph, bertscore_model, … as for `valor run`; ratescore, green, expert",
     )
     p.set_defaults(run=_late("metrics.evaluate", "run_command"))
+
+# %% ../nbs/07i_cli.ipynb #trfcli01
+def _add_evaluate_on(commands: argparse._SubParsersAction) -> None:
+    p = commands.add_parser(
+        "evaluate-on", help="a trained policy on another data set's test studies, its row beside its own"
+    )
+    p.add_argument("benchmark", help=f"the other data set: {', '.join([*BENCHMARKS, *REAL_SOURCES])}")
+    p.add_argument("--root", help="its folder or file, as data_root")
+    p.add_argument("--options", metavar="JSON", help="how it is read, as data_options")
+    p.add_argument("--n-test", type=int, metavar="N", help="N of its test studies (default: as the preset)")
+    p.add_argument("--systems", metavar="NAME[,NAME]", help="default: SFT, VALOR w/o visual and VALOR")
+    _add_preset(p)
+    _add_set(p, "a parameter of the trained run; may be repeated")
+    p.set_defaults(run=_late("runs.transfer", "run_transfer"))
 
 # %% ../nbs/07i_cli.ipynb #b83f0943
 def _add_data_report(commands: argparse._SubParsersAction) -> None:
@@ -285,6 +299,7 @@ _COMMANDS = (
     _add_run_and_train,
     _add_config,
     _add_evaluate,
+    _add_evaluate_on,
     _add_data_report,
     _add_convert,
     _add_merge,
