@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GAUGED', 'METRICS', 'ROWS', 'VISUAL_CONTROLS', 'FAULTS', 'shown_metrics', 'finished', 'rows_of', 'control_rows',
-           'references_of', 'part_of', 'options_of', 'gauges_for', 'with_gauges', 'scored', 'compare', 'main_table',
-           'command_for', 'wide', 'plot_systems']
+           'references_of', 'part_of', 'options_of', 'gauges_for', 'with_gauges', 'scored', 'compare', 'by_leak',
+           'main_table', 'command_for', 'wide', 'plot_systems']
 
 # %% ../../nbs/results/00_tables.ipynb #6ed219fc
 import shlex
@@ -68,6 +68,14 @@ def finished(phase: str, cfg: Config, missing: str) -> Path:
     return ensure(phase, cfg)
 
 # %% ../../nbs/results/00_tables.ipynb #6c351f4b
+def _wrong_images(row: Mapping[int, tuple[Path, str]]) -> dict[str, dict[int, tuple[Path, str]]]:
+    "The rows of VALOR on other studies' images and on blank ones, from its own row; both lie in its folders."
+    return {
+        f"VALOR, {condition}": {seed: (folder, condition) for seed, (folder, _) in row.items()}
+        for condition in ("shuffled images", "blank image")
+    }
+
+# %% ../../nbs/results/00_tables.ipynb #1b6fa4ac
 def rows_of(
     cfgs: Sequence[Config], systems: Sequence[str] = ROWS, missing: str = "run", controls: bool = True
 ) -> tuple[dict, dict]:
@@ -80,18 +88,9 @@ def rows_of(
                 rows.setdefault(system, {})[cfg.seed] = finished(*phase_of(system, cfg), missing), "test"
             except FAULTS as e:
                 why[system] = one_line(e)
-    rows = {s: by_seed for s, by_seed in rows.items() if by_seed}
+    rows = {system: by_seed for system, by_seed in rows.items() if by_seed}
     if controls:
-        for condition in ("shuffled images", "blank image"):
-            rows |= (
-                {
-                    f"VALOR, {condition}": {
-                        seed: (folder, condition) for seed, (folder, _) in rows["VALOR"].items()
-                    }
-                }
-                if "VALOR" in rows
-                else {}
-            )
+        rows |= _wrong_images(rows["VALOR"]) if "VALOR" in rows else {}
         try:
             rows |= control_rows(cfgs, missing)
         except FAULTS as e:
@@ -131,35 +130,23 @@ def part_of(
     return parts if min(len(f) for by_seed in parts.values() for f in by_seed.values()) > 1 else None
 
 # %% ../../nbs/results/00_tables.ipynb #b583d710
+# the settings of a run that say which models a gauge uses
+_OWN = ("chexbert", "chexbert_uncertain", "radgraph", "radgraph_type", "radgraph_encoder")
+_OWN += ("bertscore_model", "bertscore_layer")
+
+
 def options_of(cfg: Config, models: Mapping) -> dict:
     """Which models the gauges use: the run's own, and `models` (such as ratescore=FOLDER, green=FOLDER,
-    see `valor evaluate`)."""
+    see `valor evaluate`). Raises `ValueError` for an unknown name in `models`."""
     if strange := [n for n in models if n not in judging.DEFAULTS]:
         raise ValueError(f"models: {strange[0]!r} is unknown; expected some of {', '.join(judging.DEFAULTS)}")
-    return (
-        judging.DEFAULTS
-        | {
-            n: getattr(cfg, n)
-            for n in (
-                "chexbert",
-                "chexbert_uncertain",
-                "radgraph",
-                "radgraph_type",
-                "radgraph_encoder",
-                "bertscore_model",
-                "bertscore_layer",
-            )
-        }
-        | models
-    )
+    return judging.DEFAULTS | {name: getattr(cfg, name) for name in _OWN} | models
 
 # %% ../../nbs/results/00_tables.ipynb #3ad26c3d
 def gauges_for(metrics: Sequence[str], options: dict) -> tuple[dict, dict]:
     "`({gauge: (function, key)}, {metric: why it cannot be had})` of what `metrics` need."
-    gauges, why = (
-        {},
-        {m: f"unknown metric; known are {', '.join(METRICS)}" for m in metrics if m not in METRICS},
-    )
+    unknown = f"unknown metric; known are {', '.join(METRICS)}"
+    gauges, why = {}, {m: unknown for m in metrics if m not in METRICS}
     for gauge in dict.fromkeys(GAUGED[m] for m in metrics if m in GAUGED and GAUGED[m] != "cider"):
         try:
             gauges[gauge] = judging.GAUGES[gauge](options)
@@ -179,19 +166,12 @@ def with_gauges(
     """`frame` with the columns of the `gauges` (and of CIDEr), from the reports as `written`; what was
     scored before is read from `folder`."""
     said = [report_body(w) for w in written]
-    parts = [frame.reset_index(drop=True)]
+    pairs, parts = list(zip(said, references)), [frame.reset_index(drop=True)]
     with locked(folder):
         folder.mkdir(exist_ok=True)
-        parts += [
-            judging.gauged(
-                name,
-                *gauge,
-                list(zip(said, references)),
-                folder / f"{name}.jsonl",
-                chunk=1024 if name == "meteor" else 64,
-            )
-            for name, gauge in gauges.items()
-        ]
+        for name, gauge in gauges.items():
+            chunk = 1024 if name == "meteor" else 64
+            parts.append(judging.gauged(name, *gauge, pairs, folder / f"{name}.jsonl", chunk=chunk))
     if cider:
         parts.append(judging.cider_column(pd.DataFrame(dict(candidate=said, reference=references))))
     return pd.concat(parts, axis=1).set_axis(frame.index)
@@ -203,21 +183,15 @@ def scored(
     """`({row: {seed: frame}}, {metric: why not})`: every row's frame with all that `metrics` need.
     References are those of the test set of each seed's run in `cfgs`."""
     gauges, why = gauges_for(metrics, options_of(cfgs[0], models))
-    references, cider = references_of(cfgs), "CIDEr" in metrics
-    return {
-        row: {
-            seed: with_gauges(
-                read_frame(folder, c),
-                read_reports(folder, c),
-                references[seed if seed in references else None],
-                gauges,
-                cider,
-                folder / "scores",
-            )
-            for seed, (folder, c) in by_seed.items()
-        }
-        for row, by_seed in rows.items()
-    }, why
+    references, cider, frames = references_of(cfgs), "CIDEr" in metrics, {}
+    for row, by_seed in rows.items():
+        frames[row] = {}
+        for seed, (folder, condition) in by_seed.items():
+            frame, written = read_frame(folder, condition), read_reports(folder, condition)
+            truths = references[seed if seed in references else None]
+            scores = folder / "scores"
+            frames[row][seed] = with_gauges(frame, written, truths, gauges, cider, scores)
+    return frames, why
 
 # %% ../../nbs/results/00_tables.ipynb #5d38a59e
 def compare(
@@ -231,6 +205,18 @@ def compare(
     all."""
     return ev.system_table(frames, {m: METRICS[m] for m in metrics}, against, n, seed)
 
+# %% ../../nbs/results/00_tables.ipynb #6ba0ebad
+def by_leak(
+    frames: Mapping[str, Mapping[int, pd.DataFrame]], metrics: Sequence[str], against: str, n: int
+) -> dict[str, pd.DataFrame]:
+    """{"unleaked": table, "leaked": table}: `compare` on studies that are not leaked, and on those that are.
+
+    {} where one of the two parts has fewer than two studies."""
+    parts = {name: part_of(frames, leaked) for name, leaked in (("unleaked", False), ("leaked", True))}
+    if not all(parts.values()):
+        return {}
+    return {name: compare(part, metrics, against, n) for name, part in parts.items()}
+
 # %% ../../nbs/results/00_tables.ipynb #d305a7cf
 def main_table(
     cfgs: Sequence[Config],
@@ -241,46 +227,31 @@ def main_table(
     n: int = 20_000,
     against: str = "VALOR",
     controls: bool = True,
-) -> tuple:
-    """`(tidy, parts, why, runs)` of the runs `cfgs` (one per seed): `compare` on all studies; the same on
-    those that are not leaked and on those that are (`data.leaked`: report word for word in train, or
-    patient there; {"unleaked": …, "leaked": …}; {} where a part has less than two); {system or metric:
-    why there is no number}; the evaluations' folders."""
+) -> tuple[pd.DataFrame, dict[str, pd.DataFrame], dict[str, str], list[Path]]:
+    """`(tidy, parts, why, runs)` of the runs `cfgs` (one per seed): `compare` on all studies; the same on the
+    leaked and on the other studies (`by_leak`); {system or metric: why it has no number}; the folders of the
+    evaluations."""
     metrics = list(metrics or shown_metrics(cfgs[0].benchmark))
     rows, why = rows_of(cfgs, systems, missing, controls)
     if not rows:
-        return (
-            pd.DataFrame(columns=["system", "metric", "value", "lo", "hi", "seeds", "studies"]),
-            {},
-            why,
-            [],
-        )
+        columns = ["system", "metric", "value", "lo", "hi", "seeds", "studies"]
+        return pd.DataFrame(columns=columns), {}, why, []
     frames, lacking = scored(rows, cfgs, metrics, models)
     known = [m for m in metrics if m not in lacking]
-    parts = {
-        name: compare(part, known, against, n)
-        for name, leaked in (("unleaked", False), ("leaked", True))
-        if (part := part_of(frames, leaked)) and part_of(frames, not leaked)
-    }
-    return (
-        compare(frames, known, against, n),
-        parts,
-        why | lacking,
-        sorted({f for by_seed in rows.values() for f, _ in by_seed.values()}),
-    )
+    runs = sorted({folder for by_seed in rows.values() for folder, _ in by_seed.values()})
+    return compare(frames, known, against, n), by_leak(frames, known, against, n), why | lacking, runs
 
 # %% ../../nbs/results/00_tables.ipynb #e326737b
 def command_for(cfgs: Sequence[Config], notebook: str = "09_main_results") -> str:
     "The command line that makes the whole table of the runs `cfgs`; what is there is not run again."
     here, data = asdict(cfgs[0]), ("benchmark", "data_root", "data_options")
+    told = dict(preset=here["preset"], seeds=[c.seed for c in cfgs]) | {n: here[n] for n in data if here[n]}
+    if here["base"] != "embedded":
+        told["base"] = here["base"]
     usual = asdict(configure(cfgs[0].preset, **{n: here[n] for n in data}))
-    told = (
-        dict(preset=here["preset"], seeds=[c.seed for c in cfgs])
-        | {n: here[n] for n in data if here[n]}
-        | ({} if here["base"] == "embedded" else dict(base=here["base"]))
-    )
     settings = {n: v for n, v in here.items() if v != usual[n] and n not in {*told, "seed"}}
-    told = told | ({"settings": settings} if settings else {})
+    if settings:
+        told["settings"] = settings
     given = yaml.safe_dump(told, default_flow_style=True, sort_keys=False, width=10_000).strip()
     return f"papermill nbs/{notebook}.ipynb out.ipynb -y {shlex.quote(given)}"
 
