@@ -98,7 +98,7 @@ WAYS_OUT = {
     "files.own_lines": "cuts a torn line off what this program wrote",
     "train.preference.whole_lines": IN_RUN,
     "train.preference.sample_reports": IN_RUN,
-    **{f"metrics.evaluate.{f}": NUMBERS for f in ("kept_scores", "gauged", "evaluate")},
+    **{f"metrics.evaluate.{f}": NUMBERS for f in ("kept_scores", "gauged", "_write_tables")},
     "rewards.text._connected": IN_RUN,
     "contents.Digests": NUMBERS,
     "data.sources.read_mimic": "a scratch folder of its own, which is 0700 and goes",
