@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MODULES', 'ORIGINAL_LLAVA', 'EXAMPLES', 'KEPT_WITH', 'LOADING', 'parts', 'groups', 'lora_config', 'freeze_vision',
-           'image_tokens', 'check_completions', 'rendered', 'ending', 'check_kind', 'check_files', 'load_processor',
-           'check_policy', 'check_image_token', 'own_generation', 'load_policy', 'frozen_weights', 'loading',
-           'save_policy', 'film_side', 'memory_line']
+           'image_tokens', 'check_completions', 'ending', 'check_kind', 'check_files', 'load_processor', 'check_policy',
+           'check_image_token', 'own_generation', 'load_policy', 'frozen_weights', 'loading', 'save_policy',
+           'film_side', 'memory_line']
 
 # %% ../../nbs/policy/01_models.ipynb #f46b3b97
 import json
@@ -37,6 +37,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ..files import one_line
+from .prompt import asked_by, prompt_from_json, prompt_to_json, render_prompt
 
 # %% ../../nbs/policy/01_models.ipynb #d0de1a02
 def parts(model: nn.Module) -> dict[str, str]:
@@ -196,17 +197,6 @@ def check_completions(texts: list[str], model: PreTrainedModel, processor: Proce
                 "report alone; take it out"
             )
 
-# %% ../../nbs/policy/01_models.ipynb #d0de1a24
-def rendered(processor: ProcessorMixin, *said: str, images: int = 1, question: str = "?", **kw) -> str:
-    """A conversation as text, through the chat template of `processor`.
-
-    The user's turn holds so many `images` and the `question`; `said`: the answer, if there is one.
-    `kw` goes to `apply_chat_template`."""
-    content = [dict(type="image")] * images + [dict(type="text", text=question)]
-    turns = [dict(role="user", content=content)]
-    turns += [dict(role="assistant", content=[dict(type="text", text=text)]) for text in said]
-    return processor.apply_chat_template(turns, **kw)
-
 # %% ../../nbs/policy/01_models.ipynb #24152f5b
 def _begin_once(processor: ProcessorMixin) -> None:
     """Let the chat template of `processor`, and nothing else, write the beginning-of-text token.
@@ -216,7 +206,7 @@ def _begin_once(processor: ProcessorMixin) -> None:
     tokenizer = processor.tokenizer
     if tokenizer.bos_token_id is None or tokenizer("x").input_ids[0] != tokenizer.bos_token_id:
         return
-    if not rendered(processor).startswith(tokenizer.bos_token):
+    if not render_prompt(processor).startswith(tokenizer.bos_token):
         processor.chat_template = "{{ bos_token }}" + processor.chat_template
     tokenizer.habit = tokenizer.backend_tokenizer.post_processor
     tokenizer.backend_tokenizer.post_processor = None
@@ -228,7 +218,7 @@ def ending(model: PreTrainedModel, processor: ProcessorMixin) -> str:
     '' if the chat template sees to that, otherwise the end-of-text token."""
     tokenizer = processor.tokenizer
     written = tokenizer.convert_ids_to_tokens(_ids(model.generation_config.eos_token_id))
-    after = rendered(processor, "xyzzy").rpartition("xyzzy")[2]
+    after = render_prompt(processor, answer="xyzzy").rpartition("xyzzy")[2]
     return "" if any(stop in after for stop in [tokenizer.eos_token, *written]) else tokenizer.eos_token
 
 # %% ../../nbs/policy/01_models.ipynb #d0de1a31
@@ -319,7 +309,8 @@ def check_files(path: Path | str) -> None:
             raise ValueError(f"{file}: no tensor {lost[0]}, which {index.name} places there; {_AGAIN}")
 
 # %% ../../nbs/policy/01_models.ipynb #d0de1a38
-KEPT_WITH = "valor.json"  # in a policy's folder: what is to be known of its training, {"film_side": pixels}
+# in a policy's folder: what is to be known of its training, {"film_side": pixels, "prompt": …}
+KEPT_WITH = "valor.json"
 _PROCESSOR = "expected processor_config.json or preprocessor_config.json and a tokenizer beside the weights"
 
 
@@ -353,7 +344,8 @@ def load_processor(path: Path | str, trust_remote_code: bool = False) -> Process
         )
     _begin_once(processor)
     kept = Path(path) / KEPT_WITH
-    processor.film_side = json.loads(kept.read_text()).get("film_side") if kept.is_file() else None
+    known = json.loads(kept.read_text()) if kept.is_file() else {}
+    processor.film_side, processor.prompt = known.get("film_side"), prompt_from_json(known.get("prompt", {}))
     return processor
 
 # %% ../../nbs/policy/01_models.ipynb #d0de1a42
@@ -375,12 +367,12 @@ def check_image_token(path: Path | str, model: PreTrainedModel, processor: Proce
             f"{said}: its tokenizer has no image token {token!r}; expected the tokenizer that came with the "
             "model (resize nothing: take its files again)"
         )
-    if token not in rendered(processor):
+    if token not in render_prompt(processor):
         raise ValueError(
             f"{said}: its chat template writes no image token {token!r} for an image; put the model's own "
             "chat_template.jinja into the folder"
         )
-    ids = tokenizer(rendered(processor), add_special_tokens=False).input_ids
+    ids = tokenizer(render_prompt(processor), add_special_tokens=False).input_ids
     known = {*ids, *getattr(processor, "image_token_ids", ids)}
     wanted = getattr(model.config, "image_token_id", None)
     got = tokenizer.convert_tokens_to_ids(token)
@@ -473,7 +465,8 @@ def loading(cfg: SimpleNamespace) -> dict:
 
 # %% ../../nbs/policy/01_models.ipynb #d0de1a57
 def save_policy(model: PreTrainedModel, processor: ProcessorMixin, path: Path | str, **kw) -> None:
-    "Write `model`, `processor` and its `film_side` to the folder `path`; `kw` goes to `save_pretrained`."
+    """Write `model`, `processor` and what is known of their training (`film_side`, `prompt`) to the folder
+    `path`; `kw` goes to `save_pretrained`."""
     model.save_pretrained(path, **kw)
     tokenizer = processor.tokenizer
     if hasattr(tokenizer, "habit"):  # see `_begin_once`
@@ -481,8 +474,10 @@ def save_policy(model: PreTrainedModel, processor: ProcessorMixin, path: Path | 
     processor.save_pretrained(path)
     if hasattr(tokenizer, "habit"):
         tokenizer.backend_tokenizer.post_processor = None
-    if side := getattr(processor, "film_side", None):
-        (Path(path) / KEPT_WITH).write_text(json.dumps(dict(film_side=side)) + "\n")
+    known = dict(film_side=getattr(processor, "film_side", None), prompt=prompt_to_json(asked_by(processor)))
+    known = {name: value for name, value in known.items() if value}
+    if known:
+        (Path(path) / KEPT_WITH).write_text(json.dumps(known) + "\n")
 
 # %% ../../nbs/policy/01_models.ipynb #d0de1a58
 def film_side(processor: ProcessorMixin) -> int | None:

@@ -9,6 +9,7 @@ __all__ = ['WORD', 'SPECIALS', 'TEMPLATE', 'INITIAL_SCALE', 'Rows', 'build_token
 # %% ../../nbs/policy/00_tiny.ipynb #9b0f0002
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ from transformers import (
 from .checkpoints import keep, restore
 from .films import FilmTowerConfig, moved
 from .models import image_tokens, memory_line
-from .prompt import PROMPT, render_prompt
+from .prompt import Prompt, render_prompt
 
 # %% ../../nbs/policy/00_tiny.ipynb #9b0f0005
 WORD = (
@@ -45,10 +46,14 @@ WORD = (
 SPECIALS = ["<pad>", "<unk>", "<s>", "</s>", "<image>"]
 
 
-def build_tokenizer(texts: list[str], min_count: int = 1) -> PreTrainedTokenizerFast:
-    "Word-level tokenizer of words seen at least `min_count` times; decoding is exact for these words."
+def build_tokenizer(
+    texts: list[str], min_count: int = 1, prompt: Prompt | None = None
+) -> PreTrainedTokenizerFast:
+    """Word-level tokenizer of words seen at least `min_count` times, and of those of `prompt` (None: the
+    default); decoding is exact for these words."""
     counts = Counter(word for text in texts for word in re.findall(WORD, text))
-    always = re.findall(WORD, f" {PROMPT} [INST] [/INST]<report> </report>") + ["[INST]", "<report>"]
+    asked = " ".join((prompt or Prompt()).words())
+    always = re.findall(WORD, f" {asked} [INST] [/INST]<report> </report>") + ["[INST]", "<report>"]
     words = sorted({word for word, n in counts.items() if n >= min_count} | set(always))
     ids = {word: i for i, word in enumerate(SPECIALS + words)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
@@ -81,13 +86,18 @@ TEMPLATE = (
 
 # %% ../../nbs/policy/00_tiny.ipynb #9b0f0012
 def build_processor(
-    texts: list[str], image_size: int = 96, patch_size: int = 16, min_count: int = 1
+    texts: list[str],
+    image_size: int = 96,
+    patch_size: int = 16,
+    min_count: int = 1,
+    prompt: Prompt | None = None,
 ) -> LlavaProcessor:
-    "Turns PIL images and text into what the policy reads; sides in pixels, vocabulary from `texts`."
+    """Turns PIL images and text into what the policy reads; sides in pixels, vocabulary from `texts` and
+    `prompt`."""
     size = {"height": image_size, "width": image_size}
     return LlavaProcessor(
         CLIPImageProcessor(size=size, do_center_crop=False, do_convert_rgb=True),
-        build_tokenizer(texts, min_count),
+        build_tokenizer(texts, min_count, prompt),
         patch_size=patch_size,
         vision_feature_select_strategy="default",
         chat_template=TEMPLATE,
@@ -151,12 +161,15 @@ def build_policy(
     seed: int = 0,
     min_count: int = 1,
     tower: str = "patches",
+    prompt: Prompt | None = None,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """An untrained `(model, processor)` with the vocabulary of `texts`; `seed` fixes its weights.
 
-    `tower`: "patches" is a CLIP, "films" begins with convolutions (see `FilmTower`)."""
+    `tower`: "patches" is a CLIP, "films" begins with convolutions (see `FilmTower`). `prompt`: what the
+    policy is asked."""
     set_seed(seed)
-    processor = build_processor(texts, image_size, patch_size, min_count)
+    processor = build_processor(texts, image_size, patch_size, min_count, prompt)
+    processor.prompt = prompt
     tokenizer = processor.tokenizer
     vision = _vision_config(width, image_size, patch_size)
     if tower == "films":
@@ -175,20 +188,25 @@ def build_policy(
 Rows = list[Image] | list[list[Image]]
 
 
-def _inputs(processor: ProcessorMixin, rows: Rows, device: torch.device | str) -> BatchFeature:
-    "The padded input of the model for `rows`."
+def _inputs(
+    processor: ProcessorMixin, rows: Rows, device: torch.device | str, asked: Sequence[str | None] = ()
+) -> BatchFeature:
+    "The padded input of the model for `rows`, of each of which something is `asked` (see `generate`)."
     lists = [row if isinstance(row, list) else [row] for row in rows]
     images = [[image.convert("RGB") for image in row] for row in lists]
-    prompts = [render_prompt(processor, len(row)) for row in images]
+    asked = asked or [None] * len(images)
+    prompts = [render_prompt(processor, len(row), q) for row, q in zip(images, asked, strict=True)]
     encoded = processor(
         images=images, text=prompts, return_tensors="pt", padding=True, add_special_tokens=False
     )
     return encoded.to(device)
 
 # %% ../../nbs/policy/00_tiny.ipynb #9b0f0064
-def _completions(model: nn.Module, processor: ProcessorMixin, rows: Rows, sampling: dict) -> list[str]:
-    "One completion for each of `rows`; `sampling` as for `model.generate`."
-    inputs = _inputs(processor, rows, model.device)
+def _completions(
+    model: nn.Module, processor: ProcessorMixin, rows: Rows, asked: Sequence[str | None], sampling: dict
+) -> list[str]:
+    "One completion for each of `rows`, of which this is `asked`; `sampling` as for `model.generate`."
+    inputs = _inputs(processor, rows, model.device, asked)
     never = list(image_tokens(model, processor))
     ids = model.generate(**inputs, suppress_tokens=never, **sampling)
     new = ids[:, inputs.input_ids.shape[1] :]  # (rows, at most max_new_tokens)
@@ -205,18 +223,24 @@ def generate(
     batch_size: int = 50,
     seed: int = 0,
     desc: str = "reports",
+    asked: Sequence[str] | None = None,
 ) -> list[str]:
-    "One completion per row, tags included: greedy, or sampled at `temperature`; `desc` names the bar."
+    """One completion per row, tags included: greedy, or sampled at `temperature`; `desc` names the bar.
+
+    `asked`: the question of each row (`Prompt.questions`); None: what the policy is asked of a study of which
+    nothing is known."""
     set_seed(seed)
     sampling = dict(max_new_tokens=max_new_tokens, do_sample=temperature is not None)
     if temperature is not None:
         sampling |= dict(temperature=temperature, top_k=0)
+    asked = asked or [None] * len(images)
     was_training, completions = model.training, []
     model.eval()
     starts = range(0, len(images), batch_size)
     for start in tqdm(starts, desc=desc, leave=False, disable=len(starts) < 2):
         with memory_line(desc, batch_size=batch_size, max_new_tokens=max_new_tokens):
-            completions += _completions(model, processor, images[start : start + batch_size], sampling)
+            part = slice(start, start + batch_size)
+            completions += _completions(model, processor, images[part], asked[part], sampling)
     model.train(was_training)
     return completions
 

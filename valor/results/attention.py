@@ -34,7 +34,7 @@ from ..data.phantom import FINDINGS
 from ..data.restricted import kept, safe_name
 from ..metrics import bootstrap
 from ..metrics import statistics as ev
-from ..policy.prompt import image_lists, render_prompt
+from ..policy.prompt import asked_by, image_lists, render_prompt
 from ..rewards.chexbert import mentions
 from ..runs.makers import policy_of, read_reports, target
 from ..runs.phases import ensure, load_data
@@ -128,12 +128,13 @@ def token_grid(model, inputs: Mapping, images: Sequence[int]) -> list[tuple[torc
 
 # %% ../../nbs/results/02_attention.ipynb #f05352cc
 def teacher_inputs(
-    processor, images: Sequence, reports: Sequence[str]
+    processor, images: Sequence, reports: Sequence[str], asked: Sequence[str] | None = None
 ) -> tuple[Mapping[str, torch.Tensor], torch.Tensor]:
     """Model inputs of prompt + report for each study, and per token the characters `(B, T, 2)` of the
     report that it stands for, negative before it.
 
-    `images`: a PIL image or a list of them each. Raises `ValueError` for a tokenizer that does not tell
+    `images`: a PIL image or a list of them each; `asked`: the question of each (`Prompt.questions`). Raises
+    `ValueError` for a tokenizer that does not tell
     characters, and for a report that holds the image token."""
     tokenizer, token = processor.tokenizer, processor.image_token
     if not getattr(tokenizer, "is_fast", False):
@@ -144,7 +145,9 @@ def teacher_inputs(
             raise ValueError(f"report {report[:60]!r}: contains the image token {token}; expected plain text")
     lists = [row if isinstance(row, list) else [row] for row in images]
     shown = [[image.convert("RGB") for image in row] for row in lists]
-    text = [render_prompt(processor, len(row)) + report.rstrip() for row, report in zip(shown, reports)]
+    asked = asked or [None] * len(shown)
+    prompts = [render_prompt(processor, len(row), question) for row, question in zip(shown, asked)]
+    text = [prompt + report.rstrip() for prompt, report in zip(prompts, reports)]
     how = dict(return_tensors="pt", padding=True, add_special_tokens=False, return_offsets_mapping=True)
     inputs = processor(images=shown, text=text, **how)
     spans = inputs.pop("offset_mapping")
@@ -286,11 +289,13 @@ def attention_maps(
     reports: Sequence[str],
     find: Callable[[str], list[Mention]] = stated,
     desc: str = "attention",
+    asked: Sequence[str] | None = None,
     **how,
 ) -> tuple[pd.DataFrame, np.ndarray]:
     """Where every mention in `reports` looks: `(frame, maps)`; `how`: the fields of `Reading`.
 
-    `images`: per report a PIL image or a list of them (the map is of the first). `frame` has a row per
+    `images`: per report a PIL image or a list of them (the map is of the first). `asked`: the question of
+    each (None: the policy's own). `frame` has a row per
     mention: `row` (which report), `start`, `end`, `what`, `words`, `tokens`, `cells` (of the grid) and
     `image share` (of the mention's attention, the part that goes to the image rather than to text; NaN
     for `gradient`, which has no total). `maps`: float32 `(mentions, size, size)` over the whole image,
@@ -305,7 +310,7 @@ def attention_maps(
     starts = range(0, len(wanted), how.batch_size)
     for k in tqdm(starts, desc=desc, leave=False, disable=len(wanted) < 50):
         chunk = wanted[k : k + how.batch_size]
-        studies = [Asked(i, images[i], reports[i], found[i]) for i in chunk]
+        studies = [Asked(i, images[i], reports[i], found[i], asked and asked[i]) for i in chunk]
         more_rows, more_maps = _maps_of(model, processor, studies, how)
         rows += more_rows
         maps += more_maps
@@ -320,6 +325,7 @@ class Asked:
     images: Image.Image | list[Image.Image]
     report: str
     mentions: list[Mention]
+    question: str | None = None
 
     def listed(self) -> list[Image.Image]:
         return self.images if isinstance(self.images, list) else [self.images]
@@ -327,7 +333,8 @@ class Asked:
 
 def _maps_of(model, processor, studies: Sequence[Asked], how: Reading) -> tuple[list[dict], list[np.ndarray]]:
     "Rows of the frame and maps of `attention_maps`, for one batch."
-    inputs, spans = teacher_inputs(processor, [s.images for s in studies], [s.report for s in studies])
+    shown, said = [s.images for s in studies], [s.report for s in studies]
+    inputs, spans = teacher_inputs(processor, shown, said, [s.question for s in studies])
     inputs = inputs.to(model.device)
     grids = token_grid(model, inputs, [len(s.listed()) for s in studies])
     at = [[rows_for(span, m).to(model.device) for m in s.mentions] for s, span in zip(studies, spans)]
@@ -575,7 +582,8 @@ def system_maps(
     model.to(resolve_device())
     find = stated if benchmark_of(cfg.benchmark).made_up else observed
     desc = f"{system}, {reading} words"
-    return attention_maps(model, processor, image_lists(test), reports, find, desc, **how)
+    asked = asked_by(processor).questions(test)
+    return attention_maps(model, processor, image_lists(test), reports, find, desc, asked, **how)
 
 
 def test_studies(cfg, n: int | None = None) -> Dataset:

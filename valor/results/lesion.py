@@ -15,7 +15,7 @@ from datasets import Dataset
 from ..config import Config, resolve_device
 from ..metrics.erased import pair_frame
 from ..metrics.statistics import perfect_findings
-from ..policy.prompt import image_lists
+from ..policy.prompt import asked_by, image_lists
 from .attention import TOLERANCE, attention_maps, energy, inside, pointing
 from ..runs.makers import erased_of, policy_of, read_reports
 from ..runs.phases import ensure, load_data
@@ -70,7 +70,8 @@ def attention_on_pairs(
     texts, erased = perfect_findings(complete), without["erased"]
     maps = {}
     for name, films in (("with", complete), ("without", without)):
-        found, maps[name] = attention_maps(*policy, image_lists(films), texts, desc=name, **how)
+        asked = asked_by(policy[1]).questions(films)
+        found, maps[name] = attention_maps(*policy, image_lists(films), texts, desc=name, asked=asked, **how)
     ours = [what == name_of(erased[row]) for row, what in zip(found["row"], found["what"])]
     found, maps = found[ours].reset_index(drop=True), {name: m[ours] for name, m in maps.items()}
     frame = pd.DataFrame(dict(pair=found["row"], what=found["what"], words=found["words"]))

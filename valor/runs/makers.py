@@ -55,7 +55,7 @@ from ..files import whole
 from ..metrics import statistics as ev
 from ..policy.generate import with_adapter
 from ..policy.models import load_policy, loading, save_policy
-from ..policy.prompt import conversations, image_lists
+from ..policy.prompt import asked_by, conversations, image_lists, prompt_of
 from ..policy.tiny import build_policy, finding_targets, generate, warm_up_vision
 from ..rewards.compose import extras_of
 from ..rewards.guard import probe
@@ -287,8 +287,8 @@ def warm_base(out: Path, cfg: Config, shown: datasets.Dataset, words: list[str])
     """Write an embedded policy with a vocabulary from the texts `words` to `out/init`, its vision warmed
     up on the studies `shown`. The warm-up is kept after every epoch."""
     seed, known = seed_of(cfg, "base_seed"), benchmark_of(cfg.benchmark)
-    rare = 1 if known.made_up else 4
-    model, processor = build_policy(words, cfg.image_size, seed=seed, min_count=rare, tower=cfg.tower)
+    how = dict(min_count=1 if known.made_up else 4, tower=cfg.tower, prompt=prompt_of(cfg))
+    model, processor = build_policy(words, cfg.image_size, seed=seed, **how)
     if cfg.warmup_epochs:
         images, targets = list(shown["image"]), warm_up_targets(shown, known.omits)
         how = dict(epochs=cfg.warmup_epochs, seed=seed, kept=out / "checkpoints" / "warm-up")
@@ -314,16 +314,17 @@ def make_base(out: Path, cfg: Config, after: Mapping[str, Path], name: str) -> N
     train = load_data(after["data"])["train"]
     shown = renderings(train, cfg.render_copies)
     data = shown.select(range(min(cfg.base_studies, len(shown))))
-    said = lay_descriptions(data, cfg)
+    said, seed, prompt = lay_descriptions(data, cfg), seed_of(cfg, "base_seed"), prompt_of(cfg)
     warm_base(out, cfg, shown, [target(r) for r in train["report"]] + said)
     sft(
         out / "init",
-        conversations(data, said),
+        conversations(data, said, prompt, seed),
         out / "policy",
+        prompt=prompt,
         epochs=cfg.base_epochs,
         lr=cfg.sft_lr,
         batch_size=cfg.sft_batch_size,
-        seed=seed_of(cfg, "base_seed"),
+        seed=seed,
         save_steps=5 * cfg.save_steps,
         desc="base",
     )
@@ -340,13 +341,14 @@ def policy_in(folder: Path | str) -> Path | str:
 def make_sft(out: Path, cfg: Config, after: Mapping[str, Path], name: str) -> None:
     "The base, fine-tuned on tagged reports, in `out/policy`."
     train = load_data(phase_folder("data", cfg))["train"]
-    shown = renderings(train, cfg.render_copies)
+    shown, prompt = renderings(train, cfg.render_copies), prompt_of(cfg)
     parts = parts_in(cfg, cfg.sft_batch_size // processes())
     log = sft(
         policy_in(after["base"]),
-        conversations(shown, [target(r) for r in shown["report"]]),
+        conversations(shown, [target(r) for r in shown["report"]], prompt, cfg.seed),
         out / "policy",
         cfg.sft_mode,
+        prompt=prompt,
         epochs=cfg.sft_epochs,
         lr=cfg.sft_lr,
         batch_size=share(cfg.sft_batch_size, "sft_batch_size", parts),
@@ -508,11 +510,13 @@ def pairs_for(name: str, cfg: Config, folder: Path, train: datasets.Dataset) -> 
     if (folder / "pairs.json").exists():
         return [p | (dict(weight=1.0) if name == "dpo" else {}) for p in read_json(folder / "pairs.json")]
     samples = read_samples(folder / "samples.jsonl")
-    return (
-        sampled_pairs(samples, cfg.dpo_margin)
-        if name == "dpo"
-        else clinical_pairs(samples, train, text_scorers(cfg)[cfg.mmedpo_scorer], cfg.mmedpo_noise)
-    )
+    if name == "dpo":
+        pairs = sampled_pairs(samples, cfg.dpo_margin)
+    else:
+        judge = text_scorers(cfg)[cfg.mmedpo_scorer]
+        pairs = clinical_pairs(samples, train, judge, cfg.mmedpo_noise)
+    asked = prompt_of(cfg).questions(train, cfg.seed)  # as `sample_reports` asks
+    return [p | dict(prompt=asked[p["row"]]) for p in pairs]
 
 # %% ../../nbs/runs/02_makers.ipynb #831a0c8e
 @maker("dpo", "mmedpo")
@@ -549,12 +553,14 @@ def policy_of(name: str, cfg: Config) -> tuple[Module, ProcessorMixin]:
 
 def policy_with(weights: str, cfg: Config, adapter: Path | None = None) -> tuple[Module, ProcessorMixin]:
     """`(model, processor)` of phase `weights` (base or sft), with the adapter of folder `adapter` in or
-    beside its weights (`with_adapter`)."""
+    beside its weights (`with_adapter`). A base from elsewhere is asked what the run asks."""
     model, processor = load_policy(
         policy_in(phase_folder(weights, cfg)),
         torch.float32 if cfg.policy_weights == "float32" else torch.bfloat16,
         **loading(cfg),
     )
+    if weights == "base":
+        processor.prompt = prompt_of(cfg)
     return model if adapter is None else with_adapter(model, adapter), processor
 
 
@@ -609,10 +615,10 @@ def make_evaluation(out: Path, cfg: Config, after: Mapping[str, Path], name: str
             "shuffled images": [images["test"][i] for i in ev.shuffled(len(test))],
             "blank image": [[blank] * len(row) for blank, row in zip(ev.blank_images(test), images["test"])],
         }
+    asked = asked_by(processor).questions(test)
+    how = dict(batch_size=cfg.eval_batch_size, desc=name, asked=asked)
     for condition, shown in images.items():
-        written = generate(
-            model, processor, shown, cfg.max_new_tokens, batch_size=cfg.eval_batch_size, desc=name
-        )
+        written = generate(model, processor, shown, cfg.max_new_tokens, **how)
         save_reports(out, condition, test, written)
         score_frame(written, cfg, expert).to_csv(out / f"frame {condition}.csv")
 
@@ -631,7 +637,7 @@ def make_erased(out: Path, cfg: Config, after: Mapping[str, Path], name: str) ->
     pairs = erased_of(cfg)
     model, processor = policy_of(name.removeprefix("erased_"), cfg)
     model.to(resolve_device())
-    how = dict(batch_size=cfg.eval_batch_size, desc=name)
+    how = dict(batch_size=cfg.eval_batch_size, desc=name, asked=asked_by(processor).questions(pairs))
     written = generate(model, processor, image_lists(pairs), cfg.max_new_tokens, **how)
     save_reports(out, "erased", pairs, written)
 
@@ -664,7 +670,7 @@ def measure_snapshot(out: Path, k: int, adapter: Path | None, val: datasets.Data
     folder `adapter` (None: the SFT policy), and their frame to `out`. The frame comes last."""
     model, processor = policy_with("sft", cfg, adapter)
     model.to(resolve_device())
-    how = dict(batch_size=cfg.eval_batch_size, desc=f"k={k}")
+    how = dict(batch_size=cfg.eval_batch_size, desc=f"k={k}", asked=asked_by(processor).questions(val))
     written = generate(model, processor, image_lists(val), cfg.max_new_tokens, **how)
     save_reports(out, f"k{k:04d}", val, written)
     with whole(out / f"frame k{k:04d}.csv") as temporary:

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from datasets import DatasetDict, load_from_disk
 
-from ..config import Config, cpu_model, key_of, runs_dir, seed_of, versions
+from ..config import Config, cpu_model, is_prompt_file, key_of, runs_dir, seed_of, versions
 from ..contents import cache_dir, fingerprint_once
 from ..data.restricted import PlaceError, check_place, kept
 from ..data.sources import DataError, terms_of
@@ -35,6 +35,7 @@ from ..files import whole
 from ..policy.models import LOADING
 from ..rewards.guard import RewardError
 from ..rewards.text import StoreError
+from ..vocabulary import PROMPT
 
 # %% ../../nbs/runs/01_phases.ipynb #bd274774
 from .processes import JOINT, RunError, end_with_parent, is_first, processes, setup, together
@@ -69,7 +70,7 @@ _GIVEN = {
         ("data",),
         _fields(
             "threads base base_seed base_studies warmup_epochs base_epochs render_copies sft_lr "
-            "sft_batch_size tower"
+            "sft_batch_size tower prompt"
         )
         + tuple(LOADING),
         1,
@@ -137,14 +138,14 @@ PHASES = _GIVEN | _TRAINED | _BASELINES | _MEASURED
 
 # %% ../../nbs/runs/01_phases.ipynb #phs00007
 AT_PATHS = _fields(
-    "data_root data_options base expert dpo_pairs chexbert radgraph radgraph_encoder bertscore_model"
+    "data_root data_options base expert dpo_pairs chexbert radgraph radgraph_encoder bertscore_model prompt"
 )
 NO_PATHS = ("embedded", "embedded-labels", "rules", "samples", "minilm")  # values that name no file
 
 
 SEEDS = ("data_seed", "base_seed", "expert_seed")  # what may be derived from `seed`
 # fields that came later: at these values a phase is as it was
-LATER = dict(omit=0.0, visual="expert", tower="patches")
+LATER = dict(omit=0.0, visual="expert", tower="patches", prompt=PROMPT)
 
 
 def fields_reaching(name: str, cfg: Config) -> dict:
@@ -193,6 +194,8 @@ def held_by(name: str, value: Any) -> dict[str, str]:
         return {}
     if name == "data_options" and not set("/.~") & set(value):
         return {}  # among its words, a path has one of these
+    if name == "prompt" and not is_prompt_file(value):
+        return {}
     state = fingerprint_once(value) or _noted().get(value)
     return {value: state} if state else {}
 

@@ -19,7 +19,7 @@ from ..config import Config, resolve_device
 from ..data.benchmarks import benchmark_of
 from ..expert.controls import Judge, visual_judge
 from ..metrics import statistics as ev
-from ..policy.prompt import image_lists
+from ..policy.prompt import asked_by, image_lists
 from ..policy.tiny import generate
 from ..rewards.text import report_body
 from .makers import open_expert, policy_of
@@ -102,10 +102,12 @@ def candidates_of(cfg: Config, dataset: Dataset) -> dict[int, list[str]]:
     model, processor = policy_of("sft", cfg)
     model.to(resolve_device())
     images, G = image_lists(dataset), cfg.group_size
+    asked = asked_by(processor).questions(dataset)
     how = dict(max_new_tokens=cfg.max_new_tokens, batch_size=cfg.eval_batch_size)
-    reports = {-1: generate(model, processor, images, desc="greedy", **how)}
+    reports = {-1: generate(model, processor, images, desc="greedy", asked=asked, **how)}
     repeated = [row for row in images for _ in range(G)]
     sampling = dict(temperature=cfg.temperature, seed=cfg.seed, desc="samples")
+    sampling |= dict(asked=[question for question in asked for _ in range(G)])
     sampled = generate(model, processor, repeated, **sampling, **how)
     return reports | {i: sampled[i::G] for i in range(G)}
 

@@ -43,12 +43,13 @@ from transformers import (
     set_seed,
 )
 from trl import GRPOConfig
+from trl.data_utils import prepare_multimodal_messages
 
 # %% ../../nbs/train/00_grpo.ipynb #hh000001
 from ..config import Config, resolve_device
 from ..data.restricted import check_server
 from ..policy.models import frozen_weights, load_policy, loading, lora_config, memory_line
-from ..policy.prompt import conversations
+from ..policy.prompt import asked_by, conversations
 from ..rewards.compose import CLINICAL_SCORERS, advantages, extras_of, is_clinical_step, needed
 from ..rewards.guard import alarms, checked_scores, distinct_share, odd_line, probe
 from ..rewards.ranknorm import group_ranks
@@ -716,11 +717,9 @@ def grpo_args(out: Path | str, cfg: Config, stage: Stage, per_device: int | None
 # %% ../../nbs/train/00_grpo.ipynb #gr20c001
 def prompt_length(processor: ProcessorMixin, row: dict) -> int:
     "How many tokens the prompt of `row` (see `conversations`) has, including those of its images."
-    images = [dict(type="image", image=image) for image in row.get("images") or [row["image"]]]
-    asked = [dict(type="text", text=row["prompt"][-1]["content"])]
+    turns = prepare_multimodal_messages(row["prompt"], images=row.get("images") or [row["image"]])
     given = dict(tokenize=True, return_dict=True, add_generation_prompt=True)
-    turn = dict(role="user", content=images + asked)
-    return len(processor.apply_chat_template([turn], **given)["input_ids"][0])
+    return len(processor.apply_chat_template(turns, **given)["input_ids"][0])
 
 # %% ../../nbs/train/00_grpo.ipynb #gr20c004
 def settle_parts(cfg: Config, policy: PreTrainedModel, prompt: int, per_device: int | None = None) -> Config:
@@ -755,13 +754,14 @@ def more_parts(args: GRPOConfig) -> int | None:
 
 # %% ../../nbs/train/00_grpo.ipynb #b5cd77e1
 def _policy_for(
-    sft_folder: Path | str, row: dict, cfg: Config, seed: int, per_device: int | None
+    sft_folder: Path | str, data: Dataset, cfg: Config, seed: int, per_device: int | None
 ) -> tuple[PreTrainedModel, ProcessorMixin, Config]:
-    """The policy in `sft_folder`, its processor, and `cfg` with the parts of an update settled; `row`: a
-    prompt's."""
+    """The policy in `sft_folder`, its processor, and `cfg` with the parts of an update of the studies `data`
+    settled."""
     set_seed(seed)
     model, processor = load_policy(sft_folder, **frozen_weights(cfg.policy_weights), **loading(cfg))
     if cfg.gradient_accumulation_steps == "auto":
+        row = conversations(data.select([0]), prompt=asked_by(processor))[0]
         cfg = settle_parts(cfg, model, prompt_length(processor, row), per_device)
     shard_by_layer(model, cfg.gradient_accumulation_steps)
     return model, processor, cfg
@@ -779,8 +779,8 @@ def make_trainer(
     """The trainer of `stage`, from the policy in `sft_folder`, which writes to the folder `out`;
     `per_device`: as for `grpo_args`. Raises ValueError if a study has no report."""
     check_references(data)
-    rows = conversations(data)
-    model, processor, cfg = _policy_for(sft_folder, rows[0], cfg, stage.seed, per_device)
+    model, processor, cfg = _policy_for(sft_folder, data, cfg, stage.seed, per_device)
+    rows = conversations(data, prompt=asked_by(processor), seed=stage.seed)
     settings = grpo_args(out, cfg, stage, per_device) | vllm_args(cfg.rollout, cfg, processor.image_token)
     weights = [linear_weights(cfg).get(name, 0.0) for name in rewards.names]
     given = dict(args=GRPOConfig(**settings, reward_weights=weights), train_dataset=rows)

@@ -27,7 +27,7 @@ from transformers import PrinterCallback, ProcessorMixin, set_seed
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
-from ..config import Config, parts_in
+from ..config import IMAGE_MARK, Config, parts_in
 from ..files import UNREADABLE, DataError, json_lines, json_value, one_line, opened, own_lines
 from ..metrics.statistics import as_completion
 from ..policy.adapter import beside
@@ -42,7 +42,7 @@ from valor.policy.models import (
     lora_config,
     memory_line,
 )
-from ..policy.prompt import PROMPT, image_lists
+from ..policy.prompt import PROMPT, as_prompt, asked_by, image_lists
 from ..policy.tiny import generate
 from ..rewards.compose import advantages
 from ..rewards.text import TAG
@@ -86,14 +86,21 @@ def whole_lines(path: Path, chunk: int) -> int:
 
 # %% ../../nbs/train/03_preference.ipynb #10579414
 def _sampled(
-    policy: tuple, studies: Dataset, places: list[int], rewards: Rewards, cfg: Config, seed: int
+    policy: tuple,
+    studies: Dataset,
+    places: list[int],
+    asked: list[str],
+    rewards: Rewards,
+    cfg: Config,
+    seed: int,
 ) -> list[dict]:
     """One line of the samples file for each of `studies`: `cfg.group_size` sampled reports and their rewards.
 
-    `places`: the studies' row numbers in the training data."""
+    `places`: the studies' row numbers in the training data; `asked`: what is asked of each."""
     G = cfg.group_size
     images = [shown for shown in image_lists(studies) for _ in range(G)]
-    said = generate(*policy, images, cfg.max_new_tokens, cfg.temperature, len(images), seed=seed)
+    how = dict(seed=seed, asked=[question for question in asked for _ in range(G)])
+    said = generate(*policy, images, cfg.max_new_tokens, cfg.temperature, len(images), **how)
     columns = {c: [v for v in studies[c] for _ in range(G)] for c in studies.column_names}
     scores = [round(s, 6) for s in text_rewards(said, columns, rewards, cfg).tolist()]
     lines = []
@@ -112,13 +119,14 @@ def sample_reports(
     `policy`: (model, processor). `cfg.seed` decides which studies are chosen. If `path` exists, sampling
     continues after its last whole chunk of `chunk` studies."""
     order = np.random.default_rng(cfg.seed).permutation(len(data))[:n].tolist()
-    done = whole_lines(path, chunk)
+    done, asked = whole_lines(path, chunk), asked_by(policy[1]).questions(data, cfg.seed)
     bar = dict(initial=done // chunk, total=-(-n // chunk), desc="samples", leave=False)
     with path.open("a") as file:
         for start in tqdm(range(done, n, chunk), **bar):
             places = order[start : start + chunk]
             seed = (1_000_003 * cfg.seed + start) % 2**32
-            lines = _sampled(policy, data.select(places), places, rewards, cfg, seed)
+            questions = [asked[row] for row in places]
+            lines = _sampled(policy, data.select(places), places, questions, rewards, cfg, seed)
             file.writelines(json.dumps(line) + "\n" for line in lines)
             file.flush()
 
@@ -359,6 +367,11 @@ def _message(role: str, text: str) -> list[dict]:
     return [dict(role=role, content=text)]
 
 
+def _asked(question: str, images: list[Image.Image]) -> list[dict]:
+    "The user's turn: in parts if a text stands before the images."
+    return as_prompt(question, len(images) if IMAGE_MARK in question else None)
+
+
 def pair_dataset(pairs: list[dict], data: Dataset, noise: str = "none") -> Dataset:
     """`pairs` as a dataset with `prompt`, `chosen`, `rejected` (messages), `images`, `rejected_images`
     and `weight`; `noise`: as `mmedpo_noise`."""
@@ -367,7 +380,7 @@ def pair_dataset(pairs: list[dict], data: Dataset, noise: str = "none") -> Datas
         rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
         images = [_images_of(row, data, noise) for row in rows]
         return dict(
-            prompt=[_message("user", row["prompt"]) for row in rows],
+            prompt=[_asked(row["prompt"], chosen) for row, (chosen, _) in zip(rows, images)],
             weight=[row["weight"] for row in rows],
             images=[chosen for chosen, _ in images],
             rejected_images=[rejected for _, rejected in images],

@@ -43,7 +43,7 @@ from valor.policy.models import (
     memory_line,
     save_policy,
 )
-from ..policy.prompt import replace_completions
+from ..policy.prompt import Prompt, asked_by, replace_completions
 
 # %% ../../nbs/train/04_sft.ipynb #9b0f4005
 def trainer_args(
@@ -291,17 +291,26 @@ def _split(settings: dict) -> tuple[Tuning, dict]:
 
 # %% ../../nbs/train/04_sft.ipynb #9b0f4026
 def sft(
-    base: str, data: Dataset, out: Path | str, mode: str = "full", *, desc: str = "SFT", **settings
+    base: str,
+    data: Dataset,
+    out: Path | str,
+    mode: str = "full",
+    *,
+    desc: str = "SFT",
+    prompt: Prompt | None = None,
+    **settings,
 ) -> list[dict]:
     """Fine-tune the policy in folder `base` on `data` by Eq. 2 and write the merged result to `out`.
 
-    `data`: from `conversations`, with completions. `settings`: those of `Tuning` and those of `load_policy`.
+    `data`: from `conversations`, with completions. `prompt`: what it asks, which is kept with the policy
+    (None: what the base is asked). `settings`: those of `Tuning` and those of `load_policy`.
     A killed run that is started again ends with the same weights, bit for bit on one CPU thread (on more,
     any two runs may differ in the last bits). Returns the log, one dict per update. Raises `ValueError` for
     a completion with an image token, `TrainingError` if updates are missing, `MemoryError`."""
     tuning, loading = _split(settings | dict(mode=mode))
     set_seed(tuning.seed)
     model, processor = load_policy(base, **frozen_weights(tuning.weights), **loading)
+    processor.prompt = prompt or asked_by(processor)
     data = _checked(data, model, processor)
     freeze_vision(model)
     shard_by_layer(model, tuning.parts)
