@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['VARIANTS', 'COLUMNS', 'TOLERANCE', 'SCORES', 'Studies', 'READINGS', 'Mention', 'stated', 'observed', 'boxes_of',
            'extent_of', 'overlap', 'to_image', 'token_grid', 'teacher_inputs', 'rows_for', 'chosen', 'watched',
-           'token_attention', 'Reading', 'attention_maps', 'Asked', 'inside', 'energy', 'pointing', 'half', 'centred',
+           'token_attention', 'Reading', 'Asked', 'attention_maps', 'inside', 'energy', 'pointing', 'half', 'centred',
            'usual_places', 'best_cell', 'control_maps', 'score', 'estimate', 'difference', 'overlay', 'write_maps',
-           'system_maps', 'test_studies']
+           'test_studies', 'system_maps']
 
 # %% ../../nbs/results/02_attention.ipynb #39eef733
 import contextlib
@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,8 +27,10 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from PIL import Image
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, ProcessorMixin
 
-from ..config import resolve_device
+# %% ../../nbs/results/02_attention.ipynb #527d8eae
+from ..config import Config, resolve_device
 from ..data import phantom
 from ..data.benchmarks import benchmark_of
 from ..data.phantom import FINDINGS
@@ -43,7 +46,7 @@ from ..runs.systems import SYSTEMS
 # %% ../../nbs/results/02_attention.ipynb #61194b34
 @dataclass(frozen=True)
 class Mention:
-    """Characters `start:end` of a report state the finding `what` (a finding of the phantom, or an
+    """Characters `start:end` of a report, which state the finding `what` (a finding of the phantom, or an
     observation)."""
 
     start: int
@@ -52,7 +55,7 @@ class Mention:
 
 
 def stated(report: str) -> list[Mention]:
-    "Mentions in the phantom's words, or in the layman's, in order."
+    "Mentions of findings in the phantom's words or in lay phrases, in the order of the report."
     said = [Mention(start, end, f.what) for f, start, end, denied in phantom._mentions(report) if not denied]
     for what, phrase in phantom._LAY.items():
         said += [Mention(*m.span(), what) for m in re.finditer(rf"\b{phrase}\b", report)]
@@ -60,7 +63,7 @@ def stated(report: str) -> list[Mention]:
 
 
 def observed(report: str) -> list[Mention]:
-    "Mentions of the 14 observations that the rules read as present, in order."
+    "Mentions of those of the 14 observations that the rules read as present, in the order of the report."
     found = sorted(mentions(report), key=lambda m: m[2])
     return [Mention(start, end, what) for what, said, start, end in found if said == "present"]
 
@@ -72,8 +75,8 @@ def boxes_of(what: str, truth: Sequence[dict]) -> list[list[float]]:
     return [box for box, names in named if what in names]
 
 # %% ../../nbs/results/02_attention.ipynb #88c4467c
-def extent_of(image_processor, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    "What the grid covers of an image of `size` (width, height): (x0, y0, x1, y1) in units of the image."
+def extent_of(image_processor: Any, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    "The box that the grid covers, (x0, y0, x1, y1) in units of the image, which has `size` (width, height)."
     padded = hasattr(image_processor, "pad_to_square") and image_processor.do_pad
     shown = [max(size)] * 2 if padded else list(size)
     if getattr(image_processor, "do_center_crop", False):
@@ -86,7 +89,7 @@ def extent_of(image_processor, size: tuple[int, int]) -> tuple[float, float, flo
 
 # %% ../../nbs/results/02_attention.ipynb #att00003
 def overlap(lo: float, hi: float, cells: int, size: int) -> np.ndarray:
-    """Share of each of `cells` equal cells over [lo, hi] that lies in each of `size` pixels over [0, 1]:
+    """The share of each of `cells` equal cells over [lo, hi] that lies in each of `size` pixels over [0, 1]:
     `(size, cells)`."""
     cell, pixel = np.linspace(lo, hi, cells + 1), np.linspace(0, 1, size + 1)
     both = np.minimum(cell[None, 1:], pixel[1:, None]) - np.maximum(cell[None, :-1], pixel[:-1, None])
@@ -94,21 +97,23 @@ def overlap(lo: float, hi: float, cells: int, size: int) -> np.ndarray:
 
 
 def to_image(grids: np.ndarray, extent: Sequence[float], size: int = 96) -> np.ndarray:
-    """`(…, h, w)` values of cells over `extent` as `(…, size, size)` float32 over the whole image,
-    whatever its shape.
+    """The values `(…, h, w)` of cells over the box `extent` as `(…, size, size)` float32 pixels over the
+    whole image, whatever its shape.
 
-    Cells stay cells: every pixel gets its share of the cells it lies in, so sums are kept, except for
+    Nothing is smoothed: every pixel gets its share of the cells that it lies in. So sums are kept, except for
     what falls on padding."""
     x0, y0, x1, y1 = extent
     h, w = grids.shape[-2:]
     return (overlap(y0, y1, h, size) @ grids @ overlap(x0, x1, w, size).T).astype(np.float32)
 
 # %% ../../nbs/results/02_attention.ipynb #74b9f58c
-def token_grid(model, inputs: Mapping, images: Sequence[int]) -> list[tuple[torch.Tensor, tuple[int, int]]]:
-    """Per study `(positions, (h, w))`: where the tokens of its first image are in `input_ids`, and how
-    they lie.
+def token_grid(
+    model: PreTrainedModel, inputs: Mapping, images: Sequence[int]
+) -> list[tuple[torch.Tensor, tuple[int, int]]]:
+    """`(positions, (h, w))` for each study: the positions of the tokens of its first image in `input_ids`,
+    and their grid.
 
-    `images`: how many each study has. Raises `ValueError` where they make no grid."""
+    `images`: how many each study has. Raises `ValueError` if the tokens form no grid."""
     merge = getattr(model.config.vision_config, "spatial_merge_size", 1)
     stated, grids, at = "image_grid_thw" in inputs, [], 0
     for ids, n in zip(inputs["input_ids"], images):
@@ -126,16 +131,9 @@ def token_grid(model, inputs: Mapping, images: Sequence[int]) -> list[tuple[torc
         at += n
     return grids
 
-# %% ../../nbs/results/02_attention.ipynb #f05352cc
-def teacher_inputs(
-    processor, images: Sequence, reports: Sequence[str], asked: Sequence[str] | None = None
-) -> tuple[Mapping[str, torch.Tensor], torch.Tensor]:
-    """Model inputs of prompt + report for each study, and per token the characters `(B, T, 2)` of the
-    report that it stands for, negative before it.
-
-    `images`: a PIL image or a list of them each; `asked`: the question of each (`Prompt.questions`). Raises
-    `ValueError` for a tokenizer that does not tell
-    characters, and for a report that holds the image token."""
+# %% ../../nbs/results/02_attention.ipynb #223c0418
+def _check_readable(processor: ProcessorMixin, reports: Sequence[str]) -> None:
+    "Raises `ValueError` if the tokenizer cannot tell characters, or if a report contains the image token."
     tokenizer, token = processor.tokenizer, processor.image_token
     if not getattr(tokenizer, "is_fast", False):
         what = "does not tell which characters a token stands for; expected a fast one"
@@ -143,6 +141,17 @@ def teacher_inputs(
     for report in reports:
         if token in report:
             raise ValueError(f"report {report[:60]!r}: contains the image token {token}; expected plain text")
+
+# %% ../../nbs/results/02_attention.ipynb #f05352cc
+def teacher_inputs(
+    processor: ProcessorMixin, images: Sequence, reports: Sequence[str], asked: Sequence[str] | None = None
+) -> tuple[Mapping[str, torch.Tensor], torch.Tensor]:
+    """Model inputs of prompt + report for each study, and for each token the characters of the report that it
+    stands for, `(B, T, 2)`; these are negative before the report.
+
+    `images`: a PIL image or a list of them for each study; `asked`: the question of each (`Prompt.questions`;
+    None: the policy's own). Raises `ValueError` as `_check_readable` does."""
+    _check_readable(processor, reports)
     lists = [row if isinstance(row, list) else [row] for row in images]
     shown = [[image.convert("RGB") for image in row] for row in lists]
     asked = asked or [None] * len(shown)
@@ -156,7 +165,8 @@ def teacher_inputs(
 
 # %% ../../nbs/results/02_attention.ipynb #att00005
 def rows_for(spans: torch.Tensor, mention: Mention) -> torch.Tensor:
-    "Positions `(n,)` whose output are the tokens of `mention`; `spans` `(T, 2)` as from `teacher_inputs`."
+    """The positions `(n,)` at which the model predicts the tokens of `mention`; `spans` `(T, 2)`: one study's
+    of `teacher_inputs`."""
     begins, ends = spans[:, 0], spans[:, 1]
     inside = (begins < mention.end) & (ends > max(mention.start, 0)) & (ends > begins)
     return inside.nonzero()[:, 0] - 1
@@ -165,12 +175,13 @@ def rows_for(spans: torch.Tensor, mention: Mention) -> torch.Tensor:
 VARIANTS = ("raw", "rollout", "gradient")
 
 
-def _is_whole(value) -> bool:
+def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def chosen(name: str, value: str | int | Sequence[int], n: int) -> list[int]:
-    """Indices below `n`: "all", a number (the last ones) or a list (negative ones count from the end).
+    """The indices below `n` that `value` chooses: "all", a number (that many of the last) or a list (negative
+    indices count from the end).
 
     Raises `ValueError`, naming the parameter `name`, for anything else."""
     if value == "all":
@@ -184,13 +195,15 @@ def chosen(name: str, value: str | int | Sequence[int], n: int) -> list[int]:
 
 # %% ../../nbs/results/02_attention.ipynb #att00007
 @contextlib.contextmanager
-def watched(model, layers: str | int | Sequence[int], keep: Callable) -> Iterator[list[torch.Tensor]]:
-    """While it lasts, the language model attends in plain arithmetic. The list that it yields gets, in
-    order, what `keep` makes of the attention weights `(B, H, T, T)` of each of `layers`."""
+def watched(
+    model: PreTrainedModel, layers: str | int | Sequence[int], keep: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[list[torch.Tensor]]:
+    """Inside the block the language model computes attention in plain arithmetic. After a forward pass the
+    list that it gives holds `keep(attention weights (B, H, T, T))` of each of `layers`, in order."""
     blocks, kept = model.get_decoder().layers, []
     before, training = model.config.get_text_config()._attn_implementation, model.training
 
-    def note(module, args, out) -> None:
+    def note(module: torch.nn.Module, args: tuple, out: tuple) -> None:
         kept.append(keep(out[1]))
 
     wanted = chosen("layers", layers, len(blocks))
@@ -205,32 +218,7 @@ def watched(model, layers: str | int | Sequence[int], keep: Callable) -> Iterato
         model.set_attn_implementation({"text_config": before})
         model.train(training)
 
-# %% ../../nbs/results/02_attention.ipynb #e8f4164c
-def token_attention(
-    model,
-    inputs: Mapping,
-    rows: Sequence[Sequence[torch.Tensor]],
-    variant: str = "raw",
-    layers: str | int | Sequence[int] = "all",
-    heads: str | int | Sequence[int] = "all",
-) -> list[torch.Tensor]:
-    """From every mention to all T tokens: per study a float tensor `(mentions, T)`, the mean over its
-    words.
-
-    `rows`: per study and mention the positions from `rows_for`. All studies share one forward pass;
-    `gradient` adds a backward pass for the first mentions of all studies, one for the second, and so on.
-    Raises `ValueError` for an unknown variant, layer or head."""
-    if variant not in VARIANTS:
-        raise ValueError(f"variant={variant!r} is unknown; expected one of {', '.join(VARIANTS)}")
-    take = chosen("heads", heads, model.config.get_text_config().num_attention_heads)
-    if variant == "gradient":
-        return _gradient(model, inputs, rows, layers, take)
-    with torch.inference_mode(), watched(model, layers, lambda a: a[:, take].float().mean(1)) as kept:
-        model(**inputs, use_cache=False, logits_to_keep=1)
-    flow = torch.stack(kept).mean(0) if variant == "raw" else _rollout(kept)
-    return [torch.stack([flow[b, at].mean(0) for at in each]) for b, each in enumerate(rows)]
-
-
+# %% ../../nbs/results/02_attention.ipynb #e9b1d1aa
 def _rollout(kept: Sequence[torch.Tensor]) -> torch.Tensor:
     "Attention and residual stream, half and half, from the first layer to the last: `(B, T, T)`."
     flow = torch.eye(kept[0].shape[-1], device=kept[0].device).expand_as(kept[0])
@@ -238,9 +226,24 @@ def _rollout(kept: Sequence[torch.Tensor]) -> torch.Tensor:
         flow = (attention @ flow + flow) / 2
     return flow
 
-# %% ../../nbs/results/02_attention.ipynb #att00008
-def _gradient(model, inputs: Mapping, rows: Sequence, layers, take: list[int]) -> list[torch.Tensor]:
-    "Attention times the gradient of each mention's log-probability, where positive."
+# %% ../../nbs/results/02_attention.ipynb #zatt0007
+def _log_probability(logp: torch.Tensor, inputs: Mapping, b: int, at: torch.Tensor) -> torch.Tensor:
+    return logp[b, at, inputs["input_ids"][b, at + 1]].sum()
+
+
+def _positive(attention: torch.Tensor, gradient: torch.Tensor, heads: list[int]) -> torch.Tensor:
+    "Mean over `heads` of attention times gradient, where positive: `(B, T, T)`."
+    return (attention.detach()[:, heads] * gradient[:, heads]).float().relu().mean(1)
+
+# %% ../../nbs/results/02_attention.ipynb #zatt0008
+def _gradient(
+    model: PreTrainedModel,
+    inputs: Mapping,
+    rows: Sequence,
+    layers: str | int | Sequence[int],
+    take: list[int],
+) -> list[torch.Tensor]:
+    "As `token_attention`: attention times the gradient of each mention's log-probability, where positive."
     model.enable_input_require_grads()  # a graph even where every weight is frozen
     out = [[] for _ in rows]
     try:
@@ -258,16 +261,31 @@ def _gradient(model, inputs: Mapping, rows: Sequence, layers, take: list[int]) -
         model.disable_input_require_grads()
     return [torch.stack(each) for each in out]
 
+# %% ../../nbs/results/02_attention.ipynb #att00008
+def token_attention(
+    model: PreTrainedModel,
+    inputs: Mapping,
+    rows: Sequence[Sequence[torch.Tensor]],
+    variant: str = "raw",
+    layers: str | int | Sequence[int] = "all",
+    heads: str | int | Sequence[int] = "all",
+) -> list[torch.Tensor]:
+    """Attention from every mention to all T tokens, the mean over its words: `(mentions, T)` for each study.
 
-def _log_probability(logp: torch.Tensor, inputs: Mapping, b: int, at: torch.Tensor) -> torch.Tensor:
-    return logp[b, at, inputs["input_ids"][b, at + 1]].sum()
+    `rows`: for each study and mention the positions of `rows_for`. All studies share one forward pass. The
+    gradient adds one backward pass for the first mentions of all studies, one for the second, and so on.
+    Raises `ValueError` for an unknown variant, layer or head."""
+    if variant not in VARIANTS:
+        raise ValueError(f"variant={variant!r} is unknown; expected one of {', '.join(VARIANTS)}")
+    take = chosen("heads", heads, model.config.get_text_config().num_attention_heads)
+    if variant == "gradient":
+        return _gradient(model, inputs, rows, layers, take)
+    with torch.inference_mode(), watched(model, layers, lambda a: a[:, take].float().mean(1)) as kept:
+        model(**inputs, use_cache=False, logits_to_keep=1)
+    flow = torch.stack(kept).mean(0) if variant == "raw" else _rollout(kept)
+    return [torch.stack([flow[b, at].mean(0) for at in each]) for b, each in enumerate(rows)]
 
-
-def _positive(attention: torch.Tensor, gradient: torch.Tensor, heads: list[int]) -> torch.Tensor:
-    "Mean over `heads` of attention times gradient, where positive: `(B, T, T)`."
-    return (attention.detach()[:, heads] * gradient[:, heads]).float().relu().mean(1)
-
-# %% ../../nbs/results/02_attention.ipynb #ce1a27b3
+# %% ../../nbs/results/02_attention.ipynb #caacc921
 @dataclass(frozen=True)
 class Reading:
     "How attention becomes maps."
@@ -279,44 +297,6 @@ class Reading:
     batch_size: int = 16
 
 
-COLUMNS = ["row", "start", "end", "what", "words", "tokens", "cells", "image share"]
-
-
-def attention_maps(
-    model,
-    processor,
-    images: Sequence,
-    reports: Sequence[str],
-    find: Callable[[str], list[Mention]] = stated,
-    desc: str = "attention",
-    asked: Sequence[str] | None = None,
-    **how,
-) -> tuple[pd.DataFrame, np.ndarray]:
-    """Where every mention in `reports` looks: `(frame, maps)`; `how`: the fields of `Reading`.
-
-    `images`: per report a PIL image or a list of them (the map is of the first). `asked`: the question of
-    each (None: the policy's own). `frame` has a row per
-    mention: `row` (which report), `start`, `end`, `what`, `words`, `tokens`, `cells` (of the grid) and
-    `image share` (of the mention's attention, the part that goes to the image rather than to text; NaN
-    for `gradient`, which has no total). `maps`: float32 `(mentions, size, size)` over the whole image,
-    each of sum 1 (0 where the image got nothing). Raises `ValueError` as `token_attention`,
-    `teacher_inputs` and `token_grid` do."""
-    how, found = Reading(**how), [find(report) for report in reports]
-    wanted, rows, maps = (
-        [i for i, f in enumerate(found) if f],
-        [],
-        [np.zeros((0, how.size, how.size), np.float32)],
-    )
-    starts = range(0, len(wanted), how.batch_size)
-    for k in tqdm(starts, desc=desc, leave=False, disable=len(wanted) < 50):
-        chunk = wanted[k : k + how.batch_size]
-        studies = [Asked(i, images[i], reports[i], found[i], asked and asked[i]) for i in chunk]
-        more_rows, more_maps = _maps_of(model, processor, studies, how)
-        rows += more_rows
-        maps += more_maps
-    return pd.DataFrame(rows, columns=COLUMNS), np.concatenate(maps)
-
-# %% ../../nbs/results/02_attention.ipynb #att0000b
 @dataclass(frozen=True)
 class Asked:
     "A study whose report has mentions."
@@ -325,13 +305,37 @@ class Asked:
     images: Image.Image | list[Image.Image]
     report: str
     mentions: list[Mention]
-    question: str | None = None
+    question: str | None = None  # None: the policy's own
 
     def listed(self) -> list[Image.Image]:
         return self.images if isinstance(self.images, list) else [self.images]
 
+# %% ../../nbs/results/02_attention.ipynb #zatt000c
+def _unit(maps: np.ndarray) -> np.ndarray:
+    "`maps` `(…, s, s)` with sum 1 each; one without mass stays 0."
+    total = maps.sum((-2, -1), keepdims=True)
+    return np.divide(maps, total, out=np.zeros_like(maps), where=total > 0)
 
-def _maps_of(model, processor, studies: Sequence[Asked], how: Reading) -> tuple[list[dict], list[np.ndarray]]:
+# %% ../../nbs/results/02_attention.ipynb #971161cd
+def _mention_rows(
+    study: Asked, seen: np.ndarray, shape: tuple[int, int], lengths: Sequence[int], variant: str
+) -> list[dict]:
+    """The rows of the frame of `attention_maps` for one study.
+
+    `seen`: attention to the image `(mentions, cells)`; `shape`: of its grid; `lengths`: tokens of each
+    mention."""
+    rows = []
+    for m, cells, length in zip(study.mentions, seen, lengths):
+        row = dict(row=study.row, start=m.start, end=m.end, what=m.what)
+        row |= dict(words=study.report[m.start : m.end], tokens=length, cells="{}x{}".format(*shape))
+        row["image share"] = np.nan if variant == "gradient" else cells.sum()
+        rows.append(row)
+    return rows
+
+# %% ../../nbs/results/02_attention.ipynb #0494bdf1
+def _maps_of(
+    model: PreTrainedModel, processor: ProcessorMixin, studies: Sequence[Asked], how: Reading
+) -> tuple[list[dict], list[np.ndarray]]:
     "Rows of the frame and maps of `attention_maps`, for one batch."
     shown, said = [s.images for s in studies], [s.report for s in studies]
     inputs, spans = teacher_inputs(processor, shown, said, [s.question for s in studies])
@@ -344,18 +348,56 @@ def _maps_of(model, processor, studies: Sequence[Asked], how: Reading) -> tuple[
         seen = flow[:, positions].double().cpu().numpy()  # (mentions, cells)
         extent = extent_of(processor.image_processor, study.listed()[0].size)
         maps.append(_unit(to_image(seen.reshape(-1, *shape), extent, how.size)))
-        for m, cells, p in zip(study.mentions, seen, tokens):
-            row = dict(row=study.row, start=m.start, end=m.end, what=m.what)
-            row |= dict(words=study.report[m.start : m.end], tokens=len(p), cells="{}x{}".format(*shape))
-            row["image share"] = np.nan if how.variant == "gradient" else cells.sum()
-            rows.append(row)
+        rows += _mention_rows(study, seen, shape, [len(p) for p in tokens], how.variant)
     return rows, maps
 
-# %% ../../nbs/results/02_attention.ipynb #att0000c
-def _unit(maps: np.ndarray) -> np.ndarray:
-    "`maps` `(…, s, s)` with sum 1 each; one without mass stays 0."
-    total = maps.sum((-2, -1), keepdims=True)
-    return np.divide(maps, total, out=np.zeros_like(maps), where=total > 0)
+# %% ../../nbs/results/02_attention.ipynb #ce1a27b3
+def attention_maps(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    images: Sequence,
+    reports: Sequence[str],
+    find: Callable[[str], list[Mention]] = stated,
+    desc: str = "attention",
+    asked: Sequence[str] | None = None,
+    **how: Any,
+) -> tuple[pd.DataFrame, np.ndarray]:
+    """`(frame, maps)`: where the model looks for each mention that `find` finds in `reports`.
+
+    `frame`, a row per mention: `row` (of `reports`), `start`, `end`, `what`, `words`, `tokens`, `cells` (the
+    grid), `image share` (of its attention; NaN for `gradient`). `maps`: float32 `(mentions, size, size)` over
+    the first image, sum 1 (0 if it got nothing). `images`: one or a list per report; `asked`: the question of
+    each (None: the policy's own); `how`: fields of `Reading`. Raises `ValueError`."""
+    found = [find(report) for report in reports]
+
+    def study(i: int) -> Asked:
+        return Asked(i, images[i], reports[i], found[i], asked and asked[i])
+
+    wanted = [i for i, mentions in enumerate(found) if mentions]
+    return _in_batches(model, processor, wanted, study, desc, Reading(**how))
+
+# %% ../../nbs/results/02_attention.ipynb #9101fdd5
+COLUMNS = ["row", "start", "end", "what", "words", "tokens", "cells", "image share"]
+
+
+def _in_batches(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    wanted: list[int],
+    study: Callable[[int], Asked],
+    desc: str,
+    how: Reading,
+) -> tuple[pd.DataFrame, np.ndarray]:
+    """What `attention_maps` returns for the reports numbered `wanted`; `study` gives each of them, so that
+    only the images of one batch are in memory."""
+    rows, maps = [], [np.zeros((0, how.size, how.size), np.float32)]
+    starts = range(0, len(wanted), how.batch_size)
+    for k in tqdm(starts, desc=desc, leave=False, disable=len(wanted) < 50):
+        studies = [study(i) for i in wanted[k : k + how.batch_size]]
+        more_rows, more_maps = _maps_of(model, processor, studies, how)
+        rows += more_rows
+        maps += more_maps
+    return pd.DataFrame(rows, columns=COLUMNS), np.concatenate(maps)
 
 # %% ../../nbs/results/02_attention.ipynb #fa38c42c
 TOLERANCE = 0.03
@@ -382,13 +424,14 @@ def _or_uniform(maps: np.ndarray) -> np.ndarray:
 
 
 def energy(maps: np.ndarray, masks: np.ndarray) -> np.ndarray:
-    "Share of each map `(…, s, s)` that lies in its mask (see `inside`)."
+    "The share of each map `(…, s, s)` that lies in its mask (see `inside`)."
     maps = _or_uniform(maps)
     return (maps * masks).sum((-2, -1)) / maps.sum((-2, -1))
 
 
 def pointing(maps: np.ndarray, masks: np.ndarray) -> np.ndarray:
-    "Chance that a maximum of each map lies in its mask; all pixels within 1e-6 of the maximum share it."
+    """The chance that a maximum of each map lies in its mask; pixels within a millionth of the maximum tie
+    with it."""
     maps = _or_uniform(maps)
     top = maps >= maps.max((-2, -1), keepdims=True) * (1 - 1e-6)
     return (top * masks).sum((-2, -1)) / top.sum((-2, -1))
@@ -409,8 +452,8 @@ def centred(size: int = 96, sd: float = 0.2) -> np.ndarray:
 
 
 def usual_places(truths: Sequence, whats: Sequence[str], size: int = 96) -> dict[str, np.ndarray]:
-    """{what: mean of its boxes `(size, size)` over the studies of `truths` that have it}; the uniform map
-    where none has."""
+    """{what: the mean of its boxes `(size, size)` over the studies of `truths` that have it}; the uniform map
+    if none has it."""
     places = {}
     for what in sorted(set(whats)):
         boxes = [boxes_of(what, truth) for truth in truths]
@@ -420,7 +463,7 @@ def usual_places(truths: Sequence, whats: Sequence[str], size: int = 96) -> dict
 
 
 def best_cell(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    "A map with everything in the cell of an `(h, w)` grid over the image that overlaps `mask` most."
+    "A map with everything in that cell of an `(h, w)` grid over the image which overlaps `mask` most."
     size, best = len(mask), np.zeros(shape)
     cells = overlap(0, 1, shape[0], size).T @ mask @ overlap(0, 1, shape[1], size)
     best[np.unravel_index(cells.argmax(), shape)] = 1
@@ -430,8 +473,9 @@ def best_cell(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 def control_maps(
     frame: pd.DataFrame, masks: np.ndarray, places: Mapping[str, np.ndarray], seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """{control: maps `(N, s, s)`} for the mentions of `frame` (of `attention_maps`); `masks` `(N, s, s)`
-    of their boxes, `places` of `usual_places`."""
+    """{control: maps `(N, s, s)`} for the mentions of `frame` (of `attention_maps`).
+
+    `masks` `(N, s, s)`: their boxes (see `inside`); `places`: of `usual_places`."""
     size, rng = masks.shape[-1], np.random.default_rng(seed)
     shapes = [tuple(map(int, cells.split("x"))) for cells in frame["cells"]]
 
@@ -446,29 +490,7 @@ def control_maps(
         "best cells": stack([best_cell(mask, shape) for mask, shape in zip(masks, shapes)]),
     }
 
-# %% ../../nbs/results/02_attention.ipynb #be2afa8d
-SCORES = ("pointing", "energy", "pointing, other's box", "energy, other's box", "half")
-
-
-def score(
-    frame: pd.DataFrame, maps: np.ndarray, dataset: Dataset, tolerance: float = TOLERANCE, seed: int = 0
-) -> pd.DataFrame:
-    """`frame` (of `attention_maps`; `row` counts the rows of `dataset`) with `study_id`, `present` and
-    `SCORES`.
-
-    Other's box: of the same finding in another study, drawn by `seed` (NaN where no other study has it)."""
-    size, truths, ids = maps.shape[-1], dataset["truth"], dataset["study_id"]
-    own = [boxes_of(what, truths[row]) for row, what in zip(frame["row"], frame["what"])]
-    others = _boxes_elsewhere(frame, truths, np.random.default_rng(seed))
-    out = frame.assign(study_id=[ids[row] for row in frame["row"]], present=np.array([*map(bool, own)], bool))
-    for suffix, boxes in (("", own), (", other's box", others)):
-        out["pointing" + suffix] = pointing(maps, _masks(boxes, size, tolerance))
-        out["energy" + suffix] = energy(maps, _masks(boxes, size))
-    nowhere = [not other or not mine for other, mine in zip(others, own)]
-    out.loc[nowhere, ["pointing, other's box", "energy, other's box"]] = np.nan
-    return out.assign(half=half(maps))
-
-# %% ../../nbs/results/02_attention.ipynb #att00010
+# %% ../../nbs/results/02_attention.ipynb #zatt0010
 def _boxes_elsewhere(frame: pd.DataFrame, truths: Sequence, rng: np.random.Generator) -> list[list]:
     "For each mention of `frame` the boxes of its finding in another study that has it; [] where none has."
     having = {w: [i for i, t in enumerate(truths) if boxes_of(w, t)] for w in set(frame["what"])}
@@ -482,41 +504,60 @@ def _boxes_elsewhere(frame: pd.DataFrame, truths: Sequence, rng: np.random.Gener
 def _masks(boxes: Sequence, size: int, tolerance: float = 0.0) -> np.ndarray:
     return np.stack([inside(b, size, tolerance) for b in boxes]) if boxes else np.zeros((0, size, size))
 
+# %% ../../nbs/results/02_attention.ipynb #be2afa8d
+SCORES = ("pointing", "energy", "pointing, other's box", "energy, other's box", "half")
+
+
+def score(
+    frame: pd.DataFrame, maps: np.ndarray, dataset: Dataset, tolerance: float = TOLERANCE, seed: int = 0
+) -> pd.DataFrame:
+    """`frame` (of `attention_maps`, where `row` counts the rows of `dataset`) with `study_id`, `present` and
+    `SCORES`.
+
+    Other's box: that of the same finding in another study, drawn by `seed` (NaN if no other study has it)."""
+    size, truths, ids = maps.shape[-1], dataset["truth"], dataset["study_id"]
+    own = [boxes_of(what, truths[row]) for row, what in zip(frame["row"], frame["what"])]
+    others = _boxes_elsewhere(frame, truths, np.random.default_rng(seed))
+    out = frame.assign(study_id=[ids[row] for row in frame["row"]], present=np.array([*map(bool, own)], bool))
+    for suffix, boxes in (("", own), (", other's box", others)):
+        out["pointing" + suffix] = pointing(maps, _masks(boxes, size, tolerance))
+        out["energy" + suffix] = energy(maps, _masks(boxes, size))
+    nowhere = [not other or not mine for other, mine in zip(others, own)]
+    out.loc[nowhere, ["pointing, other's box", "energy, other's box"]] = np.nan
+    return out.assign(half=half(maps))
+
 # %% ../../nbs/results/02_attention.ipynb #c62d3745
 def _sums(frame: pd.DataFrame, column: str, studies: Sequence[str]) -> pd.DataFrame:
-    "A row per study of `studies`: the `sum` of `column` over its mentions, and their number `count`."
+    "For each of `studies` one row: the `sum` of `column` over its mentions, and their number `count`."
     by_study = frame[frame[column].notna()].groupby("study_id")[column]
     return by_study.agg(["sum", "count"]).reindex(studies, fill_value=0).astype(float)
 
 
-Studies = Sequence[str] | Mapping[int, Sequence[str]]  # the same for all seeds, or for each its own
+Studies = Sequence[str] | Mapping[int, Sequence[str]]  # the same for all seeds, or {seed: its own}
 
 
 def _means(frames: Mapping, column: str, studies: Studies, n_boot: int, seed: int) -> tuple:
     """(value, draws): the mean over mentions, averaged over the seeds of `frames` {seed: frame}, and the
     same in each bootstrap draw `(n_boot,)`."""
     own = studies if isinstance(studies, Mapping) else dict.fromkeys(frames, studies)
-    return bootstrap.drawn(
-        {s: _sums(f, column, own[s]) for s, f in frames.items()},
-        {column: (ev.share("sum", "count"), "")},
-        n_boot,
-        seed,
-    )[column]
+    sums = {s: _sums(f, column, own[s]) for s, f in frames.items()}
+    return bootstrap.drawn(sums, {column: (ev.share("sum", "count"), "")}, n_boot, seed)[column]
 
 # %% ../../nbs/results/02_attention.ipynb #att00091
 def estimate(
     frames: Mapping, column: str, studies: Studies, n_boot: int = 1000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """(value, lo, hi) of the mean of `column` over mentions; `frames`: {seed: frame of `score`},
-    `studies`: all that could have one, the same for all seeds or {seed: its own}. NaN where there is no
-    mention."""
+    """(value, lo, hi) of the mean of `column` over mentions; NaN if there is no mention.
+
+    `frames`: {seed: frame of `score`}; `studies`: all studies of the test set, with mentions or without, the
+    same for all seeds or {seed: its own}."""
     return bootstrap.with_interval(_means(frames, column, studies, n_boot, seed))
 
 
 def difference(
     frames: Mapping, a: str, b: str, column: str, studies: Studies, n_boot: int = 1000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """(a − b, lo, hi) of two systems of `frames` {system: {seed: frame}} on the same draws of seeds and
+    """(a − b, lo, hi) of two systems of `frames` {system: {seed: frame}}, on the same draws of seeds and
     studies."""
     ours, theirs = (_means(frames[s], column, studies, n_boot, seed) for s in (a, b))
     return bootstrap.with_interval(bootstrap.difference(ours, theirs))
@@ -530,7 +571,7 @@ def overlay(
     title: str = "",
     colour: str = "#ffd400",
 ) -> None:
-    "Draw `image` on `ax`, the map `heat` `(s, s)` over it in cells, and `boxes` as frames."
+    "Draw `image` on `ax`, over it the map `heat` `(s, s)` in cells and the outlines of `boxes`."
     whole = dict(extent=(0, 1, 1, 0))
     ax.imshow(image, cmap="gray", vmin=0, vmax=255, **whole)
     if heat is not None and heat.max() > 0:
@@ -545,9 +586,10 @@ def overlay(
 def write_maps(
     folder: Path | str, frame: pd.DataFrame, maps: np.ndarray, studies: Sequence[str], benchmark: str
 ) -> list[Path]:
-    """Write `{study_id}.npy` (of a strange id, its `safe_name`) for each of `studies` to `folder`: the
-    mean over the mentions of its report, float32 `(s, s)`, sum 1. Studies without a mention get no file.
-    Returns the paths."""
+    """Write a file `{study_id}.npy` for each of `studies` with a mention to `folder`, and return the paths.
+
+    A file holds the mean over the mentions of the report, float32 `(s, s)`, sum 1. If a study id is no good
+    file name, the file is named by `safe_name`."""
     folder, paths = Path(folder), []
     with kept(folder, benchmark):
         folder.mkdir(parents=True, exist_ok=True)
@@ -556,21 +598,31 @@ def write_maps(
             np.save(paths[-1], _unit(maps[its_mentions].mean(0)).astype(np.float32))
     return paths
 
-# %% ../../nbs/results/02_attention.ipynb #8562628d
+# %% ../../nbs/results/02_attention.ipynb #dd2ce7df
+def test_studies(cfg: Config, n: int | None = None) -> Dataset:
+    "The first `n` test studies of the run `cfg` (None: all)."
+    test = load_data(ensure("data", cfg))["test"]
+    return test if n is None else test.select(range(min(n, len(test))))
+
+
 READINGS = ("own", "reference")
 
 
-def system_maps(
-    cfg, system: str, reading: str = "own", n: int | None = None, **how
-) -> tuple[pd.DataFrame, np.ndarray]:
-    """`(frame, maps)` of `attention_maps` for the first `n` test studies (None: all) under the policy of
-    `system` (a row of `SYSTEMS`); phases that are missing are run. `how`: the fields of `Reading`.
-
-    Raises `ValueError` for an unknown system or reading."""
+def _check_reading(system: str, reading: str) -> None:
     if system not in SYSTEMS:
         raise ValueError(f"system={system!r} is unknown; expected one of {', '.join(SYSTEMS)}")
     if reading not in READINGS:
         raise ValueError(f"reading={reading!r} is unknown; expected one of {', '.join(READINGS)}")
+
+# %% ../../nbs/results/02_attention.ipynb #8562628d
+def system_maps(
+    cfg: Config, system: str, reading: str = "own", n: int | None = None, **how: Any
+) -> tuple[pd.DataFrame, np.ndarray]:
+    """`(frame, maps)` of `attention_maps` for the first `n` test studies (None: all) with the policy of
+    `system` (a row of `SYSTEMS`). Phases that are missing are run. `how`: fields of `Reading`.
+
+    Raises `ValueError` for an unknown system or reading."""
+    _check_reading(system, reading)
     phase, change = SYSTEMS[system]
     cfg = dataclasses.replace(cfg, **change)
     folder, test = ensure(phase, cfg), test_studies(cfg, n)
@@ -581,12 +633,5 @@ def system_maps(
     model, processor = policy_of(phase.removeprefix("eval_"), cfg)
     model.to(resolve_device())
     find = stated if benchmark_of(cfg.benchmark).made_up else observed
-    desc = f"{system}, {reading} words"
-    asked = asked_by(processor).questions(test)
+    desc, asked = f"{system}, {reading} words", asked_by(processor).questions(test)
     return attention_maps(model, processor, image_lists(test), reports, find, desc, asked, **how)
-
-
-def test_studies(cfg, n: int | None = None) -> Dataset:
-    "The first `n` test studies of the run `cfg` (None: all)."
-    test = load_data(ensure("data", cfg))["test"]
-    return test if n is None else test.select(range(min(n, len(test))))
