@@ -40,6 +40,9 @@ LAYOUTS = {  # name: (source, builder returning the root, changes that make ever
     "r2gen iu flat": ("r2gen_iu", lambda r: trees.r2gen(r, N, flat=True), {}),
     "r2gen mimic": ("r2gen_mimic", lambda r: trees.r2gen(r, N, mimic=True), {}),
     "mimic": ("mimic_cxr_jpg", lambda r: trees.mimic(r, N), {}),
+    "chexpert plus": ("chexpert_plus", lambda r: trees.chexpert_plus(r, N), {}),
+    "padchest": ("padchest", lambda r: trees.padchest(r, N), {}),
+    "rexgradient": ("rexgradient", lambda r: trees.rexgradient(r, N), {}),
     "csv": ("table", lambda r: trees.table(r, N), {}),
     "jsonl": ("table", lambda r: trees.table(r, N, "jsonl"), {}),
 }
@@ -78,7 +81,7 @@ def test_layout_loads_whole(name, masters, tmp_path):
                 and "___" not in row["report"]
                 and row["report"] == row["report"].lower()
             )
-            if "r2gen" not in name:
+            if "r2gen" not in name and name != "padchest":
                 assert row["findings"] and row["impression"] and row["report"].startswith("findings: ")
     assert "Set aside" in to_markdown(data_report(studies))
 
@@ -1082,6 +1085,9 @@ REAL = {
     "mimic_cxr_jpg": "mimic",
     "table": "csv",
     "hf": "csv",
+    "chexpert_plus": "chexpert plus",
+    "padchest": "padchest",
+    "rexgradient": "rexgradient",
 }
 
 
@@ -1099,7 +1105,7 @@ def test_every_preset_reads_every_source(name, source, masters, tmp_path):
         )
         part.save_to_disk(tmp_path / "hf")
         root = tmp_path / "hf"
-    known = ("openi", "kaggle_indiana", "mimic_cxr_jpg")
+    known = ("openi", "kaggle_indiana", "mimic_cxr_jpg", "chexpert_plus", "rexgradient")
     weights = dict(expert="embedded", chexbert="rules", radgraph="rules") if name == "paper" else {}
     cfg = preset(name, benchmark=source, data_root=str(root), image_size=64, **weights)
     assert cfg.sections == ("both" if source in known else "auto" if source in ("table", "hf") else "report")

@@ -166,6 +166,74 @@ def mimic(root, n=12):
     return root
 
 
+def chexpert_plus(root, n=12):
+    "df_chexpert_plus_240401.csv, PNG/ and the distributor's CheXbert labels."
+    rows, labels = [], []
+    for i in range(1, n + 1):
+        findings, impression = texts(i)
+        part = "valid" if i % 4 == 0 else "train"
+        for j, view in enumerate(("Frontal", "Lateral")):
+            path = f"{part}/patient{i // 2:05d}/study{i}/view{j + 1}_{view.lower()}.jpg"
+            film(root / "PNG" / path.replace(".jpg", ".png"), 10 * i + j, view=view.lower())
+            who = dict(
+                age=20 + 5 * i,
+                sex=("Female", "Male")[i % 2],
+                ap_pa=("AP", "PA")[i % 3 == 0] if j == 0 else "",
+            )
+            text = dict(section_findings=findings, section_impression=impression, report="x")
+            rows.append(dict(path_to_image=path, frontal_lateral=view) | who | text)
+            labels.append(
+                dict(path_to_image=path) | {o: None for o in OBSERVATIONS} | {"Pleural Effusion": 1.0}
+            )
+    write_csv(root / "df_chexpert_plus_240401.csv", rows)
+    (root / "chexbert_labels").mkdir()
+    lines = "".join(json.dumps(row) + "\n" for row in labels)
+    (root / "chexbert_labels/impression_fixed.json").write_text(lines)
+    return root
+
+
+def padchest(root, n=12):
+    "PadChest's table and a folder of an unpacked archive."
+    rows = []
+    for i in range(1, n + 1):
+        names, sentences = [
+            ("['pleural effusion']", "[['pleural effusion', 'loc left', 'loc basal']]"),
+            ("['normal']", "[['normal']]"),
+            ("['cardiomegaly', 'pacemaker']", "[['cardiomegaly'], ['pacemaker']]"),
+        ][i % 3]
+        for j, projection in enumerate(("PA" if i % 2 else "AP_horizontal", "L")):
+            name = f"{i}_{j}.png"
+            film(root / "3" / name, 10 * i + j, mode="16", view=("frontal", "lateral")[j])
+            row = dict(
+                ImageID=name, ImageDir=3, StudyDate_DICOM=20120304, StudyID=1000 + i, PatientID=f"p{i // 2}"
+            )
+            row |= dict(PatientBirth=1930.0 + 4 * i, PatientSex_DICOM="FM"[i % 2], Projection=projection)
+            row |= dict(
+                Report="derram pleural izquierd .", Labels=names, LabelsLocalizationsBySentence=sentences
+            )
+            rows.append({"": i} | row)
+    write_csv(root / "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv", rows)
+    return root
+
+
+def rexgradient(root, n=12):
+    "metadata/{train,valid,test}_metadata_view_position.json and deid_png/."
+    (root / "metadata").mkdir(parents=True)
+    parts = dict(train={}, valid={}, test={})
+    for i in range(1, n + 1):
+        findings, impression = texts(i)
+        paths = [f"../deid_png/GRDN{i // 2}/{i}/{j}.png" for j in (0, 1)]
+        for j, path in enumerate(paths):
+            film(root / path.removeprefix("../"), 10 * i + j, view=("frontal", "lateral")[j])
+        entry = dict(StudyInstanceUid=f"1.2.{i}", PatientAge=f"{20 + i:03d}Y", PatientSex="FM"[i % 2])
+        entry |= dict(Indication="Cough.", Comparison="None.", Findings=findings, Impression=impression)
+        entry |= dict(ImagePath=paths, ImageViewPosition=["PA" if i % 2 else "ANTERO_POSTERIOR", "LATERAL"])
+        parts[list(parts)[(i // 2) % 3]][f"GRDN{i // 2}_a{i}_1.2.{i}"] = entry
+    for part, entries in parts.items():
+        (root / f"metadata/{part}_metadata_view_position.json").write_text(json.dumps(entries))
+    return root
+
+
 def table(root, n=12, kind="csv"):
     "A user's own table beside its images."
     rows = []

@@ -11,6 +11,7 @@ __all__ = ['EMPTY_CELLS', 'BROKEN_ROW', 'FRONTAL', 'LATERAL', 'CHEXPERT', 'COLUM
 
 # %% ../../nbs/data/04_sources.ipynb #57ebc54f
 import csv
+import importlib
 import importlib.util
 import io
 import mmap
@@ -46,7 +47,8 @@ class Study:
 
     `images`: `(path or bytes, view)` with view `frontal`, `lateral` or `unknown`; `where`: the file (and
     row) it was read from; `codes`: MeSH codes; `labels`: the 14 CheXpert observations (1, 0, −1
-    uncertain, None not mentioned) where the source has them."""
+    uncertain, None not mentioned) where the source has them; `age` in years, `sex` F or M, and `positions`
+    {path of an image: stated position, such as AP} where it has those."""
 
     study_id: str
     patient_id: str
@@ -58,6 +60,9 @@ class Study:
     split: str | None = None  # train, val or test
     codes: list[str] = field(default_factory=list)
     labels: list[int | None] | None = None
+    age: int | None = None
+    sex: str | None = None
+    positions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Removes blanks around identifiers (`x` and `x ` are one patient), and texts that only say that a
@@ -541,10 +546,10 @@ def _mimic_folder(subject: str) -> Path:
 
 
 def _mimic_images(mimic: _Mimic, subject: str, study: str) -> list[tuple[str, str]]:
-    "The `(path, view)` pairs of a study, in the order of the metadata."
+    "The `(path, stated position)` pairs of a study, in the order of the metadata."
     folder = mimic.films / _mimic_folder(subject) / f"s{study}"
     rows = mimic.db.execute("select dicom, view from metadata where study = ? order by row", (study,))
-    return [(str(folder / f"{dicom}.jpg"), view_of(view)) for dicom, view in rows]
+    return [(str(folder / f"{dicom}.jpg"), view) for dicom, view in rows]
 
 # %% ../../nbs/data/04_sources.ipynb #8bb90dc4
 def _mimic_labels(mimic: _Mimic, study: str) -> list[int | None] | None:
@@ -584,7 +589,8 @@ def _mimic_study(mimic: _Mimic, found: tuple) -> Study | Fault:
     if not os.path.isfile(report):
         why = "no such file; expected the report of MIMIC-CXR (give its folder with reports=)"
         return fault("missing report", why, str(report))
-    known = Study(f"s{study}", f"p{subject}", str(report), images=images, split=split)
+    known = Study(f"s{study}", f"p{subject}", str(report), split=split, positions=dict(images))
+    known.images = [(path, view_of(position)) for path, position in images]
     return _mimic_texts(mimic, known, where)
 
 # %% ../../nbs/data/04_sources.ipynb #8bb90dbe
@@ -860,6 +866,24 @@ register_source(Source("r2gen_mimic", read_r2gen_mimic, _MIMIC, sections="report
 register_source(Source("mimic_cxr_jpg", read_mimic, _MIMIC, labels="chexpert"))
 register_source(Source("table", read_own_table, _OWN, sections="auto", columns=table_columns))
 register_source(Source("hf", read_hf, _OWN, sections="auto", columns=hf_columns))
+
+# %% ../../nbs/data/04_sources.ipynb #mor04a02
+def _later(name: str) -> Callable[..., Iterator[Study | Fault]]:
+    "The reader called `name` of `valor.data.more_sources`, which is imported when it is called."
+
+    def read(root: Path | str, **options: Any) -> Iterator[Study | Fault]:
+        return getattr(importlib.import_module("valor.data.more_sources"), name)(root, **options)
+
+    return read
+
+
+_PLUS = Terms("CheXpert Plus", "Stanford University Dataset Research Use Agreement", True)
+_PADCHEST = Terms("PadChest", "PadChest Dataset Research Use Agreement (BIMCV)", True)
+_REX = Terms("ReXGradient-160K", "its data use agreement, non-commercial, accepted by each user", True)
+
+register_source(Source("chexpert_plus", _later("read_chexpert_plus"), _PLUS))
+register_source(Source("padchest", _later("read_padchest"), _PADCHEST, labels="chexpert", sections="report"))
+register_source(Source("rexgradient", _later("read_rexgradient"), _REX))
 
 # %% ../../nbs/data/04_sources.ipynb #d7eaae75
 def text_columns(source: str, root: Path | str) -> set[str] | None:

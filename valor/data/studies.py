@@ -246,6 +246,9 @@ def study_features(size: int | None = None) -> Features:
             "second_view": text,
             "source": text,
             "where": text,
+            "position": text,
+            "age": Value("int32"),
+            "sex": text,
         }
     )
 
@@ -306,7 +309,14 @@ def row_of(study: Study, source: str, how: dict[str, Any], images: list[tuple]) 
         truth=to_truth(drawn, [()] * len(drawn)),
         source=source,
         where=study.where,
+        **dict(position=_position(study, chosen), age=study.age, sex=study.sex),
     )
+
+
+def _position(study: Study, chosen: list[tuple]) -> str | None:
+    "The position that the source states for the first of the images `chosen`; None where it states none."
+    path = chosen[0][0] if chosen else None
+    return study.positions.get(path) or None if isinstance(path, str) else None
 
 # %% ../../nbs/data/05_studies.ipynb #4448ddb6
 def _by_rules(rows: list[dict]) -> list[list[int]]:
@@ -343,7 +353,7 @@ def add_labels(rows: list[dict], studies: list[Study], how: dict[str, Any]) -> d
     return faults
 
 # %% ../../nbs/data/05_studies.ipynb #23ac4771
-VERSION = 4  # of what an index holds
+VERSION = 5  # of what an index holds
 
 
 def _splits_table(path: Path | str) -> dict[str, str]:

@@ -28,6 +28,7 @@ from ..contents import fingerprint_once
 from ..data.benchmarks import benchmark_of
 from ..figures import save, save_page, use_style
 from ..metrics import statistics as ev
+from ..metrics.groups import group_section
 from ..metrics.seeds import Frames
 from ..metrics.verdict import plot_verdict, verdict, verdict_text
 from ..policy.models import check_policy, frozen_weights
@@ -206,14 +207,17 @@ def cases_of(cfg: Config) -> tuple[pd.DataFrame, plt.Figure]:
     return pd.DataFrame(rows), ev.plot_cases(test, reports)
 
 # %% ../../nbs/runs/03_systems.ipynb #s3sys005
-def main_page(tidy: pd.DataFrame, frames: Frames, cfg: Config, note: str, compared: pd.DataFrame) -> str:
+def main_page(
+    tidy: pd.DataFrame, frames: Frames, cfg: Config, note: str, compared: pd.DataFrame, parts: str = ""
+) -> str:
     """The page of the main job in Markdown: the main table, what the controls say about it (`compared`, a
-    table of `verdict`), the main table without leaked studies, and all measures."""
+    table of `verdict`), the main table without leaked studies, the text `parts` by view, sex and age, and
+    all measures."""
     table = ev.result_table(tidy, benchmark_of(cfg.benchmark).main_metrics)
     everything = ev.result_table(tidy).T.to_markdown()
     says = verdict_text(compared)
     again = fresh_section(frames, cfg)
-    return f"{table.to_markdown()}\n\n{says}\n\n{again}All measures:\n\n{everything}\n\n{note}\n"
+    return f"{table.to_markdown()}\n\n{says}\n\n{again}{parts}All measures:\n\n{everything}\n\n{note}\n"
 
 
 def phases_behind(cfgs: Sequence[Config]) -> list[Path]:
@@ -253,7 +257,11 @@ def main_job(cfgs: Sequence[Config], out: Path | str) -> tuple[pd.DataFrame, pd.
     compared = verdict(frames, cfg.benchmark, cfg.n_boot)
     if len(compared):
         results.keep(f"{stem}_verdict", compared, plot_verdict(frames, cfg.benchmark, cfg.n_boot))
-    page = main_page(tidy, frames, cfg, note, compared)
+    test, shown = load_data(phase_folder("data", cfg))["test"], benchmark_of(cfg.benchmark).main_metrics
+    parts, by_part = group_section(frames, test, shown, cfg.n_boot)
+    if parts:
+        results.keep(f"{stem}_groups", by_part)
+    page = main_page(tidy, frames, cfg, note, compared, parts)
     results.files.insert(0, save_page(stem, page, cfgs, Path(out)))
     shown = shown_log(log)
     results.keep(f"{stem}_progression", shown, ev.plot_progression(shown, k_clin=cfg.k_clin))
