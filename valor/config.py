@@ -130,6 +130,9 @@ REAL_SOURCES = {
     "mimic_cxr_jpg": "both",
     "table": "auto",
     "hf": "auto",
+    "chexpert_plus": "both",
+    "padchest": "report",
+    "rexgradient": "both",
 }
 
 # %% ../nbs/00_config.ipynb #cfg3dat0
