@@ -42,6 +42,7 @@ def test_configurations_are_accelerates(monkeypatch):
         for name, c in read.items()
     } == {
         "one_gpu": ("NO", 1, 1, "bf16"),
+        "several_gpus": ("MULTI_GPU", 1, 8, "bf16"),
         "fsdp2": ("FSDP", 1, 8, "bf16"),
         "nodes": ("FSDP", 4, 32, "bf16"),
         "zero3": ("DEEPSPEED", 1, 8, "bf16"),

@@ -106,7 +106,7 @@ def test_training_that_makes_no_update_is_an_error():
             global_step, max_steps = 0, 2
 
         class args:
-            output_dir = "/nonexistent"
+            output_dir, world_size = "/nonexistent", 1
 
         model, train_dataset = torch.nn.Linear(1, 1), [1, 2, 3]
 

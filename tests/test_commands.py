@@ -278,8 +278,10 @@ HOW = [  # (beginning of a command, how it is run at miniature size)
     ("valor --version", options_only),  # it ends the process: tests/test_settings.py
     ("valor config", plain(r"lr = ")),
     ("valor convert-llava-med ", plain("all equal to the original's")),
-    ("valor run --preset paper --set base=llava-med-hf ", run_to(None, **HUB)),
-    ("accelerate launch --config_file configs/fsdp2.yaml ", options_only),
+    ("valor run --preset paper --set base=llava-med-hf --dry-run", plain("GPU-hours: ")),
+    ("valor run --preset paper --set base=llava-med-hf --set expert", run_to(None, **HUB)),
+    ("accelerate launch --config_file configs/", options_only),
+    ("torchrun --nproc-per-node 2 ", options_only),  # tests/test_two_processes.py runs it
     ("valor train --until mmedpo", lambda words, monkeypatch, said: main(small(words))),
     ("valor merge ", plain("my-policy")),
     (

@@ -2,6 +2,11 @@
 ranked as one, both count k alike) and in parts, one after the other."""
 
 import json
+import os
+import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +20,7 @@ from valor.config import preset
 from valor.policy.models import save_policy
 from valor.policy.tiny import build_policy
 from valor.rewards.compose import CLINICAL_SCORERS, TEXT_SCORERS, advantages
+from valor.train.sft import TrainingError, train_to_end
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -122,3 +128,31 @@ def test_sharded_equals_one(folder, one):
         load_file(folder / name / "adapter" / "adapter_model.safetensors") for name in ("fsdp1", "one")
     )
     assert mine.keys() == whole.keys() and all(close(w, whole[n]) for n, w in mine.items())
+
+
+def test_torchrun_as_the_docs_print_it(tmp_path):
+    """The command of docs/real-models-and-data.md with little work: the processes train together, which
+    torchrun alone does not tell accelerate on CPUs."""
+    page = (CONFIGS.parent / "docs" / "real-models-and-data.md").read_text()
+    printed = re.search(r"^torchrun (.*?)  +#", page, re.M)[1]
+    small = dict(threads=1, n_train=8, n_test=2, n_val=2, base_studies=8, warmup_epochs=0, max_new_tokens=4)
+    small |= dict(stage1_steps=1, sft_epochs=1, sft_batch_size=4)
+    words = [*shlex.split(printed), "--until", "stage1"]
+    words += [word for name, value in small.items() for word in ("--set", f"{name}={value}")]
+    env = os.environ | dict(VALOR_RUNS=str(tmp_path / "runs"), CUDA_VISIBLE_DEVICES="")
+    env.pop("ACCELERATE_USE_CPU", None)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *words]
+    done = subprocess.run(torchrun, env=env, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(re.findall(r"^step \d of 4", done.stdout, re.M)) == 4, done.stdout  # said once, by the first
+    record = json.loads(next((tmp_path / "runs").glob("stage1-*/config.json")).read_text())
+    assert record["processes"] == 2
+
+
+def test_processes_that_do_not_know_of_each_other_do_not_train(monkeypatch):
+    "Each would train alone and overwrite the other's files."
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        TrainingError, match="2 processes were started together, but accelerate takes them for 1"
+    ):
+        train_to_end(type("", (), dict(args=type("", (), dict(world_size=1))))(), "SFT")

@@ -72,6 +72,8 @@ def _add_run_and_train(commands: argparse._SubParsersAction) -> None:
     for command in (run, train):
         _add_preset(command)
         _add_set(command, "change a parameter (`valor config` lists all); may be repeated")
+        dry = "print the phases that it would make, their time, memory, disk and GPU-hours, and end"
+        command.add_argument("--dry-run", action="store_true", help=dry)
 
 # %% ../nbs/07i_cli.ipynb #cli0cfg1
 def _add_config(commands: argparse._SubParsersAction) -> None:

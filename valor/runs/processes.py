@@ -47,6 +47,9 @@ def together(f: Callable[[], Any]) -> Any:
     process too, so that none waits for one that has failed."""
     if processes() == 1:
         return f()
+    if not torch.cuda.is_available():
+        # else accelerate takes each process that torchrun started for the only one
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     # a phase of the first process may take long
     PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
     result, error = None, None

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SYSTEMS', 'MAIN_SYSTEMS', 'PROGRESS', 'STAND_INS', 'phase_of', 'systems_on', 'frames_of', 'control_frames',
            'controls_of', 'log_of', 'step_profile', 'progress_of', 'fresh_of', 'fresh_section', 'shown_log', 'cases_of',
-           'main_page', 'phases_behind', 'Results', 'main_job', 'check_packages', 'start_run', 'results_folder',
-           'stand_ins', 'run_main', 'run_train']
+           'main_page', 'phases_behind', 'Results', 'main_job', 'check_packages', 'start_run', 'job_name',
+           'results_folder', 'wanted_by_run', 'dry_run', 'stand_ins', 'run_main', 'run_train']
 
 # %% ../../nbs/runs/03_systems.ipynb #sys00002
 import dataclasses
@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -35,7 +35,8 @@ from ..policy.models import check_policy, frozen_weights
 from ..rewards.text import report_body
 from .makers import check_scorers, expert_note, note_of, policy_in, read_frame, read_reports
 from .phases import MISTAKES, check_updates, ensure, load_data, phase_folder, phase_key
-from .processes import is_first
+from .plan import job, print_plan
+from .processes import is_first, processes
 from ..train.grpo import vllm_args
 
 # %% ../../nbs/runs/03_systems.ipynb #7d013393
@@ -293,13 +294,34 @@ def start_run(args: Namespace, settings: dict) -> Config:
     return cfg
 
 # %% ../../nbs/runs/03_systems.ipynb #s3sys012
+def job_name(cfg: Config) -> str:
+    "The name of the job of `cfg`, and of the folder of its results."
+    return f"{cfg.preset}-{key_of(dataclasses.asdict(cfg))}"
+
+
 def results_folder(cfg: Config) -> Path:
     "Where `valor run` writes tables and figures: beside the runs, or a new folder if these are read-only."
     if not runs_dir().exists() or os.access(runs_dir(), os.W_OK):
-        return runs_dir() / "results" / f"{cfg.preset}-{key_of(dataclasses.asdict(cfg))}"
+        return runs_dir() / "results" / job_name(cfg)
     out = Path(tempfile.mkdtemp(prefix="valor-"))
     print(f"{runs_dir()} is read-only: tables and figures go to {out}")
     return out
+
+# %% ../../nbs/runs/03_systems.ipynb #s3sys021
+def wanted_by_run(cfg: Config) -> list[tuple[str, Config, str]]:
+    "The phases that `valor run` wants, as (phase, configuration, system)."
+    systems = systems_on(cfg.benchmark, MAIN_SYSTEMS)
+    return [(*phase_of(system, cfg), system) for system in systems] + [("controls", cfg, "")]
+
+
+def dry_run(args: Namespace, settings: dict, wanted_by: Callable) -> None:
+    "What `--dry-run` does; `wanted_by(cfg)` gives the phases that the command would make."
+    try:
+        cfg = preset(args.preset, **settings)
+        check_packages(cfg)
+        print_plan(wanted_by(cfg), processes())
+    except (ValueError, *MISTAKES) as e:
+        sys.exit(f"valor: {e}")
 
 # %% ../../nbs/runs/03_systems.ipynb #s3sys008
 STAND_INS = ("embedded", "embedded-labels", "rules", "minilm")
@@ -320,10 +342,13 @@ def stand_ins(cfg: Config) -> str:
 # %% ../../nbs/runs/03_systems.ipynb #s3sys010
 def run_main(args: Namespace, settings: dict) -> None:
     "Run `valor run` with parsed arguments and `--set` settings."
+    if args.dry_run:
+        return dry_run(args, settings, wanted_by_run)
     cfg = start_run(args, settings)
     out = results_folder(cfg)
     try:
-        table, _, files = main_job([cfg], out)
+        with job(wanted_by_run(cfg), out.name):
+            table, _, files = main_job([cfg], out)
     except MISTAKES as e:
         sys.exit(f"valor: {e}")
     for start in range(0, table.shape[1], 4):
@@ -339,9 +364,12 @@ def run_main(args: Namespace, settings: dict) -> None:
 def run_train(args: Namespace, settings: dict) -> None:
     """Run `valor train` with parsed arguments and `--set` settings: the training phases up to
     `args.until`, on as many processes as were launched."""
+    if args.dry_run:
+        return dry_run(args, settings, lambda cfg: [(args.until, cfg, "")])
     cfg = start_run(args, settings)
     try:
-        folder = ensure(args.until, cfg)
+        with job([(args.until, cfg, "")], f"{args.until}-{job_name(cfg)}", processes()):
+            folder = ensure(args.until, cfg)
     except (ValueError, *MISTAKES) as e:
         sys.exit(f"valor: {e}")
     if not is_first():

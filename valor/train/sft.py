@@ -135,7 +135,15 @@ def train_to_end(trainer: Trainer, desc: str, copies: int = 1) -> None:
     """Train `trainer` to its last update, from its newest whole checkpoint if there is one.
 
     `copies`: how often the result is kept, for the line on disk space.
-    Raises `TrainingError` if fewer updates were made."""
+    Raises `TrainingError` if fewer updates were made, or before any if the trainer does not know of all the
+    processes that were started together: each would then train alone and overwrite the other's files."""
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if trainer.args.world_size != started:
+        raise TrainingError(
+            f"{desc}: {started} processes were started together, but accelerate takes them for "
+            f"{trainer.args.world_size}; start them with `accelerate launch` or `torchrun`, on CPUs with "
+            "ACCELERATE_USE_CPU=true"
+        )
     if trainer.is_world_process_zero() and (line := disk_line(trainer, desc, copies)):
         print(line, flush=True)
     trainer.add_callback(SealCheckpoints())
