@@ -14,12 +14,15 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from unittest.mock import patch
+from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
+# %% ../../nbs/rewards/02_chexbert.ipynb #5cca1564
 from ..config import resolve_device
 from ..files import check_weights
 from .rules import RuleLabeler, mentioned, sentences, set_f1
@@ -33,6 +36,9 @@ from valor.rewards.text import (
     weights_path,
 )
 from ..vocabulary import OBSERVATIONS
+
+if TYPE_CHECKING:
+    from transformers import BertConfig, BertTokenizer
 
 # %% ../../nbs/rewards/02_chexbert.ipynb #54e57946
 REPO, FILE = "StanfordAIMI/RRG_scorers", "chexbert.pth"
@@ -78,7 +84,7 @@ def check_sizes(state: dict[str, Tensor], path: Path) -> None:
             )
 
 # %% ../../nbs/rewards/02_chexbert.ipynb #sizes003
-def bert_config(state: dict[str, Tensor], folder: Path | str):
+def bert_config(state: dict[str, Tensor], folder: Path | str) -> "BertConfig":
     """The `BertConfig` of a CheXbert's weights, from their shapes.
 
     An attention head has 64 dimensions, unless `config.json` in `folder` says how many heads there are.
@@ -102,11 +108,11 @@ def bert_config(state: dict[str, Tensor], folder: Path | str):
 
 # %% ../../nbs/rewards/02_chexbert.ipynb #load0002
 @contextmanager
-def configured(config) -> Iterator[None]:
+def configured(config: Any) -> Iterator[None]:
     "Within the context, f1chexbert gets `config` where it asks the hub for a configuration."
     from f1chexbert import f1chexbert
 
-    with patch.object(f1chexbert.AutoConfig, "from_pretrained", return_value=config):
+    with mock.patch.object(f1chexbert.AutoConfig, "from_pretrained", return_value=config):
         yield
 
 
@@ -136,7 +142,7 @@ def load_chexbert(path: Path | str) -> torch.nn.Module:
     return model.eval()
 
 # %% ../../nbs/rewards/02_chexbert.ipynb #token001
-def load_tokenizer(path: Path, vocabulary: int):
+def load_tokenizer(path: Path, vocabulary: int) -> "BertTokenizer":
     """The tokenizer beside the weights `path`, or else MiniLM's, which has bert-base-uncased's vocabulary.
 
     Raises ValueError if it has more entries than the network, which has `vocabulary`."""
@@ -157,7 +163,7 @@ def normalised(report: str) -> str:
     return " ".join(report.split()).encode("utf-8", "replace").decode()
 
 # %% ../../nbs/rewards/02_chexbert.ipynb #token003
-def key_of(path: Path, tokenizer, heads: int, dtype: str) -> str:
+def key_of(path: Path, tokenizer: Any, heads: int, dtype: str) -> str:
     "Names everything that a label depends on: weights, tokenizer, number of attention heads and precision."
     with path.open("rb") as f:
         weights = hashlib.file_digest(f, "sha256").hexdigest()[:16]
@@ -190,28 +196,32 @@ class CheXbert:
         texts = [normalised(report) for report in reports]
         return self.tokenizer(texts, truncation=True, max_length=most)["input_ids"]
 
-    @torch.inference_mode()
-    def classes(self, reports: list[str]) -> list[list[int]]:
-        "Class of each of the 14 observations for each report, in the order of `OBSERVATIONS`."
-        ids = self.token_ids(reports)
-        found = [None] * len(reports)
-        for rows in length_sorted(list(map(len, ids)), self.batch_size):
-            batch = self.tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="pt")
-            batch = batch.to(self.device)
-            # 14 tensors (reports, classes)
-            heads = self.model(batch["input_ids"], batch["attention_mask"])
-            chosen = torch.stack([scores.argmax(1) for scores in heads], 1).tolist()
-            for i, row in zip(rows, chosen):
-                found[i] = row
-        return found
+# %% ../../nbs/rewards/02_chexbert.ipynb #7c038d92
+@patch
+@torch.inference_mode()
+def classes(self: CheXbert, reports: list[str]) -> list[list[int]]:
+    "Class of each of the 14 observations for each report, in the order of `OBSERVATIONS`."
+    ids = self.token_ids(reports)
+    found = [None] * len(reports)
+    for rows in length_sorted(list(map(len, ids)), self.batch_size):
+        batch = self.tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="pt")
+        batch = batch.to(self.device)
+        # 14 tensors (reports, classes)
+        heads = self.model(batch["input_ids"], batch["attention_mask"])
+        chosen = torch.stack([scores.argmax(1) for scores in heads], 1).tolist()
+        for i, row in zip(rows, chosen):
+            found[i] = row
+    return found
 
-    def statuses(self, reports: list[str]) -> list[dict[str, str]]:
-        """Per report, observation → "present", "absent" or "uncertain"; observations that are not mentioned
-        are left out."""
-        return [{o: STATUS[c] for o, c in zip(OBSERVATIONS, row) if c} for row in self.classes(reports)]
+
+@patch
+def statuses(self: CheXbert, reports: list[str]) -> list[dict[str, str]]:
+    """Per report, observation → "present", "absent" or "uncertain"; observations that are not mentioned
+    are left out."""
+    return [{o: STATUS[c] for o, c in zip(OBSERVATIONS, row) if c} for row in self.classes(reports)]
 
 # %% ../../nbs/rewards/02_chexbert.ipynb #d789b1f9
-def package_chexbert(path: Path | str, tokenizer) -> torch.nn.Module:
+def package_chexbert(path: Path | str, tokenizer: Any) -> torch.nn.Module:
     """f1chexbert's own `F1CheXbert` around the weights in `path`, with the fewest shims that make its
     `get_label` run. A referee for tests; it changes `tokenizer`."""
     from f1chexbert.f1chexbert import F1CheXbert
@@ -268,9 +278,7 @@ class LabelF1(ModelScorer):
         dtype: str = "float32",  # this and the next two: see `CheXbert`
         batch_size: int = 32,
         device: str = "auto",
-        cache: Path
-        | str
-        | None = None,  # see `ModelScorer`; unused by the rules, which are faster than a file
+        cache: Path | str | None = None,  # see `ModelScorer`; the rules, faster than a file, use none
     ):
         self.observations = frozenset(check_options(uncertain, observations))
         self.uncertain, self.counted = uncertain, UNCERTAIN[uncertain]
@@ -284,23 +292,30 @@ class LabelF1(ModelScorer):
         "The statuses of each text: observation → status."
         return self.labeler.statuses(texts)
 
-    def positives(self, statuses: dict[str, str]) -> set[tuple[str, str]]:
-        "What counts of one text's statuses: (observation, what it counts as)."
-        return {
-            (o, self.counted[s]) for o, s in statuses.items() if o in self.observations and s in self.counted
-        }
+# %% ../../nbs/rewards/02_chexbert.ipynb #d948b4a7
+@patch
+def positives(self: LabelF1, statuses: dict[str, str]) -> set[tuple[str, str]]:
+    "What counts of one text's statuses: (observation, what it counts as)."
+    found = {o: s for o, s in statuses.items() if o in self.observations and s in self.counted}
+    return {(observation, self.counted[status]) for observation, status in found.items()}
 
-    def compare(self, candidate: dict[str, str], reference: dict[str, str]) -> float:
-        "F1 of two texts' statuses."
-        return set_f1(self.positives(candidate), self.positives(reference))
 
-    def labels(self, reports: list[str]) -> pd.DataFrame:
-        """A row per report and the 14 observations as columns: 1 present, 0 absent, -1 uncertain, NaN not
-        mentioned."""
-        return label_frame(self, reports)
+@patch
+def compare(self: LabelF1, candidate: dict[str, str], reference: dict[str, str]) -> float:
+    "F1 of two texts' statuses."
+    return set_f1(self.positives(candidate), self.positives(reference))
 
-    def _detail(self, candidate: str, reference: str) -> dict:
-        return label_detail(self, candidate, reference)
+
+@patch
+def labels(self: LabelF1, reports: list[str]) -> pd.DataFrame:
+    """A row per report and the 14 observations as columns: 1 present, 0 absent, -1 uncertain, NaN not
+    mentioned."""
+    return label_frame(self, reports)
+
+
+@patch
+def _detail(self: LabelF1, candidate: str, reference: str) -> dict:
+    return label_detail(self, candidate, reference)
 
 # %% ../../nbs/rewards/02_chexbert.ipynb #frame001
 LABEL_VALUES = {"present": 1.0, "absent": 0.0, "uncertain": -1.0}

@@ -9,7 +9,8 @@ __all__ = ['LARGEST', 'PROBES', 'WATCHED', 'Length', 'Repetition', 'RewardError'
 # %% ../../nbs/rewards/06_guard.ipynb #535507b1
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..files import one_line
 from .text import Scorer
@@ -58,7 +59,13 @@ def usable_scores(scores: list[float], lowest: float) -> list[float]:
 
 # %% ../../nbs/rewards/06_guard.ipynb #2d612ce9
 def checked_scores(
-    name: str, scorer, candidates: list[str], references: list[str], where: str, studies=None, **columns
+    name: str,
+    scorer: Scorer,
+    candidates: list[str],
+    references: list[str],
+    where: str,
+    studies: Sequence | None = None,
+    **columns: Any,
 ) -> tuple[list[float], list]:
     """Scores of a batch made usable (see `usable_scores`), and the studies of those that had to be changed.
 
@@ -72,9 +79,8 @@ def checked_scores(
         why = one_line(error, kind=True)
         raise RewardError(f"reward {name!r} failed at {where}{pair}: {why}") from error
     if len(scores) != len(candidates):
-        raise RewardError(
-            f"reward {name!r} returned {len(scores)} scores for {len(candidates)} pairs at {where}"
-        )
+        number = f"{len(scores)} scores for {len(candidates)} pairs"
+        raise RewardError(f"reward {name!r} returned {number} at {where}")
     usable = usable_scores(scores, getattr(scorer, "range", (0.0, 1.0))[0])
     return usable, [study for study, score, used in zip(studies, scores, usable) if score != used]
 
@@ -110,7 +116,7 @@ PROBES = [  # candidate, reference
 ]
 
 
-def probe(scorers: Mapping[str, Scorer]):
+def probe(scorers: Mapping[str, Scorer]) -> None:
     """Try scorers (name → scorer) on `PROBES`. Those that need images or the like are left out.
 
     Raises RewardError for the first scorer that fails or returns a number that cannot be used."""

@@ -20,6 +20,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import IO, Any
 
 from fastcore.basics import patch
 from tqdm import tqdm
@@ -27,7 +28,7 @@ from tqdm import tqdm
 from .text import Scorer
 
 # %% ../../nbs/rewards/08_outside.ipynb #00b719f7
-def pump(stream, lines: queue.SimpleQueue):
+def pump(stream: IO[str], lines: queue.SimpleQueue) -> None:
     "Put every line of `stream` into the queue `lines`, and None at its end. Runs in a thread."
     with stream:
         for line in stream:
@@ -35,7 +36,7 @@ def pump(stream, lines: queue.SimpleQueue):
     lines.put(None)
 
 
-def end(process: subprocess.Popen, log):
+def end(process: subprocess.Popen, log: IO) -> None:
     "End a child process now, and close its input and the file of its standard error."
     process.kill()
     process.wait()
@@ -72,7 +73,7 @@ class Worker:
 
 # %% ../../nbs/rewards/08_outside.ipynb #092f243c
 @patch
-def tell(self: Worker, *messages: dict):
+def tell(self: Worker, *messages: dict) -> None:
     "Send messages as one batch. If the child has ended, the next `hear` says so."
     try:
         self.process.stdin.write("".join(json.dumps(message) + "\n" for message in messages) + "\n")
@@ -191,7 +192,7 @@ def start(self: OutsideScorer) -> Worker:
 
 # %% ../../nbs/rewards/08_outside.ipynb #915927d7
 @patch
-def close(self: OutsideScorer):
+def close(self: OutsideScorer) -> None:
     "End the child, if there is one. The next score starts a new one."
     if self.child:
         self.child.stop()
@@ -204,7 +205,7 @@ def __enter__(self: OutsideScorer) -> OutsideScorer:
 
 
 @patch
-def __exit__(self: OutsideScorer, *_):
+def __exit__(self: OutsideScorer, *_: Any) -> None:
     self.close()
 
 # %% ../../nbs/rewards/08_outside.ipynb #43e8262d
@@ -243,7 +244,7 @@ def _learn(self: OutsideScorer, new: list[tuple[str, str]]) -> dict[tuple[str, s
 
 # %% ../../nbs/rewards/08_outside.ipynb #41ea7ec5
 @patch
-def report(self: OutsideScorer, failed: dict[tuple[str, str], dict], said: list[str]):
+def report(self: OutsideScorer, failed: dict[tuple[str, str], dict], said: list[str]) -> None:
     "Show the child's warnings `said`, counted. Raises RuntimeError with the first pair of `failed`, if any."
     for text in dict.fromkeys(said):
         warnings.warn(f"{self.name}: {said.count(text)} of the new pairs: {text}")
@@ -280,7 +281,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 DEVICES = ("auto", "cpu", "cuda")
 
 
-def one_of(parameter: str, value, allowed: tuple):
+def one_of(parameter: str, value: Any, allowed: tuple) -> None:
     "Raise ValueError unless `value` is one of `allowed`."
     if value not in allowed:
         raise ValueError(f"{parameter}={value!r}: allowed are {', '.join(map(repr, allowed))}")

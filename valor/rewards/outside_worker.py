@@ -52,7 +52,7 @@ def replies(score: Callable[[Pairs], list[dict]], pairs: Pairs) -> list[dict]:
         return replies(score, pairs[:half]) + replies(score, pairs[half:])
 
 
-def serve(lines: Iterable[str], say: Callable, score: Callable[[Pairs], list[dict]]):
+def serve(lines: Iterable[str], say: Callable, score: Callable[[Pairs], list[dict]]) -> None:
     "Answer every batch of `lines` with `say(id=…, score=…)`, one call per pair."
     for batch in batches(lines):
         pairs = [(clean(request["candidate"]), clean(request["reference"])) for request in batch]
@@ -73,7 +73,7 @@ def protocol_output() -> Callable:
 NER_TYPES = {"ABNORMALITY", "ANATOMY", "DISEASE", "NON-ABNORMALITY", "NON-DISEASE"}
 
 
-def check_labels(model: str, labels: Iterable[str]):
+def check_labels(model: str, labels: Iterable[str]) -> None:
     "Raise ValueError unless `labels` are O, and B- and I- of RaTEScore's entity types."
     known = {"O"} | {f"{start}-{kind}" for start in "BI" for kind in NER_TYPES}
     wrong = sorted(set(labels) - known)
@@ -90,7 +90,7 @@ def aligned(score: Callable, split: Callable[[str], list]) -> Callable[[Pairs], 
 
     `score` leaves out texts without a sentence (see `split`); pairs with such a text get 0 and a warning."""
 
-    def scored(pairs):
+    def scored(pairs: Pairs) -> list[dict]:
         whole = [all(split(text) for text in pair) for pair in pairs]
         kept = [pair for pair, ok in zip(pairs, whole) if ok]
         scores = list(score([c for c, _ in kept], [r for _, r in kept])) if kept else []
@@ -289,7 +289,7 @@ def load_green(
     green = GreenModel(model, device, dtype, limit)
     too_long = f"question of {limit} or more tokens leaves no room for an answer: scored 0"
 
-    def scored(pairs):
+    def scored(pairs: Pairs) -> list[dict]:
         prompts = [green_prompt(c, r, green.tokenizer.eos_token) for c, r in pairs]
         short = [i for i, fits in enumerate(green.fits(prompts)) if fits]
         found = [{"score": 0.0, "warning": too_long} for _ in pairs]
@@ -319,7 +319,7 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
     return found
 
 # %% ../../nbs/rewards/09_outside_worker.ipynb #3762b2c9
-def main(name: str, options: str):
+def main(name: str, options: str) -> None:
     "Load the scorer `name` with `options` (JSON text), say so, and answer until the input ends."
     say = protocol_output()
     try:

@@ -6,9 +6,9 @@
 __all__ = ['REPO', 'TYPES', 'EMBEDDED', 'PAIRS', 'REWRITTEN', 'LEVELS', 'shims', 'unpacked', 'radgraph_folder', 'radgraph_state',
            'encoder_folder', 'load_radgraph', 'digest', 'packs', 'passes', 'own_pairs', 'relation_scores', 'segments',
            'padded', 'starts', 'Wordpieces', 'moved', 'Answer', 'word_vectors', 'span_vectors', 'best_spans', 'Names',
-           'relations_of', 'entities_of', 'places', 'graph_of', 'adapt', 'names_of', 'RadGraph', 'words_read',
-           'kept_spans', 'labels_of', 'ask', 'decoded', 'annotate', 'graph_set', 'status_of', 'EntityF1',
-           'graph_detail']
+           'relations_of', 'entities_of', 'places', 'graph_of', 'adapt', 'names_of', 'package_and_key', 'RadGraph',
+           'words_read', 'kept_spans', 'labels_of', 'ask', 'decoded', 'annotate', 'graph_set', 'status_of',
+           'checked_level', 'EntityF1', 'graph_detail']
 
 # %% ../../nbs/rewards/03_radgraph.ipynb #78aa3c01
 import hashlib
@@ -22,11 +22,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
-from unittest.mock import patch
+from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from ..config import resolve_device
@@ -50,8 +51,8 @@ def shims() -> Iterator[None]:
     from transformers import PreTrainedTokenizerBase as Base
 
     with (
-        patch.object(Base, "encode_plus", Base.__call__, create=True),
-        patch.object(Base, "build_inputs_with_special_tokens", _with_special_tokens, create=True),
+        mock.patch.object(Base, "encode_plus", Base.__call__, create=True),
+        mock.patch.object(Base, "build_inputs_with_special_tokens", _with_special_tokens, create=True),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
@@ -186,11 +187,11 @@ def load_radgraph(
     from radgraph import RadGraph as Package
 
     state = radgraph_state(folder / "weights.th") if state is None else state
-    give_state = patch.object(torch, "load", lambda *args, **kwargs: state)
+    give_state = mock.patch.object(torch, "load", lambda *args, **kwargs: state)
     try:
         with tempfile.TemporaryDirectory() as cache:
             _lay_out(folder, cache, model_type, encoder)
-            with shims(), patch("builtins.print"), give_state:
+            with shims(), mock.patch("builtins.print"), give_state:
                 return Package(model_type=model_type, model_cache_dir=cache, cuda=-1).eval()
     except (RuntimeError, LookupError, TypeError, OSError, json.JSONDecodeError) as e:
         raise ValueError(
@@ -287,7 +288,7 @@ def starts(counts: list[int]) -> list[int]:
 class Wordpieces:
     "The wordpieces of words, each word tokenized once. `indexer`: the package's, which has the tokenizer."
 
-    def __init__(self, indexer):
+    def __init__(self, indexer: Any):
         self.tokenizer = indexer._tokenizer
         self.limit = indexer._matched_indexer._max_length - 2  # of a segment, without CLS and SEP
         self.known = {}  # word → list of ids
@@ -300,18 +301,20 @@ class Wordpieces:
             self.known.update(zip(new, self.tokenizer(spelled, add_special_tokens=False)["input_ids"]))
         return [self.known[w] for w in words]
 
-    def tables(self, reports: list[list[list[int]]]) -> dict[str, Tensor]:
-        """Tables of a pack, given the wordpieces of each report's words: `ids` (reports, wordpieces) and how
-        many are `read` (reports,); each word's `first` wordpiece and their `count` (reports, words)."""
-        frame = self.limit, self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
-        framed = [segments([i for ids in report for i in ids], *frame) for report in reports]
-        counts = [list(map(len, report)) for report in reports]
-        return dict(
-            ids=padded(framed, self.tokenizer.pad_token_id or 0),
-            read=torch.tensor(list(map(len, framed))),
-            first=padded(list(map(starts, counts))),
-            count=padded(counts),
-        )
+# %% ../../nbs/rewards/03_radgraph.ipynb #df497370
+@patch
+def tables(self: Wordpieces, reports: list[list[list[int]]]) -> dict[str, Tensor]:
+    """Tables of a pack, given the wordpieces of each report's words: `ids` (reports, wordpieces) and how
+    many are `read` (reports,); each word's `first` wordpiece and their `count` (reports, words)."""
+    frame = self.limit, self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
+    framed = [segments([i for ids in report for i in ids], *frame) for report in reports]
+    counts = [list(map(len, report)) for report in reports]
+    return dict(
+        ids=padded(framed, self.tokenizer.pad_token_id or 0),
+        read=torch.tensor(list(map(len, framed))),
+        first=padded(list(map(starts, counts))),
+        count=padded(counts),
+    )
 
 # %% ../../nbs/rewards/03_radgraph.ipynb #moves002
 def moved(tables: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -464,6 +467,21 @@ def names_of(network: torch.nn.Module, model_type: str) -> Names:
         network._max_span_width,
     )
 
+# %% ../../nbs/rewards/03_radgraph.ipynb #3bb55ff1
+def package_and_key(
+    model: Path | str | torch.nn.Module,
+    model_type: str,
+    encoder: Path | str | None,
+    dtype: str,
+    longest: int,
+) -> tuple[torch.nn.Module, str]:
+    "The package's object, loaded unless `model` is one, and the key that names all an analysis depends on."
+    if isinstance(model, torch.nn.Module):
+        return model, f"{model_type} in memory"
+    folder = radgraph_folder(model, model_type)
+    package = load_radgraph(folder, model_type, encoder)
+    return package, f"{model_type} 2 {digest(folder, package)} {dtype} {longest}"
+
 # %% ../../nbs/rewards/03_radgraph.ipynb #07b79f94
 class RadGraph:
     """The real graph model, loaded for many reports at a time. `cut` counts reports longer than `longest`."""
@@ -479,36 +497,34 @@ class RadGraph:
         device: str = "auto",
         longest: int = 1024,  # words of a report that are read
     ):
-        package, self.key = model, f"{model_type} in memory"
-        if not isinstance(model, torch.nn.Module):
-            folder = radgraph_folder(model, model_type)
-            package = load_radgraph(folder, model_type, encoder)
-            self.key = f"{model_type} 2 {digest(folder, package)} {dtype} {longest}"
-        self.device, self.model_type = resolve_device(device), model_type
+        package, self.key = package_and_key(model, model_type, encoder, dtype, longest)
+        self.device = resolve_device(device)
         self.budget = budget or (160_000 if self.device.type == "cuda" else PAIRS)
-        self.longest, self.cut = longest, 0
+        self.model_type, self.longest, self.cut = model_type, longest, 0
         self.network = package.model.to(self.device).eval()
         self.names = names_of(self.network, model_type)
         self.pieces = Wordpieces(package.reader._token_indexers["bert"])
         adapt(self.network, dtype)
 
-    def words(self, report: str) -> list[str]:
-        "The package's tokens of a report, at most one more than are read."
-        from radgraph.utils import preprocess_reports
-
-        return preprocess_reports([report], self.model_type)[0]["sentences"][0][: self.longest + 1]
-
     def annotate(self, reports: list[str]) -> list[dict]:
-        """Entities of each report in the package's form: number → {tokens, label, …}.
-
-        A report without words has none. Warns if a report is longer than `longest` words."""
+        "The package's entities of each report (see `annotate`). Warns of reports longer than `longest`."
         return annotate(self, words_read(self, reports))
 
-    def graphs(self, reports: list[str]) -> list[dict[str, list]]:
-        "The graph of each report, see `graph_of`."
-        words = words_read(self, reports)
-        annotated = zip(reports, words, annotate(self, words))
-        return [graph_of(e, places(w, r, self.model_type)) for r, w, e in annotated]
+# %% ../../nbs/rewards/03_radgraph.ipynb #b5454834
+@patch
+def words(self: RadGraph, report: str) -> list[str]:
+    "The package's tokens of a report, at most one more than are read."
+    from radgraph.utils import preprocess_reports
+
+    return preprocess_reports([report], self.model_type)[0]["sentences"][0][: self.longest + 1]
+
+
+@patch
+def graphs(self: RadGraph, reports: list[str]) -> list[dict[str, list]]:
+    "The graph of each report, see `graph_of`."
+    words = words_read(self, reports)
+    annotated = zip(reports, words, annotate(self, words))
+    return [graph_of(e, places(w, r, self.model_type)) for r, w, e in annotated]
 
 # %% ../../nbs/rewards/03_radgraph.ipynb #reader04
 def words_read(reader: RadGraph, reports: list[str]) -> list[list[str]]:
@@ -566,7 +582,8 @@ def decoded(reader: RadGraph, words: list[list[str]], kept: list[int], answer: A
 # %% ../../nbs/rewards/03_radgraph.ipynb #read0005
 @torch.inference_mode()
 def annotate(reader: RadGraph, words: list[list[str]]) -> list[dict]:
-    "Entities of each report, given its words. See `RadGraph.annotate`."
+    """Entities of each report, given its words, in the package's form: number → {tokens, label, …}. A report
+    without words has none."""
     n_pieces = [sum(map(len, reader.pieces.of(w))) for w in words]
     found = [{} for _ in words]
     share, before = reader.network._relation._spans_per_word, None
@@ -613,6 +630,13 @@ def status_of(label: str) -> str:
         return "uncertain"
     return "anatomy" if end.startswith("anat") else "present"
 
+# %% ../../nbs/rewards/03_radgraph.ipynb #score000
+def checked_level(level: str) -> str:
+    "`level`. Raises ValueError unless it is one of `LEVELS`."
+    if level not in LEVELS:
+        raise ValueError(f"level={level!r}: allowed are {', '.join(LEVELS)}")
+    return level
+
 # %% ../../nbs/rewards/03_radgraph.ipynb #score001
 class EntityF1(ModelScorer):
     "s_rg of Eq. 4: F1 of two reports' entities and relations."
@@ -631,38 +655,40 @@ class EntityF1(ModelScorer):
         budget: int | None = None,
         device: str = "auto",
         longest: int = 1024,
-        cache: Path
-        | str
-        | None = None,  # see `ModelScorer`; unused by the rules, which are faster than a file
+        cache: Path | str | None = None,  # see `ModelScorer`; the rules, faster than a file, use none
     ):
-        if level not in LEVELS:
-            raise ValueError(f"level={level!r}: allowed are {', '.join(LEVELS)}")
-        self.level, self.lower = level, lower
-        if model == "rules":
-            self.reader, cache = RuleGraph(), None
-        else:
-            options = dict(encoder=encoder, dtype=dtype, budget=budget, device=device, longest=longest)
-            self.reader = RadGraph(model, model_type, **options)
-            self.reads_ahead = self.reader.device.type == "cuda"  # on a CPU many at once are no faster
-        super().__init__(self.reader.key, cache)
+        self.level, self.lower, rules = checked_level(level), lower, model == "rules"
+        options = dict(encoder=encoder, dtype=dtype, budget=budget, device=device, longest=longest)
+        self.reader = RuleGraph() if rules else RadGraph(model, model_type, **options)
+        # on a CPU many at once are no faster
+        self.reads_ahead = not rules and self.reader.device.type == "cuda"
+        super().__init__(self.reader.key, None if rules else cache)
 
-    def analyse(self, texts: list[str]) -> list[dict[str, list]]:
-        "The graph of each text."
-        return self.reader.graphs(texts)
+# %% ../../nbs/rewards/03_radgraph.ipynb #e8e22368
+@patch
+def analyse(self: EntityF1, texts: list[str]) -> list[dict[str, list]]:
+    "The graph of each text."
+    return self.reader.graphs(texts)
 
-    def _score(self, pairs: list[tuple[str, str]]) -> list[float]:
-        "Scores of pairs; references that are not known yet are read in the same packs as the candidates."
-        candidates, references = zip(*pairs) if pairs else ((), ())
-        graphs = self.analysed(references, keep=True, beside=candidates)
-        return [self.compare(graphs[candidate], graphs[reference]) for candidate, reference in pairs]
 
-    def compare(self, candidate: dict[str, list], reference: dict[str, list]) -> float:
-        "F1 of two graphs at the scorer's level."
-        return set_f1(*(graph_set(graph, self.level, self.lower) for graph in (candidate, reference)))
+@patch
+def _score(self: EntityF1, pairs: list[tuple[str, str]]) -> list[float]:
+    "Scores of pairs; references that are not known yet are read in the same packs as the candidates."
+    candidates, references = zip(*pairs) if pairs else ((), ())
+    graphs = self.analysed(references, keep=True, beside=candidates)
+    return [self.compare(graphs[candidate], graphs[reference]) for candidate, reference in pairs]
 
-    def _detail(self, candidate: str, reference: str) -> dict:
-        graphs = [self.analysed([text])[text] for text in (candidate, reference)]
-        return graph_detail(*graphs, self.lower)
+
+@patch
+def compare(self: EntityF1, candidate: dict[str, list], reference: dict[str, list]) -> float:
+    "F1 of two graphs at the scorer's level."
+    return set_f1(*(graph_set(graph, self.level, self.lower) for graph in (candidate, reference)))
+
+
+@patch
+def _detail(self: EntityF1, candidate: str, reference: str) -> dict:
+    graphs = [self.analysed([text])[text] for text in (candidate, reference)]
+    return graph_detail(*graphs, self.lower)
 
 # %% ../../nbs/rewards/03_radgraph.ipynb #score002
 def graph_detail(candidate: dict[str, list], reference: dict[str, list], lower: bool = True) -> dict:

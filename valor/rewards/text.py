@@ -28,6 +28,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,7 +80,7 @@ WORD = re.compile(
 )
 
 
-def check_tokenizer(tokenizer: str | None):
+def check_tokenizer(tokenizer: str | None) -> None:
     """Raise ValueError unless `tokenizer` is "field" or None."""
     if tokenizer not in ("field", None):
         raise ValueError(f"tokenizer={tokenizer!r}: allowed are 'field' and None")
@@ -104,7 +105,7 @@ def tokenize(text: str, tokenizer: str | None = "field") -> list[str]:
     return WORD.findall(text.lower())
 
 # %% ../../nbs/rewards/00_text.ipynb #e415d59c
-def check_texts(name: str, texts: list[str]):
+def check_texts(name: str, texts: list[str]) -> None:
     "Raise ValueError, with `name` and the first wrong position, unless `texts` is a list of strings."
     if isinstance(texts, str):
         raise ValueError(f"{name}={texts[:40]!r}: allowed is a list of strings, not one string")
@@ -435,7 +436,7 @@ def get(self: Store, texts: list[str]) -> dict[str, bytes]:
 
 # %% ../../nbs/rewards/00_text.ipynb #6ba36b61
 @patch
-def put(self: Store, values: dict[str, bytes]):
+def put(self: Store, values: dict[str, bytes]) -> None:
     "Keep {text: bytes}: all or, if something fails, none. Does nothing if the folder is not writable."
     if self.read_only:
         return
@@ -464,11 +465,11 @@ class ModelScorer(Scorer):
         self.key, self.store = key, Store(cache, key) if cache else None
         self.keep, self.kept, self.sent = keep, {}, 0
 
-    def pack(self, analysis) -> bytes:
+    def pack(self, analysis: Any) -> bytes:
         "An analysis as the store keeps it."
         return json.dumps(analysis).encode()
 
-    def unpack(self, data: bytes):
+    def unpack(self, data: bytes) -> Any:
         "The analysis that `pack` wrote."
         return json.loads(data)
 
@@ -594,7 +595,7 @@ def greedy_f1(candidate: Tensor, reference: Tensor) -> float:
     return round((2 * precision * recall / (precision + recall)).item(), 6)
 
 # %% ../../nbs/rewards/00_text.ipynb #0e06839f
-def positions_of(model: torch.nn.Module, tokenizer) -> int:
+def positions_of(model: torch.nn.Module, tokenizer: Any) -> int:
     "How many tokens `model` can read: the smaller of its tokenizer's and its position table's limit."
     table = getattr(model.embeddings, "position_embeddings", None)
     if table is None:
@@ -653,7 +654,7 @@ class BertScore(ModelScorer):
         super().__init__(key, cache, keep)
 
 # %% ../../nbs/rewards/00_text.ipynb #8698c45d
-def check_layer(folder: str, model: str, layer: int):
+def check_layer(folder: str, model: str, layer: int) -> None:
     "Raise ValueError unless `folder` has an encoder with this layer; `model` is its name in the message."
     from transformers import AutoConfig
 
@@ -752,7 +753,7 @@ def register(name: str) -> Callable:
     if isinstance(SCORERS.get(name), str):
         raise ValueError(f"register({name!r}): the package has a scorer of this name; choose another name")
 
-    def add(reward):
+    def add(reward: Callable) -> Callable:
         SCORERS[name] = reward
         return reward
 
