@@ -46,7 +46,7 @@ def one_sentence(
     return " ".join(p for p in parts if p)
 
 # %% ../../nbs/rewards/07_behaviour.ipynb #810272f1
-SAME_PHRASE = {
+SAME_PHRASE = {  # how findings are said
     "is seen": "is identified",
     "are seen": "are identified",
     "is identified": "is seen",
@@ -56,13 +56,23 @@ SAME_PHRASE = {
     "is normal in size": "is not enlarged",
     "within normal limits": "normal",
     "unremarkable": "normal",
-    "bony structures": "osseous structures",
-    "osseous structures": "bony structures",
-    "bones": "osseous structures",
     "mild": "slight",
     "mildly": "slightly",
     "large": "sizeable",
     "tiny": "very small",
+    "may represent": "could represent",
+    "consistent with": "compatible with",
+    "prior": "previous",
+    "stable": "unchanged",
+    "unchanged": "stable",
+    "bilaterally": "on both sides",
+}
+
+# %% ../../nbs/rewards/07_behaviour.ipynb #3793ced4
+SAME_PHRASE |= {  # what is named
+    "bony structures": "osseous structures",
+    "osseous structures": "bony structures",
+    "bones": "osseous structures",
     "pleural effusion": "pleural fluid collection",
     "pleural effusions": "pleural fluid collections",
     "opacity": "opacification",
@@ -70,12 +80,6 @@ SAME_PHRASE = {
     "cardiac silhouette": "heart silhouette",
     "pulmonary vascularity": "pulmonary vasculature",
     "pulmonary vasculature": "pulmonary vessels",
-    "may represent": "could represent",
-    "consistent with": "compatible with",
-    "prior": "previous",
-    "stable": "unchanged",
-    "unchanged": "stable",
-    "bilaterally": "on both sides",
     "hyperexpanded": "hyperinflated",
     "hyperinflated": "hyperexpanded",
 }
@@ -267,7 +271,9 @@ EDITS: dict[str, Callable[[str, random.Random], str | None]] = {
     "prompt copied": lambda report, rng: PROMPT,
     "empty": lambda report, rng: "",
 }
-HARMFUL = (
+
+# %% ../../nbs/rewards/07_behaviour.ipynb #310eabde
+HARMFUL = (  # they make a true report false
     "negation flipped",
     "sides swapped",
     "severity changed",
