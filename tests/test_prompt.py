@@ -4,17 +4,25 @@ import dataclasses
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
+import trees
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageColumn
 from peft import get_peft_model
 from PIL import Image
 
+from valor.cli import main
 from valor.config import preset, prompt_texts
+from valor.data.benchmarks import load_benchmark, rerender
+from valor.data.pairs import erased_pairs
+from valor.data.phantom import FEATURES
+from valor.data.studies import load_studies
 from valor.policy.generate import merge, write_reports
 from valor.policy.models import load_policy, load_processor, lora_config, save_policy
-from valor.policy.prompt import Prompt, asked_by, conversations, prompt_of
+from valor.policy.prompt import Prompt, asked_by, context_text, conversations, prompt_of
 from valor.policy.tiny import build_policy, generate
+from valor.results.zeroshot import images_of, question_key
 from valor.runs.phases import PHASES, phase_key
 from valor.testing import KINDS, miniature_policy
 from valor.train.sft import sft
@@ -164,3 +172,145 @@ def test_rows_of_a_preference_pair_hold_the_question(tmp_path):
     kinds = [[p["type"] for p in rows[0]["prompt"][0]["content"]], type(rows[1]["prompt"][0]["content"])]
     assert kinds == [["text", "image", "text"], str]
     assert json.loads(json.dumps(pairs))[1]["prompt"] == "Describe this chest X-ray."
+
+
+# ---- context ---------------------------------------------------------------------------------------
+
+
+def table(folder, rows):
+    "A CSV of `rows` with a film each."
+    folder.mkdir(exist_ok=True, parents=True)
+    FILMS[0].save(folder / "a.png")
+    columns = sorted({column for row in rows for column in row} | {"image", "report"})
+    lines = [",".join(columns)]
+    for i, row in enumerate(rows):
+        row = dict(image="a.png", report=f"the lungs are clear in study number {i}", study_id=i) | row
+        lines.append(",".join(f'"{row.get(column, "")}"' for column in columns))
+    (folder / "t.csv").write_text("\n".join(lines) + "\n")
+    return folder / "t.csv"
+
+
+ROWS = [
+    dict(study_id="s1", patient_id="p1", split="train", indication="Cough.", age="63", sex="female"),
+    dict(study_id="s2", patient_id="p1", split="train", previous_id="s1", comparison="none."),
+    dict(study_id="s3", patient_id="p2", split="test", indication="Pain"),
+]
+
+
+def told(tmp_path, rows, fields, **changes):
+    root = table(tmp_path / "t", rows)
+    changes = dict(unknown_view="guess", context=fields) | changes
+    found = load_studies("table", root, cache=tmp_path / "c", **changes)
+    return found, {r["study_id"]: r["context"] for part in found.values() for r in part}
+
+
+def test_a_table_tells_what_it_has(tmp_path):
+    fields = ["indication", "comparison", "age", "sex", "previous", "view"]
+    _, known = told(tmp_path, ROWS, fields)
+    empty = dict.fromkeys(fields) | dict(view="frontal")
+    assert known["s1"] == empty | dict(indication="cough.", age="63", sex="female")
+    before = "the lungs are clear in study number 0"
+    assert known["s2"] == empty | dict(comparison="none.", previous=before)
+    assert context_text(known["s3"], fields) == "Indication: pain. View: frontal."
+
+
+def test_the_report_of_another_patient_is_never_told(tmp_path):
+    rows = [*ROWS[:2], ROWS[2] | dict(previous_id="s1")]
+    found, known = told(tmp_path, rows, ["previous"])
+    assert set(known) == {"s1", "s2"}
+    (line,) = found.set_aside.query("level == 'study'").itertuples()
+    assert line.kind == "previous report of another patient" and "'p1', not of 'p2'" in line.message
+    with pytest.raises(ValueError, match="study of patient 'p1', not of 'p2'"):
+        told(tmp_path / "strict", rows, ["previous"], strict=True)
+    assert set(told(tmp_path / "other", rows, ["indication"])[1]) == {"s1", "s2", "s3"}  # nobody asks for it
+
+
+def test_a_field_that_nobody_states_is_said_at_once(tmp_path):
+    with pytest.raises(ValueError, match="table states no sex; it has indication"):
+        told(tmp_path, [ROWS[0] | dict(sex="", age="")], ["indication", "sex"])
+    with pytest.raises(ValueError, match="no field 'indicaton'; expected some of indication"):
+        told(tmp_path, ROWS, ["indicaton"])
+    with pytest.raises(ValueError, match=r"context=\['age'\]: benchmark='phantom' states no age"):
+        preset("smoke", context=["age"])
+
+
+def test_sources_in_their_distributors_layouts_tell_their_sections(tmp_path):
+    for name, make, fields in (
+        ("openi", trees.openi, ["indication"]),
+        ("kaggle_indiana", trees.kaggle, ["indication"]),
+        ("mimic_cxr_jpg", trees.mimic, ["indication", "view"]),
+    ):
+        root = make(tmp_path / name, 6)
+        found = load_studies(name, root, cache=tmp_path / "c", context=fields, unknown_view="guess")
+        row = found["train"][0]
+        assert "cough" in row["context"]["indication"], name
+        assert set(row["context"]) == set(fields)
+        plain = load_studies(name, root, cache=tmp_path / "c", unknown_view="guess")
+        assert "context" not in plain["train"].column_names
+    assert row["context"]["view"] in ("pa", "ap")  # MIMIC states the position
+
+
+def test_mimic_tells_the_patients_report_before(tmp_path):
+    root = trees.mimic(tmp_path / "m", 6)
+    table = pd.read_csv(root / "mimic-cxr-2.1.0-metadata.csv.gz", dtype=str)
+    day = 21000000 + table["study_id"].astype(int) % 100
+    table.assign(StudyDate=day, StudyTime="83000.0").to_csv(
+        root / "mimic-cxr-2.1.0-metadata.csv.gz", index=False
+    )
+    found = load_studies("mimic_cxr_jpg", root, cache=tmp_path / "c", context=["previous"])
+    rows = {r["study_id"]: r for part in found.values() for r in part}
+    by_patient = {}
+    for row in sorted(rows.values(), key=lambda r: r["study_id"]):
+        by_patient.setdefault(row["patient_id"], []).append(row)
+    first, second = next(rows for rows in by_patient.values() if len(rows) > 1)[:2]
+    assert first["context"]["previous"] is None
+    assert second["context"]["previous"].startswith(first["findings"])
+
+
+def test_phantom_without_a_context_is_what_it_was():
+    plain = load_benchmark("phantom", 6, 2, 4, size=64, omit=0.4)
+    asked = load_benchmark("phantom", 6, 2, 4, size=64, omit=0.4, context=["indication"])
+    assert set(plain["train"].column_names) == set(FEATURES)
+    for split in plain:
+        assert asked[split].remove_columns("context").to_list() == plain[split].to_list()
+        assert all(row["indication"] for row in asked[split]["context"])
+    fresh = rerender(asked["train"], 1)
+    assert fresh["context"][:] == asked["train"]["context"][:]
+    pairs = erased_pairs(asked["test"])
+    assert pairs["context"][:] == [asked["test"][i]["context"] for i in pairs["row"]]
+    one, same, other = (preset("smoke", **c) for c in ({}, dict(context=()), dict(context=["indication"])))
+    assert {n: phase_key(n, one) for n in PHASES} == {n: phase_key(n, same) for n in PHASES}
+    assert phase_key("data", one) != phase_key("data", other)
+    listed = dataclasses.replace(other, context=("indication",))  # as JSON has it, or as Python writes it
+    assert phase_key("data", listed) == phase_key("data", other)
+
+
+def test_the_list_of_valor_generate_may_say_what_is_known(tmp_path, read, capsys):
+    model, processor = load_policy(miniature_policy("qwen2_5_vl", tmp_path / "p"))
+    processor.prompt = Prompt(("Report it.",), ("indication",))
+    save_policy(model, processor, tmp_path / "told")
+    for i in range(2):
+        FILMS[i].save(tmp_path / f"{i}.png")
+    lines = [
+        dict(id="a", image=["0.png", "1.png"], indication="cough", age=63),
+        dict(id="b", image="1.png"),
+    ]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    texts = read(model, processor)
+    out = ["--out", str(tmp_path / "out.jsonl"), "--max-new-tokens", "2"]
+    main(["generate", "--model", str(tmp_path / "told"), "--images", str(tmp_path / "list.jsonl"), *out])
+    assert "Indication: cough. Report it." in texts[0] and "Indication" not in texts[1]
+    assert texts[0].count("vision_start") == 2 and texts[1].count("vision_start") == 1
+    assert "states age, which" in capsys.readouterr().err
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [len(np.atleast_1d(line["image"])) for line in written] == [2, 1]
+
+
+def test_hosted_models_are_told_the_same(tmp_path):
+    rows = studies(context=[dict(indication="cough")] * 4)
+    shown = images_of(rows[0])
+    plain = images_of(studies()[0])
+    assert shown.ask("Report.") == "Indication: cough. Report." and plain.ask("Report.") == "Report."
+    settings = dict(model="m")
+    assert question_key(settings, shown) != question_key(settings, plain)
+    assert question_key(settings, plain) == question_key(settings, list(plain))  # as before

@@ -17,7 +17,7 @@ import re
 import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 # %% ../../nbs/data/01_benchmarks.ipynb #be0001
 from .. import config
+from .context import check_context, phantom_indication, with_context
 from valor.data.phantom import (
     FEATURES,
     FINDINGS,
@@ -467,6 +468,8 @@ class Benchmark:
     made_up: bool = False  # is the text the phantom grammar's, in which every word occurs often?
     omits: bool = False  # can its training references be told to leave findings out?
     described: str = ""  # what the gallery adds to the terms
+    # {field of `CONTEXT_FIELDS`: f(dataset), what is known of each of its studies}
+    context: Mapping[str, Callable] = field(default_factory=dict)
     main_metrics: tuple[str, ...] = MAIN_METRICS  # the columns of the main table
 
 # %% ../../nbs/data/01_benchmarks.ipynb #bench001
@@ -478,6 +481,7 @@ def register_benchmark(benchmark: Benchmark) -> Benchmark:
     BENCHMARKS[benchmark.name] = benchmark
     if benchmark.name not in config.BENCHMARKS:
         config.BENCHMARKS.append(benchmark.name)
+    config.BENCHMARK_CONTEXT[benchmark.name] = tuple(benchmark.context)
     return benchmark
 
 
@@ -526,17 +530,29 @@ def load_benchmark(
     sections: str = "both",
     render_seed: int = 0,
     omit: float = 0.0,
+    context: Sequence[str] = (),
 ) -> DatasetDict:
     """The benchmark `name` as a `DatasetDict` (train, val, test) with `FEATURES`; the same parameters
     give the same rows. `phantom`: n studies per split, made from `seed`. `openi_rendered`: real reports,
     a split that no seed changes, the first n of each split (None: all); `render_seed` chooses the
     anatomy. `sections` is what `report` holds: `both` or `findings`. `omit`: the share of findings that
     `phantom`'s training references leave out (`data.phantom.write_reference`); references of the other
-    splits state all of them. Raises `ValueError` naming the parameter for an unknown name or section, an
+    splits state all of them. `context`: fields that a column `context` tells of each study ([context]
+    (10_context.ipynb)). Raises `ValueError` naming the parameter for an unknown name, section or field, an
     impossible n, or an `omit` that the benchmark does not know."""
     known = _known(name, sections, omit)
+    check_context(name, context, tuple(known.context))
     counts = dict(train=n_train, val=n_val, test=n_test)
-    return known.load(counts, seed, size, sections, render_seed, *([omit] if omit else []))
+    made = known.load(counts, seed, size, sections, render_seed, *([omit] if omit else []))
+    return (
+        DatasetDict({split: _told(part, known, context) for split, part in made.items()}) if context else made
+    )
+
+
+def _told(dataset: Dataset, known: Benchmark, fields: Sequence[str]) -> Dataset:
+    "`dataset` of the benchmark `known` with its column `context`."
+    columns = [known.context[name](dataset) for name in fields]
+    return with_context(dataset, [dict(zip(fields, values)) for values in zip(*columns)], fields)
 
 # %% ../../nbs/data/01_benchmarks.ipynb #8fe33233
 def benchmark_note(name: str, dataset: Dataset | Mapping[str, Dataset]) -> str:
@@ -570,6 +586,13 @@ PHANTOM_MAIN = (
     *(*ERRORS, *ABNORMAL, "R@1 of 8"),
 )
 PHANTOM_METRICS = ("located F1", "finding F1", *ERRORS)
+
+
+def _phantom_indications(dataset: Dataset) -> list[str]:
+    rows = dataset.select_columns(["study_id", "truth"])
+    return [phantom_indication(row["study_id"], row["truth"]) for row in rows]
+
+
 register_benchmark(
     Benchmark(
         "phantom",
@@ -583,12 +606,25 @@ register_benchmark(
         made_up=True,
         omits=True,
         main_metrics=PHANTOM_MAIN,
+        context=dict(indication=_phantom_indications),
     )
 )
 
 # %% ../../nbs/data/01_benchmarks.ipynb #be0033
 TEXT_METRICS = ("BLEU-4", "ROUGE-L", "BLEU-4 unleaked")
 OPENI_METRICS = ("finding F1", "hallucinated", "missed")
+
+
+def _openi_context(section: str) -> Callable:
+    "A function that tells the `section` (indication, comparison) of each Open-i study of a dataset."
+
+    def told(dataset: Dataset) -> list[str]:
+        said = {study["uid"]: study[section] for study in read_openi()}
+        return [clean_text(said[uid]) for uid in dataset["study_id"]]
+
+    return told
+
+
 register_benchmark(
     Benchmark(
         "openi_rendered",
@@ -600,6 +636,7 @@ register_benchmark(
         truth_metrics=OPENI_METRICS,
         described="real text, images rendered from its codes",
         main_metrics=(*TEXT_METRICS, "words", *F1S, *OPENI_METRICS, *ABNORMAL, "R@1 of 8"),
+        context={section: _openi_context(section) for section in ("indication", "comparison")},
     )
 )
 
@@ -618,7 +655,7 @@ def rerender(dataset: Dataset, seed: int) -> Dataset:
     redrawn = [render_study(uid, from_truth(truth), seed, size) for uid, truth in rows]
     rest = dataset.remove_columns(["image", "truth"]).to_dict()
     return Dataset.from_dict(
-        rest | dict(image=[i for i, _ in redrawn], truth=[t for _, t in redrawn]), features=FEATURES
+        rest | dict(image=[i for i, _ in redrawn], truth=[t for _, t in redrawn]), features=dataset.features
     )
 
 # %% ../../nbs/data/01_benchmarks.ipynb #2e1b9b40

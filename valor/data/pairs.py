@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from . import phantom
+from .context import with_context
 from valor.data.phantom import (
     FEATURES,
     Finding,
@@ -138,4 +139,8 @@ def erased_pairs(studies: datasets.Dataset, n: int | None = None) -> datasets.Da
         which = chosen(row)
         rows.append(erase(row, which) | dict(row=i, erased=row["truth"][which]))
     more = dict(row=datasets.Value("int32"), erased=FEATURES["truth"].feature)
-    return datasets.Dataset.from_list(rows, features=datasets.Features(dict(FEATURES) | more))
+    made = datasets.Dataset.from_list(rows, features=datasets.Features(dict(FEATURES) | more))
+    if "context" not in studies.column_names:
+        return made
+    known = studies.select_columns(["context"])[made["row"]]["context"]
+    return with_context(made, known, list(studies.features["context"]))

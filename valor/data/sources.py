@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EMPTY_CELLS', 'BROKEN_ROW', 'FRONTAL', 'LATERAL', 'CHEXPERT', 'COLUMNS', 'SOURCES', 'Study', 'Fault', 'read_header',
            'read_table', 'view_of', 'openi_views', 'dicom_name', 'check_is_iu', 'read_openi_tree', 'read_kaggle',
-           'read_r2gen', 'read_r2gen_iu', 'read_r2gen_mimic', 'read_mimic', 'read_own_table', 'read_hf',
-           'table_columns', 'hf_columns', 'Source', 'register_source', 'text_columns', 'terms_of', 'is_local',
+           'read_r2gen', 'read_r2gen_iu', 'read_r2gen_mimic', 'read_mimic', 'table_columns', 'read_own_table',
+           'read_hf', 'hf_columns', 'Source', 'register_source', 'text_columns', 'terms_of', 'is_local',
            'check_endpoint']
 
 # %% ../../nbs/data/04_sources.ipynb #57ebc54f
@@ -21,7 +21,7 @@ import sqlite3
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -48,7 +48,8 @@ class Study:
     `images`: `(path or bytes, view)` with view `frontal`, `lateral` or `unknown`; `where`: the file (and
     row) it was read from; `codes`: MeSH codes; `labels`: the 14 CheXpert observations (1, 0, −1
     uncertain, None not mentioned) where the source has them; `age` in years, `sex` F or M, and `positions`
-    {path of an image: stated position, such as AP} where it has those."""
+    {path of an image: stated position, such as AP} where it has those. `context`: {field of `CONTEXT_FIELDS`:
+    text, or a function that reads it}; `previous_patient`: whose the report before is, if the source says."""
 
     study_id: str
     patient_id: str
@@ -63,6 +64,8 @@ class Study:
     age: int | None = None
     sex: str | None = None
     positions: dict[str, str] = field(default_factory=dict)
+    context: dict[str, str | Callable[[], str]] = field(default_factory=dict)
+    previous_patient: str | None = None
 
     def __post_init__(self) -> None:
         """Removes blanks around identifiers (`x` and `x ` are one patient), and texts that only say that a
@@ -214,6 +217,7 @@ def dicom_name(image: str) -> str:
     return re.sub(r"^(CXR\d+)_\d+_IM", r"\1_IM", image)
 
 # %% ../../nbs/data/04_sources.ipynb #31103d2e
+_REQUEST = ("indication", "comparison")  # what Open-i says of a study beside its findings and impression
 _IU_NAME = re.compile(r"CXR\d+(_\d+)?|(CXR)?\d+(_\d+)?_IM-[\w.-]+")
 
 
@@ -289,7 +293,8 @@ def _openi_study(xml: bytes | None, where: str, root: Path, views: dict[str, str
         check_is_iu(name, where)
     images = [(str(_openi_file(root, i)), views.get(dicom_name(i), "unknown")) for i in s["images"]]
     uid = s["uid"]  # Open-i has one study for each patient
-    return Study(uid, uid, where, s["findings"], s["impression"], images=images, codes=s["codes"])
+    known = dict(images=images, codes=s["codes"], context={name: s[name] for name in _REQUEST})
+    return Study(uid, uid, where, s["findings"], s["impression"], **known)
 
 
 def read_openi_tree(root: Path | str | None, reports: Path | str | None = None) -> Iterator[Study | Fault]:
@@ -342,7 +347,8 @@ def read_kaggle(root: Path | str) -> Iterator[Study | Fault]:
             continue
         codes = [c.strip() for c in r["MeSH"].split(";") if c.strip()]
         own, name = images.pop(uid, []), f"CXR{uid}"
-        yield Study(name, name, where, r["findings"], r["impression"], images=own, codes=codes)
+        known = dict(images=own, codes=codes, context={c: r[c] for c in _REQUEST if c in r})
+        yield Study(name, name, where, r["findings"], r["impression"], **known)
     table = str(root / "indiana_projections.csv")
     for uid, left in images.items():
         why = f"uid {uid} has {len(left)} images and no row in indiana_reports.csv"
@@ -511,6 +517,17 @@ def _numbered(path: Path, columns: list[str], faults: list[Fault]) -> Iterator[l
         faults.append(Fault(study, "broken table row", f"{path}:{row}", why, "image"))
 
 
+def _dates(metadata: Path) -> Iterator[list]:
+    "Study, patient, date with time, and row, for each row of the table `metadata` that states a date."
+    columns = ["subject_id", "study_id", "StudyDate", "StudyTime"]
+    if not set(columns) <= set(read_header(metadata)):
+        return
+    for row, r in read_table(metadata, columns):
+        if r is not None and r["StudyDate"].strip():
+            hour = r["StudyTime"].strip().partition(".")[0].zfill(6)  # 083015.5 is written 83015.5 by some
+            yield [r["study_id"], r["subject_id"], r["StudyDate"].strip() + hour, row]
+
+
 def _fill(db: sqlite3.Connection, name: str, columns: list[str], rows: Iterable[list]) -> None:
     "Make the table `name` of `rows` in the database, with an index of its studies."
     db.execute(f"create table {name} ({', '.join(columns)})")
@@ -524,6 +541,8 @@ def _mimic_tables(root: Path, db: sqlite3.Connection) -> tuple[list[Fault], _Tab
     quoted = [f'"{o}"' for o in OBSERVATIONS]
     rows = _numbered(tables.metadata, ["dicom_id", "subject_id", "study_id", "ViewPosition"], faults)
     _fill(db, "metadata", ["dicom", "subject", "study", "view", "row"], rows)
+    _fill(db, "dated", ["study", "subject", "at", "row"], _dates(tables.metadata))
+    db.execute("create index dated_s on dated(subject)")
     rows = _numbered(tables.split, ["dicom_id", "study_id", "subject_id", "split"], faults)
     _fill(db, "split", ["dicom", "study", "subject", "split", "row"], rows)
     rows = _numbered(tables.chexpert, ["subject_id", "study_id", *OBSERVATIONS], faults)
@@ -593,6 +612,24 @@ def _mimic_study(mimic: _Mimic, found: tuple) -> Study | Fault:
     known.images = [(path, view_of(position)) for path, position in images]
     return _mimic_texts(mimic, known, where)
 
+# %% ../../nbs/data/04_sources.ipynb #ctx4a001
+def _mimic_before(mimic: _Mimic, study: Study) -> Path | None:
+    "The report of the patient's study before `study`, by date and time; None where there is none."
+    number, subject = study.study_id.removeprefix("s"), study.patient_id.removeprefix("p")
+    (at,) = mimic.db.execute("select min(at) from dated where study = ?", (number,)).fetchone()
+    earlier = "select study from dated where subject = ? and at < ? order by at desc limit 1"
+    found = mimic.db.execute(earlier, (subject, at or "")).fetchone()
+    if found is None:
+        return None
+    report = mimic.reports / _mimic_folder(subject) / f"s{found[0]}.txt"
+    return report if os.path.isfile(report) else None
+
+
+def _mimic_report(path: Path) -> str:
+    "Findings and impression of the report in the file `path`."
+    sections = parse_sections(path.read_text("utf-8", "replace"), path.stem)
+    return " ".join(sections.get(name, "") for name in ("findings", "impression")).strip()
+
 # %% ../../nbs/data/04_sources.ipynb #8bb90dbe
 def _mimic_texts(mimic: _Mimic, study: Study, where: str) -> Study | Fault:
     """`study` with findings and impression of its report, which lies at `study.where`, and its labels;
@@ -608,7 +645,11 @@ def _mimic_texts(mimic: _Mimic, study: Study, where: str) -> Study | Fault:
     findings, impression = sections.get("findings", ""), sections.get("impression", "")
     if not findings and not impression:
         findings = sections.get("last_paragraph", "")
-    return replace(study, findings=findings, impression=impression, labels=labels)
+    known = dict(indication=sections.get("indication") or sections.get("history", ""))
+    known["comparison"] = sections.get("comparison", "")
+    if before := _mimic_before(mimic, study):
+        known["previous"] = partial(_mimic_report, before)
+    return replace(study, findings=findings, impression=impression, labels=labels, context=known)
 
 # %% ../../nbs/data/04_sources.ipynb #8bb90dbf
 # for each study its patient, split, number of splits and first row, in the order of the split table
@@ -653,6 +694,8 @@ def read_mimic(root: Path | str, reports: Path | str | None = None) -> Iterator[
 # %% ../../nbs/data/04_sources.ipynb #6229120a
 COLUMNS = ("image", "report", "findings", "impression", "split", "study_id", "patient_id", "view")
 _TEXTS = ("report", "findings", "impression")
+# what a table may say of a study beside its images; `previous_id`: the study_id of the patient's study before
+_TOLD = ("indication", "comparison", "age", "sex", "previous")
 
 
 def _no_path(image: str, base: Path) -> str | None:
@@ -680,6 +723,12 @@ def _own_value(row: dict, column: str) -> Any:
     "What stands in a `column` of a `row`; empty where it is absent, None or NaN."
     value = row.get(column)
     return "" if value is None or isinstance(value, float) and value != value else value
+
+
+def _own_text(row: dict, column: str) -> str:
+    "What stands in a `column` of a `row` as text: an age of 63.0 is 63."
+    value = _own_value(row, column)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _own_images(row: dict) -> tuple[list, list[str]]:
@@ -730,7 +779,11 @@ def _own(row: dict, where: str, base: Path, name: str) -> Study | Fault:
     stated = [view_of(v) for v in views or ["unknown"] * len(images)]
     study = str(_own_value(row, "study_id") or name)
     patient = str(_own_value(row, "patient_id") or study)
-    return Study(study, patient, where, findings, impression, report, list(zip(paths, stated)), split)
+    told = {column: _own_text(row, column) for column in _TOLD if _own_value(row, column) != ""}
+    known = dict(context=told, previous_patient=row.get("previous_patient"))
+    return Study(
+        study, patient, where, findings, impression, report, list(zip(paths, stated)), split, **known
+    )
 
 # %% ../../nbs/data/04_sources.ipynb #62291210
 def _kind(path: Path) -> str:
@@ -749,6 +802,41 @@ def _own_rows(path: Path) -> Iterator[tuple[int, Any]]:
     _check_columns(read_header(path), path)
     yield from read_table(path, ["image"])
 
+# %% ../../nbs/data/04_sources.ipynb #ctx4a003
+def table_columns(root: Path | str) -> Iterable[str]:
+    "The columns of a user's own table; of JSON lines those of the first object; () where there is no file."
+    path = Path(root).expanduser()
+    if not path.is_file():
+        return ()
+    if _kind(path) == "csv":
+        return read_header(path)
+    return next((list(r) for _, r in json_lines(path, stop=False) if isinstance(r, dict)), ())
+
+
+def _reports_before(path: Path) -> dict[str, tuple[str, str]]:
+    "{study_id: (patient, report)} of a user's own table whose rows name the study before; {} for any other."
+    if _kind(path) not in ("csv", "jsonl") or "previous_id" not in table_columns(path):
+        return {}
+    rows = [row for _, row in _own_rows(path) if isinstance(row, dict) and row.get("study_id")]
+    told = {}
+    for row in rows:
+        study = str(row["study_id"]).strip()
+        texts = [str(_own_value(row, column)).strip() for column in _TEXTS]
+        told[study] = (str(_own_value(row, "patient_id") or study).strip(), " ".join(filter(None, texts)))
+    return told
+
+
+def _own_told(row: dict, where: str, base: Path, name: str, before: dict) -> Study | Fault:
+    "As `_own`, with the report before, which `previous_id` names among those in `before`."
+    wanted = str(_own_value(row, "previous_id")).strip()
+    if not wanted or not before:
+        return _own(row, where, base, name)
+    if wanted not in before:
+        why = f"previous_id {wanted!r} is no study_id of the table; expected one, or an empty cell"
+        return Fault(str(row.get("study_id") or name), "no previous report", where, why)
+    patient, report = before[wanted]
+    return _own(row | dict(previous=report, previous_patient=patient), where, base, name)
+
 # %% ../../nbs/data/04_sources.ipynb #62291219
 def read_own_table(root: Path | str) -> Iterator[Study | Fault]:
     "A user's own `.csv`, `.csv.gz`, `.jsonl` or `.jsonl.gz` (the file `root`)."
@@ -756,6 +844,7 @@ def read_own_table(root: Path | str) -> Iterator[Study | Fault]:
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "no such file"
         raise DataError(f"root={str(path)!r}: {found}; expected a .csv or .jsonl file")
+    before = _reports_before(path)
     for row, r in _own_rows(path):
         where, name = f"{path}:{row}", f"row {row}"
         if r is None and _kind(path) == "csv":
@@ -768,7 +857,7 @@ def read_own_table(root: Path | str) -> Iterator[Study | Fault]:
             if not known:  # JSON has no header: the first object says what there is
                 _check_columns(list(r), where)
             known = True
-            yield _own(r, where, path.parent, name)
+            yield _own_told(r, where, path.parent, name, before)
 
 # %% ../../nbs/data/04_sources.ipynb #62291212
 def _hf_parts(root: Path | str) -> list[tuple[str | None, Any]]:
@@ -809,16 +898,6 @@ def read_hf(root: Path | str) -> Iterator[Study | Fault]:
             yield _own(_hf_row(row, split), f"{name}:{split}[{i}]", base, f"{split or 'row'} {i}")
 
 # %% ../../nbs/data/04_sources.ipynb #62291216
-def table_columns(root: Path | str) -> Iterable[str]:
-    "The columns of a user's own table; of JSON lines those of the first object; () where there is no file."
-    path = Path(root).expanduser()
-    if not path.is_file():
-        return ()
-    if _kind(path) == "csv":
-        return read_header(path)
-    return next((list(r) for _, r in json_lines(path, stop=False) if isinstance(r, dict)), ())
-
-
 def hf_columns(root: Path | str) -> Iterable[str]:
     "The columns of a Hugging Face dataset."
     return {c for _, part in _hf_parts(root) for c in part.column_names}

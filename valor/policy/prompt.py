@@ -87,7 +87,7 @@ def _draws(texts: int, n: int, seed: int) -> np.ndarray:
 # %% ../../nbs/policy/00a_prompt.ipynb #b0f10a11
 def prompt_of(cfg: SimpleNamespace) -> Prompt:
     "What the run with the configuration `cfg` asks. Raises ValueError as `prompt_texts` does."
-    return Prompt(prompt_texts(cfg.prompt))
+    return Prompt(prompt_texts(cfg.prompt), tuple(field for field in CONTEXT_FIELDS if field in cfg.context))
 
 
 def asked_by(processor: ProcessorMixin) -> Prompt:

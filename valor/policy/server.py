@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MOST_BYTES', 'MOST_CHARACTERS', 'MOST_PIXELS', 'SECONDS', 'CONNECTIONS', 'WAITING', 'COLDEST', 'KNOWN', 'complete',
-           'RequestError', 'data_image', 'conversation', 'settings_of', 'fingerprint', 'body_length', 'check_sender',
-           'TimedReader', 'Reader', 'check_json', 'json_object', 'Replies', 'Handler', 'PolicyServer', 'run_serve']
+           'RequestError', 'data_image', 'conversation', 'as_trained', 'settings_of', 'fingerprint', 'body_length',
+           'check_sender', 'TimedReader', 'Reader', 'check_json', 'json_object', 'Replies', 'Handler', 'PolicyServer',
+           'run_serve']
 
 # %% ../../nbs/policy/05_server.ipynb #3569f5d9
 import argparse
@@ -33,6 +34,7 @@ from transformers import PreTrainedModel, ProcessorMixin, set_seed
 from ..data.images import read_image, square
 from .generate import load_trained
 from .models import film_side, image_tokens
+from .prompt import Prompt, asked_by, parts_of
 
 # %% ../../nbs/policy/05_server.ipynb #16034909
 def _inputs(
@@ -159,6 +161,27 @@ def conversation(body: dict, size: int | None = None) -> tuple[list[dict], list[
         raise RequestError(400, "messages: expected a list that ends with the user's turn")
     return turns, images
 
+# %% ../../nbs/policy/05_server.ipynb #ctx50002
+def as_trained(turns: list[dict], known: dict | None, prompt: Prompt) -> list[dict]:
+    """The conversation `turns`, whose last turn, if it holds images and no text, asks what `prompt` asks of a
+    study of which this is `known`. Raises RequestError for a context that cannot be told."""
+    parts = turns[-1]["content"]
+    if any(part["type"] == "text" for part in parts):
+        if known:
+            raise RequestError(
+                400, "context: the request has a text of its own; expected images alone beside it"
+            )
+        return turns
+    if known is not None and not isinstance(known, dict):
+        raise RequestError(
+            400, f"context: a {type(known).__name__}; expected an object such as {{indication: …}}"
+        )
+    if untold := [field for field in known or {} if field not in prompt.context]:
+        told = ", ".join(prompt.context) or "nothing"
+        raise RequestError(400, f"context: {', '.join(untold)}: the policy was trained to be told {told}")
+    question = prompt.question({field: str(value) for field, value in (known or {}).items()})
+    return [*turns[:-1], dict(turns[-1], content=parts_of(question, len(parts)))]
+
 # %% ../../nbs/policy/05_server.ipynb #se000006
 # the fields that a request may have
 KNOWN = (
@@ -171,6 +194,7 @@ KNOWN = (
     "n",
     "stream",
     "user",
+    "context",
 )
 
 
@@ -411,6 +435,7 @@ class _Answering(_Running):
         if body.get("model") != self.id:
             raise RequestError(404, f"model {body.get('model')!r} is not served here; expected {self.id!r}")
         settings, (turns, images) = settings_of(body, self.limit), conversation(body, self.size)
+        turns = as_trained(turns, body.get("context"), asked_by(self.processor))
         if not self.waiting.acquire(blocking=False):
             raise RequestError(503, f"{WAITING} requests wait already; ask again later")
         try:

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['ZERO_SHOT', 'STATUSES', 'FINISHES', 'REFUSAL', 'LONGEST', 'LONGEST_ANSWER', 'BEGINS', 'ROWS', 'READERS', 'SHOWN',
            'GAUGED', 'PAPER_NAMES', 'SCORED', 'EndpointError', 'Endpoint', 'client_of', 'http_client_of', 'proxy_of',
-           'named', 'images_of', 'settings_of', 'question_key', 'messages_of', 'Malformed', 'Late', 'status_of',
-           'text_of', 'usage_of', 'outcome', 'tile_tokens', 'most_used', 'cost', 'Purse', 'retry_after', 'is_fatal',
-           'is_transient', 'once', 'refused_parameter', 'fatal_line', 'error_line', 'fate_unknown', 'without_key',
-           'within', 'answer_of', 'question', 'kept_answers', 'Questioning', 'collect', 'ask', 'written', 'estimate',
-           'Row', 'load_row', 'chat_report', 'maira2_report', 'run_open', 'from_file', 'Result', 'Given', 'run_row',
-           'answered', 'how_to_run', 'score_rows', 'usable', 'table2', 'footnotes']
+           'named', 'Shown', 'images_of', 'settings_of', 'question_key', 'messages_of', 'Malformed', 'Late',
+           'status_of', 'text_of', 'usage_of', 'outcome', 'tile_tokens', 'most_used', 'cost', 'Purse', 'retry_after',
+           'is_fatal', 'is_transient', 'once', 'refused_parameter', 'fatal_line', 'error_line', 'fate_unknown',
+           'without_key', 'within', 'answer_of', 'question', 'kept_answers', 'Questioning', 'collect', 'ask', 'written',
+           'estimate', 'Row', 'load_row', 'chat_report', 'maira2_report', 'run_open', 'from_file', 'Result', 'Given',
+           'run_row', 'answered', 'how_to_run', 'score_rows', 'usable', 'table2', 'footnotes']
 
 # %% ../../nbs/results/04_zeroshot.ipynb #70c4569f
 import base64
@@ -56,7 +56,7 @@ from ..metrics.evaluate import DEFAULTS, MEASURES, gauged, made
 from ..metrics.statistics import cell
 from ..policy.generate import ENDINGS
 from ..policy.models import load_policy, own_generation
-from ..policy.prompt import one_or_two
+from ..policy.prompt import context_text, one_or_two, question_of
 from ..policy.server import complete, fingerprint
 from .paper import TABLE2
 from .tables import compare
@@ -151,9 +151,21 @@ def named(endpoint: Endpoint, client: openai.OpenAI) -> Endpoint:
     return replace(endpoint, model=found[0])
 
 # %% ../../nbs/results/04_zeroshot.ipynb #d575f011
-def images_of(row: dict) -> list[Image.Image]:
+class Shown(list):
+    "The images of a study; `known`: what the column `context` says of it."
+
+    known: dict = {}
+
+    def ask(self, prompt: str) -> str:
+        "The text `prompt` with what is known of the study before it."
+        return question_of(prompt, context_text(self.known))
+
+
+def images_of(row: dict) -> Shown:
     "The one or two images of the study `row`."
-    return one_or_two(row["image"], row.get("second_image"))
+    shown = Shown(one_or_two(row["image"], row.get("second_image")))
+    shown.known = {field: text for field, text in (row.get("context") or {}).items() if text}
+    return shown
 
 
 def settings_of(endpoint: Endpoint) -> dict:
@@ -162,8 +174,10 @@ def settings_of(endpoint: Endpoint) -> dict:
 
 
 def question_key(settings: dict, images: list[Image.Image]) -> str:
-    "A hash of `settings` and of the pixels of `images`."
+    "A hash of `settings`, of the pixels of `images` and of what is known beside them."
     seen = hashlib.sha256(key_of(settings).encode())
+    if known := getattr(images, "known", None):
+        seen.update(key_of(known).encode())
     for image in images:
         seen.update(f"{image.mode} {image.size} ".encode() + image.tobytes())
     return seen.hexdigest()[:32]
@@ -284,6 +298,10 @@ def tile_tokens(width: int, height: int) -> int:
     return 85 + 170 * math.ceil(width * scale / 512) * math.ceil(height * scale / 512)
 
 
+def _asked(prompt: str, images: list[Image.Image]) -> str:
+    return images.ask(prompt) if isinstance(images, Shown) else prompt
+
+
 def most_used(endpoint: Endpoint, images: list[Image.Image]) -> dict:
     'The most tokens that one question may use: `{"input", "output"}`.'
     if endpoint.image_tokens is None:
@@ -293,7 +311,7 @@ def most_used(endpoint: Endpoint, images: list[Image.Image]) -> dict:
     longest = 4096
     for name in ("max_tokens", "max_completion_tokens"):  # the second wins where both are given
         longest = endpoint.parameters.get(name, longest)
-    return dict(input=math.ceil(len(endpoint.prompt) / 4) + 10 + shown, output=longest)
+    return dict(input=math.ceil(len(_asked(endpoint.prompt, images)) / 4) + 10 + shown, output=longest)
 
 
 def cost(used: dict, prices: dict | None) -> float:
@@ -509,7 +527,7 @@ def question(client: openai.OpenAI, endpoint: Endpoint, images: list[Image.Image
 
     `unknown` counts the attempts whose cost nobody knows (no answer, or one without a sound `usage`); each of
     them is charged as `most`."""
-    messages = messages_of(endpoint.prompt, images)
+    messages = messages_of(_asked(endpoint.prompt, images), images)
     try:
         answer, errors = once(lambda: outcome(answer_of(client, endpoint, messages)), endpoint)
     except (openai.OpenAIError, Malformed) as error:
@@ -867,13 +885,14 @@ def chat_report(model, processor, images: list, prompt: str, max_new_tokens: int
 def maira2_report(model, processor, images: list, prompt: str, max_new_tokens: int) -> tuple[str, str]:
     """As MAIRA-2's card has it: findings from a frontal (and a lateral) view, no grounding; `prompt` is
     not used."""
+    known = getattr(images, "known", {})
     inputs = processor.format_and_preprocess_reporting_input(
         current_frontal=images[0],
         current_lateral=images[1] if len(images) > 1 else None,
         prior_frontal=None,
-        indication=None,
+        indication=known.get("indication"),
         technique=None,
-        comparison=None,
+        comparison=known.get("comparison"),
         prior_report=None,
         return_tensors="pt",
         get_grounding=False,
@@ -903,7 +922,8 @@ def run_open(
     settings = dict(model=f"{row.model}@{fingerprint(model)}", prompt=row.prompt, parameters=parameters)
 
     def answer(images: list) -> dict:
-        text, finish = READERS[row.reader](model, processor, images, row.prompt, max_new_tokens)
+        asked = _asked(row.prompt, images)
+        text, finish = READERS[row.reader](model, processor, images, asked, max_new_tokens)
         status = status_of(text)
         return dict(status=status, candidate=text if status == "ok" else "", finish=finish)
 

@@ -101,6 +101,7 @@ def make_data(out: Path, cfg: Config, after: Mapping[str, Path], name: str) -> N
             size=cfg.image_size,
             sections=cfg.sections,
             omit=cfg.omit,
+            context=cfg.context,
         )
     else:
         data = real_data(out, cfg)
@@ -136,7 +137,12 @@ def real_data(out: Path, cfg: Config) -> datasets.DatasetDict:
     restricted data would be copied into a repository."""
     check_place(out, cfg.benchmark, OUTSIDE)
     studies = load_studies(
-        cfg.benchmark, cfg.data_root, size=cfg.image_size, sections=cfg.sections, **cfg.data_options
+        cfg.benchmark,
+        cfg.data_root,
+        size=cfg.image_size,
+        sections=cfg.sections,
+        context=cfg.context,
+        **cfg.data_options,
     )
     check_splits(studies, cfg.data_root)
     (out / "data_report.md").write_text(to_markdown(data_report(studies)))
@@ -315,7 +321,8 @@ def make_base(out: Path, cfg: Config, after: Mapping[str, Path], name: str) -> N
     shown = renderings(train, cfg.render_copies)
     data = shown.select(range(min(cfg.base_studies, len(shown))))
     said, seed, prompt = lay_descriptions(data, cfg), seed_of(cfg, "base_seed"), prompt_of(cfg)
-    warm_base(out, cfg, shown, [target(r) for r in train["report"]] + said)
+    told = prompt.questions(train) if prompt.context else []  # their words must be known
+    warm_base(out, cfg, shown, [target(r) for r in train["report"]] + said + told)
     sft(
         out / "init",
         conversations(data, said, prompt, seed),

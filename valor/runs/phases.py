@@ -64,7 +64,8 @@ SCORING = ("bertscore_model", "bertscore_layer", *LABELER, *_RADGRAPH, "extra_re
 _GIVEN = {
     "data": Phase(
         (),
-        _fields("benchmark data_root data_options data_seed n_train n_val n_test image_size sections omit"),
+        _fields("benchmark data_root data_options data_seed n_train n_val n_test image_size sections omit")
+        + ("context",),
         2,
     ),
     "expert": Phase(("data",), _fields("threads expert expert_seed expert_steps tower"), 1),
@@ -147,13 +148,14 @@ NO_PATHS = ("embedded", "embedded-labels", "rules", "samples", "minilm")  # valu
 
 SEEDS = ("data_seed", "base_seed", "expert_seed")  # what may be derived from `seed`
 # fields that came later: at these values a phase is as it was
-LATER = dict(omit=0.0, visual="expert", tower="patches", prompt=PROMPT)
+LATER = dict(omit=0.0, visual="expert", tower="patches", prompt=PROMPT, context=[])
 
 
 def fields_reaching(name: str, cfg: Config) -> dict:
     """The fields that reach the phase `name` and their values: derived seeds as numbers, and no field of
     `LATER` that changes nothing. What judges images does not reach a stage without a visual reward."""
     values = {f: seed_of(cfg, f) if f in SEEDS else getattr(cfg, f) for f in PHASES[name].fields}
+    values = {f: list(v) if isinstance(v, tuple) else v for f, v in values.items()}  # as JSON has it
     if cfg.lambda_vis == 0:
         values.pop("visual", None)
     return {field: v for field, v in values.items() if field not in LATER or v != LATER[field]}

@@ -24,7 +24,7 @@ from ..data.sources import terms_of
 from ..figures import save, save_page
 from ..metrics import statistics as ev
 from ..metrics.seeds import Frames
-from ..policy.prompt import image_lists
+from ..policy.prompt import asked_by, image_lists
 from ..policy.tiny import generate
 from .makers import labeler, note_of, policy_of, read_frame, save_reports
 from .phases import MISTAKES, OUTSIDE, begin, ensure, finish, load_data, locked, phase_key
@@ -82,7 +82,8 @@ def write_transfer(out: Path, system: str, cfg: Config, target: Config) -> None:
     model, processor = policy_of(name, changed)
     model.to(resolve_device())
     test = load_data(ensure("data", target))["test"]
-    how = dict(batch_size=cfg.eval_batch_size, desc=f"{system} on {target.benchmark}")
+    asked = asked_by(processor).questions(test)
+    how = dict(batch_size=cfg.eval_batch_size, desc=f"{system} on {target.benchmark}", asked=asked)
     written = generate(model, processor, image_lists(test), cfg.max_new_tokens, **how)
     save_reports(out, "test", test, written)
     known = leaked(test, load_data(ensure("data", cfg))["train"])
