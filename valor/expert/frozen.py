@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EXPERTS', 'OWN', 'own_kind', 'VOCABULARIES', 'STAND_INS', 'HARMLESS', 'image_key', 'fingerprint', 'ask',
-           'VectorCache', 'FrozenExpert', 'ExpertKind', 'register_expert', 'with_methods', 'own_expert', 'read_config',
-           'check_tokenizer_name', 'part_of', 'overlay', 'CountingTokenizer', 'open_clip_expert', 'LabelExpert',
-           'build_classifier', 'fit_classifier', 'learnable', 'train_classifier', 'classifier_expert',
+           'VectorCache', 'KnownImages', 'FrozenExpert', 'ExpertKind', 'register_expert', 'with_methods', 'own_expert',
+           'read_config', 'check_tokenizer_name', 'part_of', 'overlay', 'CountingTokenizer', 'open_clip_expert',
+           'LabelExpert', 'build_classifier', 'fit_classifier', 'learnable', 'train_classifier', 'classifier_expert',
            'embedded_expert', 'xrv', 'xrv_columns', 'prepared', 'Shell', 'tensors_of', 'TensorsOnly', 'ShellPickle',
            'read_module', 'read_weights', 'parse_xrv', 'xrv_weights', 'xrv_model', 'xrv_expert', 'kind_of',
            'check_expert', 'load_expert', 'try_expert']
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 from unittest.mock import patch
 
 import numpy as np
@@ -65,8 +65,8 @@ def fingerprint(model: torch.nn.Module) -> str:
 
 # %% ../../nbs/expert/01_frozen.ipynb #frz1fea0
 def ask(expert: Any, method: str, items: list, name: str) -> Tensor:
-    """Unit vectors (N, D), float32 on the CPU, that `expert.method` gives for N items. A zero vector stays
-    zero.
+    """The unit vectors (N, D), float32 on the CPU, that `expert.method` gives for N items; a zero vector
+    stays zero.
 
     Raises RewardError, with the expert's `name`, if the method fails or its answer cannot be used."""
     try:
@@ -89,11 +89,11 @@ def ask(expert: Any, method: str, items: list, name: str) -> Tensor:
 class VectorCache:
     """Float32 vectors by key: the newest `keep` in memory, all of them in the `store` (if there is one)."""
 
-    def __init__(self, store: Store | None = None, keep: int = 2**14):
+    def __init__(self, store: Store | None = None, keep: int = 2**14) -> None:
         self.store, self.keep, self.kept = store, keep, {}
 
     def get(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        "Those of the `keys` that are known, with their vectors."
+        "The vectors of those `keys` that are known."
         found = {key: self.kept[key] for key in keys if key in self.kept}
         if self.store:
             elsewhere = self.store.get([key for key in keys if key not in found])
@@ -107,20 +107,16 @@ class VectorCache:
             self.store.put({key: vector.numpy().tobytes() for key, vector in vectors.items()})
         self._remember(vectors)
 
-    def _remember(self, vectors):
+    def _remember(self, vectors: dict[str, Tensor]) -> None:
         self.kept |= vectors
         while len(self.kept) > self.keep:
             del self.kept[next(iter(self.kept))]  # the oldest
 
-# %% ../../nbs/expert/01_frozen.ipynb #250e31f8
-class FrozenExpert:
-    """The expert `inner`, called `name`, behind the common interface.
+# %% ../../nbs/expert/01_frozen.ipynb #49187b32
+class KnownImages:
+    "The images of an expert `inner`, called `name`, whose vectors are computed once (see `FrozenExpert`)."
 
-    `inner` has `image_features(list of PIL images)` and `text_features(list of str)`, each (N, D). It may
-    have `key` (identifies model and weights: then image features are kept in the folder `cache`),
-    `cut(texts)` (which texts are too long for it) and `note` (a line about it). Methods raise RewardError."""
-
-    def __init__(self, inner: Any, name: str, cache: Path | str | None = None, keep: int = 2**14):
+    def __init__(self, inner: Any, name: str, cache: Path | str | None = None, keep: int = 2**14) -> None:
         self.inner, self.name = inner, str(name)
         self.key, self.note = getattr(inner, "key", None), getattr(inner, "note", "")
         device = resolve_device().type
@@ -135,16 +131,31 @@ class FrozenExpert:
         keys = [image_key(im) for im in images]
         wanted = dict(zip(keys, images))
         found = self.cache.get(wanted)
-        new = [key for key in wanted if key not in found]
-        for at in tqdm(range(0, len(new), 64), desc="image features", leave=False, disable=len(new) <= 64):
-            some = new[at : at + 64]
-            parts = [some[i : i + self.batch] for i in range(0, len(some), self.batch)]
-            vectors = [ask(self.inner, "image_features", [wanted[k] for k in p], self.name) for p in parts]
-            computed = dict(zip(some, torch.cat(vectors)))
-            self.cache.put(computed)
-            found |= computed
+        new = {key: image for key, image in wanted.items() if key not in found}
+        found |= _compute(self, new)
         self.computed += len(new)
         return torch.stack([found[key] for key in keys])
+
+# %% ../../nbs/expert/01_frozen.ipynb #0dcbbbdc
+def _compute(expert: KnownImages, new: dict[str, Image.Image]) -> dict[str, Tensor]:
+    "The vectors of the images `new` {key: image}; every 64 of them are put in the cache."
+    found, keys = {}, list(new)
+    for at in tqdm(range(0, len(keys), 64), desc="image features", leave=False, disable=len(keys) <= 64):
+        some = keys[at : at + 64]
+        parts = [some[i : i + expert.batch] for i in range(0, len(some), expert.batch)]
+        vectors = [ask(expert.inner, "image_features", [new[k] for k in p], expert.name) for p in parts]
+        computed = dict(zip(some, torch.cat(vectors)))
+        expert.cache.put(computed)
+        found |= computed
+    return found
+
+# %% ../../nbs/expert/01_frozen.ipynb #250e31f8
+class FrozenExpert(KnownImages):
+    """The expert `inner`, called `name`, behind the common interface.
+
+    `inner` has `image_features(list of PIL images)` and `text_features(list of str)`, each (N, D). It may
+    have `key` (identifies model and weights; image features are then kept in the folder `cache`),
+    `cut(texts)` (which texts are too long for it) and `note` (a line about it). Methods raise RewardError."""
 
     def text_features(self, texts: Iterable[str]) -> Tensor:
         "Unit vectors (N, D) of reports, with or without tags. Equal texts are sent once."
@@ -159,29 +170,26 @@ class FrozenExpert:
 
     @property
     def counts(self) -> bool:
-        "Can the expert say which texts are too long for it?"
+        "Whether the expert can say which texts are too long for it."
         return hasattr(self.inner, "cut")
 
     def cut(self, texts: Iterable[str]) -> list[bool | None]:
-        "For each report, does the expert read only its beginning? None if it does not say."
+        "For each report, whether the expert reads only its beginning; None if it does not say."
         bodies = [report_body(text) for text in texts]
         return [bool(cut) for cut in self.inner.cut(bodies)] if self.counts else [None] * len(bodies)
 
 # %% ../../nbs/expert/01_frozen.ipynb #frz2reg1
 @dataclass(frozen=True)
 class ExpertKind:
-    """A kind of expert. `expert=NAME` and `expert=NAME:anything` in a configuration mean the kind `NAME`.
-
-    `make(expert, labeler)` returns an object with `image_features` and `text_features` (see `FrozenExpert`);
-    `expert` is what stands in the configuration, `labeler` labels reports. `check(expert)` raises ValueError
-    without loading weights. `file`: a folder that holds it is of this kind. `trained`: each run trains
-    its own and keeps it in such a folder."""
+    "A kind of expert. `expert=NAME` and `expert=NAME:anything` in a configuration mean the kind `NAME`."
 
     name: str
+    # (the name in the configuration, what labels reports) -> object with the methods of an expert
     make: Callable[[str, Any], Any]
+    # raises ValueError for a wrong name, without loading weights
     check: Callable[[str], Any] | None = None
-    file: str | None = None
-    trained: bool = False
+    file: str | None = None  # a folder that contains this file is of this kind
+    trained: bool = False  # each run trains its own and keeps it in such a folder
 
 
 EXPERTS: dict[str, ExpertKind] = {}
@@ -196,7 +204,7 @@ OWN = re.compile(r"[A-Za-z_][\w.]*:\w+")  # package.module:attribute
 
 
 def _named(name: str) -> Any:
-    "What stands at `package.module:attribute`. Raises ValueError if it cannot be imported."
+    "The object at `package.module:attribute`. Raises ValueError if it cannot be imported."
     module, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # commands do not look there by themselves
@@ -208,9 +216,9 @@ def _named(name: str) -> Any:
             f"expert={name!r}: cannot be imported ({why}); expected package.module:attribute"
         ) from e
 
-
+# %% ../../nbs/expert/01_frozen.ipynb #e9731647
 def with_methods(expert: Any, name: str) -> Any:
-    "`expert`. Raises ValueError, with its `name`, if it lacks one of the two methods of an expert."
+    "`expert` itself. Raises ValueError, with its `name`, if it lacks one of the two methods of an expert."
     missing = [m for m in ("image_features", "text_features") if not callable(getattr(expert, m, None))]
     if missing:
         raise ValueError(
@@ -221,8 +229,8 @@ def with_methods(expert: Any, name: str) -> Any:
 
 # %% ../../nbs/expert/01_frozen.ipynb #frz2own1
 def own_expert(name: str) -> Any:
-    """The expert at `package.module:attribute`, or what the class or function there returns when it is called
-    without arguments.
+    """The expert at `package.module:attribute`. A class or function there is called without arguments, and
+    returns the expert.
 
     Raises ValueError if it cannot be imported or made, or is no expert."""
     found = _named(name)
@@ -242,7 +250,7 @@ VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "to
 
 
 def read_config(folder: Path | str) -> dict:
-    "open_clip's configuration of a model folder. Raises ValueError naming the file if it is none."
+    "open_clip's configuration of a model folder. Raises ValueError naming the file if there is none."
     path = Path(folder) / "open_clip_config.json"
     try:
         config = json.loads(path.read_text())
@@ -256,7 +264,7 @@ def read_config(folder: Path | str) -> dict:
 
 
 def check_tokenizer_name(name: str, text: dict) -> None:
-    "Raises ValueError if open_clip would not take the tokenizer of the text tower with configuration `text`."
+    "Raises ValueError unless the configuration `text` of a text tower names the tower's own tokenizer."
     if text.get("hf_model_name") and not text.get("hf_tokenizer_name"):
         raise ValueError(
             f"expert={name!r}: hf_tokenizer_name is empty in open_clip_config.json, and open_clip would "
@@ -266,8 +274,8 @@ def check_tokenizer_name(name: str, text: dict) -> None:
 
 # %% ../../nbs/expert/01_frozen.ipynb #frz3ove0
 def part_of(source: str, filename: str) -> Path | None:
-    """Path of a file of the model `source`, a folder or a hub repository; from there it is downloaded if need
-    be. None if it cannot be had."""
+    """The path of a file of the model `source`, which is a folder or a hub repository (the file is downloaded
+    if need be); None if it cannot be had."""
     if Path(source).is_dir():
         return Path(source) / filename if (Path(source) / filename).is_file() else None
     from huggingface_hub import hf_hub_download
@@ -279,8 +287,8 @@ def part_of(source: str, filename: str) -> Path | None:
 
 
 def _link_missing(folder: Path, into: Path, source: str, files: list[str]) -> None:
-    """Links those of the `files` of the text tower `source` that the folder `into` lacks. Raises ValueError
-    if none of them can be had."""
+    """Links to those `files` of the text tower `source` that the folder `into` lacks. Raises ValueError if
+    none of them can be had."""
     files = [file for file in files if not (into / file).exists()]
     found = {file: path for file in files if (path := part_of(source, file))}
     if files and not found:
@@ -294,7 +302,7 @@ def _link_missing(folder: Path, into: Path, source: str, files: list[str]) -> No
 # %% ../../nbs/expert/01_frozen.ipynb #frz3ove1
 def overlay(folder: Path | str, into: Path | str) -> Path:
     """Fills the empty folder `into` with links to an open_clip model's `folder`, so that it loads without the
-    hub: the text tower's `config.json` and tokenizer are in it, and are referred to.
+    hub: `into` also has the text tower's `config.json` and tokenizer, and its configuration refers to them.
 
     Raises ValueError naming the file that is missing and how to get it."""
     folder, into = Path(folder).resolve(), Path(into).resolve()
@@ -321,14 +329,14 @@ def overlay(folder: Path | str, into: Path | str) -> Path:
 class CountingTokenizer:
     "An open_clip tokenizer that can also say which texts it cuts."
 
-    def __init__(self, tokenizer: Callable):
+    def __init__(self, tokenizer: Callable) -> None:
         self.tokenizer, self.context_length = tokenizer, tokenizer.context_length
 
     def __call__(self, texts: list[str]) -> Tensor:
         return self.tokenizer(texts)
 
     def cut(self, texts: list[str]) -> list[bool]:
-        "For each text, is it longer than the context?"
+        "For each text, whether it is longer than the context."
         if not texts:
             return []
         longer = self.tokenizer(texts, context_length=self.context_length + 1)
@@ -373,7 +381,7 @@ def open_clip_expert(name: str) -> Expert:
             f"do not belong together"
         )
 
-    def prepare(images):
+    def prepare(images: list[Image.Image]) -> Tensor:
         return torch.stack([preprocess(image) for image in images])
 
     expert = Expert(model.to(resolve_device()), tokenizer, prepare)
@@ -405,12 +413,14 @@ class LabelExpert:
     `observations`, some of the 14; `labeler` labels reports (`valor.rewards.chexbert.LabelF1`,
     `RuleLabeler`).
 
-    Vectors are 2p − 1. Of a report, p is 1 for an asserted observation and 0 for others; for an uncertain
-    one it is what the labeler's `uncertain` says ("positive": 1, "negative": 0, "class": ½)."""
+    Vectors are 2p − 1. For a report, p is 1 if an observation is asserted and 0 if not. If it is uncertain,
+    the labeler's `uncertain` decides ("positive": 1, "negative": 0, "class": ½)."""
 
-    def __init__(self, classify: Callable, observations: Iterable[str], labeler: Any, key=None, note=""):
-        self.classify, self.observations, self.labeler = classify, list(observations), labeler
-        self.key, self.note = key, note
+    def __init__(
+        self, classify: Callable, observations: Iterable, labeler: Any, key: str | None = None, note: str = ""
+    ) -> None:
+        self.classify, self.observations = classify, list(observations)
+        self.labeler, self.key, self.note = labeler, key, note
         counted = getattr(labeler, "counted", UNCERTAIN["positive"])
         self.uncertain = {"present": 1.0, "uncertain": 0.0}.get(counted.get("uncertain"), -1.0)
 
@@ -450,7 +460,7 @@ def fit_classifier(
 ) -> None:
     """Trains `model` on `pixels` (N, 3, size, size) and `target` (N, C) of 0 and 1, in place.
 
-    `move`: whether every visit shows an image a little `moved`."""
+    `move`: whether an image is shown a little `moved` each time."""
     rng = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, max(steps, 2), pct_start=0.1)
@@ -465,8 +475,8 @@ def fit_classifier(
 
 # %% ../../nbs/expert/01_frozen.ipynb #frz4lea0
 def learnable(labels: np.ndarray) -> np.ndarray:
-    """Columns of `labels` (N, C) in which some studies have 1 and others have not. Raises ValueError if there
-    is none."""
+    """The columns of `labels` (N, C) that are 1 for some studies and not for others. Raises ValueError if
+    there is none."""
     kept = np.flatnonzero((labels == 1).any(0) & (labels != 1).any(0))
     if not len(kept):
         raise ValueError(
@@ -474,6 +484,26 @@ def learnable(labels: np.ndarray) -> np.ndarray:
             f"expected at least one"
         )
     return kept
+
+# %% ../../nbs/expert/01_frozen.ipynb #3a62c324
+def _fitted(
+    images: list[Image.Image],
+    target: Tensor,
+    steps: int,
+    seed: int,
+    tower: str,
+    batch_size: int = 32,
+    lr: float = 1e-3,
+) -> torch.nn.Module:
+    """A new classifier, trained on `images` and `target` (N, C) of 0 and 1.
+
+    With the `tower` "films" (see `build_classifier`), `lr` is doubled and images are `moved`."""
+    size, films = images[0].size[0], tower == "films"
+    model = build_classifier(size, target.shape[1], seed, tower).train()
+    pixels = torch.stack([as_batch([image], size)[0] for image in images])
+    lr = 2 * lr if films else lr
+    fit_classifier(model, pixels, target, steps=steps, batch_size=batch_size, lr=lr, seed=seed, move=films)
+    return model
 
 # %% ../../nbs/expert/01_frozen.ipynb #frz4trn0
 def train_classifier(
@@ -483,31 +513,25 @@ def train_classifier(
     out: Path | str,
     steps: int = 400,
     seed: int = 101,
-    batch_size: int = 32,
-    lr: float = 1e-3,
     tower: str = "patches",
+    **how: float,
 ) -> None:
-    """Trains on `images` and `labels` (N, C), 1 where an observation is present; writes weights and what they
-    are to the folder `out`. Equal parameters and number of threads give equal weights.
+    """Trains on `images` and `labels` (N, C), 1 where an observation is present; writes the weights and a
+    description to the folder `out`. Equal arguments and number of threads give equal weights.
 
-    `tower`: see `build_classifier`; with "films", `lr` is doubled and images are `moved`.
-
-    Observations that are not `learnable` are left out."""
-    kept, size, out = learnable(labels), images[0].size[0], Path(out)
+    Observations that are not `learnable` are left out. `how`: `batch_size` and `lr` of `_fitted`."""
+    kept, out = learnable(labels), Path(out)
     target = torch.tensor((labels[:, kept] == 1).astype(np.float32))
-    model = build_classifier(size, len(kept), seed, tower).train()
-    pixels = torch.stack([as_batch([image], size)[0] for image in images])
-    films = tower == "films"
-    lr = 2 * lr if films else lr
-    fit_classifier(model, pixels, target, steps=steps, batch_size=batch_size, lr=lr, seed=seed, move=films)
+    model = _fitted(images, target, steps, seed, tower, **how)
     out.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, out / "classifier.safetensors")
-    about = dict(size=size, observations=[observations[i] for i in kept], tower=tower)
+    known = [observations[i] for i in kept]
+    about = dict(size=images[0].size[0], observations=known, tower=tower)
     (out / "classifier.json").write_text(json.dumps(about))
 
 # %% ../../nbs/expert/01_frozen.ipynb #frz4trn1
 def classifier_expert(folder: Path | str, labeler: Any) -> LabelExpert:
-    "The `LabelExpert` around a classifier that `train_classifier` wrote to `folder`."
+    "The `LabelExpert` of a classifier that `train_classifier` wrote to `folder`."
     folder = Path(folder).expanduser()
     about = json.loads((folder / "classifier.json").read_text())
     tower = about.get("tower", "patches")  # older ones do not say it
@@ -515,18 +539,14 @@ def classifier_expert(folder: Path | str, labeler: Any) -> LabelExpert:
     model.load_state_dict(load_file(folder / "classifier.safetensors"))
     model.eval().requires_grad_(False).to(resolve_device())
 
-    def classify(images):
+    def classify(images: list[Image.Image]) -> Tensor:
         with torch.inference_mode():
             pixels = as_batch(images, about["size"]).to(next(model.parameters()).device)
             return model(pixels).sigmoid().cpu()
 
-    return LabelExpert(
-        classify,
-        about["observations"],
-        labeler,
-        f"embedded-labels {fingerprint(model)}",
-        f"a classifier trained here; knows {', '.join(about['observations'])}",
-    )
+    key = f"embedded-labels {fingerprint(model)}"
+    note = f"a classifier trained here; knows {', '.join(about['observations'])}"
+    return LabelExpert(classify, about["observations"], labeler, key, note)
 
 # %% ../../nbs/expert/01_frozen.ipynb #frz4reg1
 def embedded_expert(folder: Path | str) -> Expert:
@@ -562,13 +582,12 @@ def xrv() -> ModuleType:
 
 # %% ../../nbs/expert/01_frozen.ipynb #frz5col0
 def xrv_columns(name: str) -> dict[str, list[int]]:
-    "{observation: columns of the model's output} of the observations that the model `name` knows."
+    "{observation: columns of the model's output}, for the observations that the model `name` knows."
     info = xrv().models.model_urls[name]
-    place = {
-        label: i
-        for i, (label, threshold) in enumerate(zip(info["labels"], info["op_threshs"]))
-        if label and np.isfinite(threshold)
-    }
+    place = {}
+    for i, (label, threshold) in enumerate(zip(info["labels"], info["op_threshs"])):
+        if label and np.isfinite(threshold):
+            place[label] = i
     columns = {}
     for observation in OBSERVATIONS:
         labels = (observation,) if observation in place else STAND_INS.get(observation, ())
@@ -590,15 +609,15 @@ class Shell:
 
     dump_patches = False
 
-    def __init__(self, *args):
+    def __init__(self, *args: Any) -> None:
         pass
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
 
 
 def tensors_of(shell: Shell, prefix: str = "") -> dict[str, Tensor]:
-    "State dict of a model that was read as shells."
+    "The state dict of a model that was read as shells."
     found = {}
     for group in ("_parameters", "_buffers"):
         for name, tensor in vars(shell).get(group, {}).items():
@@ -630,7 +649,7 @@ class TensorsOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no weights need")
 
     @staticmethod
-    def load_from(file, **options) -> Any:
+    def load_from(file: BinaryIO, **options: Any) -> Any:
         return TensorsOnly(file, **options).load()
 
 # %% ../../nbs/expert/01_frozen.ipynb #frz5rea0
@@ -748,19 +767,15 @@ def xrv_expert(expert: str, labeler: Any) -> LabelExpert:
     columns, size, device = xrv_columns(name), model.input_resolution, next(model.parameters()).device
 
     @torch.inference_mode()
-    def classify(images):
+    def classify(images: list[Image.Image]) -> Tensor:
         p = model(torch.from_numpy(np.stack([prepared(im, size) for im in images])).to(device)).cpu()
         return torch.stack([p[:, c].amax(1) for c in columns.values()], 1)
 
     unknown = ", ".join(o for o in OBSERVATIONS if o not in columns)
-    return LabelExpert(
-        classify,
-        columns,
-        labeler,
-        key=f"xrv {name} {fingerprint(model)} {xrv().__version__}",
-        note=f"{name} of torchxrayvision: {len(columns)} observations count; unknown to it and left out: "
-        f"{unknown}",
-    )
+    counted = f"{name} of torchxrayvision: {len(columns)} observations count"
+    note = f"{counted}; unknown to it and left out: {unknown}"
+    key = f"xrv {name} {fingerprint(model)} {xrv().__version__}"
+    return LabelExpert(classify, columns, labeler, key, note)
 
 
 register_expert(ExpertKind("xrv", xrv_expert, parse_xrv))
