@@ -51,9 +51,14 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install -q --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev,figures]'
 	touch $@
 
-# RaTEScore and GREEN need other versions of numpy and spaCy than we do: an environment of their own
-scorers: .scorers/.installed
+# RaTEScore and GREEN need other versions of numpy and spaCy than we do, and RadEval others than they: environments of their own
+scorers: .scorers/.installed .scorers/radeval/.installed
 .scorers/.installed: scorers/requirements.txt scorers/constraints.txt
 	test -x .scorers/bin/pip || $(PYTHON) -m venv .scorers
 	.scorers/bin/pip install -q --disable-pip-version-check -c scorers/constraints.txt -r scorers/requirements.txt
+	touch $@
+
+.scorers/radeval/.installed: scorers/radeval.txt scorers/radeval-constraints.txt
+	test -x .scorers/radeval/bin/pip || $(PYTHON) -m venv .scorers/radeval
+	.scorers/radeval/bin/pip install -q --disable-pip-version-check -c scorers/radeval-constraints.txt -r scorers/radeval.txt
 	touch $@

@@ -98,6 +98,10 @@ MEASURED = (
     "green",
     "image",
     "f1",
+    "radcliq",
+    "srrbert",
+    "temporal",
+    "crimson",
 )
 _METRICS = f"comma-separated, some of {', '.join(MEASURED)}, and names of rewards (mylab:sides)"
 

@@ -343,9 +343,9 @@ def false_labels(s: Mapping) -> Number:
     return ratio(sum(s[f"fp {o}"] for o in PATHOLOGIES), s["studies"])
 
 # %% ../../nbs/metrics/00_statistics.ipynb #reg00005
-GAUGE_NAMES = (
+GAUGE_NAMES = [
     "lexical", "meteor", "cider", "bertscore", "chexbert", "radgraph", "ratescore", "green", "image", "f1",
-)  # fmt: skip
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

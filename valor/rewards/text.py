@@ -743,6 +743,7 @@ SCORERS: dict[str, str | type | Callable] = {  # name: "module:attribute", or th
     "repetition": "valor.rewards.guard:Repetition",
     "ratescore": "valor.rewards.outside:RaTEScore",
     "green": "valor.rewards.outside:Green",
+    "radeval": "valor.rewards.outside:RadEval",
 }
 
 # %% ../../nbs/rewards/00_text.ipynb #03220f08
