@@ -16,7 +16,7 @@ from valor.cli import main
 from valor.config import preset, prompt_texts
 from valor.data.benchmarks import load_benchmark, rerender
 from valor.data.pairs import erased_pairs
-from valor.data.phantom import FEATURES
+from valor.data.phantom import FEATURES, parse_report
 from valor.data.studies import load_studies
 from valor.policy.generate import merge, write_reports
 from valor.policy.models import load_policy, load_processor, lora_config, save_policy
@@ -314,3 +314,23 @@ def test_hosted_models_are_told_the_same(tmp_path):
     settings = dict(model="m")
     assert question_key(settings, shown) != question_key(settings, plain)
     assert question_key(settings, plain) == question_key(settings, list(plain))  # as before
+
+
+# ---- the order of the sections --------------------------------------------------------------------
+
+
+def test_the_impression_may_stand_first(tmp_path):
+    plain, turned = (
+        load_benchmark("phantom", 6, 2, 4, size=64, sections=sections)
+        for sections in ("both", "impression_first")
+    )
+    for one, other in zip(plain["train"], turned["train"]):
+        assert other["report"] == f"impression: {one['impression']} findings: {one['findings']}"
+        assert set(parse_report(other["report"])) == set(parse_report(one["report"]))
+        assert {**one, "report": ""} == {**other, "report": ""}
+    assert all(r.startswith("impression: ") for r in erased_pairs(turned["test"])["report"])
+    root = trees.mimic(tmp_path / "m", 6)
+    found = load_studies("mimic_cxr_jpg", root, cache=tmp_path / "c", sections="impression_first")
+    row = found["train"][0]
+    assert row["report"] == f"impression: {row['impression']} findings: {row['findings']}"
+    assert preset("smoke", sections="impression_first").sections == "impression_first"

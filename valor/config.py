@@ -152,7 +152,8 @@ class DataSettings:
     n_val: int | None = 100  # validation studies; None is all
     n_test: int | None = 300  # test studies; None is all
     image_size: int = 96  # pixels, square
-    # what a report holds: "both" is findings and impression, as in the paper. Real sources also have
+    # what a report holds: "both" is findings and impression, as in the paper; "impression_first" turns them
+    # round, as MMedPO does on MIMIC. Real sources also have
     # "impression", "report" (their only text) and "auto" (decided by the columns of a table)
     sections: str = "both"
     render_copies: int = 1  # drawings of each training study that SFT sees
@@ -165,7 +166,7 @@ RULES["benchmark"] = Rule(
 )
 RULES.update(data_seed=SEED, image_size=at_least(64), omit=UNIT)
 RULES.update(dict.fromkeys(["n_train", "n_val", "n_test", "render_copies"], at_least(1)))
-RULES.update(sections=one_of("both", "findings", "impression", "report", "auto"))
+RULES.update(sections=one_of("both", "impression_first", "findings", "impression", "report", "auto"))
 
 # %% ../nbs/00_config.ipynb #cfgprm01
 # in a prompt: where the images and the context stand, if not in front of the text
@@ -543,10 +544,10 @@ def _check_benchmark(cfg: Config) -> None:
             f"context={list(cfg.context)}: benchmark={cfg.benchmark!r} states no "
             f"{' and no '.join(lacking)}; it has {', '.join(has) or 'nothing'}"
         )
-    if cfg.sections not in ("both", "findings"):
+    if cfg.sections not in ("both", "impression_first", "findings"):
         raise ValueError(
             f"sections={cfg.sections!r} is not allowed with benchmark={cfg.benchmark!r}; expected "
-            f"'both' or 'findings'"
+            f"'both', 'impression_first' or 'findings'"
         )
 
 # %% ../nbs/00_config.ipynb #cfg14c10

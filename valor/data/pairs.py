@@ -25,6 +25,7 @@ from valor.data.phantom import (
     png_bytes,
     render,
     sample_findings,
+    sections_in,
     to_truth,
     write_report,
 )
@@ -112,7 +113,7 @@ def erase(row: Mapping, which: int) -> dict:
     image, boxes = render_without(findings, which, seed, len(film))
     left = [f for i, f in enumerate(findings) if i != which % len(findings)]
     found, impression = write_report(left, np.random.default_rng([seed, which]))
-    sections = "both" if "impression: " in row["report"] else "findings"
+    sections = sections_in(row["report"])
     texts = dict(findings=found, impression=impression, report=compose_report(found, impression, sections))
     same = dict(study_id=row["study_id"], split=row["split"])
     shown = dict(image=png_bytes(image), labels=labels(left), truth=to_truth(left, boxes))

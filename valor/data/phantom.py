@@ -7,7 +7,7 @@ __all__ = ['SIDES', 'ZONES', 'SEVERITIES', 'KINDS', 'FINDINGS', 'PHANTOM_NAMES',
            'sample_findings', 'render', 'show_studies', 'write_report', 'generic_description', 'parse_report',
            'is_subtle', 'omission_chance', 'write_reference', 'Matching', 'match_findings', 'compare', 'located_f1',
            'spans', 'duplicates', 'labels', 'flip_side', 'drop_one', 'add_one', 'swap_finding', 'compose_report',
-           'png_bytes', 'to_truth', 'from_truth', 'make_phantom']
+           'sections_in', 'png_bytes', 'to_truth', 'from_truth', 'make_phantom']
 
 # %% ../../nbs/data/00_phantom.ipynb #463b2bbe
 import io
@@ -1427,11 +1427,22 @@ FEATURES = datasets.Features(
 
 # %% ../../nbs/data/00_phantom.ipynb #ph0098
 def compose_report(findings: str, impression: str, sections: str = "both") -> str:
-    """The report text a policy writes: "findings: … impression: …" or, for sections="findings", the
-    findings alone."""
-    if sections not in ("both", "findings"):
-        raise ValueError(f"sections={sections!r} is not allowed; expected 'both' or 'findings'")
-    return findings if sections == "findings" else f"findings: {findings} impression: {impression}"
+    """The report text a policy writes: "findings: … impression: …", for sections="impression_first" the other
+    way round, or, for sections="findings", the findings alone."""
+    if sections not in ("both", "impression_first", "findings"):
+        expected = "expected 'both', 'impression_first' or 'findings'"
+        raise ValueError(f"sections={sections!r} is not allowed; {expected}")
+    if sections == "findings":
+        return findings
+    parts = f"findings: {findings}", f"impression: {impression}"
+    return " ".join(parts if sections == "both" else parts[::-1])
+
+
+def sections_in(report: str) -> str:
+    "The `sections` that `compose_report` made a `report` of."
+    if report.startswith("impression: "):
+        return "impression_first"
+    return "both" if report.startswith("findings: ") else "findings"
 
 
 def png_bytes(image: np.ndarray) -> dict[str, bytes | None]:

@@ -322,7 +322,7 @@ def clean_text(text: str, deidentified: str = "drop", lower: bool = True, style:
     return {"plain": _plain, "r2gen": _r2gen, "as is": str.strip}[style](text)
 
 # %% ../../nbs/data/02_sections.ipynb #9e5fe729
-SECTIONS = ("both", "findings", "impression", "report")
+SECTIONS = ("both", "impression_first", "findings", "impression", "report")
 
 
 def report_of(findings: str, impression: str, report: str, sections: str) -> tuple[str, str | None]:
@@ -332,6 +332,7 @@ def report_of(findings: str, impression: str, report: str, sections: str) -> tup
         expected = ", ".join(map(repr, SECTIONS))
         raise ValueError(f"sections={sections!r} is not allowed; expected one of {expected}")
     parts = {"findings": findings, "impression": impression, "report": report}
-    needed = ("findings", "impression") if sections == "both" else (sections,)
+    whole = sections in ("both", "impression_first")
+    needed = ("findings", "impression") if whole else (sections,)
     missing = next((name for name in needed if not parts[name]), None)
-    return (compose_report(findings, impression) if sections == "both" else parts[sections]), missing
+    return (compose_report(findings, impression, sections) if whole else parts[sections]), missing

@@ -90,7 +90,8 @@ def reading(preset: str = "valor", source: str | None = None, **changes: Any) ->
     """How studies are read: the parameters of a `preset` with `changes` (those that are not None). Raises
     `ValueError` naming a parameter that is unknown or out of range.
 
-    `sections`: `both`, `findings`, `impression`, `report`, or `auto` (see `sections_of`; a user's own
+    `sections`: `both`, `impression_first` (both, the impression before the findings), `findings`,
+    `impression`, `report`, or `auto` (see `sections_of`; a user's own
     table unless it is given). `view`: `frontal` (one image), `both` (a frontal and a lateral one),
     `listed` (the first two as they come) or `none` (text only). `unknown_view`, for images whose view
     nobody states and whose picture is `unsure`: `keep` (used where no image is known to be right),
@@ -276,7 +277,7 @@ def _text_of(study: Study, how: dict[str, Any]) -> dict[str, str] | tuple[str, s
     report, missing = report_of(findings, impression, full, how["sections"])
     if missing:
         return f"no {missing}", f"no text in {missing}; sections={how['sections']!r} needs it"
-    body = findings if how["sections"] == "both" else report
+    body = findings if how["sections"] in ("both", "impression_first") else report
     if len(body.split()) < how["min_words"]:
         return "too short", f"{len(body.split())} words; min_words={how['min_words']}"
     return dict(findings=findings, impression=impression, report=report)

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..data.benchmarks import benchmark_of
-from ..data.phantom import EDITS, compose_report, from_truth, write_report
+from ..data.phantom import EDITS, compose_report, from_truth, sections_in, write_report
 from ..rewards.rules import RuleLabeler
 from ..rewards.text import report_body
 from ..vocabulary import OBSERVATIONS
@@ -167,7 +167,7 @@ class GrammarEdits:
 
     def __init__(self, dataset: Dataset, write: Callable = write_report):
         self.truth, self.write = [from_truth(t) for t in dataset["truth"]], write
-        self.sections = "both" if dataset["report"][0].startswith("findings:") else "findings"
+        self.sections = sections_in(dataset["report"][0])
 
     def __call__(self, i: int, kind: str, rng: Generator) -> str | None:
         edited = EDITS[kind](self.truth[i], rng)
