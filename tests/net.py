@@ -49,6 +49,7 @@ COMMANDS = (
     "serve",
     "gallery",
     "config",
+    "watch",
 )
 TIMES = ("seconds", "time", "per_second", "runtime")  # parts of the names of columns that measure time
 

@@ -283,6 +283,8 @@ HOW = [  # (beginning of a command, how it is run at miniature size)
     ("accelerate launch --config_file configs/", options_only),
     ("torchrun --nproc-per-node 2 ", options_only),  # tests/test_two_processes.py runs it
     ("valor train --until mmedpo", lambda words, monkeypatch, said: main(small(words))),
+    ("valor watch runs/", options_only),  # needs the newest job to have that phase: tests/test_watch.py
+    ("valor watch", lambda words, monkeypatch, said: plain("reward")([*words, "--once"], monkeypatch, said)),
     ("valor merge ", plain("my-policy")),
     (
         "valor evaluate-on ",

@@ -58,6 +58,9 @@ WAYS_OUT = {
     "figures.save_page": "guarded: _guarded",
     "figures._saved": "inside save, which opens the guard",
     "results.gallery.gallery": "guarded: kept",
+    "runs.watch.write_page": "guarded: kept",
+    "runs.watch.Studies": MEMORY,
+    "train.sft.LiveLog": IN_RUN,
     "policy.generate.write_reports": "closed to others; whose films they are nobody has said, which valor "
     "generate says where it writes into a repository",
     "policy.generate.begin_or_go_on": "settings alone, for write_reports",

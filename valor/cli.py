@@ -248,6 +248,18 @@ def _add_gallery(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--image-side", type=int, default=384, metavar="PIXELS", help=side)
     p.set_defaults(run=_late("results.gallery", "run_gallery"))
 
+# %% ../nbs/07i_cli.ipynb #cli0wat1
+def _add_watch(commands: argparse._SubParsersAction) -> None:
+    p = commands.add_parser(
+        "watch", help="how far a running job is, its curves and newest reports, from its files alone"
+    )
+    where = "a runs folder (its newest job), a phase in it, or the name of a job; by default the runs folder"
+    p.add_argument("run_folder", nargs="?", metavar="RUN", help=where)
+    p.add_argument("--page", metavar="FILE", help="write a page that a browser shows and loads again")
+    p.add_argument("--every", type=float, default=5, metavar="SECONDS", help="how often (5)")
+    p.add_argument("--once", action="store_true", help="look once and end")
+    p.set_defaults(run=_late("runs.watch", "run_watch", *USERS))
+
 # %% ../nbs/07i_cli.ipynb #cli0ver1
 def _commit() -> str:
     "The commit of the checkout that the package lies in, with -dirty if it was edited; empty without one."
@@ -312,6 +324,7 @@ _COMMANDS = (
     _add_generate,
     _add_serve,
     _add_gallery,
+    _add_watch,
 )
 
 
