@@ -41,7 +41,7 @@ def _files(root: Path | str) -> Iterator[tuple[str, os.DirEntry]]:
                 elif entry.is_file():
                     yield below + entry.name, entry
 
-# %% ../nbs/00e_contents.ipynb #c0a1c006
+# %% ../nbs/00e_contents.ipynb #b495f979
 SETTLED = 2 * 10**9  # nanoseconds after which the time of a file tells its changes apart
 _TABLE = (
     "CREATE TABLE IF NOT EXISTS digests (path TEXT PRIMARY KEY, size INTEGER, mtime INTEGER, digest TEXT) "
@@ -49,18 +49,22 @@ _TABLE = (
 )
 
 
+def _connected() -> sqlite3.Connection:
+    "The file of digests in `cache_dir()`, with its table."
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    db = sqlite3.connect(cache_dir() / "digests.sqlite", timeout=60)
+    (cache_dir() / "digests.sqlite").chmod(0o600)  # paths may name patients
+    db.execute(_TABLE)
+    return db
+
+# %% ../nbs/00e_contents.ipynb #c0a1c006
 class Digests:
     "SHA-256 of the files under `root`, kept by path, size and time in an SQLite file in `cache_dir()`."
 
     def __init__(self, root: Path | str):
-        cache_dir().mkdir(parents=True, exist_ok=True)
-        self.db = sqlite3.connect(cache_dir() / "digests.sqlite", timeout=60)
-        (cache_dir() / "digests.sqlite").chmod(0o600)  # paths may name patients
-        self.db.execute(_TABLE)
-        found = self.db.execute(
-            "SELECT path, size, mtime, digest FROM digests WHERE path >= ? AND path < ?",
-            (str(root), f"{root}\U0010ffff"),
-        )
+        self.db = _connected()
+        query = "SELECT path, size, mtime, digest FROM digests WHERE path >= ? AND path < ?"
+        found = self.db.execute(query, (str(root), f"{root}\U0010ffff"))
         self.known, self.new = {path: (state, digest) for path, *state, digest in found}, []
 
     def of(self, path: str, stat: os.stat_result) -> str:

@@ -310,7 +310,7 @@ class LlavaMedSize:
     image_size: int = 56  # pixels
     patch: int = 14  # pixels
 
-
+# %% ../nbs/00f_testing.ipynb #757d0007
 # microsoft/llava-med-v1.5-mistral-7b
 RELEASED = LlavaMedSize(
     vocab=32000,

@@ -36,20 +36,25 @@ from .sections import parse_sections
 from ..files import SURROGATE, UNREADABLE, DataError, archive_files, json_lines, one_line, opened
 from ..vocabulary import OBSERVATIONS
 
-# %% ../../nbs/data/04_sources.ipynb #6aa7dbd5
-# as pandas and others write an empty cell
+# %% ../../nbs/data/04_sources.ipynb #d0372fb4
+# as pandas and others write an empty cell when they save a table anew
 EMPTY_CELLS = ("nan", "NaN", "NAN", "None", "null", "NULL", "<NA>", "NaT")
 
 
+def _stated(text: str) -> str:
+    "`text` without blanks around it; empty if it only stands for an empty cell."
+    return "" if text.strip() in EMPTY_CELLS else text.strip()
+
+# %% ../../nbs/data/04_sources.ipynb #6aa7dbd5
 @dataclass
 class Study:
     """One examination as its source states it.
 
-    `images`: `(path or bytes, view)` with view `frontal`, `lateral` or `unknown`; `where`: the file (and
-    row) it was read from; `codes`: MeSH codes; `labels`: the 14 CheXpert observations (1, 0, −1
-    uncertain, None not mentioned) where the source has them; `age` in years, `sex` F or M, and `positions`
-    {path of an image: stated position, such as AP} where it has those. `context`: {field of `CONTEXT_FIELDS`:
-    text, or a function that reads it}; `previous_patient`: whose the report before is, if the source says."""
+    `images`: `(path or bytes, view)`, view `frontal`, `lateral` or `unknown`; `where`: the file (and row) it
+    was read from; `codes`: MeSH codes. Where the source has them, `labels`: the 14 CheXpert observations (1,
+    0, −1 uncertain, None not mentioned); `age` in years; `sex`: F or M; `positions`: {path: such as AP};
+    `context`: {field of `CONTEXT_FIELDS`: text, or a function that reads it}; `previous_patient`: whose the
+    report before is."""
 
     study_id: str
     patient_id: str
@@ -68,12 +73,10 @@ class Study:
     previous_patient: str | None = None
 
     def __post_init__(self) -> None:
-        """Removes blanks around identifiers (`x` and `x ` are one patient), and texts that only say that a
-        table was saved anew with `nan` for an empty cell."""
+        "Removes blanks around texts and identifiers (`x ` is the patient `x`), and texts of `EMPTY_CELLS`."
         self.study_id, self.patient_id = self.study_id.strip(), self.patient_id.strip()
         for name in ("findings", "impression", "report"):
-            text = getattr(self, name).strip()
-            setattr(self, name, "" if text in EMPTY_CELLS else text)
+            setattr(self, name, _stated(getattr(self, name)))
 
 # %% ../../nbs/data/04_sources.ipynb #6aa7dbd7
 @dataclass

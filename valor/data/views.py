@@ -77,7 +77,7 @@ def drawn_film(view: str, size: tuple[int, int] = (192, 192), seed: int | None =
     noise = 0 if seed is None else np.random.default_rng(seed).normal(0, 12, size[::-1])
     return np.clip(np.asarray(mean) + noise, 0, 255).astype(np.uint8)
 
-# %% ../../nbs/data/06_views.ipynb #f1a0c010
+# %% ../../nbs/data/06_views.ipynb #302c778e
 READING = 1  # version of what `picture_view` does
 
 
@@ -89,7 +89,7 @@ def _file_key(path: str) -> str | None:
         return None
     return f"{READING} {Path(path).absolute()} {state.st_size} {state.st_mtime_ns}"
 
-
+# %% ../../nbs/data/06_views.ipynb #f1a0c010
 class KnownViews:
     """Views that were read before, by path, size and time of the film's file, in an SQLite file in
     `folder`. Several processes may share it."""

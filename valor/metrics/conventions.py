@@ -160,7 +160,7 @@ def register_convention(convention: Convention) -> Convention:
         register_metric(Metric(name, number, True, tables=(), gauge="f1", from_gauge=True))
     return convention
 
-# %% ../../nbs/metrics/05_conventions.ipynb #con00014
+# %% ../../nbs/metrics/05_conventions.ipynb #d08bf8c4
 ALL = tuple((average, size) for average in AVERAGES for size in SIZES)
 
 register_convention(
@@ -169,6 +169,8 @@ register_convention(
 register_convention(
     Convention("miura", "positive", "zero", (("micro", 5), ("macro", 5)), "Miura et al. 2021; RGRG (2023)")
 )
+
+# %% ../../nbs/metrics/05_conventions.ipynb #con00014
 register_convention(
     Convention(
         "radeval",

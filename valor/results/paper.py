@@ -159,19 +159,37 @@ class _Ours:
     def cells(self, system: str) -> dict[str, str]:
         "{their column: our cell} of `system`."
         if system in self.measured.index.get_level_values("system"):
-            return {column: self._cell(system, column) for column in self.metrics}
+            return {column: _our_cell(self, system, column) for column in self.metrics}
         run = self.command if isinstance(self.command, str) else self.command.get(system, "")
         why = f": {self.missing[system]}" if system in self.missing else ""
         return dict.fromkeys(self.metrics, "not run" + self.mark(f"{system}: not run{why}; `{run}` runs it"))
 
-    def _cell(self, system: str, column: str) -> str:
-        metric, factor = self.metrics[column]
-        at = (system, metric)
-        if at in self.measured.index and pd.notna(self.measured.loc[at].value):
-            row = self.measured.loc[at]
-            digits = 1 if factor == 100 else 2
-            return cell(row.value * factor, row.lo * factor, row.hi * factor, digits)
-        return "n/a" + (self.mark(f"{metric}: {self.missing[metric]}") if metric in self.missing else "")
+# %% ../../nbs/results/01_paper.ipynb #f61e2327
+def _our_cell(ours: _Ours, system: str, column: str) -> str:
+    "`value [lo, hi]` of our metric for the paper's `column`, or `n/a`, with a footnote if we know why."
+    metric, factor = ours.metrics[column]
+    at = (system, metric)
+    if at in ours.measured.index and pd.notna(ours.measured.loc[at].value):
+        row = ours.measured.loc[at]
+        digits = 1 if factor == 100 else 2
+        return cell(row.value * factor, row.lo * factor, row.hi * factor, digits)
+    return "n/a" + (ours.mark(f"{metric}: {ours.missing[metric]}") if metric in ours.missing else "")
+
+
+def _rows_beside(
+    reported: pd.DataFrame, ours: _Ours, names: Mapping, systems: Iterable[str], labels: tuple[str, str]
+) -> dict[tuple[str, str], dict[str, str]]:
+    """{(system, label): {column: cell}}: each row of `reported` and ours under it, then rows of our `systems`
+    that the paper lacks. `labels`: of the paper's rows and of ours."""
+    theirs, mine = labels
+    rows = {}
+    for name, row in reported.iterrows():
+        rows[names[name], theirs] = {c: _as_printed(v, c, ours.metrics[c][1]) for c, v in row.items()}
+        rows[names[name], mine] = ours.cells(names[name])
+    for system in systems:
+        if system not in names.values():
+            rows[system, mine] = ours.cells(system)
+    return rows
 
 # %% ../../nbs/results/01_paper.ipynb #pap00005
 def beside(
@@ -188,23 +206,15 @@ def beside(
     """`(table, footnotes)`: each row of `reported` (one data set of `TABLE1` … `TABLE4`) followed by
     ours, then our rows that the paper lacks. The index is (system, source), cells are text.
 
-    `measured`: tidy, with columns system, metric, value, lo, hi; `where`: what it was measured on, for
-    the label; `names`: {their row: our system}; `metrics`: {their column: (our metric, factor)};
-    `command`: runs what is missing, one for all or {our system: command}; `missing`: {our system or
-    metric: why it has no number}. Raises `ValueError` for a reported row or column without a name of
-    ours."""
+    `measured`: tidy (system, metric, value, lo, hi), on the data `where`. `names`: {their row: our system};
+    `metrics`: {their column: (our metric, factor)}, both for all of `reported`, else `ValueError`.
+    `command`, `missing`: see `_Ours`."""
     _check_named("names", reported.index, names)
     _check_named("metrics", reported.columns, metrics)
     indexed = measured.set_index(["system", "metric"]).sort_index()
-    columns = {column: metrics[column] for column in reported.columns}
-    ours = _Ours(indexed, columns, command, missing)
-    theirs, mine, rows = f"reported (paper, {paper})", f"measured ({where})", {}
-    for name, row in reported.iterrows():
-        rows[names[name], theirs] = {c: _as_printed(v, c, metrics[c][1]) for c, v in row.items()}
-        rows[names[name], mine] = ours.cells(names[name])
-    for system in dict.fromkeys(measured.system):
-        if system not in names.values():
-            rows[system, mine] = ours.cells(system)
+    ours = _Ours(indexed, {c: metrics[c] for c in reported.columns}, command, missing)
+    labels = f"reported (paper, {paper})", f"measured ({where})"
+    rows = _rows_beside(reported, ours, names, measured.system.drop_duplicates(), labels)
     table = pd.DataFrame(rows).T[list(reported.columns)].fillna("–")
     return table.rename_axis(["system", "source"]), ours.notes
 

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import TextIO
+from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -461,7 +461,7 @@ def without_key(line: dict, key: str) -> dict:
     return {n: v.replace(key, "[key]") if isinstance(v, str) else v for n, v in line.items()}
 
 # %% ../../nbs/results/04_zeroshot.ipynb #zsb0000a
-def within(seconds: float, f: Callable):
+def within(seconds: float, f: Callable[[], Any]) -> Any:
     """What `f()` returns or raises. Raises `Late` if it has not ended after `seconds`; `f` then continues
     alone, in a thread that ends with the program."""
     ended = queue.SimpleQueue()
@@ -678,6 +678,23 @@ def _start(self: _AskAll, pool: ThreadPoolExecutor, todo: deque, running: set, b
             return
         running.add(pool.submit(self.ask_one, todo.popleft(), images, limit, bar))
 
+# %% ../../nbs/results/04_zeroshot.ipynb #f3f2f637
+def _client_within(endpoint: Endpoint, budget: float | None) -> openai.OpenAI:
+    "The client of `endpoint`; prints the proxy of its requests. Raises `EndpointError` for a wrong budget."
+    client = client_of(endpoint)
+    _check_budget(endpoint, budget)
+    if proxy := proxy_of(endpoint.base_url):
+        print(f"{endpoint.base_url}: asked through the proxy {proxy} that the environment names")
+    return client
+
+
+def _resumed(asking: Questioning, path: Path | str, budget: float | None) -> tuple[Questioning, set[str]]:
+    """`asking` with a purse of `budget` less what the answers in `path` cost, and the keys of the questions
+    that they answer. Answers that were given under other settings do not count."""
+    before = written(path, asking.settings)
+    asking.purse = Purse(budget, sum(map(asking.paid, before)))
+    return asking, {line["key"] for line in before if line["status"] != "error"}
+
 # %% ../../nbs/results/04_zeroshot.ipynb #1c0980c9
 def ask(
     endpoint: Endpoint,
@@ -689,23 +706,16 @@ def ask(
     permitted: Sequence[str] = (),
     give_up: int = 5,
 ) -> pd.DataFrame:
-    """The report that `endpoint` writes of each study of `dataset`, through the file of answers `path`;
-    returns the frame of `collect`.
+    """The frame of `collect`, with the report that `endpoint` writes of each study of `dataset`. Answers are
+    kept in the file `path`, and what is answered there is not asked again.
 
     `budget`: US dollars, or None for no limit. `benchmark`: where the studies come from, for their terms;
-    `permitted`: hosts or URLs that may receive restricted ones. Raises `PermissionError`, or
-    `EndpointError` naming the endpoint and what to do."""
+    `permitted`: hosts or URLs that may get restricted ones. Raises `PermissionError` or `EndpointError`."""
     check_endpoint(benchmark, endpoint.base_url, permitted)
     check_place(path, benchmark)
-    client = client_of(endpoint)
-    _check_budget(endpoint, budget)
-    if proxy := proxy_of(endpoint.base_url):
-        print(f"{endpoint.base_url}: asked through the proxy {proxy} that the environment names")
+    client = _client_within(endpoint, budget)
     endpoint = named(endpoint, client)
-    asking = _hosted(endpoint, client, give_up)
-    before = written(path, asking.settings)
-    asking.purse = Purse(budget, sum(map(asking.paid, before)))
-    answered = {line["key"] for line in before if line["status"] != "error"}
+    asking, answered = _resumed(_hosted(endpoint, client, give_up), path, budget)
     print(estimate(endpoint, dataset, answered, asking))
     with kept(path, benchmark):
         answers = collect(dataset, path, asking)
@@ -873,7 +883,9 @@ def load_row(row: Row, name: str, folder: Path | str, trust_remote_code: Sequenc
     return model.to(device), processor
 
 # %% ../../nbs/results/04_zeroshot.ipynb #zsc00009
-def chat_report(model, processor, images: list, prompt: str, max_new_tokens: int) -> tuple[str, str]:
+def chat_report(
+    model: Any, processor: Any, images: list, prompt: str, max_new_tokens: int
+) -> tuple[str, str]:
     "`(report, finish)` of a chat model, with `prompt` in its own template."
     content = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
     turn = [{"role": "user", "content": content}]
@@ -882,7 +894,9 @@ def chat_report(model, processor, images: list, prompt: str, max_new_tokens: int
 
 # %% ../../nbs/results/04_zeroshot.ipynb #zsd00009
 @torch.inference_mode()
-def maira2_report(model, processor, images: list, prompt: str, max_new_tokens: int) -> tuple[str, str]:
+def maira2_report(
+    model: Any, processor: Any, images: list, prompt: str, max_new_tokens: int
+) -> tuple[str, str]:
     """As MAIRA-2's card has it: findings from a frontal (and a lateral) view, no grounding; `prompt` is
     not used."""
     known = getattr(images, "known", {})

@@ -350,19 +350,17 @@ def make_sft(out: Path, cfg: Config, after: Mapping[str, Path], name: str) -> No
     train = load_data(phase_folder("data", cfg))["train"]
     shown, prompt = renderings(train, cfg.render_copies), prompt_of(cfg)
     parts = parts_in(cfg, cfg.sft_batch_size // processes())
+    rows = conversations(shown, [target(r) for r in shown["report"]], prompt, cfg.seed)
+    training = dict(epochs=cfg.sft_epochs, lr=cfg.sft_lr, seed=cfg.seed, save_steps=cfg.save_steps)
+    training |= dict(lora_r=cfg.lora_r, lora_alpha=cfg.lora_alpha)
     log = sft(
         policy_in(after["base"]),
-        conversations(shown, [target(r) for r in shown["report"]], prompt, cfg.seed),
+        rows,
         out / "policy",
         cfg.sft_mode,
         prompt=prompt,
-        epochs=cfg.sft_epochs,
-        lr=cfg.sft_lr,
+        **training,
         batch_size=share(cfg.sft_batch_size, "sft_batch_size", parts),
-        lora_r=cfg.lora_r,
-        lora_alpha=cfg.lora_alpha,
-        seed=cfg.seed,
-        save_steps=cfg.save_steps,
         parts=parts,
         checkpointing=cfg.gradient_checkpointing,
         weights=cfg.policy_weights,
@@ -551,33 +549,26 @@ def make_preference(out: Path, cfg: Config, after: Mapping[str, Path], name: str
 # %% ../../nbs/runs/02_makers.ipynb #d61e5f72
 def policy_of(name: str, cfg: Config) -> tuple[Module, ProcessorMixin]:
     "`(model, processor)` at the end of phase `name`, as it was trained (`with_adapter`); never in four bits."
-    return policy_with(
-        "base" if name == "base" else "sft",
-        cfg,
-        None if name in ("base", "sft") else phase_folder(name, cfg) / "adapter",
-    )
+    adapter = None if name in ("base", "sft") else phase_folder(name, cfg) / "adapter"
+    return policy_with("base" if name == "base" else "sft", cfg, adapter)
 
 
 def policy_with(weights: str, cfg: Config, adapter: Path | None = None) -> tuple[Module, ProcessorMixin]:
     """`(model, processor)` of phase `weights` (base or sft), with the adapter of folder `adapter` in or
     beside its weights (`with_adapter`). A base from elsewhere is asked what the run asks."""
-    model, processor = load_policy(
-        policy_in(phase_folder(weights, cfg)),
-        torch.float32 if cfg.policy_weights == "float32" else torch.bfloat16,
-        **loading(cfg),
-    )
+    dtype = torch.float32 if cfg.policy_weights == "float32" else torch.bfloat16
+    model, processor = load_policy(policy_in(phase_folder(weights, cfg)), dtype, **loading(cfg))
     if weights == "base":
         processor.prompt = prompt_of(cfg)
     return model if adapter is None else with_adapter(model, adapter), processor
 
-
+# %% ../../nbs/runs/02_makers.ipynb #a15222ba
 def snapshots_of(stage: str, cfg: Config) -> dict[int, Path | None]:
     """{k: folder of the adapter} after update k of a finished stage, in order; stage 1 begins with {0:
     None}, the SFT policy."""
     folder = phase_folder(stage, cfg)
-    kept = {int(p.name[1:]): p for p in (folder / "snapshots").glob("k*")} | {
-        int(pd.read_csv(folder / "log.csv")["k"].max()): folder / "adapter"
-    }
+    kept = {int(p.name[1:]): p for p in (folder / "snapshots").glob("k*")}
+    kept[int(pd.read_csv(folder / "log.csv")["k"].max())] = folder / "adapter"
     return ({0: None} if stage == "stage1" else {}) | dict(sorted(kept.items()))
 
 # %% ../../nbs/runs/02_makers.ipynb #ab545442

@@ -23,6 +23,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 
+# %% ../../nbs/runs/03_systems.ipynb #f301d4f1
 from ..config import Config, key_of, preset, runs_dir
 from ..contents import fingerprint_once
 from ..data.benchmarks import benchmark_of
@@ -240,13 +241,19 @@ class Results:
         if figure is not None:
             plt.close(figure)
 
+# %% ../../nbs/runs/03_systems.ipynb #8ff4a2f8
+def _keep_training(results: Results, stem: str, cfg: Config, log: pd.DataFrame) -> None:
+    "Keeps the progression of training, the seconds of a step and, where text may be shown, cases."
+    shown = shown_log(log)
+    results.keep(f"{stem}_progression", shown, ev.plot_progression(shown, k_clin=cfg.k_clin))
+    results.keep(f"{stem}_steps", step_profile(log))
+    if benchmark_of(cfg.benchmark).text_shown:
+        results.keep(f"{stem}_cases", *cases_of(cfg))
+
 # %% ../../nbs/runs/03_systems.ipynb #f690af1a
 def main_job(cfgs: Sequence[Config], out: Path | str) -> tuple[pd.DataFrame, pd.DataFrame, list[Path]]:
-    """The main job for the runs `cfgs` (one benchmark, one per seed): table, progression and cases,
-    written to folder `out`.
-
-    Returns `(table, tidy, files)`: the formatted table, the tidy numbers behind it, and the paths
-    written."""
+    """The main job for the runs `cfgs` (one benchmark, one per seed): writes table, progression and cases to
+    the folder `out`. Returns `(table, tidy, files)`: the table as text, its numbers, the paths written."""
     fingerprint_once.cache_clear()  # in a notebook, something may have been edited since
     cfg, stem = cfgs[0], f"main_{cfgs[0].benchmark}"
     use_style()
@@ -264,11 +271,7 @@ def main_job(cfgs: Sequence[Config], out: Path | str) -> tuple[pd.DataFrame, pd.
         results.keep(f"{stem}_groups", by_part)
     page = main_page(tidy, frames, cfg, note, compared, parts)
     results.files.insert(0, save_page(stem, page, cfgs, Path(out)))
-    shown = shown_log(log)
-    results.keep(f"{stem}_progression", shown, ev.plot_progression(shown, k_clin=cfg.k_clin))
-    results.keep(f"{stem}_steps", step_profile(log))
-    if benchmark_of(cfg.benchmark).text_shown:
-        results.keep(f"{stem}_cases", *cases_of(cfg))
+    _keep_training(results, stem, cfg, log)
     table = ev.result_table(tidy, benchmark_of(cfg.benchmark).main_metrics)
     return table, tidy, results.files
 

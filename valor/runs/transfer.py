@@ -90,7 +90,7 @@ def write_transfer(out: Path, system: str, cfg: Config, target: Config) -> None:
     frame = ev.score_reports(written, test, target.benchmark, leaked=known, labeler=labeler(cfg))
     frame.to_csv(out / "frame test.csv")
 
-
+# %% ../../nbs/runs/06_transfer.ipynb #839733d0
 def transferred(system: str, cfg: Config, target: Config) -> Path:
     """The finished folder with the reports of `system` on the test studies of `target`; what is missing,
     the training of the policy too, is run. Restricted studies stay outside repositories."""
