@@ -61,6 +61,7 @@ WAYS_OUT = {
     "runs.watch.write_page": "guarded: kept",
     "runs.watch.Studies": MEMORY,
     "train.sft.LiveLog": IN_RUN,
+    "results.annotate.annotate": "guarded: kept",
     "policy.generate.write_reports": "closed to others; whose films they are nobody has said, which valor "
     "generate says where it writes into a repository",
     "policy.generate.begin_or_go_on": "settings alone, for write_reports",

@@ -19,6 +19,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 
@@ -573,6 +574,8 @@ def _pair(text: str) -> tuple[str, str]:
 def run_gallery(args: argparse.Namespace, settings: dict) -> None:
     "Run `valor gallery` with parsed arguments."
     options = dict(data=args.data, title=args.title, n=args.first, side=args.image_side)
+    if args.annotate:
+        return import_module("valor.results.annotate").run_annotate(args, options)
     try:
         out = gallery(args.runs, args.out, attention=dict(map(_pair, args.attention)), **options)
     except (ValueError, OSError) as e:
