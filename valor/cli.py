@@ -246,7 +246,18 @@ def _add_gallery(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--first", type=int, metavar="N", help="the first N studies only")
     side = "images are shrunk to this (384)"
     p.add_argument("--image-side", type=int, default=384, metavar="PIXELS", help=side)
+    marking = "a page on which readers mark every sentence instead, and its key for `valor agreement`"
+    p.add_argument("--annotate", action="store_true", help=marking)
     p.set_defaults(run=_late("results.gallery", "run_gallery"))
+
+
+def _add_agreement(commands: argparse._SubParsersAction) -> None:
+    p = commands.add_parser(
+        "agreement", help="what readers marked on a page of `valor gallery --annotate`, and how far two agree"
+    )
+    p.add_argument("key", help="the page's key (…key.json)")
+    p.add_argument("marks", nargs="+", metavar="marks.json", help="the file of a reader; two or more")
+    p.set_defaults(run=_late("results.annotate", "run_agreement"))
 
 # %% ../nbs/07i_cli.ipynb #cli0wat1
 def _add_watch(commands: argparse._SubParsersAction) -> None:
@@ -324,6 +335,7 @@ _COMMANDS = (
     _add_generate,
     _add_serve,
     _add_gallery,
+    _add_agreement,
     _add_watch,
 )
 
