@@ -23,9 +23,12 @@ from valor.policy.models import load_policy, load_processor, lora_config, save_p
 from valor.policy.prompt import Prompt, asked_by, context_text, conversations, prompt_of
 from valor.policy.tiny import build_policy, generate
 from valor.results.zeroshot import images_of, question_key
+from valor.rewards.text import is_well_formed, report_body, scorer, thought_of
+from valor.runs.makers import targets
 from valor.runs.phases import PHASES, phase_key
 from valor.testing import KINDS, miniature_policy
 from valor.train.sft import sft
+from valor.vocabulary import OBSERVATIONS
 
 REPORT = "<report> findings: no effusion. impression: clear. </report>"
 RNG = np.random.default_rng(0)
@@ -334,3 +337,56 @@ def test_the_impression_may_stand_first(tmp_path):
     row = found["train"][0]
     assert row["report"] == f"impression: {row['impression']} findings: {row['findings']}"
     assert preset("smoke", sections="impression_first").sections == "impression_first"
+
+
+# ---- reasoning ------------------------------------------------------------------------------------
+
+THOUGHT = "<think> a nodule on the left. </think> <report> findings: a nodule. </report>"
+
+
+def test_the_format_reward_knows_the_thought_and_scorers_do_not():
+    think, plain = scorer("format", reasoning="think"), scorer("format")
+    texts = [THOUGHT, "<report> a nodule. </report>", "<think> a nodule <report> a. </report>", "<think> a"]
+    assert think.score(texts) == [1.0, 0.0, 0.0, 0.0] and plain.score(texts) == [0.0, 1.0, 0.0, 0.0]
+    reference = "<report> findings: a nodule. </report>"
+    for name in ("bleu4", "rouge_l", "chexbert"):
+        assert scorer(name).score([THOUGHT], [reference]) == scorer(name).score([reference], [reference])
+    assert [report_body(text) for text in texts[2:]] == ["", ""]  # cut off in its thought: no report
+    assert thought_of(THOUGHT) == "a nodule on the left."
+    with pytest.raises(ValueError, match="reasoning='aloud'"):
+        preset("smoke", reasoning="aloud")
+
+
+def test_a_completion_that_never_closes_its_thought_is_refused(tmp_path):
+    base = miniature_policy("llava", tmp_path / "p")
+    data = conversations(studies(2), [THOUGHT, "<think> a nodule <report> a. </report>"])
+    with pytest.raises(ValueError, match="completion 1: .* opens <think> and never closes it") as e:
+        sft(base, data, tmp_path / "sft", "lora", lora_r=2)
+    assert "\n" not in str(e.value) and not (tmp_path / "sft").exists()
+
+
+def test_reasoning_reaches_what_is_trained_and_no_key_without_it():
+    plain, think = preset("smoke"), preset("smoke", reasoning="think")
+    same = {n for n in PHASES if phase_key(n, plain) == phase_key(n, think)}
+    assert same == {"data", "expert", "controls"}
+    data = load_benchmark("phantom", 8, 2, 2, size=64)["train"]
+    assert targets(data) == [f"<report> {report} </report>" for report in data["report"]]
+    for text, row in zip(targets(data, "think"), data):
+        assert is_well_formed(text, "think") and report_body(text) == row["report"]
+        named = [name.lower() for name, label in zip(OBSERVATIONS, row["labels"]) if label == 1]
+        assert all(name in thought_of(text) for name in named if name != "no finding")
+    assert prompt_of(think).reasoning == "think"
+    tokenizer = build_policy(targets(data, "think"), image_size=32, width=32)[1].tokenizer
+    ids = tokenizer(targets(data, "think")[0], add_special_tokens=False).input_ids
+    written = tokenizer.decode(ids, skip_special_tokens=True)
+    assert written == targets(data, "think")[0]  # nothing of the tags is lost
+
+
+def test_files_of_valor_generate_judge_the_form_that_was_trained(tmp_path, monkeypatch):
+    model, processor = load_policy(miniature_policy("llava", tmp_path / "p"))
+    processor.prompt = Prompt(reasoning="think")
+    FILMS[0].save(tmp_path / "a.png")
+    monkeypatch.setattr("valor.policy.generate.generate", lambda *a, **k: [THOUGHT])
+    write_reports(model, processor, [("a", tmp_path / "a.png")], tmp_path / "o.jsonl", 4)
+    line = json.loads((tmp_path / "o.jsonl").read_text())
+    assert line["well_formed"] is True and line["report"] == "findings: a nodule."

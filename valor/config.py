@@ -225,17 +225,21 @@ def prompt_texts(prompt: str) -> tuple[str, ...]:
 # %% ../nbs/00_config.ipynb #cfgprm04
 @dataclass(frozen=True)
 class PromptSettings:
-    "What a policy is asked. Ours: the paper does not print its prompt."
+    "What a policy is asked, and how it answers. Ours: the paper does not print its prompt."
 
     prompt: str = PROMPT  # a text, or a file with one on each line, of which training draws by `seed`
     # what it is told of a study where the source has it, some of `CONTEXT_FIELDS`; phantom has "indication"
     context: tuple | list = ()
+    # "think": a completion is <think>…</think><report>…</report>, and the report alone is scored; "none": the
+    # report alone is written
+    reasoning: str = "none"
 
 
 RULES["context"] = Rule(
     lambda value: all(field in CONTEXT_FIELDS for field in value) and len(set(value)) == len(value),
     f"a list of some of {', '.join(map(repr, CONTEXT_FIELDS))}, each once",
 )
+RULES.update(reasoning=one_of("none", "think"))
 
 # %% ../nbs/00_config.ipynb #cfg4mod1
 @dataclass(frozen=True)

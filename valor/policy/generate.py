@@ -248,7 +248,10 @@ def _read(film: Film, size: int | None) -> list[Image.Image] | str:
 
 
 def _report_lines(
-    size: int | None, answer: Callable[[list[list[Image.Image]], Listed], Sequence[str]], films: Listed
+    size: int | None,
+    answer: Callable[[list[list[Image.Image]], Listed], Sequence[str]],
+    reasoning: str,
+    films: Listed,
 ) -> Iterator[dict]:
     "A line for each of `films`; `answer` writes the completions of those that can be read."
     read = [_read(film, size) for film in films]
@@ -261,7 +264,7 @@ def _report_lines(
             yield line | dict(error=images)
         else:
             text = next(written)
-            formed = bool(is_well_formed(text))
+            formed = bool(is_well_formed(text, reasoning))
             yield line | dict(report=report_body(text), completion=text, well_formed=formed)
 
 # %% ../../nbs/policy/04_generate.ipynb #ge000017
@@ -309,7 +312,8 @@ def write_reports(
         return generate(model, processor, shown, asked=asked, **how)
 
     with closed_to_others(), open(out, "a") as f:
-        failed = _append(f, todo, len(images) - len(todo), batch_size, partial(_report_lines, size, answer))
+        lines_of = partial(_report_lines, size, answer, prompt.reasoning)
+        failed = _append(f, todo, len(images) - len(todo), batch_size, lines_of)
     return len(todo) - failed, failed
 
 # %% ../../nbs/policy/04_generate.ipynb #932fbced

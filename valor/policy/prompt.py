@@ -57,10 +57,12 @@ class Prompt:
     """What a policy is asked.
 
     Training draws one of the `texts` for each study; the first is asked whenever a report is wanted.
-    `context`: which of `CONTEXT` the policy is told of a study."""
+    `context`: which of `CONTEXT` the policy is told of a study. `reasoning`: the form of its answers, "none"
+    (a report) or "think" (a thought before it)."""
 
     texts: tuple[str, ...] = (PROMPT,)
     context: tuple[str, ...] = ()
+    reasoning: str = "none"
 
     def question(self, known: Mapping[str, str | None] | None = None, text: int = 0) -> str:
         "What is asked of a study of which this is `known`, with the text number `text`."
@@ -87,7 +89,8 @@ def _draws(texts: int, n: int, seed: int) -> np.ndarray:
 # %% ../../nbs/policy/00a_prompt.ipynb #b0f10a11
 def prompt_of(cfg: SimpleNamespace) -> Prompt:
     "What the run with the configuration `cfg` asks. Raises ValueError as `prompt_texts` does."
-    return Prompt(prompt_texts(cfg.prompt), tuple(field for field in CONTEXT_FIELDS if field in cfg.context))
+    told = tuple(field for field in CONTEXT_FIELDS if field in cfg.context)
+    return Prompt(prompt_texts(cfg.prompt), told, cfg.reasoning)
 
 
 def asked_by(processor: ProcessorMixin) -> Prompt:

@@ -46,9 +46,9 @@ from ..data.sources import terms_of
 from ..figures import COLOURS
 from ..files import report_lines, whole
 from ..metrics import statistics as ev
-from ..policy.prompt import image_lists
+from ..policy.prompt import context_text, image_lists
 from ..rewards.rules import RuleLabeler, sentences
-from ..rewards.text import ModelScorer, report_body
+from ..rewards.text import ModelScorer, report_body, thought_of
 from ..runs.makers import labeler
 from ..runs.phases import load_data
 from ..runs.systems import SYSTEMS
@@ -402,10 +402,11 @@ def _scores(system: System, test: Dataset, cfg: Config, label: Labeler) -> np.nd
     return per_study(frame, measures_of(cfg.benchmark))
 
 
-def _result(judged: Judged, measures: np.ndarray, attention: dict | None) -> dict:
-    "What the page shows of one report."
+def _result(judged: Judged, measures: np.ndarray, attention: dict | None, thought: str = "") -> dict:
+    "What the page shows of one report; `thought`: what was thought aloud before it, which is shown folded."
     shown = [None if np.isnan(value) else round(float(value), 3) for value in measures]
-    return dict(report=judged.pieces, **judged.kinds, said=judged.said, measures=shown, attention=attention)
+    result = dict(report=judged.pieces, **judged.kinds, said=judged.said, measures=shown, attention=attention)
+    return result | (dict(thought=thought) if thought else {})
 
 
 def _boxes(truth: list | None) -> list[list[float]]:
@@ -429,13 +430,18 @@ def payload(
     scores = {system.name: _scores(system, test, cfg, label) for system in systems}
     names = [system.name for system in systems]
     films = tqdm(image_lists(test), desc="images", disable=len(ids) < 500, leave=False)
+    known = test["context"] if "context" in test.column_names else [{}] * len(ids)
     studies = []
     for n, images in enumerate(films):
         study = dict(id=ids[n], images=[data_url(image, side) for image in images])
         study |= dict(findings=findings[n], boxes=_boxes(test["truth"][n]))
         study |= dict(reference=segments(test["report"][n], []))
         attentions = [maps[name][n] if name in maps else None for name in names]
-        results = [_result(judged[m][n], scores[m][n], seen) for m, seen in zip(names, attentions)]
+        thoughts = [thought_of(system.texts[ids[n]]) for system in systems]
+        shown = zip(names, attentions, thoughts)
+        results = [_result(judged[m][n], scores[m][n], seen, thought) for m, seen, thought in shown]
+        if told := context_text(known[n]):
+            study |= dict(told=told)
         studies.append(study | dict(systems=results))
     return dict(
         systems=_coloured(names),

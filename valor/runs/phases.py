@@ -73,7 +73,7 @@ _GIVEN = {
         ("data",),
         _fields(
             "threads base base_seed base_studies warmup_epochs base_epochs render_copies sft_lr "
-            "sft_batch_size tower prompt"
+            "sft_batch_size tower prompt reasoning"
         )
         + tuple(LOADING),
         1,
@@ -148,7 +148,7 @@ NO_PATHS = ("embedded", "embedded-labels", "rules", "samples", "minilm")  # valu
 
 SEEDS = ("data_seed", "base_seed", "expert_seed")  # what may be derived from `seed`
 # fields that came later: at these values a phase is as it was
-LATER = dict(omit=0.0, visual="expert", tower="patches", prompt=PROMPT, context=[])
+LATER = dict(omit=0.0, visual="expert", tower="patches", prompt=PROMPT, context=[], reasoning="none")
 
 
 def fields_reaching(name: str, cfg: Config) -> dict:

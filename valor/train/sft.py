@@ -46,6 +46,7 @@ from valor.policy.models import (
     save_policy,
 )
 from ..policy.prompt import Prompt, asked_by, replace_completions
+from ..rewards.text import is_unclosed
 
 # %% ../../nbs/train/04_sft.ipynb #9b0f4005
 def trainer_args(
@@ -254,9 +255,16 @@ def keep_sft(
 
 # %% ../../nbs/train/04_sft.ipynb #9b0f4023
 def _checked(data: Dataset, model: torch.nn.Module, processor) -> Dataset:
-    "`data` with the model's own ending after each completion. ValueError: one has an image token."
+    """`data` with the model's own ending after each completion. Raises ValueError if one has an image token,
+    or a thought that is never closed."""
     texts = [completion[-1]["content"] for completion in data.with_format(None)["completion"]]
     check_completions(texts, model, processor)
+    for i, text in enumerate(texts):
+        if is_unclosed(text):
+            raise ValueError(
+                f"completion {i}: {text[:60]!r} opens <think> and never closes it, so it holds no report; "
+                f"expected </think>"
+            )
     stop = ending(model, processor)
     return replace_completions(data, [text + stop for text in texts]) if stop else data
 
