@@ -109,6 +109,9 @@ class RunSettings:
     save_steps: int = 10  # updates between two checkpoints
     # keep all candidates with their scores, rewards and advantages, in a compressed table beside each stage
     keep_completions: bool = True
+    # trackers that get the curves: "tensorboard", "wandb,mlflow", …, as transformers names them; "" is none
+    report_to: str = ""
+    sample_every: int = 25  # updates between sample reports that trackers get beside their films
 
 
 RULES["seed"] = Rule(
@@ -116,7 +119,7 @@ RULES["seed"] = Rule(
     "a whole number from 0 to 400000000 (stages are seeded by 10 * seed + stage, which must stay below "
     "2**32)",
 )
-RULES.update(threads=at_least(1), save_steps=at_least(1))
+RULES.update(threads=at_least(1), save_steps=at_least(1), sample_every=at_least(1))
 
 # %% ../nbs/00_config.ipynb #751a8dd5
 # names alone: data/01_benchmarks registers what is known about each, and adds the names of the user's own
@@ -591,6 +594,26 @@ def _check_truth(cfg: Config) -> None:
             f"show; expected 'expert', 'placebo' or 'random'"
         )
 
+# %% ../nbs/00_config.ipynb #cfg20trk
+def _check_trackers(report_to: str) -> None:
+    "The trackers that `report_to` names are known to transformers, and installed."
+    if not report_to:
+        return  # the import below takes seconds
+    from transformers.integrations import get_available_reporting_integrations as installed
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as known
+
+    for name in report_to.split(","):
+        if name not in known:
+            near = did_you_mean(name, known)
+            raise ValueError(
+                f"report_to={report_to!r}: no tracker {name!r}; expected some of "
+                f"{', '.join(sorted(known))}{near}"
+            )
+        if name not in installed():
+            raise ValueError(
+                f"report_to={report_to!r}: {name} is not installed; expected `pip install {name}`"
+            )
+
 # %% ../nbs/00_config.ipynb #dedfa19c
 def validate(cfg: Config) -> Config:
     """`cfg` with numbers in their declared type. Raises `ValueError` naming the parameter, its value and what
@@ -601,6 +624,7 @@ def validate(cfg: Config) -> Config:
     _check_truth(cfg)
     _check_models(cfg)
     _check_extra_rewards(cfg.extra_rewards)
+    _check_trackers(cfg.report_to)
     prompt_texts(cfg.prompt)
     if cfg.benchmark in BENCHMARKS:
         _check_benchmark(cfg)

@@ -33,6 +33,7 @@ from ..rewards.rules import RuleLabeler
 from .phases import load_data
 from .plan import in_words
 from ..train.sft import live_log
+from ..train.trackers import clear_name
 from ..vocabulary import OBSERVATIONS
 
 # %% ../../nbs/runs/07_watch.ipynb #wat00006
@@ -170,7 +171,7 @@ def curves_of(rows: Sequence[Mapping]) -> dict[str, list[tuple[float, float]]]:
         for name, columns in CURVES.items()
     }
     parts = {c: None for r in rows for c in r if c.startswith("rewards/") and c.endswith("/mean")}
-    names |= {c.split("/")[1]: c for c in parts if c not in names.values()}
+    names |= {clear_name(c).removeprefix("reward/"): c for c in parts if c not in names.values()}
     found = {}
     for name, column in names.items():
         points = [(r["step"], r[column]) for r in rows if _is_number(r.get(column))] if column else []

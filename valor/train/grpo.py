@@ -56,6 +56,7 @@ from ..rewards.ranknorm import group_ranks
 from .memory import choose_parts, shape_of
 from .rollout import SharedRollout
 from .sft import Progress, shard_by_layer, train_to_end, trainer_args
+from .trackers import track
 
 # %% ../../nbs/train/00_grpo.ipynb #2c0f3a51
 def grpo_loss(
@@ -565,6 +566,7 @@ class ValorTrainer(LoggedRollout):
     ) -> None:
         super().__init__(model, rewards, cfg, **kw)
         self.lambda_vis, self.table = lambda_vis, table
+        self.newest_rewards = []  # Eq. 8 of the newest batch, of all processes; trackers show it
         if table is not None:
             self.add_callback(table)
 
@@ -572,6 +574,7 @@ class ValorTrainer(LoggedRollout):
         output = super()._generate_and_score_completions(inputs)
         scores = dict(zip(self.rewards.names, self.scores.unbind(1)))
         R = set_advantages(self, output, scores, len(inputs))
+        self.newest_rewards = R.tolist()
         if self.table is not None and self.model.training:
             keep_generation(self, inputs, scores, R)
         return output
@@ -867,6 +870,7 @@ def align(
     trainer = make_trainer(sft_folder, data, out, rewards, cfg, this, per_device)
     every = _keep_snapshots(trainer, out, cfg, stage)
     read_references(rewards, data, cfg, this.steps // cfg.num_iterations)
+    track(trainer, cfg, Path(out).name)
     _train(trainer, f"stage {stage}", cfg, every)
     trainer.save_model(str(Path(out) / "adapter"))
     return [dict(line, stage=stage) for line in trainer.state.log_history if "k" in line]

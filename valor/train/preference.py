@@ -48,6 +48,7 @@ from ..rewards.compose import advantages
 from ..rewards.text import TAG
 from .grpo import Rewards, steps_of
 from .sft import Progress, train_to_end, trainer_args
+from .trackers import track
 
 # %% ../../nbs/train/03_preference.ipynb #0237bf34
 def weighted_dpo_loss(
@@ -521,6 +522,7 @@ def prefer(
 def _trained(trainer: DPOTrainer, name: str, cfg: Config, folder: Path) -> list[dict]:
     "Train `trainer` to its last update, save the adapter to `folder` and return the log of the updates."
     trainer.add_callback(Progress(name))
+    track(trainer, cfg, folder.parent.name)
     with memory_line(name, batch_size=cfg.batch_size, group_size=cfg.group_size):
         train_to_end(trainer, name)
     trainer.save_model(str(folder))
