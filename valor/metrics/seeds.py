@@ -342,6 +342,11 @@ class Contrast:
     b: str
     metric: str
 
+    @property
+    def name(self) -> str:
+        "How tables call it."
+        return f"{self.a} − {self.b}: {self.metric}"
+
 
 CONTRASTS = (
     Contrast("primary", "VALOR", "VALOR, placebo", "located F1"),
@@ -360,7 +365,9 @@ def _contrast_row(frames: Frames, contrast: Contrast, n_boot: int, seed: int, kn
     gaps = seed_differences(a, b, contrast.metric, known)
     each = np.array(list(gaps.values()))
     difference, lo, hi = hierarchical_interval(a, b, contrast.metric, n_boot, seed, known)
-    row = asdict(contrast) | dict(seeds=len(each), difference=difference, lo=lo, hi=hi)
+    row = dict(name=contrast.name) | asdict(contrast)
+    row |= dict(seeds=len(each), difference=difference, lo=lo, hi=hi)
+    row |= dict(same_sign=int((each * difference > 0).sum()))
     if len(each):
         row |= dict(zip(("t_lo", "t_hi"), mean_interval(each)))
         row |= dict(zip(("rerun_lo", "rerun_hi"), prediction_interval(each)))
@@ -368,7 +375,8 @@ def _contrast_row(frames: Frames, contrast: Contrast, n_boot: int, seed: int, kn
     return row | {f"seed {seed}": gap for seed, gap in gaps.items()}
 
 # %% ../../nbs/metrics/03_seeds.ipynb #seed001g
-_COLUMNS = "family a b metric seeds difference lo hi t_lo t_hi rerun_lo rerun_hi p smallest_p p_holm".split()
+_COLUMNS = "name family a b metric seeds same_sign difference lo hi t_lo t_hi rerun_lo rerun_hi".split()
+_COLUMNS += ["p", "smallest_p", "p_holm"]
 
 
 def contrast_table(
@@ -379,8 +387,8 @@ def contrast_table(
     known: Metrics = METRICS,
 ) -> pd.DataFrame:
     """One row per contrast: the mean `difference` a − b over the seeds that both systems have, its 95 %
-    interval over seeds and studies (`lo`, `hi`), Student's over seeds (`t_lo`, `t_hi`) and that of a single
-    rerun (`rerun_lo`, `rerun_hi`), the sign-flip `p`, the smallest that so many seeds can give, Holm's
+    interval over seeds and studies (`lo`, `hi`), how many seeds have the `same_sign`, Student's interval
+    over seeds (`t_lo`, `t_hi`) and that of a single rerun (`rerun_lo`, `rerun_hi`), the sign-flip `p`, the smallest that so many seeds can give, Holm's
     `p_holm` within the family, and each seed's difference in a column of its own (`seed 0`, …).
 
     A contrast without a seed stays in the table, as NaN."""
