@@ -116,7 +116,7 @@ def three(value, column=""):
     "A number as the tables show it."
     if pd.isna(value):
         return ""
-    if column in ("n", "studies", "mentions", "tokens/s"):
+    if column in ("n", "studies", "mentions", "tokens/s", "same_sign"):
         return f"{int(value):,}"
     if column in ("p", "p_holm") and value < 0.001:
         return "< 0.001"
