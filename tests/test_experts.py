@@ -594,3 +594,18 @@ def test_valor_evaluate_takes_any_expert(weights, tmp_path):
     assert out["cut"].isna().all() and image_columns(
         frame, DEFAULTS | dict(expert=str(weights / "BiomedCLIP")), tmp_path
     )["cut"].tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize("tower", ["patches", "films"])
+def test_equal_arguments_give_equal_classifiers(tower, tmp_path):
+    "Whatever torch drew before, and torch's generator is left as it was."
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (64, 64), dtype=np.uint8)) for _ in range(8)]
+    labels, bytes_of = np.eye(8, 2, dtype=int), []
+    for before in (1, 2):
+        torch.manual_seed(before)
+        state = torch.get_rng_state()
+        experts.train_classifier(images, labels, ["Edema", "Cardiomegaly"], tmp_path, steps=3, tower=tower)
+        assert torch.equal(torch.get_rng_state(), state)
+        bytes_of.append((tmp_path / "classifier.safetensors").read_bytes())
+    assert bytes_of[0] == bytes_of[1]

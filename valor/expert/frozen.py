@@ -501,8 +501,10 @@ def _fitted(
     size, films = images[0].size[0], tower == "films"
     model = build_classifier(size, target.shape[1], seed, tower).train()
     pixels = torch.stack([as_batch([image], size)[0] for image in images])
-    lr = 2 * lr if films else lr
-    fit_classifier(model, pixels, target, steps=steps, batch_size=batch_size, lr=lr, seed=seed, move=films)
+    how = dict(steps=steps, batch_size=batch_size, lr=2 * lr if films else lr, seed=seed, move=films)
+    with torch.random.fork_rng(devices=[]):  # the tower "films" has dropout
+        torch.manual_seed(seed)
+        fit_classifier(model, pixels, target, **how)
     return model
 
 # %% ../../nbs/expert/01_frozen.ipynb #frz4trn0

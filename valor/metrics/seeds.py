@@ -388,8 +388,9 @@ def contrast_table(
 ) -> pd.DataFrame:
     """One row per contrast: the mean `difference` a − b over the seeds that both systems have, its 95 %
     interval over seeds and studies (`lo`, `hi`), how many seeds have the `same_sign`, Student's interval
-    over seeds (`t_lo`, `t_hi`) and that of a single rerun (`rerun_lo`, `rerun_hi`), the sign-flip `p`, the smallest that so many seeds can give, Holm's
-    `p_holm` within the family, and each seed's difference in a column of its own (`seed 0`, …).
+    over seeds (`t_lo`, `t_hi`) and that of a single rerun (`rerun_lo`, `rerun_hi`), the sign-flip `p`, the
+    smallest that so many seeds can give, Holm's `p_holm` within the family, and each seed's difference in
+    a column of its own (`seed 0`, …).
 
     A contrast without a seed stays in the table, as NaN."""
     rows = [_contrast_row(frames, contrast, n_boot, seed, known) for contrast in contrasts]
