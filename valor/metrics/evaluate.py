@@ -309,6 +309,7 @@ def register_radeval(m: RadEvalMetric) -> RadEvalMetric:
     "Make a metric of RadEval known: its gauge, on request, and its row in the tables of `valor evaluate`."
     if m.name not in ev.GAUGE_NAMES:
         ev.GAUGE_NAMES.append(m.name)
+    if m.name not in ON_REQUEST:
         ON_REQUEST.append(m.name)
     RADEVAL[m.name] = m
     GAUGES[m.name] = partial(radeval_gauge, m)
