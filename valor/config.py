@@ -441,6 +441,9 @@ class EvaluationSettings:
     eval_studies: int = 48  # validation studies that it is evaluated on
     eval_batch_size: int = 100  # reports written at once; lower it if a GPU's memory runs out
     n_boot: int = 1000  # bootstrap draws of every interval
+    # the checkpoint of each stage that is evaluated: the best on validation studies by this measure, such
+    # as 'label micro F1'; None is the last one (the paper does not say; ours)
+    choose_by: str | None = None
 
 
 RULES.update(dict.fromkeys(["eval_steps", "eval_studies", "eval_batch_size"], at_least(1)))

@@ -8,8 +8,9 @@ __all__ = ['BY_OBSERVATION', 'TRIED', 'make_data', 'target', 'targets', 'check_s
            'lay_findings', 'warm_up_targets', 'warm_base', 'lay_descriptions', 'make_base', 'policy_in', 'make_sft',
            'text_scorers', 'check_scorers', 'labeler', 'context_watch', 'truth_watch', 'rewards_of', 'start_after',
            'make_stage', 'make_samples', 'pairs_for', 'make_preference', 'policy_of', 'policy_with', 'snapshots_of',
-           'score_frame', 'judge_form', 'save_reports', 'read_frame', 'read_reports', 'make_evaluation', 'erased_of',
-           'make_erased', 'make_controls', 'validation_studies', 'measure_snapshot', 'make_progress']
+           'check_choice', 'best_update', 'chosen_snapshot', 'score_frame', 'judge_form', 'save_reports', 'read_frame',
+           'read_reports', 'make_evaluation', 'erased_of', 'make_erased', 'make_controls', 'validation_studies',
+           'measure_snapshot', 'make_progress']
 
 # %% ../../nbs/runs/02_makers.ipynb #mak00002
 import dataclasses
@@ -66,6 +67,7 @@ from valor.runs.phases import (
     LABELER,
     OUTSIDE,
     SCORING,
+    chooses,
     ensure,
     load_data,
     maker,
@@ -177,7 +179,11 @@ def real_data(out: Path, cfg: Config) -> datasets.DatasetDict:
 # %% ../../nbs/runs/02_makers.ipynb #0274c407
 def scorers_note(cfg: Config) -> str:
     "What gives the clinical scores and BERTScore of the run `cfg`."
-    return f"scored by chexbert={cfg.chexbert}, radgraph={cfg.radgraph}, bertscore={cfg.bertscore_model}"
+    models = f"scored by chexbert={cfg.chexbert}, radgraph={cfg.radgraph}, bertscore={cfg.bertscore_model}"
+    if cfg.choose_by is None:
+        return models
+    chosen = f"{cfg.choose_by} on {cfg.eval_studies} validation studies"
+    return f"{models}; checkpoint of each stage chosen by {chosen}"
 
 
 def note_of(cfg: Config) -> str:
@@ -410,6 +416,8 @@ def text_scorers(cfg: Config) -> dict[str, Any]:
 def check_scorers(cfgs: Sequence[Config]) -> None:
     """Make the scorers and the expert that the runs `cfgs` name and try them, so that missing weights and
     broken rewards show before anything is trained (ValueError, RewardError)."""
+    for cfg in cfgs:
+        check_choice(cfg)
     given = {
         ("scorers", key_of([getattr(cfg, f) for f in (*SCORING, "lambda_length", "lambda_repetition")])): (
             lambda cfg=cfg: probe(text_scorers(cfg))
@@ -566,8 +574,10 @@ def make_preference(out: Path, cfg: Config, after: Mapping[str, Path], name: str
 
 # %% ../../nbs/runs/02_makers.ipynb #d61e5f72
 def policy_of(name: str, cfg: Config) -> tuple[Module, ProcessorMixin]:
-    "`(model, processor)` at the end of phase `name`, as it was trained (`with_adapter`); never in four bits."
+    "`(model, processor)` of phase `name`, its last checkpoint or the chosen one; never in four bits."
     adapter = None if name in ("base", "sft") else phase_folder(name, cfg) / "adapter"
+    if cfg.choose_by and name in ("stage1", "stage2"):
+        adapter = chosen_snapshot(name, cfg)[1]
     return policy_with("base" if name == "base" else "sft", cfg, adapter)
 
 
@@ -588,6 +598,30 @@ def snapshots_of(stage: str, cfg: Config) -> dict[int, Path | None]:
     kept = {int(p.name[1:]): p for p in (folder / "snapshots").glob("k*")}
     kept[int(pd.read_csv(folder / "log.csv")["k"].max())] = folder / "adapter"
     return ({0: None} if stage == "stage1" else {}) | dict(sorted(kept.items()))
+
+# %% ../../nbs/runs/02_makers.ipynb #cho00002
+def check_choice(cfg: Config) -> None:
+    "Raises ValueError unless `choose_by` of the run `cfg` is None or a measure that has a better direction."
+    better = [name for name, (_, arrow) in ev.METRICS.items() if arrow]
+    if cfg.choose_by is not None and cfg.choose_by not in better:
+        raise ValueError(f"choose_by={cfg.choose_by!r}: expected one of {', '.join(better)}, or None")
+
+
+def best_update(progress: pd.DataFrame, metric: str) -> int:
+    """The update `k` with the best value of `metric` in a table of `make_progress`, the first of equals.
+    Raises `RunError` where the validation studies give it no value."""
+    if metric not in progress or progress[metric].isna().all():
+        raise RunError(
+            f"choose_by={metric!r}: the validation studies give it no value; choose another measure"
+        )
+    values = progress[metric] if ev.METRICS[metric][1] == "↑" else -progress[metric]
+    return int(progress["k"][values.idxmax()])
+
+
+def chosen_snapshot(stage: str, cfg: Config) -> tuple[int, Path | None]:
+    "`(k, folder of the adapter)` of the checkpoint of `stage` that `choose_by` chooses."
+    k = best_update(pd.read_csv(ensure(f"progress_{stage}", cfg) / "progress.csv"), cfg.choose_by)
+    return k, snapshots_of(stage, cfg)[k]
 
 # %% ../../nbs/runs/02_makers.ipynb #ab545442
 def score_frame(completions: list[str], cfg: Config, expert: FrozenExpert) -> pd.DataFrame:
@@ -630,6 +664,9 @@ def read_reports(folder: Path, condition: str) -> list[str]:
 @maker("eval_base", "eval_sft", "eval_stage1", "eval_stage2", "eval_dpo", "eval_mmedpo")
 def make_evaluation(out: Path, cfg: Config, after: Mapping[str, Path], name: str) -> None:
     "Greedy reports on the test studies and their frames; for VALOR also with images shuffled and blank."
+    if chooses(name, cfg):
+        k = chosen_snapshot(name.removeprefix("eval_"), cfg)[0]
+        write_json(out / "chosen.json", dict(by=cfg.choose_by, k=k))
     model, processor = policy_of(name.removeprefix("eval_"), cfg)
     model.to(resolve_device())
     test, expert = load_data(phase_folder("data", cfg))["test"], open_expert(after["expert"], cfg)

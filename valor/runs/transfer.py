@@ -27,7 +27,7 @@ from ..metrics.seeds import Frames
 from ..policy.prompt import asked_by, image_lists
 from ..policy.tiny import generate
 from .makers import labeler, note_of, policy_of, read_frame, save_reports
-from .phases import MISTAKES, OUTSIDE, begin, ensure, finish, load_data, locked, phase_key
+from .phases import CHOICE, MISTAKES, OUTSIDE, begin, ensure, finish, load_data, locked, phase_key
 from .processes import RunError
 from .systems import SYSTEMS, phase_of, results_folder, stand_ins, start_run
 
@@ -71,7 +71,7 @@ def transfer_config(system: str, cfg: Config, target: Config) -> dict:
     return dict(
         phase=f"transfer_{name}",
         version=VERSION,
-        fields={field: getattr(changed, field) for field in fields},
+        fields={field: getattr(changed, field) for field in fields + (CHOICE if cfg.choose_by else ())},
         after=dict(policy=phase_key(name, changed), studies=phase_key("data", target)),
     )
 
