@@ -174,6 +174,8 @@ def data_report(studies: Studies) -> dict[str, pd.DataFrame]:
 # %% ../../nbs/data/07_report.ipynb #ef0911f8
 def _cell(value: Any) -> str:
     "A value of a table as text: shares with three places, counts with commas."
+    if isinstance(value, list):
+        return ", ".join(value)
     if isinstance(value, (str, bool)):
         return str(value)
     return f"{value:.3f}" if 0 < abs(value) < 1 else f"{value:,.0f}"
