@@ -50,6 +50,7 @@ COMMANDS = (
     "gallery",
     "config",
     "watch",
+    "push",
 )
 TIMES = ("seconds", "time", "per_second", "runtime")  # parts of the names of columns that measure time
 

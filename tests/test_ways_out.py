@@ -41,6 +41,7 @@ SENDERS = {
     "create_connection",
     "ThreadingHTTPServer",
     "push_to_hub",
+    "upload_folder",
     "VLLMClient",
 }
 IN_RUN = "inside ensure, which opens the guard for the phase's folder"
@@ -61,6 +62,8 @@ WAYS_OUT = {
     "runs.watch.write_page": "guarded: kept",
     "runs.watch.Studies": MEMORY,
     "train.sft.LiveLog": IN_RUN,
+    "runs.card.write_card": "settings and measures, beside weights",
+    "runs.card.run_push": "after check_push, which refuses what restricted data taught",
     "results.annotate.annotate": "guarded: kept",
     "policy.generate.write_reports": "closed to others; whose films they are nobody has said, which valor "
     "generate says where it writes into a repository",

@@ -189,7 +189,7 @@ def _add_merge(commands: argparse._SubParsersAction) -> None:
         choices=["float32", "bfloat16", "float16"],
         help="of the weights that are written; refused where it would not keep the adapter",
     )
-    p.set_defaults(run=_late("policy.generate", "run_merge", *USERS))
+    p.set_defaults(run=_late("runs.card", "run_merge", *USERS))
 
 # %% ../nbs/07i_cli.ipynb #bfbf29d5
 def _add_generate(commands: argparse._SubParsersAction) -> None:
@@ -271,6 +271,16 @@ def _add_watch(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--once", action="store_true", help="look once and end")
     p.set_defaults(run=_late("runs.watch", "run_watch", *USERS))
 
+# %% ../nbs/07i_cli.ipynb #cli0psh1
+def _add_push(commands: argparse._SubParsersAction) -> None:
+    p = commands.add_parser(
+        "push", help="publish an adapter or merged model with its card, where the terms of its data allow it"
+    )
+    p.add_argument("folder", help="runs/…/adapter, or what `valor merge` made of it")
+    _required(p, repo="the repository on the hub, OWNER/NAME; the key is read from HF_TOKEN")
+    p.add_argument("--public", action="store_true", help="make a new repository public (it is private)")
+    p.set_defaults(run=_late("runs.card", "run_push", *USERS))
+
 # %% ../nbs/07i_cli.ipynb #cli0ver1
 def _commit() -> str:
     "The commit of the checkout that the package lies in, with -dirty if it was edited; empty without one."
@@ -337,6 +347,7 @@ _COMMANDS = (
     _add_gallery,
     _add_agreement,
     _add_watch,
+    _add_push,
 )
 
 

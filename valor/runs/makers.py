@@ -63,6 +63,7 @@ from ..rewards.guard import probe
 from ..rewards.text import is_well_formed, report_body, scorer
 
 # %% ../../nbs/runs/02_makers.ipynb #08075257
+from .card import write_card
 from valor.runs.phases import (
     LABELER,
     OUTSIDE,
@@ -513,6 +514,7 @@ def make_stage(out: Path, cfg: Config, after: Mapping[str, Path], name: str) -> 
     log = align(policy, train, out, rewards, cfg, stage, lambda_vis, **before)
     if is_first():
         pd.DataFrame(log).to_csv(out / "log.csv", index=False)
+        write_card(out / "adapter")
 
 # %% ../../nbs/runs/02_makers.ipynb #41e47efd
 @maker("samples")
@@ -571,6 +573,7 @@ def make_preference(out: Path, cfg: Config, after: Mapping[str, Path], name: str
     if is_first():
         write_json(out / "pairs.json", pairs)
         pd.DataFrame(log).to_csv(out / "log.csv", index=False)
+        write_card(out / "adapter")
 
 # %% ../../nbs/runs/02_makers.ipynb #d61e5f72
 def policy_of(name: str, cfg: Config) -> tuple[Module, ProcessorMixin]:
