@@ -84,3 +84,16 @@ def test_a_model_of_unknown_origin_is_not_pushed(tmp_path, hub):
     with pytest.raises(SystemExit):
         main(["push", str(tmp_path)])  # without a repository
     assert hub.asked == []
+
+
+def test_a_card_that_is_written_again_leaves_its_phase_whole(adapter):
+    from valor.runs.phases import finish, inspect_phase
+
+    folder, expected = adapter(), dict(phase="stage2")
+    (folder.parent / "config.json").write_text(
+        json.dumps(dict(full=dataclasses.asdict(preset("smoke")), config=expected))
+    )
+    (folder / "README.md").write_text("PEFT's own")
+    finish(folder.parent)
+    card.write_card(folder)
+    assert inspect_phase(folder.parent, expected) == "finished"

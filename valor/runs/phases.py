@@ -262,6 +262,8 @@ def inspect_phase(folder: Path, expected: dict) -> str:
     if not (folder / "done.json").exists():
         return "interrupted"
     for name, digest in dict(_read_dict(folder / "done.json", "files")["files"]).items():
+        if Path(name).name == "README.md":
+            continue  # a model's card, which is written again when more has been measured
         if not (folder / name).exists() or _digest(folder / name) != digest:
             damaged = "damaged or missing, not what was written when the phase ended"
             raise RunError(f"{folder / name}: {damaged}; move {folder} away and start again")
@@ -325,7 +327,7 @@ def finish(folder: Path, cost: dict | None = None) -> None:
     digests = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if path.is_file() and "checkpoints" not in name.parts:
+        if path.is_file() and "checkpoints" not in name.parts and name.name != "README.md":
             digests[str(name)] = _digest(path)
     write_json(folder / "done.json", dict(files=digests, cost=cost or {}))
     drop_checkpoints(folder)
