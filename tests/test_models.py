@@ -177,6 +177,81 @@ def test_sft_moves_language_and_projector_and_nothing_else(kind, mode, folders, 
     assert (mode == "full") == any("embed_tokens" in n for n in moved)
 
 
+class Share:
+    def score(self, candidates, references):
+        return [float(len(c)) for c in candidates]
+
+
+def adapter_of(trainer):
+    "The adapter's parameters by name, as they are now."
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if "lora_" in n}
+
+
+@pytest.mark.parametrize("kind", ["llava", "gemma3", "qwen2_5_vl"])  # gemma3's projector is a bare matrix
+def test_stage_2_on_the_projector_alone_keeps_what_stage_1_trained(kind, folders, tmp_path):
+    """`stage2_modules="projector"`: the language model's adapter is stage 1's to the end, as saved and after
+    a resumed run, and the projector learns at `lr_projector`."""
+    from peft import load_peft_weights
+
+    from valor.rewards.compose import CLINICAL_SCORERS, TEXT_SCORERS
+    from valor.train.grpo import Rewards, make_trainer, stage_of
+
+    change = dict(stage2_modules="projector", lr_projector=3e-2, stage1_steps=2, stage2_steps=2)
+    small = dict(group_size=2, batch_size=1, max_new_tokens=6, k_clin=2, lr=1e-2, lora_r=4, lora_alpha=8)
+    cfg = preset("smoke", **small, **change, save_steps=1)
+    scorers = {n: Share() for n in (*TEXT_SCORERS, *CLINICAL_SCORERS, "format")}
+    similar = {2: lambda texts, rows: [float(len(t)) for t in texts]}
+
+    def begun(stage, out, adapter=None):
+        this = stage_of(cfg, stage, 0.5 * (stage - 1), 2, adapter=adapter)
+        rewards = Rewards(scorers, cfg.k_clin, similarity=similar.get(stage))
+        return make_trainer(folders[kind], studies(), tmp_path / out, rewards, cfg, this)
+
+    first = begun(1, "one")
+    first.train()
+    first.save_model(str(tmp_path / "1"))
+    second = begun(2, "two", tmp_path / "1")
+    before, language = adapter_of(second), adapter_of(first)
+    assert all(torch.equal(before[n], language[n]) for n in language) and len(before) > len(language)
+    second.train()
+    after = adapter_of(second)
+    moved = {n for n in after if not torch.equal(after[n], before[n])}
+    assert moved and not moved & set(language)
+    rates = {group["lr"] for group in second.optimizer.param_groups if group["params"]}
+    assert rates == {3e-2} and second.state.log_history[0]["kl"] > 1e-6  # the reference is SFT
+    second.save_model(str(tmp_path / "2"))
+    saved, own = load_peft_weights(tmp_path / "2"), load_peft_weights(tmp_path / "1")
+    assert len(saved) == len(after) and all(torch.equal(saved[n], own[n]) for n in own)
+    again = begun(2, "two", tmp_path / "1")
+    again.train(resume_from_checkpoint=str(tmp_path / "two" / "checkpoints" / "checkpoint-1"))
+    resumed = adapter_of(again)
+    assert all(torch.allclose(resumed[n], after[n], atol=1e-6) for n in after)
+    assert not {n for n in resumed if not torch.equal(resumed[n], before[n])} & set(language)
+
+
+def test_the_projector_may_have_a_rate_of_its_own(folders, tmp_path):
+    "In stage 2 with both, and in DPO, which trains what both stages together do."
+    from valor.train.grpo import Rewards, Stage, make_trainer
+    from valor.train.preference import pair, preference_settings, preference_trainer
+
+    cfg = preset("smoke", lr_projector=3e-2, lora_r=4, lora_alpha=8)
+    stage = Stage("language+projector", 0.0, steps=2, seed=1)
+    rewards = Rewards({"format": Share()}, None)
+    trainer = make_trainer(folders["llava"], studies(), tmp_path / "t", rewards, cfg, stage)
+    rates = {id(p): g["lr"] for g in trainer.create_optimizer().param_groups for p in g["params"]}
+    for name, p in trainer.model.named_parameters():
+        if p.requires_grad:
+            assert rates.pop(id(p)) == (3e-2 if "multi_modal_projector" in name else cfg.lr)
+    assert not rates
+    alone = preset("smoke", stage2_modules="projector", mmedpo_noise="none", lora_r=4, lora_alpha=8)
+    pairs = [pair(i, "<report> a </report>", "b", 1.0) for i in (0, 1)]
+    settings = preference_settings(tmp_path / "dpo", alone, steps=1, seed=0)
+    data = studies().add_column("truth", [[], []])
+    trainer = preference_trainer(folders["llava"], pairs, data, settings, alone, weighted=False)
+    trained = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
+    assert any("language_model" in n for n in trained) and any("projector" in n for n in trained)
+
+
 @pytest.mark.parametrize("kind", ALL)
 def test_both_stages_of_grpo_merge_and_reload(kind, folders, tmp_path):
     from peft import PeftModel
@@ -185,10 +260,6 @@ def test_both_stages_of_grpo_merge_and_reload(kind, folders, tmp_path):
     from valor.policy.generate import merge
     from valor.rewards.compose import CLINICAL_SCORERS, TEXT_SCORERS
     from valor.train.grpo import Rewards, Stage, make_trainer
-
-    class Share:
-        def score(self, candidates, references):
-            return [float(len(c)) for c in candidates]
 
     cfg = preset(
         "smoke", group_size=2, batch_size=1, max_new_tokens=6, k_clin=2, lr=1e-2, lora_r=4, lora_alpha=8

@@ -117,6 +117,21 @@ def test_r2gen_preset(masters, tmp_path):
     )
 
 
+def test_one_image_a_study_as_mmedpo_has_it(masters, tmp_path):
+    "`view='first'`: R2Gen's studies, all of them, each with the first of its images whatever its view."
+    two, one = (
+        loaded("r2gen iu", masters["r2gen iu"], tmp_path, preset="r2gen", view=v, size=32)
+        for v in ("listed", "first")
+    )
+    assert {s: list(d["study_id"]) for s, d in one.items()} == {
+        s: list(d["study_id"]) for s, d in two.items()
+    }
+    for split in one:
+        for single, pair in zip(one[split], two[split]):
+            assert single["second_image"] is None and pair["second_image"] is not None
+            assert single["image"].tobytes() == pair["image"].tobytes()
+
+
 def test_hugging_face_dataset(tmp_path):
     image = Image.fromarray(drawn_film("frontal", (40, 30)))
     rows = dict(image=[image] * 4, report=[f"The heart is normal in size {i}." for i in range(4)])

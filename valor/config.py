@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['RULES', 'PARTS', 'POSITIVE', 'UNIT', 'SEED', 'MODEL', 'BENCHMARKS', 'BENCHMARK_CONTEXT', 'REAL_SOURCES', 'IMAGE_MARK',
-           'CONTEXT_MARK', 'VISUAL', 'ABOUT_PRESETS', 'PRESETS', 'LONG', 'ON_BENCHMARK', 'ON_FILMS', 'Rule', 'at_least',
-           'one_of', 'did_you_mean', 'check_values', 'RunSettings', 'DataSettings', 'is_prompt_file', 'prompt_file',
-           'prompt_texts', 'PromptSettings', 'ModelSettings', 'SftSettings', 'RewardSettings', 'ScorerSettings',
-           'VisualSettings', 'GrpoSettings', 'ComputeSettings', 'PreferenceSettings', 'EvaluationSettings', 'Config',
-           'validate', 'preset', 'parse_settings', 'seed_of', 'sweeps', 'key_of', 'repo_root', 'runs_dir',
-           'figures_dir', 'cpu_model', 'versions', 'resolve_device', 'parts_in']
+           'CONTEXT_MARK', 'VISUAL', 'ABOUT_PRESETS', 'PRESETS', 'LONG', 'ON_BENCHMARK', 'ON_FILMS', 'READINGS', 'Rule',
+           'at_least', 'one_of', 'did_you_mean', 'check_values', 'RunSettings', 'DataSettings', 'is_prompt_file',
+           'prompt_file', 'prompt_texts', 'PromptSettings', 'ModelSettings', 'SftSettings', 'RewardSettings',
+           'ScorerSettings', 'VisualSettings', 'GrpoSettings', 'ComputeSettings', 'PreferenceSettings',
+           'EvaluationSettings', 'Config', 'validate', 'preset', 'Reading', 'parse_settings', 'seed_of', 'sweeps',
+           'key_of', 'repo_root', 'runs_dir', 'figures_dir', 'cpu_model', 'versions', 'resolve_device', 'parts_in']
 
 # %% ../nbs/00_config.ipynb #0322eea5
 import configparser
@@ -365,22 +365,27 @@ class GrpoSettings:
     stage2_steps: int | None = 50  # as stage1_steps
     rl_epochs: int = 3  # of each stage: our reading of "three epochs" (§5.1)
     lr: float = 7e-4  # learning rate, for a million parameters; §5.1 has 1e-6 for seven billion
-    beta: float = 0.02  # weight of the KL divergence; not given
+    beta: float = 0.02  # weight of the KL divergence; not given (EditGRPO, of the same laboratory, has 0.01)
     epsilon: float = 0.2  # bound on the probability ratio; idle at num_iterations = 1, where the ratio is 1
     num_iterations: int = 1  # μ: updates on each rollout batch
     temperature: float = 1.0  # of sampling; not given
     max_new_tokens: int = 96  # the longest report; not given
-    lora_r: int = 16  # rank of the adapter; §5.1 has LoRA without its rank
+    lora_r: int = 16  # rank of the adapter; §5.1 has LoRA without its rank (MMedPO 128, and alpha 256)
     lora_alpha: int = 32  # scale of the adapter: alpha / r; not given
     stage1_modules: str = "language"  # what the adapter reaches; Algorithm 1 does not say
-    stage2_modules: str = "language+projector"  # as stage1_modules
+    # as stage1_modules; "projector" alone is the paper's first version, whose abstract speaks of the "vision
+    # projection module": what stage 1 has trained then stays as it is
+    stage2_modules: str = "language+projector"
+    # learning rate of the adapter on the projector, in both stages, DPO and MMedPO; None: as of the rest.
+    # MMedPO has 2e-5 beside 1e-7
+    lr_projector: float | None = None
 
 
 RULES.update(group_size=at_least(2), lr=POSITIVE, beta=at_least(0), epsilon=POSITIVE, temperature=POSITIVE)
 _COUNTS = "batch_size stage1_steps stage2_steps rl_epochs num_iterations max_new_tokens lora_r lora_alpha"
 RULES.update(dict.fromkeys(_COUNTS.split(), at_least(1)))
-_MODULES = one_of("language", "language+projector", "language+projector+vision")
-RULES.update(stage1_modules=_MODULES, stage2_modules=_MODULES)
+_MODULES = one_of("language", "projector", "language+projector", "language+projector+vision")
+RULES.update(stage1_modules=_MODULES, stage2_modules=_MODULES, lr_projector=POSITIVE)
 
 # %% ../nbs/00_config.ipynb #cfg10ro1
 @dataclass(frozen=True)
@@ -534,6 +539,12 @@ def _check_training(cfg: Config) -> None:
                 f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} does not divide {name} = "
                 f"{size}; expected a divisor of it"
             )
+    reached = {"stage1_modules": cfg.stage1_modules, "stage2_modules": cfg.stage2_modules}
+    if cfg.lr_projector is not None and not any("projector" in modules for modules in reached.values()):
+        raise ValueError(
+            f"lr_projector={cfg.lr_projector}: no stage trains the projector ({reached}); expected None, or "
+            f"stage2_modules='language+projector'"
+        )
 
 # %% ../nbs/00_config.ipynb #cfg14ch8
 def _check_benchmark(cfg: Config) -> None:
@@ -776,6 +787,31 @@ def preset(name: str, **overrides) -> Config:
     chosen = PRESETS[name] | overrides
     on_benchmark = _on_benchmark(name, chosen.get("benchmark", "phantom"))
     return validate(Config(**{"preset": name} | PRESETS[name] | on_benchmark | overrides))
+
+# %% ../nbs/00_config.ipynb #cfg17rd1
+class Reading(NamedTuple):
+    "Settings that somebody stated, and where."
+
+    settings: dict[str, Any]
+    source: str
+
+
+READINGS = {
+    "first version": Reading(
+        dict(stage2_modules="projector"),
+        "VALOR, abstract of the first version: stage 2 aligns the vision projection module",
+    ),
+    "mmedpo": Reading(
+        # films are padded to a square wherever they are read (data/03_images)
+        dict(lora_r=128, lora_alpha=256, lr_projector=2e-5, image_size=336, rl_epochs=3),
+        "MMedPO, which the paper follows: scripts/train_dpo_visual-text.sh (films are padded there too)",
+    ),
+    "editgrpo": Reading(dict(beta=0.01, group_size=5, lr=1e-6), "EditGRPO, of the same laboratory"),
+    "iu pairs": Reading(
+        dict(benchmark="r2gen_iu", data_options=dict(preset="r2gen", view="first")),
+        "MMedPO: 2,069 pairs of IU X-Ray with one film each, as many as R2Gen's training studies",
+    ),
+}
 
 # %% ../nbs/00_config.ipynb #7f2d90aa
 def parse_settings(pairs: Iterable[str]) -> dict:

@@ -61,7 +61,7 @@ TEXT_PRESETS = {
         min_words=1,
     ),
 }
-VIEWS = ("frontal", "both", "listed", "none")
+VIEWS = ("frontal", "both", "listed", "first", "none")
 UNKNOWN = ("keep", "drop", "guess")
 
 # %% ../../nbs/data/05_studies.ipynb #b88d7855
@@ -93,9 +93,10 @@ def reading(preset: str = "valor", source: str | None = None, **changes: Any) ->
     `sections`: `both`, `impression_first` (both, the impression before the findings), `findings`,
     `impression`, `report`, or `auto` (see `sections_of`; a user's own
     table unless it is given). `view`: `frontal` (one image), `both` (a frontal and a lateral one),
-    `listed` (the first two as they come) or `none` (text only). `unknown_view`, for images whose view
-    nobody states and whose picture is `unsure`: `keep` (used where no image is known to be right),
-    `drop`, or `guess` (the first image of a study is frontal, the others lateral)."""
+    `listed` (the first two as they come), `first` (the first alone) or `none` (text only).
+    `unknown_view`, for images whose view nobody states and whose picture is `unsure`: `keep` (used where
+    no image is known to be right), `drop`, or `guess` (the first image of a study is frontal, the others
+    lateral)."""
     if preset not in TEXT_PRESETS:
         raise ValueError(f"preset={preset!r} is unknown; expected one of {', '.join(TEXT_PRESETS)}")
     how = TEXT_PRESETS[preset] | dict(unknown_view="keep", labels="rules")
@@ -153,8 +154,8 @@ def choose_images(images: list[tuple], view: str, unknown_view: str) -> list[tup
         images = guessed(images)
     elif unknown_view == "drop":
         images = [i for i in images if not in_doubt(i[1])]
-    if view == "listed":
-        return images[:2]
+    if view in ("listed", "first"):
+        return images[: 2 if view == "listed" else 1]
     frontal = _best_first(images, "frontal")[:1]
     if view == "frontal" or not frontal:
         return frontal

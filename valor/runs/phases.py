@@ -91,18 +91,19 @@ _TRAINED = {
     "stage1": Phase(
         ("sft",),
         ("threads", *_REWARD, *SCORING, "lambda_length", "lambda_repetition", *_GRPO)
-        + _fields("stage1_steps stage1_modules eval_steps"),
+        + _fields("stage1_steps stage1_modules eval_steps lr_projector"),
         2,
     ),
     "stage2": Phase(
         ("stage1", "expert"),
-        _fields("threads lambda_vis visual text_in_mix stage2_steps stage2_modules"),
+        _fields("threads lambda_vis visual text_in_mix stage2_steps stage2_modules lr_projector"),
         2,
     ),
 }
 
 # %% ../../nbs/runs/01_phases.ipynb #phs00005
 _SAMPLED = _fields("group_size batch_size num_iterations temperature max_new_tokens rl_epochs")
+_ADAPTED = _fields("stage1_modules stage2_modules lr_projector")
 _BASELINES = {
     "samples": Phase(
         ("sft",),
@@ -111,10 +112,10 @@ _BASELINES = {
         + _SAMPLED,
         1,
     ),
-    "dpo": Phase(("samples",), _fields("threads dpo_margin dpo_beta dpo_lr stage2_modules"), 1),
+    "dpo": Phase(("samples",), _fields("threads dpo_margin dpo_beta dpo_lr") + _ADAPTED, 1),
     "mmedpo": Phase(
         ("samples",),
-        _fields("threads dpo_beta dpo_lr stage2_modules mmedpo_noise mmedpo_scorer") + LABELER + _RADGRAPH,
+        _fields("threads dpo_beta dpo_lr mmedpo_noise mmedpo_scorer") + _ADAPTED + LABELER + _RADGRAPH,
         1,
     ),
 }
@@ -150,6 +151,7 @@ NO_PATHS = ("embedded", "embedded-labels", "rules", "samples", "minilm")  # valu
 SEEDS = ("data_seed", "base_seed", "expert_seed")  # what may be derived from `seed`
 # fields that came later: at these values a phase is as it was
 LATER = dict(omit=0.0, visual="expert", tower="patches", prompt=PROMPT, context=[], reasoning="none")
+LATER |= dict(lr_projector=None)
 
 
 # what decides which checkpoint of a stage is evaluated, where one is chosen
@@ -162,14 +164,25 @@ def chooses(name: str, cfg: Config) -> bool:
     return cfg.choose_by is not None and name in reads
 
 
+def _idle(name: str, cfg: Config) -> set[str]:
+    "Fields of the phase `name` that change nothing of it under the other settings of `cfg`."
+    idle = {"visual"} if cfg.lambda_vis == 0 else set()
+    stages = {"stage1": cfg.stage1_modules, "stage2": cfg.stage2_modules}
+    trained = stages.get(name, f"{cfg.stage1_modules}+{cfg.stage2_modules}").split("+")
+    if "projector" not in trained:
+        idle.add("lr_projector")
+    if name in ("dpo", "mmedpo") and set(trained) == set(cfg.stage2_modules.split("+")):
+        idle.add("stage1_modules")
+    return idle
+
+
 def fields_reaching(name: str, cfg: Config) -> dict:
     """The fields that reach the phase `name` and their values: derived seeds as numbers, and no field of
     `LATER` that changes nothing. What judges images does not reach a stage without a visual reward."""
     fields = PHASES[name].fields + (CHOICE if chooses(name, cfg) else ())
     values = {f: seed_of(cfg, f) if f in SEEDS else getattr(cfg, f) for f in fields}
     values = {f: list(v) if isinstance(v, tuple) else v for f, v in values.items()}  # as JSON has it
-    if cfg.lambda_vis == 0:
-        values.pop("visual", None)
+    values = {field: v for field, v in values.items() if field not in _idle(name, cfg)}
     return {field: v for field, v in values.items() if field not in LATER or v != LATER[field]}
 
 # %% ../../nbs/runs/01_phases.ipynb #phs00062

@@ -48,7 +48,16 @@ from trl.data_utils import prepare_multimodal_messages
 # %% ../../nbs/train/00_grpo.ipynb #hh000001
 from ..config import Config, resolve_device
 from ..data.restricted import check_server
-from ..policy.models import frozen_weights, load_policy, loading, lora_config, memory_line
+from ..policy.adapter import ProjectorRate, adapters_on, hold
+from valor.policy.models import (
+    all_modules,
+    frozen_weights,
+    groups,
+    load_policy,
+    loading,
+    lora_config,
+    memory_line,
+)
 from ..policy.prompt import asked_by, conversations
 from ..rewards.compose import CLINICAL_SCORERS, advantages, extras_of, is_clinical_step, needed
 from ..rewards.guard import alarms, checked_scores, distinct_share, odd_line, probe
@@ -551,7 +560,7 @@ class LoggedRollout(WholeGeneration):
         super().log(logs, start_time)
 
 # %% ../../nbs/train/00_grpo.ipynb #b42f5a13
-class ValorTrainer(LoggedRollout):
+class ValorTrainer(ProjectorRate, LoggedRollout):
     """TRL's GRPO with the advantages of Eq. 5-9. With `cfg.rank_norm='grpo'`, the paper's GRPO baseline,
     TRL's own (R − mean)/std stay. `kw`: `k_start` and arguments of `GRPOTrainer`."""
 
@@ -661,12 +670,13 @@ class Snapshots(TrainerCallback):
 class Stage:
     "What tells one stage of Algorithm 1 from another."
 
-    modules: str  # what the adapter trains, see `lora_config`
+    modules: str  # what is trained, see `lora_config`
     lambda_vis: float  # Eq. 8; 0 in stage 1
     steps: int  # updates
     seed: int
     k_start: int = 0  # the generation at which the stage before ended
     adapter: Path | str | None = None  # folder of the adapter to start from; None: a fresh one
+    held: str = ""  # what the stage before trained and this one does not: its adapter stays as it is
 
 
 def linear_weights(cfg: Config) -> dict[str, float]:
@@ -788,11 +798,15 @@ def make_trainer(
     weights = [linear_weights(cfg).get(name, 0.0) for name in rewards.names]
     given = dict(args=GRPOConfig(**settings, reward_weights=weights), train_dataset=rows)
     given |= dict(table=CompletionTable(out) if cfg.keep_completions else None, k_start=stage.k_start)
-    given |= dict(peft_config=lora_config(model, stage.modules, cfg.lora_r, cfg.lora_alpha))
+    found, reached = groups(model), all_modules(stage.modules, stage.held)
+    given |= dict(peft_config=lora_config(model, reached, cfg.lora_r, cfg.lora_alpha))
     trainer = ValorTrainer(model, rewards, cfg, stage.lambda_vis, processing_class=processor, **given)
     trainer.remove_callback(PrinterCallback)
     if stage.adapter is not None:
         set_peft_model_state_dict(trainer.model, load_peft_weights(stage.adapter, device="cpu"))
+    for group in filter(None, stage.held.split("+")):
+        hold(adapters_on(trainer.model, found[group]))
+    trainer.projector, trainer.lr_projector = adapters_on(trainer.model, found["projector"]), cfg.lr_projector
     return trainer
 
 # %% ../../nbs/train/00_grpo.ipynb #ahd00002
@@ -820,7 +834,9 @@ def stage_of(
     "Stage 1 or 2 of Algorithm 1 as `cfg` describes it, on `n` studies; `k_start`, `adapter`: as in `Stage`."
     stages = (cfg.stage1_steps, cfg.stage1_modules), (cfg.stage2_steps, cfg.stage2_modules)
     steps, modules = stages[stage - 1]
-    return Stage(modules, lambda_vis, steps_of(steps, cfg, n), 10 * cfg.seed + stage, k_start, adapter)
+    before = cfg.stage1_modules.split("+") if stage == 2 else []
+    held = "+".join(group for group in before if group not in modules.split("+"))
+    return Stage(modules, lambda_vis, steps_of(steps, cfg, n), 10 * cfg.seed + stage, k_start, adapter, held)
 
 # %% ../../nbs/train/00_grpo.ipynb #zh000033
 def _keep_snapshots(trainer: ValorTrainer, out: Path | str, cfg: Config, stage: int) -> int:

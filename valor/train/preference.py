@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PREFERENCES', 'ALPHA_BAR', 'NOTHING', 'weighted_dpo_loss', 'text_rewards', 'whole_lines', 'sample_reports',
            'read_samples', 'pair', 'sampled_pairs', 'read_preferences', 'add_noise', 'relevance', 'noised_pairs',
-           'clinical_pairs', 'pair_dataset', 'PairCollator', 'MMedPOTrainer', 'preference_settings',
+           'clinical_pairs', 'pair_dataset', 'PairCollator', 'PairTrainer', 'MMedPOTrainer', 'preference_settings',
            'preference_trainer', 'updates_of', 'prefer']
 
 # %% ../../nbs/train/03_preference.ipynb #76a304c2
@@ -30,13 +30,15 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from ..config import IMAGE_MARK, Config, parts_in
 from ..files import UNREADABLE, DataError, json_lines, json_value, one_line, opened, own_lines
 from ..metrics.statistics import as_completion
-from ..policy.adapter import beside
+from ..policy.adapter import ProjectorRate, adapters_on, beside
 
 # %% ../../nbs/train/03_preference.ipynb #cd9f0516
 from valor.policy.models import (
+    all_modules,
     check_completions,
     ending,
     frozen_weights,
+    groups,
     load_policy,
     loading,
     lora_config,
@@ -408,7 +410,11 @@ class PairCollator(DataCollatorForVisionPreference):
         return batch
 
 # %% ../../nbs/train/03_preference.ipynb #6970247a
-class MMedPOTrainer(DPOTrainer):
+class PairTrainer(ProjectorRate, DPOTrainer):
+    "TRL's DPO trainer; the projector may have a learning rate of its own."
+
+
+class MMedPOTrainer(PairTrainer):
     """TRL's DPO trainer with a weight for every pair (`weighted_dpo_loss`).
 
     If all weights are 1 and both reports of each pair have the same images, it is TRL's."""
@@ -470,19 +476,21 @@ def preference_trainer(
 ) -> DPOTrainer:
     """A trainer of `pairs` that starts from the policy in `sft_folder`, which is also the reference.
 
-    It is TRL's `DPOTrainer`, or an `MMedPOTrainer` if `weighted`. `settings`: as `preference_settings`
-    returns."""
+    It is TRL's `DPOTrainer`, or an `MMedPOTrainer` if `weighted`. It trains what both stages of VALOR
+    together do. `settings`: as `preference_settings` returns."""
     set_seed(settings["seed"])
     model, processor = load_policy(sft_folder, **frozen_weights(cfg.policy_weights), **loading(cfg))
     pairs = _with_ending(pairs, model, processor)
-    trainer = (MMedPOTrainer if weighted else DPOTrainer)(
+    projector, reached = groups(model)["projector"], all_modules(cfg.stage1_modules, cfg.stage2_modules)
+    trainer = (MMedPOTrainer if weighted else PairTrainer)(
         model,
         args=DPOConfig(**settings),
         train_dataset=pair_dataset(pairs, data, cfg.mmedpo_noise),
         processing_class=processor,
         data_collator=PairCollator(processor) if weighted else None,
-        peft_config=lora_config(model, cfg.stage2_modules, cfg.lora_r, cfg.lora_alpha),
+        peft_config=lora_config(model, reached, cfg.lora_r, cfg.lora_alpha),
     )
+    trainer.projector, trainer.lr_projector = adapters_on(trainer.model, projector), cfg.lr_projector
     trainer.remove_callback(PrinterCallback)
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         beside(trainer.model)
