@@ -57,10 +57,15 @@ RUN = list(dict.fromkeys([*shown(ROOT / "docs/real-models-and-data.md")[0], *sum
 
 
 def check_valor(words):
-    """Raise unless the parser takes `words`, and every `--set` names a field and `--preset` a preset. A
-    command's bare name is enough."""
-    if len(words) == 1:
-        assert words[0] == "--help" or f"{words[0]}" in command_parser().format_help()
+    """Raise unless the parser takes `words`, and every `--set` names a field and `--preset` a preset. Of a
+    command with nothing but options without a value, as text mentions it, only the names are checked."""
+    if all(word.startswith("--") for word in words[1:]):
+        command, *mentioned = words
+        subcommands = command_parser()._subparsers._group_actions[0].choices
+        if command.startswith("--"):
+            assert f"{command}" in command_parser().format_help()
+        else:
+            assert set(mentioned) <= {"--help", *subcommands[command]._option_string_actions}
         return
     args = command_parser().parse_args(words)
     if words[0] not in ("run", "train"):
@@ -103,6 +108,8 @@ def test_every_command_that_is_shown_has_the_options_it_names(page, command):
     elif words[0] == "python":
         script = next(w for w in words if w.endswith(".py"))
         assert (ROOT / script).is_file() or any((ROOT / "valor").rglob(script))
+    elif words[0] == "snakemake" and "--profile" in words:
+        assert (ROOT / words[words.index("--profile") + 1] / "config.yaml").is_file()
     else:
         assert "…" in command, (
             f"{command}: say in this test how it is checked"
@@ -165,6 +172,7 @@ def desk(tmp_path_factory):
             for i in range(12)
         )
     )
+    (desk / "prompts.txt").write_text("Describe this chest X-ray.\nWrite a report of this film.\n")
     (desk / "mylab.py").write_text(
         "class Sides:\n    def score(self, candidates, references): return [float('left' in c) for c in "
         "candidates]\n"
@@ -282,9 +290,15 @@ HOW = [  # (beginning of a command, how it is run at miniature size)
     ("valor run --preset paper --set base=llava-med-hf --set expert", run_to(None, **HUB)),
     ("accelerate launch --config_file configs/", options_only),
     ("torchrun --nproc-per-node 2 ", options_only),  # tests/test_two_processes.py runs it
+    ("valor run --set prompt=prompts.txt", run_to("data")),
+    ("valor run --set prompt=", run_to("data")),
+    ("valor run --set 'context=", run_to("data")),
     ("valor train --until mmedpo", lambda words, monkeypatch, said: main(small(words))),
     ("valor watch runs/", options_only),  # needs the newest job to have that phase: tests/test_watch.py
-    ("valor watch", lambda words, monkeypatch, said: plain("reward")([*words, "--once"], monkeypatch, said)),
+    (
+        "valor watch",
+        lambda words, monkeypatch, said: plain("step 2 of")([*words, "--once"], monkeypatch, said),
+    ),
     ("valor merge ", plain("my-policy")),
     (
         "valor evaluate-on ",

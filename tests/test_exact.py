@@ -90,7 +90,10 @@ def arguments(monkeypatch, tmp_path, **change):
     for name, stub in dict(
         load_policy=lambda *a, **kw: (None, SimpleNamespace(image_token="<image>")),
         check_references=lambda data: None,
-        conversations=lambda data: data,
+        conversations=lambda data, **asked: data,
+        asked_by=lambda processor: None,
+        groups=lambda model: dict(projector=[]),
+        adapters_on=lambda model, modules: [],
         lora_config=lambda *a: None,
         shard_by_layer=lambda *a: None,
         ValorTrainer=Recorder,

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import pandas as pd
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..config import BENCHMARKS, Config, cpu_model, figures_dir, resolve_device, runs_dir
+from ..config import BENCHMARKS, Config, cpu_model, figures_dir, repo_root, resolve_device, runs_dir
 from ..data.benchmarks import clean_openi, read_openi
 from ..data.studies import load_studies
 from .phases import LISTENERS, PHASES, load_data, phase_folder, read_json, write_json
@@ -220,8 +220,9 @@ _MEASURED_ROW = "one graph a token, packed rows, 2 parts, checkpointing"
 
 def measured_step(policy: PreTrainedConfig, cfg: Config) -> float | None:
     "Seconds of a GRPO step of `policy` under `cfg` on an H200; None where the measurement is not at hand."
-    table = figures_dir() / "bench_gpu.csv"
-    if not table.exists():
+    tables = [folder / "bench_gpu.csv" for folder in (figures_dir(), repo_root() / "figures")]
+    table = next((t for t in tables if t.exists()), None)
+    if table is None:
         return None
     seconds = float(pd.read_csv(table, index_col="system").loc[_MEASURED_ROW, "step (s)"])
     measured = step_limit(shape_of(llava_med_7b()), 8, 8, new=256, r=64, **H200)["step"]
@@ -326,7 +327,7 @@ def plan_notes(steps: Sequence[Step], expected: dict[Path, Estimate], processes:
         )
     if gpu := [e.seconds for e in known if e.gpu and e.seconds]:
         lines.append(f"GPU-hours: {processes * sum(gpu) / 3600:.1f}")
-    if any(e.measured for e in known):
+    if any(e.measured and e.seconds is not None for e in known):
         lines.append(
             "stages by the step measured on an H200 (figures/bench_gpu.csv), without real reward models"
         )
