@@ -311,7 +311,7 @@ def spark(values: Sequence[float], width: int = 40) -> str:
 def curve_line(name: str, points: Sequence[tuple[float, float]], width: int = 40) -> str:
     "`name`, its curve, its first and its last value."
     values = [value for _, value in points]
-    return f"  {name[:22]:22} {spark(values, width):{width}} {values[0]:9.4g} → {values[-1]:.4g}"
+    return f"  {name[:24]:24} {spark(values, width):{width}} {values[0]:9.4g} → {values[-1]:.4g}"
 
 # %% ../../nbs/runs/07_watch.ipynb #wat00029
 def as_text(view: View, width: int = 110) -> str:
