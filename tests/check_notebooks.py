@@ -10,6 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import table_of_contents
+
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = (("valor", "*.py"), ("nbs", "*.ipynb"))
 # What JupyterLab needs to start a kernel without asking. nbdev_clean sets display_name to the kernel's name.
@@ -94,6 +96,8 @@ def main(fix=False):
             )
         for command in ("nbdev_export", "nbdev_clean"):
             subprocess.run([Path(sys.executable).with_name(command)], cwd=copy, check=True)
+        if fix:  # a test tells whether it is up to date
+            table_of_contents.write()
         for path in (copy / "nbs").rglob("*.ipynb"):
             if ".ipynb_checkpoints" not in path.parts:
                 name_kernel(path)

@@ -111,6 +111,7 @@ def test_stage_2_is_rewarded_by_what_the_configuration_names(visual, monkeypatch
     monkeypatch.setattr(makers, "phase_folder", lambda name, cfg: tmp_path)
     monkeypatch.setattr(makers, "open_expert", lambda folder, cfg: Bright())
     monkeypatch.setattr(makers, "text_scorers", lambda cfg: {})
+    monkeypatch.setattr(makers, "write_card", lambda adapter: None)
     monkeypatch.setattr(makers, "align", lambda *a, **k: given.update(rewards=a[3]) or [])
     cfg = preset("smoke", visual=visual)
     makers.make_stage(tmp_path, cfg, dict(expert=tmp_path, stage1=tmp_path), "stage2")
