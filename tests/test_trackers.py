@@ -75,6 +75,16 @@ def test_names_are_clear_and_samples_come_with_their_films(known):
     assert samples[0].film.size == (8, 8) and samples[0].reference == "report of a"
 
 
+def test_each_phase_has_a_wandb_run_of_its_own(known):
+    (callback,) = tracked(report_to="wandb").added[:1]
+    finished = []
+    callback._wandb = types.SimpleNamespace(run="stage1-0", finish=lambda: finished.append("stage1-0"))
+    callback.on_train_end(None, None, None)
+    callback._wandb.run = None
+    callback.on_train_end(None, None, None)
+    assert finished == ["stage1-0"]
+
+
 def test_no_report_of_restricted_studies_goes_to_a_tracker_that_may_send_it(known):
     trainer = tracked(report_to="wandb,tensorboard,mlflow,trackio", benchmark="mimic_cxr_jpg")
     logged(trainer, 2, loss=0.1)

@@ -47,11 +47,17 @@ def clear_name(column: str) -> str:
 
 # %% ../../nbs/train/05_trackers.ipynb #trk00009
 class _ClearNames:
-    "Comes before a tracker's callback and gives it clear names."
+    "Comes before a tracker's callback: gives it clear names, and each phase a run of its own."
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control, logs=None, **kw) -> None:
         numbers = {clear_name(name): value for name, value in (logs or {}).items() if value == value}
         super().on_log(args, state, control, logs=numbers, **kw)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control, **kw) -> None:
+        super().on_train_end(args, state, control, **kw)
+        wandb = getattr(self, "_wandb", None)
+        if wandb is not None and wandb.run is not None:  # the next phase would go on writing to this run
+            wandb.finish()
 
 
 def tracker(name: str) -> TrainerCallback:
