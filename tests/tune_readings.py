@@ -1,5 +1,5 @@
 """How far the paper's other readings (`valor.config.READINGS`) move the embedded result. By hand, some
-minutes a seed; writes figures/readings_phantom.csv.
+minutes a seed; writes figures/readings_smoke.csv.
 
 They are of smoke size (four updates a stage), so they show which choices change what the policy becomes,
 and not which of them is better.
@@ -11,7 +11,7 @@ import sys
 
 import pandas as pd
 
-from valor.config import Config, preset
+from valor.config import Config, figures_dir, preset
 from valor.figures import save
 from valor.metrics import statistics as ev
 from valor.runs.makers import note_of, read_frame, read_reports
@@ -32,13 +32,15 @@ SMALL = dict(
     eval_steps=None,
     threads=1,
 )
-READINGS = {  # as in `valor.config.READINGS`, with rates in the same proportion to `lr` as there
+READINGS = {  # after `valor.config.READINGS`, at this policy's `lr` (there the projector's is 200 times it)
     "default": {},
     "default, drawn again": dict(temperature=1.001),  # other reports are sampled, else it is the default
+    "default, drawn a third time": dict(temperature=0.999),
     "projector alone in stage 2": dict(stage2_modules="projector"),
     "projector's rate 20 times": dict(lr_projector=20 * Config.lr),
     "r 128, alpha 256": dict(lora_r=128, lora_alpha=256),
     "beta 0.01": dict(beta=0.01),
+    "images of 128 pixels": dict(image_size=128),  # the embedded policy is made for 64 to 128
 }
 SHOWN = ["BLEU-4", "ROUGE-L", "label micro F1", "located F1", "hallucinated", "words"]
 
@@ -54,7 +56,7 @@ def measured(cfg: Config, default: list[str] | None) -> tuple[dict, list[str]]:
 
 if __name__ == "__main__":
     rows, tried = [], []
-    for seed in [int(x) for x in sys.argv[1:]] or [0, 1]:
+    for seed in [int(x) for x in sys.argv[1:]] or [0, 1, 2]:
         default = None
         for name, change in READINGS.items():
             cfg = dataclasses.replace(preset("smoke", seed=seed, **SMALL), **change)
@@ -65,5 +67,5 @@ if __name__ == "__main__":
             print(rows[-1], flush=True)
     table = pd.DataFrame(rows)
     runs = [phase_folder("eval_stage2", cfg) for cfg in tried]
-    save("readings_phantom", table, cfgs=tried, runs=runs, note=note_of(tried[0]))
+    save("readings_smoke", table, cfgs=tried, runs=runs, note=note_of(tried[0]), out=figures_dir())
     print(table.to_string(index=False, float_format="{:.4g}".format))
