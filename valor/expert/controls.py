@@ -15,6 +15,8 @@ import numpy as np
 from datasets import Dataset
 
 from ..config import VISUAL
+from .two_images import study_similarity
+from ..policy.prompt import study_images
 from ..rewards.compose import CLINICAL_SCORERS, TEXT_SCORERS
 
 Judge = Callable[[Sequence[str], Sequence[Mapping]], list[float]]  # (candidates, rows) -> a number for each
@@ -32,19 +34,19 @@ def partners(n: int, seed: int = 0) -> np.ndarray:
 # %% ../../nbs/expert/02_controls.ipynb #ectl0008
 def by_expert(expert: Any) -> Judge:
     """Eq. 6: the cosine that `expert` (a `FrozenExpert`, or anything with its `similarity`) gives each
-    candidate and its own study's image."""
-    return lambda texts, rows: expert.similarity([row["image"] for row in rows], texts).tolist()
+    candidate and its own study's image; of two images, the mean (see `study_similarity`)."""
+    return lambda texts, rows: study_similarity(expert, [study_images(row) for row in rows], texts)
 
 
 def by_placebo(expert: Any, dataset: Dataset, seed: int = 0) -> Judge:
-    """The cosine that the same expert gives each candidate and the image of the study's partner in `dataset`
-    (see `partners`). It has the expert's preferences among texts and sees nothing of the study."""
+    """What the same expert gives each candidate and the images of the study's partner in `dataset` (see
+    `partners`). It has the expert's preferences among texts and sees nothing of the study."""
     ids = dataset["study_id"][:]
     partner = dict(zip(ids, partners(len(ids), seed).tolist()))
 
     def judge(texts: Sequence[str], rows: Sequence[Mapping]) -> list[float]:
-        images = [dataset[partner[row["study_id"]]]["image"] for row in rows]
-        return expert.similarity(images, texts).tolist()
+        shown = [study_images(dataset[partner[row["study_id"]]]) for row in rows]
+        return study_similarity(expert, shown, texts)
 
     return judge
 

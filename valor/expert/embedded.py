@@ -12,7 +12,7 @@ __all__ = ['GREY', 'KINDS', 'Edits', 'WordTokenizer', 'expert_config', 'as_batch
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -29,6 +29,8 @@ from tqdm.auto import tqdm
 
 from ..data.benchmarks import benchmark_of
 from ..data.phantom import EDITS, compose_report, from_truth, sections_in, write_report
+from .two_images import study_features
+from ..policy.prompt import image_lists
 from ..rewards.rules import RuleLabeler
 from ..rewards.text import report_body
 from ..vocabulary import OBSERVATIONS
@@ -296,7 +298,7 @@ def batch_loss(
 def drawn_batches(
     dataset: Dataset,
     edits: Edits,
-    renderings: Sequence[Dataset],
+    renderings: Sequence[Mapping[str, Sequence] | Dataset],
     batch_size: int,
     n_edits: int,
     rng: Generator,
@@ -336,7 +338,7 @@ def train_expert(
     batch_size: int = 32,
     n_edits: int = 2,
     lr: float = 1e-3,
-    renderings: Sequence[Dataset] = (),
+    renderings: Sequence[Mapping[str, Sequence] | Dataset] = (),
     min_count: int = 1,
     progress: bool = True,
 ) -> Expert:
@@ -344,7 +346,8 @@ def train_expert(
     number of threads give the same weights.
 
     `edits(i, kind, rng)`: reports with one edit (see `edits_for`), `n_edits` per study and visit.
-    `renderings`: the same rows in other anatomies (`data.rerender`); every visit to a study draws one."""
+    `renderings`: other images of the same rows, in a column `image` (in another anatomy, `data.rerender`,
+    or from another side, `second_images`); every visit to a study draws one."""
     expert = build_expert(dataset["report"], dataset[0]["image"].size[0], seed, min_count)
     rng = np.random.default_rng(seed)
     fit(expert, drawn_batches(dataset, edits, renderings, batch_size, n_edits, rng), steps, lr, progress)
@@ -378,7 +381,7 @@ def retrieval(
 def quality(expert: Expert, dataset: Dataset, edits: Edits, rng: Generator) -> dict[str, float | int]:
     """How well `expert` judges the studies of `dataset`: R@1 among 8 (see `retrieval`) and, per kind of
     edit, how often it prefers the true report, over how many pairs, and before a wrong image."""
-    images, texts = expert.image_features(dataset["image"]), expert.text_features(dataset["report"])
+    images, texts = study_features(expert, image_lists(dataset)), expert.text_features(dataset["report"])
     truths = [sorted(map(str, from_truth(t))) for t in dataset["truth"]]
     out = retrieval((texts @ images.T).numpy(), truths, rng)
     for kind in KINDS:

@@ -31,6 +31,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from ..expert.two_images import study_features
 from ..files import own_lines, report_lines
 from . import statistics as ev
 from .conventions import chosen_conventions, convention_columns, rows_of
@@ -438,32 +439,37 @@ def cider_column(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(dict(cider=Cider().compute_score(true, said)[1]))
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #5628cff9
-def _image_paths(frame: pd.DataFrame, root: Path | str | None) -> list[Path]:
-    "The paths of the images, `root` before them. `NotRun` without them, `ValueError` for an absent one."
-    if "image" not in frame or frame["image"].isna().any():
-        raise NotRun("a field 'image' (a path) in every line")
-    paths = [Path(root or ".") / p for p in frame["image"]]
-    for path in paths:
+def _image_paths(frame: pd.DataFrame, root: Path | str | None) -> list[list[Path]]:
+    """The paths of each study's images (a line has one path, or a list of them), `root` before them. `NotRun`
+    without them, `ValueError` for an absent one."""
+    if "image" not in frame or frame["image"].isna().any() or not frame["image"].map(len).all():
+        raise NotRun("a field 'image' (a path, or a list of paths) in every line")
+    studies = []
+    for given in frame["image"]:
+        paths = given if isinstance(given, list) else [given]
+        studies.append([Path(root or ".") / path for path in paths])
+    for path in (path for paths in studies for path in paths):
         if not path.is_file():
             expected = "expected the path of an image, --image-root is put before it"
             raise ValueError(f"image {path}: no such file; {expected}")
-    return paths
+    return studies
 
 
-def _vectors_of(expert: Any, paths: Sequence[Path]) -> np.ndarray:
-    "The expert's vectors (N, D) of the images at `paths`, 32 at a time."
+def _vectors_of(expert: Any, paths: Sequence[Sequence[Path]]) -> np.ndarray:
+    "The expert's vectors (N, D) of studies with the images at `paths`, 32 studies at a time."
     from PIL import Image
 
     parts = []
     for start in tqdm(range(0, len(paths), 32), desc="images", leave=False):
-        images = [Image.open(path).convert("L") for path in paths[start : start + 32]]
-        parts.append(np.asarray(expert.image_features(images)))
+        some = paths[start : start + 32]
+        images = [[Image.open(path).convert("L") for path in study] for study in some]
+        parts.append(np.asarray(study_features(expert, images)))
     return np.concatenate(parts)
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #0a28916b
 def image_columns(frame: pd.DataFrame, options: dict, root: Path | str | None) -> pd.DataFrame:
-    """Similarity of each report and its image under the frozen expert, and whether it is closer to it
-    than to 7 other images. Raises `NotRun` without images or expert."""
+    """Similarity of each report and its study's image or images under the frozen expert, and whether it is
+    closer to it than to 7 other studies. Raises `NotRun` without images or expert."""
     if options["expert"] is None:
         raise NotRun("a field 'image' in every line and --set expert=FOLDER (an open_clip model)")
     from valor.expert.frozen import load_expert

@@ -6,13 +6,13 @@
 __all__ = ['BLEU_COLUMNS', 'PATHOLOGIES', 'FINDING_COLUMNS', 'DRAWN', 'STATISTICS', 'Number', 'GAUGE_NAMES', 'REGISTERED', 'RUN',
            'MAIN', 'LEXICAL', 'GAUGED', 'LABELS', 'IMAGE', 'METRICS', 'MENTIONS', 'bleu_statistics', 'corpus_bleu',
            'positives', 'label_columns', 'planted_columns', 'drawn_columns', 'true_columns', 'distractors', 'retrieved',
-           'truth_keys', 'text_columns', 'fresh_columns', 'expert_columns', 'score_reports', 'ratio', 'f1', 'share',
-           'fresh_bleu', 'micro_f1', 'macro_f1', 'micro5', 'macro5', 'false_labels', 'Metric', 'register_metric',
-           'registered', 'finding_f1', 'located_f1', 'specificity', 'Live', 'heading', 'measure', 'summarize',
-           'system_table', 'aggregate', 'paired_difference', 'digits_of', 'cell', 'cells_of', 'result_table',
-           'as_completion', 'shuffled', 'blank_images', 'normal_template', 'random_reports', 'perfect_findings',
-           'retrieval_by_true_codes', 'retrieval_by_expert', 'controls', 'fixed_scores', 'best_fixed_report',
-           'plot_results', 'running_mean', 'plot_progression', 'describe', 'plot_cases']
+           'truth_keys', 'text_columns', 'fresh_columns', 'study_vectors', 'expert_columns', 'score_reports', 'ratio',
+           'f1', 'share', 'fresh_bleu', 'micro_f1', 'macro_f1', 'micro5', 'macro5', 'false_labels', 'Metric',
+           'register_metric', 'registered', 'finding_f1', 'located_f1', 'specificity', 'Live', 'heading', 'measure',
+           'summarize', 'system_table', 'aggregate', 'paired_difference', 'digits_of', 'cell', 'cells_of',
+           'result_table', 'as_completion', 'shuffled', 'blank_images', 'normal_template', 'random_reports',
+           'perfect_findings', 'retrieval_by_true_codes', 'retrieval_by_expert', 'controls', 'fixed_scores',
+           'best_fixed_report', 'plot_results', 'running_mean', 'plot_progression', 'describe', 'plot_cases']
 
 # %% ../../nbs/metrics/00_statistics.ipynb #9c760899
 import textwrap
@@ -26,11 +26,13 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from datasets import Dataset
+from torch import Tensor
 
 # %% ../../nbs/metrics/00_statistics.ipynb #dffa9908
 from ..data import phantom
 from ..data.benchmarks import benchmark_of
 from ..data.phantom import compare, compose_report, from_truth, parse_report, write_report
+from ..expert.two_images import study_features
 from ..figures import COLOURS, MISPLACED, PAGE, RIGHT, WRONG, panels
 from valor.metrics.bootstrap import (
     Metrics,
@@ -244,13 +246,20 @@ def fresh_columns(frame: pd.DataFrame, leaked: Sequence[bool] | None) -> pd.Data
     return pd.DataFrame(columns)
 
 # %% ../../nbs/metrics/00_statistics.ipynb #e0b36747
+def study_vectors(expert: Any, dataset: Dataset) -> np.ndarray | Tensor:
+    "Vectors (N, D) of the studies of `dataset` by `expert`, from all of their images."
+    from valor.policy.prompt import image_lists  # transformers comes with it
+
+    return study_features(expert, image_lists(dataset))
+
+
 def expert_columns(
     reports: Sequence[str], dataset: Dataset, expert: Any, image_features: np.ndarray | None, seed: int
 ) -> pd.DataFrame:
     """Column `retrieved`: does each report find its image among 8? Column `cut`: does the expert read only
     its beginning? NaN without an expert; `retrieved` also if fewer than 7 studies have another truth.
 
-    `image_features`: (N, D) of the images of `dataset`; None: the expert computes them."""
+    `image_features`: (N, D) of the studies of `dataset` (`study_vectors`); None: computed here."""
     frame = pd.DataFrame(np.nan, range(len(reports)), ["retrieved", "cut"])
     if hasattr(expert, "cut"):
         frame["cut"] = np.array(expert.cut(reports), dtype=float)
@@ -259,7 +268,7 @@ def expert_columns(
     if expert is None or most_alike + 7 > len(keys):
         return frame
     if image_features is None:
-        image_features = expert.image_features(dataset["image"])
+        image_features = study_vectors(expert, dataset)
     texts, others = np.asarray(expert.text_features(reports)), distractors(keys, seed=seed)
     frame["retrieved"] = retrieved(texts, np.asarray(image_features), others)
     return frame
@@ -650,13 +659,11 @@ def _parts(findings):
 
 # %% ../../nbs/metrics/00_statistics.ipynb #2ecde379
 def retrieval_by_expert(train: Dataset, dataset: Dataset, expert: Any) -> list[str]:
-    """For each study the `train` report that the frozen expert finds most similar to its image (Eq. 6;
+    """For each study the `train` report that the frozen expert finds most similar to its images (Eq. 6;
     the first of equals): retrieval in its image-text space."""
     reports = list(dict.fromkeys(train["report"]))
-    similarity = (
-        np.asarray(expert.image_features(list(dataset["image"])))
-        @ np.asarray(expert.text_features(reports)).T
-    )
+    images = np.asarray(study_vectors(expert, dataset))
+    similarity = images @ np.asarray(expert.text_features(reports)).T
     return [as_completion(reports[i]) for i in similarity.argmax(1)]
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONTEXT', 'context_text', 'question_of', 'Prompt', 'prompt_of', 'asked_by', 'prompt_to_json', 'prompt_from_json',
-           'parts_of', 'as_prompt', 'render_prompt', 'one_or_two', 'image_lists', 'conversations',
-           'replace_completions']
+           'parts_of', 'as_prompt', 'render_prompt', 'one_or_two', 'image_lists', 'study_images', 'side_by_side',
+           'conversations', 'replace_completions']
 
 # %% ../../nbs/policy/00a_prompt.ipynb #9b0f1002
 import re
@@ -16,7 +16,9 @@ from types import SimpleNamespace
 
 import numpy as np
 from datasets import Dataset
+from PIL import ImageOps
 from PIL.Image import Image
+from PIL.Image import fromarray as as_image
 from transformers import ProcessorMixin
 
 from ..config import CONTEXT_MARK, IMAGE_MARK, prompt_texts
@@ -146,6 +148,20 @@ def image_lists(dataset: Dataset) -> list[list[Image]]:
     if "second_image" not in dataset.column_names:
         return [[image] for image in dataset["image"]]
     return list(map(one_or_two, dataset["image"], dataset["second_image"]))
+
+
+def study_images(row: Mapping) -> list[Image]:
+    "The images of one `row` of a data set, or of `conversations`, which has two in the column `images`."
+    return list(row.get("images") or one_or_two(row["image"], row.get("second_image")))
+
+# %% ../../nbs/policy/00a_prompt.ipynb #twim0201
+def side_by_side(images: Sequence[Image]) -> Image:
+    "`images` in one grey picture, from left to right; a single one as it is."
+    if len(images) == 1:
+        return images[0]
+    side = max(max(image.size) for image in images)
+    films = [ImageOps.pad(image.convert("L"), (side, side)) for image in images]
+    return as_image(np.concatenate([np.asarray(film) for film in films], axis=1))
 
 # %% ../../nbs/policy/00a_prompt.ipynb #b0f10a13
 def _asked(dataset: Dataset, prompt: Prompt, seed: int | None, two: bool) -> list[list[dict]]:

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['BY_OBSERVATION', 'TRIED', 'make_data', 'target', 'targets', 'check_splits', 'first_of', 'real_data', 'scorers_note',
-           'note_of', 'cohort', 'fit_expert', 'make_expert', 'open_expert', 'expert_note', 'renderings', 'stated',
-           'lay_findings', 'warm_up_targets', 'warm_base', 'lay_descriptions', 'make_base', 'policy_in', 'make_sft',
-           'text_scorers', 'check_scorers', 'labeler', 'context_watch', 'truth_watch', 'rewards_of', 'start_after',
-           'make_stage', 'make_samples', 'pairs_for', 'make_preference', 'policy_of', 'policy_with', 'snapshots_of',
-           'check_choice', 'best_update', 'chosen_snapshot', 'score_frame', 'judge_form', 'save_reports', 'read_frame',
-           'read_reports', 'make_evaluation', 'erased_of', 'make_erased', 'make_controls', 'validation_studies',
-           'measure_snapshot', 'make_progress']
+           'note_of', 'cohort', 'fit_expert', 'make_expert', 'labelled_images', 'open_expert', 'expert_note',
+           'renderings', 'stated', 'lay_findings', 'warm_up_targets', 'warm_base', 'lay_descriptions', 'make_base',
+           'policy_in', 'make_sft', 'text_scorers', 'check_scorers', 'labeler', 'context_watch', 'truth_watch',
+           'rewards_of', 'start_after', 'make_stage', 'make_samples', 'pairs_for', 'make_preference', 'policy_of',
+           'policy_with', 'snapshots_of', 'check_choice', 'best_update', 'chosen_snapshot', 'score_frame', 'judge_form',
+           'save_reports', 'read_frame', 'read_reports', 'make_evaluation', 'erased_of', 'make_erased', 'make_controls',
+           'validation_studies', 'measure_snapshot', 'make_progress']
 
 # %% ../../nbs/runs/02_makers.ipynb #mak00002
 import dataclasses
@@ -52,6 +52,7 @@ from ..data.studies import load_studies, store_images
 from ..expert.controls import visual_judge
 from ..expert.embedded import Edits, Expert, GrammarEdits, edits_for, save_expert, train_expert
 from ..expert.frozen import FrozenExpert, load_expert, train_classifier, try_expert
+from ..expert.two_images import second_images
 from ..files import whole
 from ..metrics import statistics as ev
 from ..policy.generate import with_adapter
@@ -217,10 +218,12 @@ def cohort(cfg: Config, train: datasets.Dataset) -> tuple[datasets.Dataset, Edit
 # %% ../../nbs/runs/02_makers.ipynb #716c139e
 def fit_expert(cfg: Config, train: datasets.Dataset, edits: Edits) -> Expert:
     """The embedded expert, trained on the studies `train`: also on three new renderings of each where its
-    images can be drawn again."""
+    images can be drawn again, and on the second images of those that have two."""
     known, seed = benchmark_of(cfg.benchmark), seed_of(cfg, "expert_seed")
     drawn = (1, 2, 3) if known.truth == "observations" else ()
     anew = [rerender(train, s) for s in drawn]
+    if second := second_images(train):
+        anew.append(dict(image=[other or main for other, main in zip(second, train["image"])]))
     rare = 1 if known.made_up else 2  # how often a word must occur to enter the vocabulary
     return train_expert(train, edits, cfg.expert_steps, seed, renderings=anew, min_count=rare)
 
@@ -234,9 +237,17 @@ def make_expert(out: Path, cfg: Config, after: Mapping[str, Path], name: str) ->
     train, edits = cohort(cfg, load_data(after["data"])["train"])
     if cfg.expert != "embedded-labels":
         return save_expert(fit_expert(cfg, train, edits), out / "model")
-    labels = np.array(train["labels"], dtype=float)
     steps, seed = cfg.expert_steps, seed_of(cfg, "expert_seed")
-    train_classifier(list(train["image"]), labels, OBSERVATIONS, out / "model", steps, seed, tower=cfg.tower)
+    images, labels = labelled_images(train)
+    train_classifier(images, labels, OBSERVATIONS, out / "model", steps, seed, tower=cfg.tower)
+
+
+def labelled_images(train: datasets.Dataset) -> tuple[list, np.ndarray]:
+    "All images of the studies `train`, and the labels (N, 14) of each one's study."
+    images, labels = list(train["image"]), np.array(train["labels"], dtype=float)
+    second = second_images(train)
+    more = [i for i, image in enumerate(second) if image is not None]
+    return images + [second[i] for i in more], np.concatenate([labels, labels[more]]) if more else labels
 
 # %% ../../nbs/runs/02_makers.ipynb #69f829d3
 def open_expert(folder: Path | str, cfg: Config) -> FrozenExpert:

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LABELER', 'SCORING', 'PHASES', 'AT_PATHS', 'NO_PATHS', 'SEEDS', 'LATER', 'CHOICE', 'MAKERS', 'OUTSIDE', 'LISTENERS',
-           'MISTAKES', 'Phase', 'chooses', 'fields_reaching', 'phase_config', 'phase_key', 'phase_folder', 'held_by',
-           'read_json', 'write_json', 'inspect_phase', 'check_machine', 'locked', 'finish', 'drop_checkpoints',
-           'cost_of', 'maker', 'announced', 'ensure', 'begin', 'load_data', 'comes_after', 'check_updates', 'alone',
-           'alone_here']
+           'MISTAKES', 'Phase', 'chooses', 'sees_two', 'fields_reaching', 'phase_config', 'phase_key', 'phase_folder',
+           'held_by', 'read_json', 'write_json', 'inspect_phase', 'check_machine', 'locked', 'finish',
+           'drop_checkpoints', 'cost_of', 'maker', 'announced', 'ensure', 'begin', 'load_data', 'comes_after',
+           'check_updates', 'alone', 'alone_here']
 
 # %% ../../nbs/runs/01_phases.ipynb #phs00002
 import contextlib
@@ -30,10 +30,11 @@ from typing import Any, NamedTuple
 import torch
 from datasets import DatasetDict, load_from_disk
 
-from ..config import Config, cpu_model, is_prompt_file, key_of, runs_dir, seed_of, versions
+from ..config import BENCHMARKS, Config, cpu_model, is_prompt_file, key_of, runs_dir, seed_of, versions
 from ..contents import cache_dir, fingerprint_once
 from ..data.restricted import PlaceError, check_place, kept
 from ..data.sources import DataError, terms_of
+from ..data.studies import reading
 from ..files import whole
 from ..policy.models import LOADING
 from ..rewards.guard import RewardError
@@ -176,6 +177,14 @@ def _idle(name: str, cfg: Config) -> set[str]:
     return idle
 
 
+def sees_two(cfg: Config) -> bool:
+    "Whether studies of the run `cfg` may have a second image."
+    how = cfg.data_options
+    if cfg.benchmark in BENCHMARKS:
+        return False
+    return reading(how.get("preset") or "valor", view=how.get("view"))["view"] in ("both", "listed")
+
+
 def fields_reaching(name: str, cfg: Config) -> dict:
     """The fields that reach the phase `name` and their values: derived seeds as numbers, and no field of
     `LATER` that changes nothing. What judges images does not reach a stage without a visual reward."""
@@ -200,6 +209,10 @@ def phase_config(name: str, cfg: Config) -> dict:
         fields=fields_reaching(name, cfg),
         after={before: phase_key(before, cfg) for before in after},
     )
+    if name == "expert" and sees_two(cfg):
+        found["images"] = (
+            "all of a study"  # once it was the first alone; every phase that asks it comes after
+        )
     return found | ({"holds": holds} if holds else {})
 
 

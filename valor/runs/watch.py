@@ -29,6 +29,7 @@ import pandas as pd
 from ..config import runs_dir
 from ..data.restricted import kept
 from ..files import whole
+from ..policy.prompt import side_by_side, study_images
 from ..rewards.rules import RuleLabeler
 from .phases import load_data
 from .plan import in_words
@@ -233,12 +234,13 @@ class Studies:
         return dict(zip(known, self.rows.select_columns("labels")[[self.at[n] for n in known]]["labels"]))
 
     def show(self, name: str, side: int = 256) -> tuple[str, str]:
-        "`(report, film)` of the study `name`, the film as a data URL of at most `side` pixels; or empty."
+        "`(report, film)` of the study `name`, its films as a data URL, `side` pixels high at most; or empty."
         if name not in self.at:
             return "", ""
         row = self.rows[self.at[name]]
-        film = row["image"].convert("L")
-        film.thumbnail((side, side))
+        films = study_images(row)
+        film = side_by_side(films).convert("L")
+        film.thumbnail((side * len(films), side))
         buffer = io.BytesIO()
         film.save(buffer, "JPEG", quality=85)
         return row["report"], f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -379,7 +381,7 @@ def _flat(text: str) -> str:
 
 def _reports_html(view: View) -> str:
     "The newest reports of one study beside its film."
-    film = f'<img src="{view.film}" alt="film of the study" width="256">' if view.film else ""
+    film = f'<img src="{view.film}" alt="film of the study" height="256">' if view.film else ""
     rows = "".join(
         f'<tr><td class="r">R {row["R"]:.3f}</td><td>{html.escape(_flat(row["completion"]))}</td></tr>'
         for row in view.reports

@@ -17,6 +17,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from ..config import Config, runs_dir
 from ..data.sources import terms_of
+from ..policy.prompt import side_by_side, study_images
 
 # %% ../../nbs/train/05_trackers.ipynb #trk00006
 NAMES = {  # a name of TRL's log, or the part of it that names a reward: what it is called in a tracker
@@ -137,7 +138,7 @@ def newest_samples(trainer: Any, most: int) -> list[Sample]:
     found = []
     for i in range(0, len(rows), trainer.num_generations):
         row, text = rows[i], texts[i] if isinstance(texts[i], str) else texts[i][-1]["content"]
-        film = row["images"][0] if row.get("images") else row["image"]
+        film = side_by_side(study_images(row))
         found.append(Sample(str(row.get("study_id")), film, text, row.get("report", ""), rewards[i]))
     return found[:most]
 
