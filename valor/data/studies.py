@@ -86,6 +86,18 @@ def _check_reading(how: dict[str, Any]) -> None:
         raise ValueError(f"min_words={how['min_words']!r} is not allowed; expected a whole number >= 1")
 
 # %% ../../nbs/data/05_studies.ipynb #b88d7856
+def _own_reading(preset: str, source: str | None) -> dict[str, Any]:
+    "The parameters of `preset`, with the sections and labels that suit `source`."
+    if preset not in TEXT_PRESETS:
+        raise ValueError(f"preset={preset!r} is unknown; expected one of {', '.join(TEXT_PRESETS)}")
+    how = TEXT_PRESETS[preset] | dict(unknown_view="keep", labels="rules")
+    if source:
+        how["labels"] = SOURCES[source].labels
+        if SOURCES[source].sections != "both":
+            how["sections"] = SOURCES[source].sections
+    return how
+
+# %% ../../nbs/data/05_studies.ipynb #8b81cb46
 def reading(preset: str = "valor", source: str | None = None, **changes: Any) -> dict[str, Any]:
     """How studies are read: the parameters of a `preset` with `changes` (those that are not None). Raises
     `ValueError` naming a parameter that is unknown or out of range.
@@ -97,13 +109,7 @@ def reading(preset: str = "valor", source: str | None = None, **changes: Any) ->
     `unknown_view`, for images whose view nobody states and whose picture is `unsure`: `keep` (used where
     no image is known to be right), `drop`, or `guess` (the first image of a study is frontal, the others
     lateral)."""
-    if preset not in TEXT_PRESETS:
-        raise ValueError(f"preset={preset!r} is unknown; expected one of {', '.join(TEXT_PRESETS)}")
-    how = TEXT_PRESETS[preset] | dict(unknown_view="keep", labels="rules")
-    if source:
-        how["labels"] = SOURCES[source].labels
-        if SOURCES[source].sections != "both":
-            how["sections"] = SOURCES[source].sections
+    how = _own_reading(preset, source)
     fields = list(changes.pop("context", None) or ())
     for name, value in changes.items():
         if name not in how:
@@ -174,7 +180,7 @@ def seen_view(image: str | bytes) -> str | ImageError:
     except ImageError as e:
         return e
 
-
+# %% ../../nbs/data/05_studies.ipynb #04cd9299
 def _to_look_at(studies: list[Study], source: str, how: dict[str, Any], full: bool) -> list[str | bytes]:
     """The images whose picture must be read: their stated view is missing or not to be trusted, or all
     are decoded anyway (`full`)."""
@@ -242,24 +248,12 @@ def study_features(size: int | None = None, context: Sequence[str] = ()) -> Feat
     """The columns of real studies; images are decoded on access, as squares of `size` pixels. `context`: the
     fields of its column, if it has one."""
     image, text = XRay(size=size), Value("string")
-    return Features(
-        {
-            **FEATURES,
-            "image": image,
-            "second_image": image,
-            "patient_id": text,
-            "view": text,
-            "second_view": text,
-            "source": text,
-            "where": text,
-            "position": text,
-            "age": Value("int32"),
-            "sex": text,
-            **context_features(context),
-        }
-    )
+    texts = ("patient_id", "view", "second_view", "source", "where", "position")
+    columns = dict(image=image, second_image=image, **dict.fromkeys(texts, text))
+    columns |= dict(age=Value("int32"), sex=text)
+    return Features(FEATURES | columns | context_features(context))
 
-
+# %% ../../nbs/data/05_studies.ipynb #e887f4b8
 def _stored(images: list[tuple], i: int) -> tuple[dict | None, str | None]:
     "The `i`-th of `images` as the column stores it, and its view; None where there are fewer."
     if len(images) <= i:
@@ -283,7 +277,7 @@ def _text_of(study: Study, how: dict[str, Any]) -> dict[str, str] | tuple[str, s
         return "too short", f"{len(body.split())} words; min_words={how['min_words']}"
     return dict(findings=findings, impression=impression, report=report)
 
-
+# %% ../../nbs/data/05_studies.ipynb #1ec78074
 def _no_image(images: list[tuple], how: dict[str, Any]) -> str:
     "Why none of the sound `images` of a study is of the view that is asked for."
     views = ", ".join(v for _, v in images) or "none that can be read"
@@ -303,7 +297,7 @@ def _not_its_own(study: Study, how: dict[str, Any]) -> str | None:
         f"expected one of the same patient"
     )
 
-
+# %% ../../nbs/data/05_studies.ipynb #ffa92b28
 SEXES = dict(F="female", M="male")
 
 
@@ -312,7 +306,7 @@ def _view_told(study: Study, image: str | bytes, view: str) -> str:
     stated = study.positions.get(image) if isinstance(image, str) else None
     return stated or ("" if in_doubt(view) else view.removeprefix("guessed "))
 
-
+# %% ../../nbs/data/05_studies.ipynb #31152e8f
 def _told_of(study: Study, how: dict[str, Any], chosen: list[tuple]) -> dict[str, str | None]:
     "The fields of the context that are asked for: cleaned texts, None where nothing is known."
     views = [_view_told(study, image, view) for image, view in chosen]
@@ -325,7 +319,29 @@ def _told_of(study: Study, how: dict[str, Any], chosen: list[tuple]) -> dict[str
         told[name] = clean_text(text, how["deidentified"], how["lower"], how["style"]) or None
     return told
 
+# %% ../../nbs/data/05_studies.ipynb #57e335a9
+def _position(study: Study, chosen: list[tuple]) -> str | None:
+    "The position that the source states for the first of the images `chosen`; None where it states none."
+    path = chosen[0][0] if chosen else None
+    return study.positions.get(path) or None if isinstance(path, str) else None
 
+
+def _of_images(study: Study, chosen: list[tuple]) -> dict[str, Any]:
+    "The columns of a row that hold the images `chosen`, their views, and who and what they show."
+    (image, view), (second, second_view) = _stored(chosen, 0), _stored(chosen, 1)
+    films = dict(image=image, view=view, second_image=second, second_view=second_view)
+    return films | dict(position=_position(study, chosen), age=study.age, sex=study.sex)
+
+# %% ../../nbs/data/05_studies.ipynb #fae5b234
+def _kept_out(study: Study, how: dict[str, Any], images: list[tuple], chosen: list[tuple]) -> Fault | None:
+    "The fault of a study that has its texts but no image of the view among `images`, or a stranger's report."
+    if not chosen and how["view"] != "none":
+        return Fault(study.study_id, "no image of the view", study.where, _no_image(images, how))
+    if wrong := _not_its_own(study, how):
+        return Fault(study.study_id, "previous report of another patient", study.where, wrong)
+    return None
+
+# %% ../../nbs/data/05_studies.ipynb #bcc5495e
 def row_of(study: Study, source: str, how: dict[str, Any], images: list[tuple]) -> dict[str, Any] | Fault:
     """The row of `study` in the schema, or the `Fault` that keeps it out. `images`: the `(image, view)`
     pairs that can be used."""
@@ -334,32 +350,20 @@ def row_of(study: Study, source: str, how: dict[str, Any], images: list[tuple]) 
         kind, message = texts
         return Fault(study.study_id, kind, study.where, message)
     chosen = choose_images(images, how["view"], how["unknown_view"])
-    if not chosen and how["view"] != "none":
-        return Fault(study.study_id, "no image of the view", study.where, _no_image(images, how))
-    if wrong := _not_its_own(study, how):
-        return Fault(study.study_id, "previous report of another patient", study.where, wrong)
-    told = dict(context=_told_of(study, how, chosen)) if how.get("context") else {}
-    (image, view), (second, second_view) = _stored(chosen, 0), _stored(chosen, 1)
+    if fault := _kept_out(study, how, images, chosen):
+        return fault
     drawn = codes_to_findings(study.codes)[0]
-    return dict(
+    row = dict(
         study_id=study.study_id,
         patient_id=study.patient_id,
         split=study.split or split_of(study.patient_id),
-        **dict(image=image, view=view, second_image=second, second_view=second_view),
-        **texts,
         labels=None,
         truth=to_truth(drawn, [()] * len(drawn)),
         source=source,
         where=study.where,
-        **dict(position=_position(study, chosen), age=study.age, sex=study.sex),
-        **told,
     )
-
-
-def _position(study: Study, chosen: list[tuple]) -> str | None:
-    "The position that the source states for the first of the images `chosen`; None where it states none."
-    path = chosen[0][0] if chosen else None
-    return study.positions.get(path) or None if isinstance(path, str) else None
+    told = dict(context=_told_of(study, how, chosen)) if how.get("context") else {}
+    return row | texts | _of_images(study, chosen) | told
 
 # %% ../../nbs/data/05_studies.ipynb #4448ddb6
 def _by_rules(rows: list[dict]) -> list[list[int]]:
@@ -415,21 +419,52 @@ def _splits_table(path: Path | str) -> dict[str, str]:
     return out
 
 # %% ../../nbs/data/05_studies.ipynb #23ac4774
+class _Table:
+    "A CSV at `path` with these `columns`, written a row at a time."
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        self.file = open(path, "w", newline="")
+        self.rows = csv.DictWriter(self.file, columns)
+        self.rows.writeheader()
+
+    def write(self, row: dict[str, Any]) -> None:
+        "Writes one row."
+        self.rows.writerow(row)
+
+    def close(self) -> None:
+        "Finishes the file."
+        self.file.close()
+
+# %% ../../nbs/data/05_studies.ipynb #b3110a0e
+class _SplitFiles:
+    "One Arrow file for each split in `folder`, with the columns `features`."
+
+    def __init__(self, folder: Path, features: Features) -> None:
+        self.folder, self.features = folder, features
+        self.writers: dict[str, ArrowWriter] = {}
+
+    def write(self, row: dict[str, Any]) -> None:
+        "Writes a row to the file of its split."
+        split = row["split"]
+        if split not in self.writers:
+            path = str(self.folder / f"{split}.arrow")
+            self.writers[split] = ArrowWriter(features=self.features, path=path, writer_batch_size=1000)
+        self.writers[split].write(row)
+
+    def close(self) -> None:
+        "Finishes all files."
+        for writer in self.writers.values():
+            writer.finalize()
+
+# %% ../../nbs/data/05_studies.ipynb #17b46a73
 class Index:
-    """Writes rows by split and counts what was seen; `strict` raises the first fault that sets a study
-    aside as `DataError`."""
+    "Writes rows by split and counts what was seen. `strict`: the first fault is raised as `DataError`."
 
     def __init__(self, folder: Path, features: Features, strict: bool) -> None:
-        self.folder, self.features, self.strict = folder, features, strict
-        self.writers: dict[str, ArrowWriter] = {}
-        self.seen: Counter = Counter()
-        self.first: Fault | None = None
-        self.faults = open(folder / "set_aside.csv", "w", newline="")
-        self.table = csv.DictWriter(self.faults, ["level", "kind", "study_id", "where", "message"])
-        self.table.writeheader()
-        self.views = open(folder / "views.csv", "w", newline="")
-        self.pictures = csv.writer(self.views)
-        self.pictures.writerow(["study_id", "image", "tag", "picture", "used"])
+        self.strict, self.seen, self.first = strict, Counter(), None
+        self.splits = _SplitFiles(folder, features)
+        self.faults = _Table(folder / "set_aside.csv", ["level", "kind", "study_id", "where", "message"])
+        self.pictures = _Table(folder / "views.csv", ["study_id", "image", "tag", "picture", "used"])
 
     def fault(self, f: Fault) -> None:
         "Lists a fault. Raises it as `DataError` if `strict`."
@@ -437,25 +472,19 @@ class Index:
             raise DataError(f"{f} [{f.kind}; strict=True stops here]")
         self.seen[f"{f.level}: {f.kind}"] += 1
         self.first = self.first or f
-        self.table.writerow(asdict(f))
+        self.faults.write(asdict(f))
 
     def row(self, row: dict[str, Any]) -> None:
         "Writes a row to its split."
-        split = row["split"]
-        if split not in self.writers:
-            path = str(self.folder / f"{split}.arrow")
-            self.writers[split] = ArrowWriter(features=self.features, path=path, writer_batch_size=1000)
-        self.writers[split].write(row)
+        self.splits.write(row)
         self.seen["kept"] += 1
-        for field, value in row.get("context", {}).items():
-            self.seen[f"told {field}"] += value is not None
+        for name, value in row.get("context", {}).items():
+            self.seen[f"told {name}"] += value is not None
 
     def close(self) -> None:
         "Finishes all files."
-        for w in self.writers.values():
-            w.finalize()
-        self.faults.close()
-        self.views.close()
+        for files in (self.splits, self.faults, self.pictures):
+            files.close()
 
 # %% ../../nbs/data/05_studies.ipynb #23ac4776
 def _note_pictures(index: Index, study: Study, pictures: Pictures, chosen: list) -> None:
@@ -466,9 +495,10 @@ def _note_pictures(index: Index, study: Study, pictures: Pictures, chosen: list)
         name = image if isinstance(image, str) else f"image {i}"
         used = "second" if image in chosen else ""
         used = "main" if image in chosen[:1] else used
-        index.pictures.writerow([study.study_id, name, tag, pictures[image], used])
+        row = dict(study_id=study.study_id, image=name, tag=tag, picture=pictures[image], used=used)
+        index.pictures.write(row)
 
-
+# %% ../../nbs/data/05_studies.ipynb #6bd7de9f
 def _saw(index: Index, study: Study, pictures: Pictures, sound: list[tuple], how: dict[str, Any]) -> None:
     "Note the pictures of `study`, and count where they choose another main image than the tags would."
     chosen = [i for i, _ in choose_images(sound, how["view"], how["unknown_view"])]
@@ -716,29 +746,22 @@ def _how(source: str, root: Path | str | None, preset: str, changes: dict[str, A
 
 # %% ../../nbs/data/05_studies.ipynb #17fa99a4
 def load_studies(
-    source: str,
-    root: Path | str | None,
-    preset: str = "valor",
+    source: str,  # one of `SOURCES`
+    root: Path | str | None,  # its folder or file (None: no images, with `view="none"`)
+    preset: str = "valor",  # with `changes`, see `reading`
     *,
-    size: int | None = None,
-    splits: Path | str | None = None,
-    check: str = "glance",
-    strict: bool = False,
-    refresh: bool = False,
-    cache: Path | str | None = None,
-    options: dict[str, Any] | None = None,
+    size: int | None = None,  # pixels of the square images (None: as large as the files)
+    splits: Path | str | None = None,  # a CSV with study_id and split that replaces the source's
+    check: str = "glance",  # `glance` reads the ends of every image file, `full` decodes all
+    strict: bool = False,  # whether the first fault stops
+    refresh: bool = False,  # whether the source is read again though an index exists
+    cache: Path | str | None = None,  # where indexes are kept (None: VALOR_CACHE)
+    options: dict[str, Any] | None = None,  # for the reader, such as `reports`
     **changes: Any,
 ) -> Studies:
     """Real studies as a `Studies` (a `DatasetDict`: train, val, test, those that exist) in the schema of
-    the embedded benchmarks, images decoded on access.
-
-    `source`: one of `SOURCES`; `root`: its folder or file (None: no images, with `view="none"`). `preset`
-    and `changes`: see `reading`. `size`: pixels of the square images (None: as large as the files).
-    `splits`: a CSV with study_id and split that replaces the source's. `check`: `glance` reads the ends
-    of every image file, `full` decodes all. `strict`: the first fault stops. `refresh`: read the source
-    again though an index exists. `cache`: where indexes are kept. `options`: for the reader, such as
-    `reports`. Raises `ValueError` for an unknown parameter, `DataError` where the source cannot be read
-    (or, if `strict`, has any fault) or no study is left."""
+    the embedded benchmarks, images decoded on access. Raises `ValueError` for an unknown parameter,
+    `DataError` where the source cannot be read (or, if `strict`, has any fault) or no study is left."""
     _check_arguments(source, check, size)
     how = _how(source, root, preset, changes)
     plan = Plan(source, root, how, size, check, splits, dict(options or {}))
@@ -763,17 +786,6 @@ def _decode(item: tuple[int, tuple, int]) -> tuple[int, list | ImageError]:
     return i, made
 
 # %% ../../nbs/data/05_studies.ipynb #8945fa9d
-def _store_shard(rows: Dataset, path: Path, size: int, pool: ThreadPool) -> list[Fault]:
-    """Writes `rows` with decoded images to `path`, unless that is done, and beside it the list of those
-    left out, which it returns. The list is written last: it says that the shard is whole."""
-    listed = path.with_suffix(".json")
-    if not listed.exists():
-        faults = _write_rows(rows, path, size, pool)
-        with whole(listed) as temporary:
-            temporary.write_text(json.dumps(faults))
-    return [Fault(**f) for f in json.loads(listed.read_text())]
-
-
 def _write_rows(rows: Dataset, path: Path, size: int, pool: ThreadPool) -> list[dict]:
     "Writes `rows` with decoded images to `path`; returns the faults of those left out."
     making, faults, count = path.with_suffix(".making"), [], 0
@@ -790,6 +802,17 @@ def _write_rows(rows: Dataset, path: Path, size: int, pool: ThreadPool) -> list[
         writer.finalize()
         os.replace(making, path)
     return faults
+
+# %% ../../nbs/data/05_studies.ipynb #04c004d6
+def _store_shard(rows: Dataset, path: Path, size: int, pool: ThreadPool) -> list[Fault]:
+    """Writes `rows` with decoded images to `path`, unless that is done, and beside it the list of those
+    left out, which it returns. The list is written last: it says that the shard is whole."""
+    listed = path.with_suffix(".json")
+    if not listed.exists():
+        faults = _write_rows(rows, path, size, pool)
+        with whole(listed) as temporary:
+            temporary.write_text(json.dumps(faults))
+    return [Fault(**f) for f in json.loads(listed.read_text())]
 
 # %% ../../nbs/data/05_studies.ipynb #8945fa9c
 def store_images(
