@@ -446,21 +446,19 @@ class Terms:
 F1S = ("label micro F1", "label macro F1")
 MAIN_METRICS = ("BLEU-4", "ROUGE-L", "words", *F1S, "abnormal recall", "specificity", "R@1 of 8")
 
-
+# %% ../../nbs/data/01_benchmarks.ipynb #6c8cb680
 @dataclass(frozen=True)
 class Benchmark:
-    """All that the package knows about a benchmark; `register_benchmark` adds one.
-
-    `load(counts, seed, size, sections, render_seed)` returns a `DatasetDict` with `FEATURES`; `counts` is
-    {split: number of studies or None for all}; where `omits`, it also takes `omit`. `note(study_ids)`
-    returns the line under its results.
-    `truth` says what `truth_metrics` are measured against: "findings" (planted, with their places),
-    "observations" (what the image was drawn from), or None."""
+    "All that the package knows about a benchmark; `register_benchmark` adds one."
 
     name: str
+    # load(counts, seed, size, sections, render_seed) returns a `DatasetDict` with `FEATURES`; counts is
+    # {split: number of studies or None for all}; where `omits`, it also takes omit
     load: Callable | None = None
-    note: Callable | None = None
+    note: Callable | None = None  # note(study_ids) returns the line under its results
     terms: Terms | None = None
+    # what `truth_metrics` are measured against: "findings" (planted, with their places), "observations"
+    # (what the image was drawn from), or None
     truth: str | None = None
     f1: str | None = None  # the F1 against the truth, a name in `valor.metrics.statistics.METRICS`
     truth_metrics: tuple[str, ...] = ()
@@ -520,39 +518,35 @@ def _known(name, sections, omit):
     return BENCHMARKS[name]
 
 # %% ../../nbs/data/01_benchmarks.ipynb #be0029
+def _told(dataset: Dataset, known: Benchmark, fields: Sequence[str]) -> Dataset:
+    "`dataset` of the benchmark `known` with its column `context`."
+    columns = [known.context[name](dataset) for name in fields]
+    return with_context(dataset, [dict(zip(fields, values)) for values in zip(*columns)], fields)
+
+# %% ../../nbs/data/01_benchmarks.ipynb #56cb6d3a
 def load_benchmark(
     name: str,
     n_train: int | None = None,
     n_val: int | None = None,
     n_test: int | None = None,
-    seed: int = 0,
-    size: int = 96,
-    sections: str = "both",
-    render_seed: int = 0,
-    omit: float = 0.0,
-    context: Sequence[str] = (),
+    seed: int = 0,  # makes the studies of `phantom`
+    size: int = 96,  # pixels of the square images
+    sections: str = "both",  # what `report` holds: "both" or "findings"
+    render_seed: int = 0,  # chooses the anatomy that `openi_rendered` draws
+    omit: float = 0.0,  # share of findings that `phantom`'s training references leave out
+    context: Sequence[str] = (),  # fields that a column `context` tells of each study
 ) -> DatasetDict:
-    """The benchmark `name` as a `DatasetDict` (train, val, test) with `FEATURES`; the same parameters
-    give the same rows. `phantom`: n studies per split, made from `seed`. `openi_rendered`: real reports,
-    a split that no seed changes, the first n of each split (None: all); `render_seed` chooses the
-    anatomy. `sections` is what `report` holds: `both` or `findings`. `omit`: the share of findings that
-    `phantom`'s training references leave out (`data.phantom.write_reference`); references of the other
-    splits state all of them. `context`: fields that a column `context` tells of each study ([context]
-    (10_context.ipynb)). Raises `ValueError` naming the parameter for an unknown name, section or field, an
-    impossible n, or an `omit` that the benchmark does not know."""
+    """The benchmark `name` as a `DatasetDict` (train, val, test) with `FEATURES`; the same parameters give
+    the same rows. `phantom`: n studies per split. `openi_rendered`: real reports, a split that no seed
+    changes, the first n of each split (None: all). Raises `ValueError` naming the parameter for an unknown
+    name, section or field, an impossible n, or an `omit` that the benchmark does not know."""
     known = _known(name, sections, omit)
     check_context(name, context, tuple(known.context))
     counts = dict(train=n_train, val=n_val, test=n_test)
     made = known.load(counts, seed, size, sections, render_seed, *([omit] if omit else []))
-    return (
-        DatasetDict({split: _told(part, known, context) for split, part in made.items()}) if context else made
-    )
-
-
-def _told(dataset: Dataset, known: Benchmark, fields: Sequence[str]) -> Dataset:
-    "`dataset` of the benchmark `known` with its column `context`."
-    columns = [known.context[name](dataset) for name in fields]
-    return with_context(dataset, [dict(zip(fields, values)) for values in zip(*columns)], fields)
+    if context:
+        made = DatasetDict({split: _told(part, known, context) for split, part in made.items()})
+    return made
 
 # %% ../../nbs/data/01_benchmarks.ipynb #8fe33233
 def benchmark_note(name: str, dataset: Dataset | Mapping[str, Dataset]) -> str:
@@ -577,21 +571,18 @@ def _note_openi(ids):
     )
 
 # %% ../../nbs/data/01_benchmarks.ipynb #bench002
+def _phantom_indications(dataset: Dataset) -> list[str]:
+    "The indication of each phantom of `dataset`, which follows from its planted findings."
+    rows = dataset.select_columns(["study_id", "truth"])
+    return [phantom_indication(row["study_id"], row["truth"]) for row in rows]
+
+# %% ../../nbs/data/01_benchmarks.ipynb #c3b0255e
 OPENI_TERMS = Terms("Open-i / IU X-Ray", "CC BY-NC-ND 4.0", False)
 
 ERRORS = ("hallucinated", "missed", "mislocated")
 ABNORMAL = ("abnormal recall", "specificity")
-PHANTOM_MAIN = (
-    *("BLEU-4", "ROUGE-L", "words", "label micro F1", "located F1"),
-    *(*ERRORS, *ABNORMAL, "R@1 of 8"),
-)
+PHANTOM_MAIN = ("BLEU-4", "ROUGE-L", "words", F1S[0], "located F1", *ERRORS, *ABNORMAL, "R@1 of 8")
 PHANTOM_METRICS = ("located F1", "finding F1", *ERRORS)
-
-
-def _phantom_indications(dataset: Dataset) -> list[str]:
-    rows = dataset.select_columns(["study_id", "truth"])
-    return [phantom_indication(row["study_id"], row["truth"]) for row in rows]
-
 
 register_benchmark(
     Benchmark(

@@ -56,7 +56,7 @@ def _plus_image(root: Path, path: str) -> str:
     png = re.sub(r"\.\w+$", ".png", path)
     return str(first_there(root / "PNG" / png, root / "PNG" / "PNG" / png, root / png, root / path))
 
-
+# %% ../../nbs/data/04a_more_sources.ipynb #587108a4
 def _plus_labels(root: Path, part: str) -> dict[str, list[int | None]]:
     "{path_to_image: labels}, the distributor's CheXbert labels of `part`; {} where they are not there."
     name = f"{part}_fixed.json"
@@ -86,7 +86,16 @@ def _plus_study(row: Mapping[str, str], path: re.Match, where: str, valid: str) 
         sex=sex_of(row.get("sex")),
     )
 
+# %% ../../nbs/data/04a_more_sources.ipynb #27c8206e
+def _add_plus_row(study: Study, row: Mapping[str, str], root: Path, labels: Mapping) -> None:
+    "Add the image of `row` to its `study`, and its labels where the study has none yet."
+    name, position = row["path_to_image"].strip(), row.get("ap_pa", "")
+    image = _plus_image(root, name)
+    study.images.append((image, view_of(row.get("frontal_lateral") or position)))
+    study.positions[image] = position.strip().upper()
+    study.labels = study.labels or labels.get(name)
 
+# %% ../../nbs/data/04a_more_sources.ipynb #d77a952f
 def read_chexpert_plus(
     root: Path | str, valid: str = "test", labels_of: str = "impression"
 ) -> Iterator[Study | Fault]:
@@ -105,15 +114,11 @@ def read_chexpert_plus(
             yield Fault(f"row {number}", "broken table row", where, message, "image")
             continue
         new = _plus_study(row, path, where, valid)
-        study = studies.setdefault(new.study_id, new)
-        image, position = _plus_image(root, row["path_to_image"].strip()), row.get("ap_pa", "")
-        study.images.append((image, view_of(row.get("frontal_lateral") or position)))
-        study.positions[image] = position.strip().upper()
-        study.labels = study.labels or labels.get(row["path_to_image"].strip())
+        _add_plus_row(studies.setdefault(new.study_id, new), row, root, labels)
     yield from studies.values()
 
 # %% ../../nbs/data/04a_more_sources.ipynb #mor0000e
-PADCHEST = {  # observation: PadChest's English labels, or beginnings of them
+PADCHEST = {  # observation: PadChest's English labels
     "Enlarged Cardiomediastinum": ("mediastinal enlargement", "superior mediastinal enlargement"),
     "Cardiomegaly": ("cardiomegaly",),
     "Lung Opacity": (
@@ -125,6 +130,10 @@ PADCHEST = {  # observation: PadChest's English labels, or beginnings of them
     "Edema": ("pulmonary edema",),
     "Consolidation": ("consolidation",),
     "Pneumonia": ("pneumonia", "atypical pneumonia"),
+}  # fmt: skip
+
+# %% ../../nbs/data/04a_more_sources.ipynb #ad0bc66e
+PADCHEST |= {
     "Atelectasis": (
         "atelectasis", "laminar atelectasis", "lobar atelectasis", "segmental atelectasis",
         "round atelectasis", "total atelectasis", "atelectasis basal",
@@ -154,9 +163,8 @@ PADCHEST |= {
         "artificial heart valve",
     ),
 }  # fmt: skip
-_NO_STUDY = ("exclude", "suboptimal study")
 
-
+# %% ../../nbs/data/04a_more_sources.ipynb #436c18b4
 def padchest_labels(names: list[str]) -> list[int | None]:
     "The 14 observations (1 or None) that PadChest's English labels `names` state."
     said = {name.strip().lower() for name in names} - {""}
@@ -178,7 +186,7 @@ def list_in(text: str) -> list:
         raise ValueError(f"{text[:60]!r} is no list")
     return found
 
-
+# %% ../../nbs/data/04a_more_sources.ipynb #42f1986c
 def padchest_report(sentences: list) -> str:
     "An English report from `LabelsLocalizationsBySentence`, a sentence for each that was labelled."
     written = []
@@ -193,23 +201,10 @@ def padchest_report(sentences: list) -> str:
     return " ".join(dict.fromkeys(written))
 
 # %% ../../nbs/data/04a_more_sources.ipynb #mor00013
-_PADCHEST_NEEDED = "ImageID ImageDir StudyID PatientID Projection Report Labels LabelsLocalizationsBySentence"
-_PADCHEST_VIEWS = {"AP_HORIZONTAL": "frontal", "L": "lateral", "COSTAL": "unknown"}
-
-
 def _padchest_age(row: Mapping[str, str]) -> int | None:
     "The age at the study, from the years of birth and of the study; None where one is absent."
     born, made = row.get("PatientBirth", "").strip()[:4], row.get("StudyDate_DICOM", "").strip()[:4]
     return age_of(int(made) - int(born)) if born.isdigit() and made.isdigit() else None
-
-
-def _padchest_study(row: Mapping[str, str], where: str, texts: str) -> Study:
-    "A study from the first of its rows, without images. Raises ValueError where a list cannot be read."
-    names, sentences = list_in(row["Labels"]), list_in(row["LabelsLocalizationsBySentence"])
-    report = row["Report"] if texts == "report" else padchest_report(sentences or [[name] for name in names])
-    study, patient = row["StudyID"], row["PatientID"]
-    who = dict(age=_padchest_age(row), sex=sex_of(row.get("PatientSex_DICOM")))
-    return Study(study, patient, where, report=report, labels=padchest_labels(names), **who)
 
 
 def _padchest_place(root: Path, row: Mapping[str, str]) -> str:
@@ -219,26 +214,54 @@ def _padchest_place(root: Path, row: Mapping[str, str]) -> str:
         first_there(root / folder / name, root / "images-224" / name, root / "images" / name, root / name)
     )
 
+# %% ../../nbs/data/04a_more_sources.ipynb #2f73d04e
+def _padchest_study(row: Mapping[str, str], where: str, texts: str) -> Study:
+    "A study from the first of its rows, without images. Raises ValueError where a list cannot be read."
+    names, sentences = list_in(row["Labels"]), list_in(row["LabelsLocalizationsBySentence"])
+    report = row["Report"] if texts == "report" else padchest_report(sentences or [[name] for name in names])
+    study, patient = row["StudyID"], row["PatientID"]
+    who = dict(age=_padchest_age(row), sex=sex_of(row.get("PatientSex_DICOM")))
+    return Study(study, patient, where, report=report, labels=padchest_labels(names), **who)
+
+# %% ../../nbs/data/04a_more_sources.ipynb #41379fd2
+_NO_STUDY = ("exclude", "suboptimal study")
+
+
+def _padchest_begun(row: Mapping[str, str], where: str, texts: str) -> Study | Fault:
+    "`_padchest_study`, or the fault that keeps the study out."
+    name = row["StudyID"].strip()
+    try:
+        bad = [n for n in list_in(row["Labels"]) if str(n).strip().lower() in _NO_STUDY]
+        study = _padchest_study(row, where, texts)
+    except ValueError as e:
+        return Fault(name, "broken labels", where, str(e))
+    return Fault(name, "excluded", where, f"PadChest says {', '.join(bad)}") if bad else study
+
 # %% ../../nbs/data/04a_more_sources.ipynb #mor00014
-def _padchest_row(
-    studies: dict[str, Study | Fault], row: Mapping[str, str], root: Path, where: str, texts: str
-) -> None:
-    "Add the image of `row` to its study in `studies`, which begins with its first row."
-    name, projection = row["StudyID"].strip(), row["Projection"].strip().upper()
-    if name not in studies:
-        try:
-            bad = [n for n in list_in(row["Labels"]) if str(n).strip().lower() in _NO_STUDY]
-            studies[name] = _padchest_study(row, where, texts)
-        except ValueError as e:
-            studies[name] = Fault(name, "broken labels", where, str(e))
-            return
-        if bad:
-            studies[name] = Fault(name, "excluded", where, f"PadChest says {', '.join(bad)}")
-    if isinstance(studies[name], Study) and projection != "EXCLUDE":
+_PADCHEST_VIEWS = {"AP_HORIZONTAL": "frontal", "L": "lateral", "COSTAL": "unknown"}
+
+
+def _add_padchest_row(study: Study, row: Mapping[str, str], root: Path) -> None:
+    "Add the image of `row` to its `study`, unless PadChest excludes its projection."
+    projection = row["Projection"].strip().upper()
+    if projection != "EXCLUDE":
         image = _padchest_place(root, row)
         view = _PADCHEST_VIEWS.get(projection) or view_of(projection)
-        studies[name].images.append((image, view))
-        studies[name].positions[image] = projection.split("_")[0]
+        study.images.append((image, view))
+        study.positions[image] = projection.split("_")[0]
+
+# %% ../../nbs/data/04a_more_sources.ipynb #ae2416ef
+def _padchest_table(root: Path) -> Path:
+    "The one table under `root`."
+    tables = sorted([*root.glob("PADCHEST_chest_x_ray_images_labels_160K*.csv*")])
+    if len(tables) != 1:
+        raise DataError(
+            f"{root}: expected one PADCHEST_chest_x_ray_images_labels_160K_….csv (or .csv.gz) in it"
+        )
+    return tables[0]
+
+# %% ../../nbs/data/04a_more_sources.ipynb #49a70ff8
+_PADCHEST_NEEDED = "ImageID ImageDir StudyID PatientID Projection Report Labels LabelsLocalizationsBySentence"
 
 
 def read_padchest(root: Path | str, texts: str = "labels") -> Iterator[Study | Fault]:
@@ -247,31 +270,33 @@ def read_padchest(root: Path | str, texts: str = "labels") -> Iterator[Study | F
     if texts not in ("labels", "report"):
         raise DataError(f"texts={texts!r}: expected 'labels' (English) or 'report' (Spanish)")
     root = _folder(root)
-    tables = sorted([*root.glob("PADCHEST_chest_x_ray_images_labels_160K*.csv*")])
-    if len(tables) != 1:
-        raise DataError(
-            f"{root}: expected one PADCHEST_chest_x_ray_images_labels_160K_….csv (or .csv.gz) in it"
-        )
+    table = _padchest_table(root)
     studies: dict[str, Study | Fault] = {}
-    for number, row in read_table(tables[0], _PADCHEST_NEEDED.split()):
-        where = f"{tables[0]}:{number}"
+    for number, row in read_table(table, _PADCHEST_NEEDED.split()):
+        where = f"{table}:{number}"
         if row is None:
             yield Fault(f"row {number}", "broken table row", where, BROKEN_ROW, "image")
-        else:
-            _padchest_row(studies, row, root, where, texts)
+            continue
+        name = row["StudyID"].strip()
+        if name not in studies:
+            studies[name] = _padchest_begun(row, where, texts)
+        if isinstance(studies[name], Study):
+            _add_padchest_row(studies[name], row, root)
     yield from studies.values()
 
 # %% ../../nbs/data/04a_more_sources.ipynb #mor00017
-_REX = dict(train="train", valid="val", test="test")
+def rex_position(view: object) -> str:
+    "The position of a film as DICOM abbreviates it: `POSTERO_ANTERIOR` is PA."
+    position = str(view).strip().upper().replace("_", " ")
+    return {"POSTERO ANTERIOR": "PA", "ANTERO POSTERIOR": "AP"}.get(position, position)
 
-
+# %% ../../nbs/data/04a_more_sources.ipynb #cdea0ad5
 def _rex_study(name: str, entry: Mapping, root: Path, split: str, where: str) -> Study | Fault:
     "One entry of a metadata file as a study, or the fault that keeps it out."
     paths, views = entry.get("ImagePath") or [], entry.get("ImageViewPosition") or []
     if not isinstance(paths, list) or not isinstance(views, list) or len(paths) != len(views):
-        return Fault(
-            name, "views do not fit", where, "ImagePath and ImageViewPosition are no lists of one length"
-        )
+        why = "ImagePath and ImageViewPosition are no lists of one length"
+        return Fault(name, "views do not fit", where, why)
     places = [str(root / str(path).removeprefix("../")) for path in paths]
     stated = [rex_position(view) for view in views]
     return Study(
@@ -287,31 +312,31 @@ def _rex_study(name: str, entry: Mapping, root: Path, split: str, where: str) ->
         positions=dict(zip(places, stated)),
     )
 
-
-def rex_position(view: object) -> str:
-    "The position of a film as DICOM abbreviates it: `POSTERO_ANTERIOR` is PA."
-    position = str(view).strip().upper().replace("_", " ")
-    return {"POSTERO ANTERIOR": "PA", "ANTERO POSTERIOR": "AP"}.get(position, position)
-
 # %% ../../nbs/data/04a_more_sources.ipynb #mor00018
+def _rex_entries(path: Path, root: Path, split: str) -> Iterator[Study | Fault]:
+    "The studies of the metadata file `path`, read entry by entry."
+    try:
+        with path.open("rb") as file:
+            for name, entry in ijson.kvitems(file, "", use_float=True):
+                where = f"{path}:{name}"
+                if isinstance(entry, dict):
+                    yield _rex_study(name, entry, root, split, where)
+                else:
+                    yield Fault(name, "broken entry", where, "expected an object for each study")
+    except (ijson.JSONError, UnicodeDecodeError) as e:
+        raise DataError(f"{path}: not readable as JSON ({one_line(e)})") from e
+
+# %% ../../nbs/data/04a_more_sources.ipynb #525a29a1
+_REX = dict(train="train", valid="val", test="test")
+
+
 def read_rexgradient(root: Path | str) -> Iterator[Study | Fault]:
     "ReXGradient-160K under `root`, which holds `metadata/` and, unpacked, `deid_png/`."
     root, found = _folder(root, "metadata"), False
     for part, split in _REX.items():
         path = root / "metadata" / f"{part}_metadata_view_position.json"
-        if not path.is_file():
-            continue
-        found = True
-        try:
-            with path.open("rb") as file:
-                for name, entry in ijson.kvitems(file, "", use_float=True):
-                    if isinstance(entry, dict):
-                        yield _rex_study(name, entry, root, split, f"{path}:{name}")
-                    else:
-                        yield Fault(
-                            name, "broken entry", f"{path}:{name}", "expected an object for each study"
-                        )
-        except (ijson.JSONError, UnicodeDecodeError) as e:
-            raise DataError(f"{path}: not readable as JSON ({one_line(e)})") from e
+        if path.is_file():
+            found = True
+            yield from _rex_entries(path, root, split)
     if not found:
         raise DataError(f"{root}: no metadata/train_metadata_view_position.json (or valid, test) in it")

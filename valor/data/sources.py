@@ -45,38 +45,39 @@ def _stated(text: str) -> str:
     "`text` without blanks around it; empty if it only stands for an empty cell."
     return "" if text.strip() in EMPTY_CELLS else text.strip()
 
+
+def _strip(study: "Study") -> None:
+    "Removes blanks around texts and identifiers (`x ` is the patient `x`), and texts of `EMPTY_CELLS`."
+    study.study_id, study.patient_id = study.study_id.strip(), study.patient_id.strip()
+    for name in ("findings", "impression", "report"):
+        setattr(study, name, _stated(getattr(study, name)))
+
 # %% ../../nbs/data/04_sources.ipynb #6aa7dbd5
 @dataclass
 class Study:
-    """One examination as its source states it.
-
-    `images`: `(path or bytes, view)`, view `frontal`, `lateral` or `unknown`; `where`: the file (and row) it
-    was read from; `codes`: MeSH codes. Where the source has them, `labels`: the 14 CheXpert observations (1,
-    0, −1 uncertain, None not mentioned); `age` in years; `sex`: F or M; `positions`: {path: such as AP};
-    `context`: {field of `CONTEXT_FIELDS`: text, or a function that reads it}; `previous_patient`: whose the
-    report before is."""
+    "One examination as its source states it."
 
     study_id: str
     patient_id: str
-    where: str
+    where: str  # the file (and row) it was read from
     findings: str = ""
     impression: str = ""
     report: str = ""
+    # (path or bytes, view), view frontal, lateral or unknown
     images: list[tuple[str | bytes, str]] = field(default_factory=list)
     split: str | None = None  # train, val or test
-    codes: list[str] = field(default_factory=list)
-    labels: list[int | None] | None = None
-    age: int | None = None
-    sex: str | None = None
-    positions: dict[str, str] = field(default_factory=dict)
+    codes: list[str] = field(default_factory=list)  # MeSH codes
+    labels: list[int | None] | None = None  # 14 observations: 1, 0, −1 uncertain, None not mentioned
+    age: int | None = None  # years
+    sex: str | None = None  # F or M
+    positions: dict[str, str] = field(default_factory=dict)  # {path: such as AP}
+    # {field of `CONTEXT_FIELDS`: text, or a function that reads it}
     context: dict[str, str | Callable[[], str]] = field(default_factory=dict)
-    previous_patient: str | None = None
+    previous_patient: str | None = None  # whose the report before is
 
     def __post_init__(self) -> None:
-        "Removes blanks around texts and identifiers (`x ` is the patient `x`), and texts of `EMPTY_CELLS`."
-        self.study_id, self.patient_id = self.study_id.strip(), self.patient_id.strip()
-        for name in ("findings", "impression", "report"):
-            setattr(self, name, _stated(getattr(self, name)))
+        "Tidies texts and identifiers (see `_strip`)."
+        _strip(self)
 
 # %% ../../nbs/data/04_sources.ipynb #6aa7dbd7
 @dataclass
@@ -107,7 +108,7 @@ def _folder(root: Path | str, *expected: str) -> Path:
             raise DataError(f"{root}: no {name} in it; expected {' and '.join(expected)}")
     return root
 
-
+# %% ../../nbs/data/04_sources.ipynb #d23b53fa
 _SPLITS = dict(train="train", training="train", test="test", testing="test") | dict.fromkeys(
     ("val", "valid", "validate", "validation", "dev"), "val"
 )
@@ -299,7 +300,7 @@ def _openi_study(xml: bytes | None, where: str, root: Path, views: dict[str, str
     known = dict(images=images, codes=s["codes"], context={name: s[name] for name in _REQUEST})
     return Study(uid, uid, where, s["findings"], s["impression"], **known)
 
-
+# %% ../../nbs/data/04_sources.ipynb #91110dca
 def read_openi_tree(root: Path | str | None, reports: Path | str | None = None) -> Iterator[Study | Fault]:
     """Open-i's raw distribution under `root`. `reports`: None (`ecgen-radiology/` or `NLMCXR_reports.tgz`
     in `root`), `wheel` (torchxrayvision's archive), or a folder or archive."""
@@ -815,7 +816,7 @@ def table_columns(root: Path | str) -> Iterable[str]:
         return read_header(path)
     return next((list(r) for _, r in json_lines(path, stop=False) if isinstance(r, dict)), ())
 
-
+# %% ../../nbs/data/04_sources.ipynb #5a80acd7
 def _reports_before(path: Path) -> dict[str, tuple[str, str]]:
     "{study_id: (patient, report)} of a user's own table whose rows name the study before; {} for any other."
     if _kind(path) not in ("csv", "jsonl") or "previous_id" not in table_columns(path):
@@ -828,7 +829,7 @@ def _reports_before(path: Path) -> dict[str, tuple[str, str]]:
         told[study] = (str(_own_value(row, "patient_id") or study).strip(), " ".join(filter(None, texts)))
     return told
 
-
+# %% ../../nbs/data/04_sources.ipynb #6a92aed3
 def _own_told(row: dict, where: str, base: Path, name: str, before: dict) -> Study | Fault:
     "As `_own`, with the report before, which `previous_id` names among those in `before`."
     wanted = str(_own_value(row, "previous_id")).strip()
