@@ -9,8 +9,9 @@ __all__ = ['ZERO_SHOT', 'STATUSES', 'FINISHES', 'REFUSAL', 'LONGEST', 'LONGEST_A
            'status_of', 'text_of', 'usage_of', 'outcome', 'tile_tokens', 'most_used', 'cost', 'Purse', 'retry_after',
            'is_fatal', 'is_transient', 'once', 'refused_parameter', 'fatal_line', 'error_line', 'fate_unknown',
            'without_key', 'within', 'answer_of', 'question', 'kept_answers', 'Questioning', 'collect', 'ask', 'written',
-           'estimate', 'Row', 'load_row', 'chat_report', 'maira2_report', 'run_open', 'from_file', 'Result', 'Given',
-           'run_row', 'answered', 'how_to_run', 'score_rows', 'usable', 'table2', 'footnotes']
+           'estimate', 'Row', 'load_maira2', 'load_row', 'chat_report', 'plain_findings', 'maira2_report', 'run_open',
+           'from_file', 'Result', 'Given', 'run_row', 'answered', 'how_to_run', 'score_rows', 'usable', 'table2',
+           'footnotes']
 
 # %% ../../nbs/results/04_zeroshot.ipynb #70c4569f
 import base64
@@ -841,7 +842,8 @@ ROWS |= {
         "microsoft/maira-2",
         reader="maira-2",
         remote_code=True,
-        how="gated; its code was written for transformers 4",
+        how="gated; asked through its processor's own call, with a frontal and a lateral view; its released "
+        "code builds the parts as transformers 4.46 to 4.51 do: newer ones say so",
     ),
     "HuatuoGPT-Vision": Row(
         "medical",
@@ -856,13 +858,26 @@ ROWS |= {
     ),
 }
 
+# %% ../../nbs/results/04_zeroshot.ipynb #zst00001
+def load_maira2(source: Path | str, dtype: torch.dtype, trust_remote_code: bool) -> tuple:
+    """`(model, processor)` of MAIRA-2 by the code that comes with its weights.
+
+    Raises `ValueError` where that code was written for a transformers other than this one."""
+    from transformers import AutoModelForCausalLM, AutoProcessor, __version__
+
+    options = dict(trust_remote_code=trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options).eval()
+    if not hasattr(model, "model"):
+        remedy = "write its reports where transformers 4.46 to 4.51 is installed, and give them as a file"
+        raise ValueError(f"{source}: its code does not fit transformers {__version__}; {remedy} (reports)")
+    model.generation_config = own_generation(model)
+    return model, AutoProcessor.from_pretrained(source, **options)
+
 # %% ../../nbs/results/04_zeroshot.ipynb #99c19a70
 def load_row(row: Row, name: str, folder: Path | str, trust_remote_code: Sequence[str] = ()) -> tuple:
     """`(model, processor)` of the open model `row` from a folder or hub name.
 
     Raises `ValueError` where it needs code of its own and is not named in `trust_remote_code`."""
-    from transformers import AutoModelForCausalLM, AutoProcessor
-
     if row.remote_code and name not in trust_remote_code:
         read = f"{row.model} runs code that comes with its weights; read it"
         raise ValueError(f"{name}: {read}, then name the row: trust_remote_code=[{name!r}]")
@@ -876,10 +891,7 @@ def load_row(row: Row, name: str, folder: Path | str, trust_remote_code: Sequenc
     if row.reader == "chat":
         model, processor = load_policy(source, dtype, trust_remote_code=row.remote_code)
     else:
-        options = dict(trust_remote_code=row.remote_code)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options).eval()
-        model.generation_config = own_generation(model)
-        processor = AutoProcessor.from_pretrained(source, **options)
+        model, processor = load_maira2(source, dtype, row.remote_code)
     return model.to(device), processor
 
 # %% ../../nbs/results/04_zeroshot.ipynb #zsc00009
@@ -891,6 +903,18 @@ def chat_report(
     turn = [{"role": "user", "content": content}]
     text, finish, _ = complete(model, processor, turn, images, max_new_tokens)
     return text, finish
+
+# %% ../../nbs/results/04_zeroshot.ipynb #zst00002
+def plain_findings(processor: Any, said: str) -> str:
+    """What MAIRA-2 `said` as text. Its processor returns text, or a list of (phrase, boxes) where the model
+    marked places unasked; it refuses marks that do not close, which are then taken out here."""
+    try:
+        found = processor.convert_output_to_plaintext_or_grounded_sequence(said)
+    except (AssertionError, ValueError):
+        found = re.sub(r"</?(obj|box)>|<[xy]\d+>", " ", said)
+    if isinstance(found, list):
+        found = " ".join(phrase for phrase, _ in found)
+    return found.strip()
 
 # %% ../../nbs/results/04_zeroshot.ipynb #zsd00009
 @torch.inference_mode()
@@ -914,8 +938,7 @@ def maira2_report(
     whole = model.generate(**inputs, max_new_tokens=max_new_tokens, use_cache=True)[0]
     answer = whole[inputs["input_ids"].shape[-1] :]
     said = processor.decode(answer, skip_special_tokens=True).lstrip()
-    text = processor.convert_output_to_plaintext_or_grounded_sequence(said)
-    return text.strip(), "length" if len(answer) == max_new_tokens else "stop"
+    return plain_findings(processor, said), "length" if len(answer) == max_new_tokens else "stop"
 
 # %% ../../nbs/results/04_zeroshot.ipynb #zsc0000c
 READERS = {"chat": chat_report, "maira-2": maira2_report}
