@@ -29,7 +29,7 @@ from ..files import json_lines, json_value, own_lines, repository_of, whole_fold
 from .adapter import add_in, merged_share, with_policy
 from .models import film_side, load_policy, save_policy
 from .prompt import asked_by
-from .tiny import generate
+from .tiny import cut_note, generate
 from ..rewards.text import is_well_formed, report_body
 from ..vocabulary import CONTEXT_FIELDS
 
@@ -302,7 +302,9 @@ def write_reports(
     from valor.expert.frozen import fingerprint
 
     out, size = Path(out), size or film_side(processor)
-    prompt, how = asked_by(processor), dict(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    cut = []  # completions without a report
+    how = dict(max_new_tokens=max_new_tokens, batch_size=batch_size, cut=cut)
+    prompt = asked_by(processor)
     settings = dict(model=name, weights=fingerprint(model), max_new_tokens=max_new_tokens, size=size)
     done = begin_or_go_on(out, settings)
     todo = [film for film in (Film(*each) for each in images) if film.id not in done]
@@ -314,6 +316,8 @@ def write_reports(
     with closed_to_others(), open(out, "a") as f:
         lines_of = partial(_report_lines, size, answer, prompt.reasoning)
         failed = _append(f, todo, len(images) - len(todo), batch_size, lines_of)
+    if cut:
+        print(cut_note(len(cut), len(todo) - failed, max_new_tokens, str(out)), file=sys.stderr)
     return len(todo) - failed, failed
 
 # %% ../../nbs/policy/04_generate.ipynb #932fbced

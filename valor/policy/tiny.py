@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['WORD', 'SPECIALS', 'TEMPLATE', 'INITIAL_SCALE', 'Rows', 'build_tokenizer', 'build_processor', 'build_policy',
-           'generate', 'finding_targets', 'QueryHead', 'settle_projector', 'warm_up_vision']
+           'endings', 'cut_note', 'generate', 'finding_targets', 'QueryHead', 'settle_projector', 'warm_up_vision']
 
 # %% ../../nbs/policy/00_tiny.ipynb #9b0f0002
 import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ from .checkpoints import keep, restore
 from .films import FilmTowerConfig, moved
 from .models import image_tokens, memory_line
 from .prompt import Prompt, render_prompt
+from ..rewards.text import is_unclosed
 
 # %% ../../nbs/policy/00_tiny.ipynb #9b0f0005
 WORD = (
@@ -204,13 +206,32 @@ def _inputs(
 # %% ../../nbs/policy/00_tiny.ipynb #9b0f0064
 def _completions(
     model: nn.Module, processor: ProcessorMixin, rows: Rows, asked: Sequence[str | None], sampling: dict
-) -> list[str]:
-    "One completion for each of `rows`, of which this is `asked`; `sampling` as for `model.generate`."
+) -> tuple[list[str], list[bool]]:
+    """One completion for each of `rows`, of which this is `asked`, and whether it was cut off at the last
+    token that `sampling`, as for `model.generate`, allows."""
     inputs = _inputs(processor, rows, model.device, asked)
     never = list(image_tokens(model, processor))
     ids = model.generate(**inputs, suppress_tokens=never, **sampling)
     new = ids[:, inputs.input_ids.shape[1] :]  # (rows, at most max_new_tokens)
-    return processor.batch_decode(new, skip_special_tokens=True)
+    texts = processor.batch_decode(new, skip_special_tokens=True)
+    ended = torch.isin(new, torch.tensor(endings(model, processor), device=new.device)).any(1)
+    return texts, (~ended & (new.shape[1] >= sampling["max_new_tokens"])).tolist()
+
+
+def endings(model: nn.Module, processor: ProcessorMixin) -> list[int]:
+    "The tokens that end a completion or fill up the place after its end."
+    stops = model.generation_config.eos_token_id
+    stops = stops if isinstance(stops, list) else [stops]
+    tokenizer = processor.tokenizer
+    return [t for t in (*stops, tokenizer.eos_token_id, tokenizer.pad_token_id) if t is not None]
+
+# %% ../../nbs/policy/00_tiny.ipynb #twim0302
+def cut_note(cut: int, n: int, max_new_tokens: int, desc: str) -> str:
+    "The line that says how many of `n` completions were `cut` off inside a thought; `desc`: whose they are."
+    return (
+        f"{desc}: {cut} of {n} completions were cut off inside the thought (max_new_tokens={max_new_tokens} "
+        f"reached before </think>) and hold no report; raise max_new_tokens"
+    )
 
 # %% ../../nbs/policy/00_tiny.ipynb #9b0f0028
 @torch.inference_mode()
@@ -224,24 +245,32 @@ def generate(
     seed: int = 0,
     desc: str = "reports",
     asked: Sequence[str] | None = None,
+    cut: list[str] | None = None,
 ) -> list[str]:
     """One completion per row, tags included: greedy, or sampled at `temperature`; `desc` names the bar.
 
     `asked`: the question of each row (`Prompt.questions`); None: what the policy is asked of a study of which
-    nothing is known."""
+    nothing is known. Completions that are cut off inside a thought are added to `cut`; None: their number is
+    printed to stderr."""
     set_seed(seed)
     sampling = dict(max_new_tokens=max_new_tokens, do_sample=temperature is not None)
     if temperature is not None:
         sampling |= dict(temperature=temperature, top_k=0)
     asked = asked or [None] * len(images)
-    was_training, completions = model.training, []
+    was_training, completions, thoughts = model.training, [], []
     model.eval()
     starts = range(0, len(images), batch_size)
     for start in tqdm(starts, desc=desc, leave=False, disable=len(starts) < 2):
         with memory_line(desc, batch_size=batch_size, max_new_tokens=max_new_tokens):
             part = slice(start, start + batch_size)
-            completions += _completions(model, processor, images[part], asked[part], sampling)
+            texts, cut_off = _completions(model, processor, images[part], asked[part], sampling)
+        completions += texts
+        thoughts += [text for text, off in zip(texts, cut_off) if off and is_unclosed(text)]
     model.train(was_training)
+    if cut is not None:
+        cut += thoughts
+    elif thoughts:
+        print(cut_note(len(thoughts), len(completions), max_new_tokens, desc), file=sys.stderr)
     return completions
 
 # %% ../../nbs/policy/00_tiny.ipynb #9b0f0037

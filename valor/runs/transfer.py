@@ -26,7 +26,7 @@ from ..metrics import statistics as ev
 from ..metrics.seeds import Frames
 from ..policy.prompt import asked_by, image_lists
 from ..policy.tiny import generate
-from .makers import labeler, note_of, policy_of, read_frame, save_reports
+from .makers import judge_form, labeler, note_of, policy_of, read_frame, save_reports
 from .phases import CHOICE, MISTAKES, OUTSIDE, begin, ensure, finish, load_data, locked, phase_key
 from .processes import RunError
 from .systems import SYSTEMS, phase_of, results_folder, stand_ins, start_run
@@ -68,10 +68,14 @@ def transfer_config(system: str, cfg: Config, target: Config) -> dict:
     "All that determines the reports of `system` on the studies of `target`, and their numbers."
     name, changed = policy_phase(system, cfg)
     fields = ("max_new_tokens", "eval_batch_size", "chexbert", "chexbert_uncertain")
+    if cfg.choose_by:
+        fields += CHOICE
+    if cfg.reasoning != "none":
+        fields += ("reasoning",)  # what form a report must have
     return dict(
         phase=f"transfer_{name}",
         version=VERSION,
-        fields={field: getattr(changed, field) for field in fields + (CHOICE if cfg.choose_by else ())},
+        fields={field: getattr(changed, field) for field in fields},
         after=dict(policy=phase_key(name, changed), studies=phase_key("data", target)),
     )
 
@@ -88,7 +92,7 @@ def write_transfer(out: Path, system: str, cfg: Config, target: Config) -> None:
     save_reports(out, "test", test, written)
     known = leaked(test, load_data(ensure("data", cfg))["train"])
     frame = ev.score_reports(written, test, target.benchmark, leaked=known, labeler=labeler(cfg))
-    frame.to_csv(out / "frame test.csv")
+    judge_form(frame, written, changed.reasoning).to_csv(out / "frame test.csv")
 
 # %% ../../nbs/runs/06_transfer.ipynb #839733d0
 def transferred(system: str, cfg: Config, target: Config) -> Path:
