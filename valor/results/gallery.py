@@ -419,32 +419,47 @@ def _coloured(names: Sequence[str]) -> list[dict[str, str]]:
     colours = [COLOURS.get(name, OTHERS[k % len(OTHERS)]) for k, name in enumerate(names)]
     return [dict(name=name, colour=colour) for name, colour in zip(names, colours)]
 
+# %% ../../nbs/results/03_gallery.ipynb #843ba82a
+def _judgements(
+    systems: Sequence[System], test: Dataset, cfg: Config, attention: Mapping | Sequence
+) -> tuple[list[list[dict]], list]:
+    "What is shown of each report, by study and then by system; and the findings of each study."
+    ids, label = list(test["study_id"]), labeler(cfg)
+    judged, findings = judge(systems, test, cfg.benchmark, label)
+    maps = {name: attention_of(folder, ids) for name, folder in dict(attention).items()}
+    scores = {system.name: _scores(system, test, cfg, label) for system in systems}
+    rows = []
+    for n, study in enumerate(ids):
+        row = []
+        for system in systems:
+            seen = maps[system.name][n] if system.name in maps else None
+            thought = thought_of(system.texts[study])
+            row.append(_result(judged[system.name][n], scores[system.name][n], seen, thought))
+        rows.append(row)
+    return rows, findings
+
+
+def _study(test: Dataset, n: int, images: Sequence[str], findings: list) -> dict:
+    "What is shown of study `n` of `test` apart from the reports; `images`: data URLs."
+    study = dict(id=test["study_id"][n], images=list(images), findings=findings)
+    study |= dict(boxes=_boxes(test["truth"][n]), reference=segments(test["report"][n], []))
+    known = test["context"][n] if "context" in test.column_names else {}
+    told = context_text(known)
+    return study | dict(told=told) if told else study
+
 # %% ../../nbs/results/03_gallery.ipynb #gal0000b
 def payload(
     systems: Sequence[System], test: Dataset, cfg: Config, attention: Mapping | Sequence = (), side: int = 384
 ) -> dict:
     "All that the page shows, as one dict for JSON. `attention`: {system name: folder of maps}."
-    ids, label = list(test["study_id"]), labeler(cfg)
-    judged, findings = judge(systems, test, cfg.benchmark, label)
-    maps = {name: attention_of(folder, ids) for name, folder in dict(attention).items()}
-    scores = {system.name: _scores(system, test, cfg, label) for system in systems}
-    names = [system.name for system in systems]
-    films = tqdm(image_lists(test), desc="images", disable=len(ids) < 500, leave=False)
-    known = test["context"] if "context" in test.column_names else [{}] * len(ids)
+    results, findings = _judgements(systems, test, cfg, attention)
+    films = tqdm(image_lists(test), desc="images", disable=len(test) < 500, leave=False)
     studies = []
     for n, images in enumerate(films):
-        study = dict(id=ids[n], images=[data_url(image, side) for image in images])
-        study |= dict(findings=findings[n], boxes=_boxes(test["truth"][n]))
-        study |= dict(reference=segments(test["report"][n], []))
-        attentions = [maps[name][n] if name in maps else None for name in names]
-        thoughts = [thought_of(system.texts[ids[n]]) for system in systems]
-        shown = zip(names, attentions, thoughts)
-        results = [_result(judged[m][n], scores[m][n], seen, thought) for m, seen, thought in shown]
-        if told := context_text(known[n]):
-            study |= dict(told=told)
-        studies.append(study | dict(systems=results))
+        study = _study(test, n, [data_url(image, side) for image in images], findings[n])
+        studies.append(study | dict(systems=results[n]))
     return dict(
-        systems=_coloured(names),
+        systems=_coloured([system.name for system in systems]),
         measures=measures_of(cfg.benchmark),
         planted=benchmark_of(cfg.benchmark).truth == "findings",
         studies=studies,

@@ -80,8 +80,6 @@ WELL_FORMED = re.compile(
     """,
     re.DOTALL | re.VERBOSE,
 )
-
-
 THOUGHT = re.compile(
     r"""
     \s* <think> \s*
@@ -92,7 +90,7 @@ THOUGHT = re.compile(
     re.DOTALL | re.VERBOSE,
 )
 
-
+# %% ../../nbs/rewards/00_text.ipynb #a7b57f9b
 def is_well_formed(completion: str, reasoning: str = "none") -> bool:
     """Whether `completion` is exactly one `<report>…</report>` with text inside, apart from white space; with
     `reasoning` "think", after exactly one `<think>…</think>` with text inside."""
@@ -833,7 +831,7 @@ class FunctionScorer(Scorer):
         return [float(score) for score in self.function(candidates, references)]
 
 # %% ../../nbs/rewards/00_text.ipynb #03220f0a
-def scorer(name: str, **options) -> Scorer:
+def scorer(name: str, **options: Any) -> Scorer:
     """The scorer called `name` (see `load_attribute`), with its options: scorer("bleu4", tokenizer=None).
 
     Raises ValueError for an unknown name or option."""

@@ -72,61 +72,75 @@ def _rewards_of(cfg: Config) -> str:
         lines.append("- `rules` and `embedded` are stand-ins, and not the models that the paper names.")
     return "\n".join(lines)
 
-# %% ../../nbs/runs/08_card.ipynb #crd00010
-def card_of(folder: Path | str, merged: bool = False) -> ModelCard:
-    "The card of the adapter or policy in `folder` of a phase; `merged`: of a model that it was merged into."
-    phase, cfg = origin(folder)
-    terms, defaults = terms_of(cfg.benchmark), Config()
-    adapter = (Path(folder) / "adapter_config.json").exists() and not merged
+# %% ../../nbs/runs/08_card.ipynb #4f61a835
+_CARD = """\
+---\n{head}\n---
+
+# {name}
+
+A policy that writes chest X-ray reports, trained with `valor`, an open implementation of VALOR.
+
+## Base, data and terms\n\n- Base: `{base}`\n- Data: {data}
+
+## Rewards\n\n{rewards}
+
+## Measured\n\n{measured}
+
+## Known failures\n\n{failures}
+
+## How to load\n\n```python\n{load}\n```\n
+`valor generate --model BASE {option}--images FILMS --out reports.jsonl` writes reports.
+
+## Configuration\n\nWhat differs from the defaults of `valor config`:\n\n{changed}
+"""
+
+# %% ../../nbs/runs/08_card.ipynb #17f82efa
+def _head_of(phase: Path, cfg: Config, adapter: bool) -> str:
+    "What the hub reads from a card, in YAML."
     data = ModelCardData(
         library_name="peft" if adapter else "transformers",
         pipeline_tag="image-text-to-text",
         tags=["radiology", "chest-x-ray", "report-generation", "grpo", "valor"],
         valor=dict(benchmark=cfg.benchmark, phase=phase.name),
     )
-    changed = {
-        f.name: getattr(cfg, f.name)
-        for f in fields(Config)
-        if getattr(cfg, f.name) != getattr(defaults, f.name)
-    }
+    return data.to_yaml()
+
+
+def _changed(cfg: Config) -> str:
+    "A line for each setting of `cfg` that differs from its default."
+    defaults = Config()
+    names = [f.name for f in fields(Config) if getattr(cfg, f.name) != getattr(defaults, f.name)]
+    return "\n".join(f"- `{name}` = {getattr(cfg, name)!r}" for name in names)
+
+# %% ../../nbs/runs/08_card.ipynb #crd00010
+def card_of(folder: Path | str, merged: bool = False) -> ModelCard:
+    "The card of the adapter or policy in `folder` of a phase; `merged`: of a model that it was merged into."
+    phase, cfg = origin(folder)
+    terms = terms_of(cfg.benchmark)
+    adapter = (Path(folder) / "adapter_config.json").exists() and not merged
     auto = "AutoModelForImageTextToText.from_pretrained(FOLDER)"
-    load = "PeftModel.from_pretrained(base, FOLDER)" if adapter else auto
     shared = "; restricted: do not share" if terms.restricted else ""
-    option = "--adapter FOLDER " if adapter else ""
-    said = "\n".join(f"- `{name}` = {value!r}" for name, value in changed.items())
-    text = f"""---\n{data.to_yaml()}\n---
-
-# {phase.name}
-
-A policy that writes chest X-ray reports, trained with `valor`, an open implementation of VALOR.
-
-## Base, data and terms\n\n- Base: `{cfg.base}`
-- Data: {cfg.benchmark} ({terms.name}); terms: {terms.licence}{shared}
-
-## Rewards\n\n{_rewards_of(cfg)}
-
-## Measured\n\n{metrics_of(phase, cfg)}
-
-## Known failures\n\n{_FAILURES}
-
-## How to load\n\n```python\n{load}\n```\n
-`valor generate --model BASE {option}--images FILMS --out reports.jsonl` writes reports.
-
-## Configuration\n\nWhat differs from the defaults of `valor config`:\n\n{said}
-"""
+    text = _CARD.format(
+        head=_head_of(phase, cfg, adapter),
+        name=phase.name,
+        base=cfg.base,
+        data=f"{cfg.benchmark} ({terms.name}); terms: {terms.licence}{shared}",
+        rewards=_rewards_of(cfg),
+        measured=metrics_of(phase, cfg),
+        failures=_FAILURES,
+        load="PeftModel.from_pretrained(base, FOLDER)" if adapter else auto,
+        option="--adapter FOLDER " if adapter else "",
+        changed=_changed(cfg),
+    )
     return ModelCard(text)
 
-
+# %% ../../nbs/runs/08_card.ipynb #9dca8618
 def write_card(folder: Path | str, of: Path | str | None = None) -> None:
     "Write the card of the adapter `of` (default: the one in `folder`) to `folder/README.md`."
-    (Path(folder) / "README.md").write_text(
-        str(card_of(of or folder, merged=of is not None)), encoding="utf-8"
-    )
+    card = card_of(of or folder, merged=of is not None)
+    (Path(folder) / "README.md").write_text(str(card), encoding="utf-8")
 
 # %% ../../nbs/runs/08_card.ipynb #crd00013
-SENT = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
-
-
 def check_push(folder: Path | str) -> str:
     "The benchmark that `folder`'s model was trained on. Raises `ValueError` unless its terms allow a push."
     folder = Path(folder)
@@ -146,6 +160,9 @@ def check_push(folder: Path | str) -> str:
         raise ValueError(f"{folder}: trained on {benchmark} ({terms.licence}); its terms do not allow a push")
     return benchmark
 
+# %% ../../nbs/runs/08_card.ipynb #3cd0f058
+SENT = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
+
 
 def run_push(args: Namespace, settings: dict) -> None:
     "Run `valor push` with parsed arguments."
@@ -159,7 +176,7 @@ def run_push(args: Namespace, settings: dict) -> None:
     api.upload_folder(repo_id=args.repo, folder_path=args.folder, allow_patterns=SENT)
     print(f"{args.repo}: pushed; its data are {benchmark} ({terms_of(benchmark).licence})")
 
-
+# %% ../../nbs/runs/08_card.ipynb #9ad60a11
 def run_merge(args: Namespace, settings: dict) -> None:
     "Run `valor merge` with parsed arguments, and write the card of what it makes."
     generate.run_merge(args, settings)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LABELER', 'SCORING', 'PHASES', 'AT_PATHS', 'NO_PATHS', 'SEEDS', 'LATER', 'CHOICE', 'MAKERS', 'OUTSIDE', 'LISTENERS',
-           'MISTAKES', 'Phase', 'chooses', 'sees_two', 'fields_reaching', 'phase_config', 'phase_key', 'phase_folder',
+           'MISTAKES', 'Phase', 'chooses', 'fields_reaching', 'sees_two', 'phase_config', 'phase_key', 'phase_folder',
            'held_by', 'read_json', 'write_json', 'inspect_phase', 'check_machine', 'locked', 'finish',
            'drop_checkpoints', 'cost_of', 'maker', 'announced', 'ensure', 'begin', 'load_data', 'comes_after',
            'check_updates', 'alone', 'alone_here']
@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from datasets import DatasetDict, load_from_disk
 
+# %% ../../nbs/runs/01_phases.ipynb #bd274774
 from ..config import BENCHMARKS, Config, cpu_model, is_prompt_file, key_of, runs_dir, seed_of, versions
 from ..contents import cache_dir, fingerprint_once
 from ..data.restricted import PlaceError, check_place, kept
@@ -39,11 +40,9 @@ from ..files import whole
 from ..policy.models import LOADING
 from ..rewards.guard import RewardError
 from ..rewards.text import StoreError
-from ..vocabulary import PROMPT
-
-# %% ../../nbs/runs/01_phases.ipynb #bd274774
 from .processes import JOINT, RunError, end_with_parent, is_first, processes, setup, together
 from ..train.sft import TrainingError
+from ..vocabulary import PROMPT
 
 # %% ../../nbs/runs/01_phases.ipynb #d518e681
 class Phase(NamedTuple):
@@ -148,15 +147,13 @@ AT_PATHS = _fields(
 )
 NO_PATHS = ("embedded", "embedded-labels", "rules", "samples", "minilm")  # values that name no file
 
-
 SEEDS = ("data_seed", "base_seed", "expert_seed")  # what may be derived from `seed`
 # fields that came later: at these values a phase is as it was
 LATER = dict(omit=0.0, visual="expert", tower="patches", prompt=PROMPT, context=[], reasoning="none")
 LATER |= dict(lr_projector=None)
 
-
-# what decides which checkpoint of a stage is evaluated, where one is chosen
-CHOICE = ("choose_by", "eval_studies", *LABELER)
+# %% ../../nbs/runs/01_phases.ipynb #711c8199
+CHOICE = ("choose_by", "eval_studies", *LABELER)  # fields that decide which checkpoint is chosen
 
 
 def chooses(name: str, cfg: Config) -> bool:
@@ -164,7 +161,7 @@ def chooses(name: str, cfg: Config) -> bool:
     reads = [f"{kind}_{stage}" for kind in ("eval", "erased") for stage in ("stage1", "stage2")]
     return cfg.choose_by is not None and name in reads
 
-
+# %% ../../nbs/runs/01_phases.ipynb #d0a25817
 def _idle(name: str, cfg: Config) -> set[str]:
     "Fields of the phase `name` that change nothing of it under the other settings of `cfg`."
     idle = {"visual"} if cfg.lambda_vis == 0 else set()
@@ -177,14 +174,6 @@ def _idle(name: str, cfg: Config) -> set[str]:
     return idle
 
 
-def sees_two(cfg: Config) -> bool:
-    "Whether studies of the run `cfg` may have a second image."
-    how = cfg.data_options
-    if cfg.benchmark in BENCHMARKS:
-        return False
-    return reading(how.get("preset") or "valor", view=how.get("view"))["view"] in ("both", "listed")
-
-
 def fields_reaching(name: str, cfg: Config) -> dict:
     """The fields that reach the phase `name` and their values: derived seeds as numbers, and no field of
     `LATER` that changes nothing. What judges images does not reach a stage without a visual reward."""
@@ -193,6 +182,14 @@ def fields_reaching(name: str, cfg: Config) -> dict:
     values = {f: list(v) if isinstance(v, tuple) else v for f, v in values.items()}  # as JSON has it
     values = {field: v for field, v in values.items() if field not in _idle(name, cfg)}
     return {field: v for field, v in values.items() if field not in LATER or v != LATER[field]}
+
+# %% ../../nbs/runs/01_phases.ipynb #d1562456
+def sees_two(cfg: Config) -> bool:
+    "Whether studies of the run `cfg` may have a second image."
+    how = cfg.data_options
+    if cfg.benchmark in BENCHMARKS:
+        return False
+    return reading(how.get("preset") or "valor", view=how.get("view"))["view"] in ("both", "listed")
 
 # %% ../../nbs/runs/01_phases.ipynb #phs00062
 def phase_config(name: str, cfg: Config) -> dict:
@@ -210,12 +207,11 @@ def phase_config(name: str, cfg: Config) -> dict:
         after={before: phase_key(before, cfg) for before in after},
     )
     if name == "expert" and sees_two(cfg):
-        found["images"] = (
-            "all of a study"  # once it was the first alone; every phase that asks it comes after
-        )
+        # once it was the first alone; every phase that asks the expert comes after it
+        found["images"] = "all of a study"
     return found | ({"holds": holds} if holds else {})
 
-
+# %% ../../nbs/runs/01_phases.ipynb #b9274673
 def phase_key(name: str, cfg: Config) -> str:
     "The name of the folder of the phase `name`."
     return f"{name}-{key_of(phase_config(name, cfg))}"
@@ -272,6 +268,28 @@ def _read_dict(path: Path, *keys: str) -> dict:
         )
     return found
 
+# %% ../../nbs/runs/01_phases.ipynb #20c823dc
+@lru_cache(4096)
+def _sha256(path: str, size: int, mtime: int) -> str:
+    "SHA-256 of a file, read once for every size and time of change (ns)."
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    "SHA-256 of a file; read again only when it changed."
+    stat = path.stat()
+    return _sha256(str(path), stat.st_size, stat.st_mtime_ns)
+
+
+def _check_files(folder: Path) -> None:
+    "Raise `RunError` where a file that `done.json` lists is not as it was when the phase ended."
+    for name, digest in dict(_read_dict(folder / "done.json", "files")["files"]).items():
+        if Path(name).name == "README.md":
+            continue  # a model's card, which is written again when more has been measured
+        if not (folder / name).exists() or _digest(folder / name) != digest:
+            damaged = "damaged or missing, not what was written when the phase ended"
+            raise RunError(f"{folder / name}: {damaged}; move {folder} away and start again")
+
 # %% ../../nbs/runs/01_phases.ipynb #phs0000b
 def inspect_phase(folder: Path, expected: dict) -> str:
     """'new', 'interrupted' or 'finished'. Raises `RunError` if `folder` holds anything but this phase,
@@ -287,24 +305,8 @@ def inspect_phase(folder: Path, expected: dict) -> str:
         raise RunError(f"{folder}: {made}; move it away and start again")
     if not (folder / "done.json").exists():
         return "interrupted"
-    for name, digest in dict(_read_dict(folder / "done.json", "files")["files"]).items():
-        if Path(name).name == "README.md":
-            continue  # a model's card, which is written again when more has been measured
-        if not (folder / name).exists() or _digest(folder / name) != digest:
-            damaged = "damaged or missing, not what was written when the phase ended"
-            raise RunError(f"{folder / name}: {damaged}; move {folder} away and start again")
+    _check_files(folder)
     return "finished"
-
-
-def _digest(path: Path) -> str:
-    "SHA-256 of a file; read again only when it changed."
-    stat = path.stat()
-    return _sha256(str(path), stat.st_size, stat.st_mtime_ns)
-
-# %% ../../nbs/runs/01_phases.ipynb #c2348350
-@lru_cache(4096)
-def _sha256(path: str, size: int, mtime: int) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 # %% ../../nbs/runs/01_phases.ipynb #phs0000c
 def check_machine(folder: Path, status: str) -> None:
@@ -331,7 +333,7 @@ def check_machine(folder: Path, status: str) -> None:
             "its last bits may differ from those of a run on one of them"
         )
 
-# %% ../../nbs/runs/01_phases.ipynb #phs0000d
+# %% ../../nbs/runs/01_phases.ipynb #b56c2b47
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     "Hold the lock of `folder` (a file beside it); wait, and say so, while another process holds it."
@@ -344,7 +346,7 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
-
+# %% ../../nbs/runs/01_phases.ipynb #phs0000d
 def finish(folder: Path, cost: dict | None = None) -> None:
     """Declare `folder` complete: list its files with their digests, and what making them took (`cost_of`),
     then delete what was only needed to resume."""
@@ -395,11 +397,12 @@ def maker(*names: str) -> Callable:
 
     return register
 
-
+# %% ../../nbs/runs/01_phases.ipynb #eca7d4e3
 LISTENERS: list[Callable[[str, str, Config], None]] = []  # what wants to know of phases that are made
 
 
 def _tell(event: str, name: str, cfg: Config) -> None:
+    "Call every listener, on the first process."
     if is_first():
         for listener in list(LISTENERS):
             listener(event, name, cfg)
@@ -428,7 +431,13 @@ def ensure(name: str, cfg: Config) -> Path:
         return _made(name, cfg)
 
 # %% ../../nbs/runs/01_phases.ipynb #phs00011
+def _status_of_finished(folder: Path, expected: dict, cfg: Config) -> str | None:
+    "The status of the phase in `folder` where it was declared finished, else None."
+    return begin(folder, expected, cfg) if (folder / "done.json").exists() else None
+
+
 def _made(name: str, cfg: Config) -> Path:
+    "The folder of the finished phase `name`, which is made or resumed under its lock where needed."
     after = {before: ensure(before, cfg) for before in PHASES[name].after}
     folder, expected = phase_folder(name, cfg), phase_config(name, cfg)
     if together(lambda: _status_of_finished(folder, expected, cfg)) == "finished":
@@ -440,7 +449,7 @@ def _made(name: str, cfg: Config) -> Path:
         _make(name, cfg, folder, after, resumed=status == "interrupted")
     return folder
 
-
+# %% ../../nbs/runs/01_phases.ipynb #d73e5761
 def _make(name: str, cfg: Config, folder: Path, after: dict[str, Path], resumed: bool) -> None:
     "Let the maker of the phase `name` fill its `folder`, and declare it finished."
     setup(cfg)
@@ -450,10 +459,6 @@ def _make(name: str, cfg: Config, folder: Path, after: dict[str, Path], resumed:
         began = time.perf_counter()
         MAKERS[name](folder, cfg, after, name)
         together(lambda: finish(folder, cost_of(began, resumed)))
-
-
-def _status_of_finished(folder: Path, expected: dict, cfg: Config) -> str | None:
-    return begin(folder, expected, cfg) if (folder / "done.json").exists() else None
 
 # %% ../../nbs/runs/01_phases.ipynb #phs00012
 def begin(folder: Path, expected: dict, cfg: Config) -> str:
@@ -496,7 +501,7 @@ def comes_after(name: str) -> set[str]:
     "The phase `name` and all phases before it."
     return {name}.union(*(comes_after(before) for before in PHASES[name].after))
 
-
+# %% ../../nbs/runs/01_phases.ipynb #08f43865
 def check_updates(name: str, cfg: Config) -> None:
     """Raise `RunError` where the phase `name`, or one before it, samples rollout batches that the
     training studies cannot fill, so that no update would be made. Makes the data phase where it is
@@ -518,32 +523,27 @@ def check_updates(name: str, cfg: Config) -> None:
         )
 
 # %% ../../nbs/runs/01_phases.ipynb #phs00015
-MISTAKES = (
-    RunError,
-    RewardError,
-    DataError,
-    TrainingError,
-    StoreError,
-    MemoryError,
-    PlaceError,
-)  # of a user: end a command in one line
+# errors of a user, which end a command in one line
+MISTAKES = (RunError, RewardError, DataError, TrainingError, StoreError, MemoryError, PlaceError)
 _LAUNCHED = _fields(
     "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK MASTER_ADDR MASTER_PORT"
 )
 _JOB = "from valor.cli import in_one_line; from valor.runs.phases import alone_here; in_one_line(alone_here)"
 
 
+def _without_launcher(env: dict[str, str]) -> dict[str, str]:
+    "The environment `env` without what a launcher of several processes told this one."
+    own = ("TORCHELASTIC", "ACCELERATE", "FSDP")
+    return {key: value for key, value in env.items() if key not in _LAUNCHED and not key.startswith(own)}
+
+# %% ../../nbs/runs/01_phases.ipynb #05456397
 def alone(name: str, cfg: Config) -> Path:
     "`ensure(name, cfg)` in a new process that knows nothing of the others. Raises `RunError` where it fails."
-    env = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in _LAUNCHED and not key.startswith(("TORCHELASTIC", "ACCELERATE", "FSDP"))
-    }
     arguments = [name, json.dumps(dataclasses.asdict(cfg))]
     finished = (phase_folder(name, cfg) / "done.json").exists()
     with contextlib.nullcontext() if finished else announced(name, cfg):
-        if subprocess.run([sys.executable, "-c", _JOB, *arguments], env=env).returncode:
+        command = [sys.executable, "-c", _JOB, *arguments]
+        if subprocess.run(command, env=_without_launcher(dict(os.environ))).returncode:
             raise RunError(f"phase {name} failed; its message is above")
     return phase_folder(name, cfg)
 

@@ -52,6 +52,12 @@ def label_of(phase: str) -> str:
     "What people call a `phase`."
     return phase.replace("eval_", "evaluation of ").replace("stage", "stage ").replace("_", " ")
 
+# %% ../../nbs/runs/06_plan.ipynb #a1e689be
+def _shortest_labels(steps: Sequence[Step]) -> list[Step]:
+    "The `steps`, those whose phase occurs once without the name of a system."
+    times = Counter(step.phase for step in steps)
+    return [s if times[s.phase] > 1 else s._replace(label=label_of(s.phase)) for s in steps]
+
 
 def steps_for(wanted: Iterable[tuple[str, Config, str]]) -> list[Step]:
     "The steps of a job that wants phases, given as (phase, configuration, for which system)."
@@ -67,12 +73,6 @@ def steps_for(wanted: Iterable[tuple[str, Config, str]]) -> list[Step]:
     for given in wanted:
         visit(*given)
     return _shortest_labels(list(found.values()))
-
-# %% ../../nbs/runs/06_plan.ipynb #pla00007
-def _shortest_labels(steps: Sequence[Step]) -> list[Step]:
-    "The `steps`, those whose phase occurs once without the name of a system."
-    times = Counter(step.phase for step in steps)
-    return [s if times[s.phase] > 1 else s._replace(label=label_of(s.phase)) for s in steps]
 
 # %% ../../nbs/runs/06_plan.ipynb #pla00010
 @lru_cache
@@ -107,7 +107,7 @@ def updates_in(phase: str, cfg: Config, studies: dict[str, int]) -> int:
     second = steps_of(cfg.stage2_steps, cfg, studies["train"])
     return {"stage1": first, "stage2": second}.get(phase, first + second)
 
-
+# %% ../../nbs/runs/06_plan.ipynb #a06c2dee
 def work_of(phase: str, cfg: Config, studies: dict[str, int]) -> float:
     "How much the `phase` has to do, in proportion to its time."
     train, test = studies["train"], studies["test"]
@@ -132,13 +132,17 @@ KIND = ("base", "tower", "expert", "image_size", "max_new_tokens", "threads", "p
 KIND += ("chexbert", "radgraph", "bertscore_model")
 
 
+def _kind(values: dict, device: str, processes: int) -> tuple:
+    "What must be equal for one phase to tell how long another takes."
+    return (*(values.get(name) for name in KIND), device, processes)
+
+
 def _alike(phase: str) -> str:
     "What a phase does, where several phases do the same."
-    return {"stage1": "stage", "stage2": "stage", "dpo": "pairs", "mmedpo": "pairs"}.get(
-        phase, phase.split("_")[0]
-    )
+    same = {"stage1": "stage", "stage2": "stage", "dpo": "pairs", "mmedpo": "pairs"}
+    return same.get(phase, phase.split("_")[0])
 
-
+# %% ../../nbs/runs/06_plan.ipynb #e92317dc
 class Past(NamedTuple):
     "What a finished phase took."
 
@@ -152,10 +156,6 @@ class Past(NamedTuple):
     when: float  # seconds since the epoch
 
 # %% ../../nbs/runs/06_plan.ipynb #pla00016
-def _kind(values: dict, device: str, processes: int) -> tuple:
-    return (*(values.get(name) for name in KIND), device, processes)
-
-
 @lru_cache(4096)
 def _read_past(folder: Path, when: float) -> Past | None:
     """What the phase in `folder`, which was finished at the time `when`, took; None if it does not say so, or
@@ -175,7 +175,7 @@ def _read_past(folder: Path, when: float) -> Past | None:
     memory = cost["gpu_memory"] or cost["memory"]
     return Past(phase, kind, cost["seconds"], memory, size, work, cost["gpu_memory"] > 0, when)
 
-
+# %% ../../nbs/runs/06_plan.ipynb #729b1361
 def past_phases() -> list[Past]:
     "What the finished phases in the runs folder took, the newest first."
     found = [_read_past(path.parent, path.stat().st_mtime) for path in runs_dir().glob("*/done.json")]
@@ -201,7 +201,7 @@ def device_name() -> str:
 
     return torch.cuda.get_device_name(device)
 
-
+# %% ../../nbs/runs/06_plan.ipynb #84314f81
 def by_past(step: Step, past: Sequence[Past], studies: dict[str, int], processes: int = 1) -> Estimate:
     "What `step` takes by the newest phase of `past` that tells about it."
     kind = _kind(dataclasses.asdict(step.cfg), device_name(), processes)
@@ -296,7 +296,7 @@ def plan_table(steps: Sequence[Step], expected: dict[Path, Estimate]) -> str:
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in [head, *rows])
 
-# %% ../../nbs/runs/06_plan.ipynb #pla00029
+# %% ../../nbs/runs/06_plan.ipynb #1f66a4ae
 def _sum_line(left: Sequence[Step], expected: dict[Path, Estimate], total: int) -> str:
     "How many of the `total` phases are left, and how long they take."
     seconds = [expected[step.folder].seconds for step in left]
@@ -310,6 +310,13 @@ def _sum_line(left: Sequence[Step], expected: dict[Path, Estimate], total: int) 
     more = f", and {unknown} phases of unknown length" if unknown else ""
     return f"{so_far}; about {in_words(sum(known))} to go{more}"
 
+# %% ../../nbs/runs/06_plan.ipynb #pla00029
+def _disk_line(needed: float) -> str:
+    "How many bytes are needed on disk, and how many are free where the runs lie."
+    home = next(p for p in (runs_dir(), *runs_dir().absolute().parents) if p.exists())
+    free = bytes_in_words(shutil.disk_usage(home).free)
+    return f"disk: {bytes_in_words(needed)} in {runs_dir()}, where {free} are free"
+
 
 def plan_notes(steps: Sequence[Step], expected: dict[Path, Estimate], processes: int = 1) -> list[str]:
     "Lines under the table: time in all, memory, disk, GPU-hours, and what they rest on."
@@ -320,17 +327,12 @@ def plan_notes(steps: Sequence[Step], expected: dict[Path, Estimate], processes:
         where = "of the GPU" if any(e.gpu for e in known) else "of the host"
         lines.append(f"memory {where} at the peak: {bytes_in_words(max(memory))}")
     if disk := [e.disk for e in known if e.disk]:
-        home = next(p for p in (runs_dir(), *runs_dir().absolute().parents) if p.exists())
-        free = shutil.disk_usage(home).free
-        lines.append(
-            f"disk: {bytes_in_words(sum(disk))} in {runs_dir()}, where {bytes_in_words(free)} are free"
-        )
+        lines.append(_disk_line(sum(disk)))
     if gpu := [e.seconds for e in known if e.gpu and e.seconds]:
         lines.append(f"GPU-hours: {processes * sum(gpu) / 3600:.1f}")
     if any(e.measured and e.seconds is not None for e in known):
-        lines.append(
-            "stages by the step measured on an H200 (figures/bench_gpu.csv), without real reward models"
-        )
+        by = "stages by the step measured on an H200 (figures/bench_gpu.csv)"
+        lines.append(f"{by}, without real reward models")
     return lines
 
 # %% ../../nbs/runs/06_plan.ipynb #pla00031
@@ -341,10 +343,21 @@ def print_plan(wanted: Iterable[tuple[str, Config, str]], processes: int = 1) ->
     print(plan_table(steps, expected), end="\n\n")
     print("\n".join(plan_notes(steps, expected, processes)))
 
+# %% ../../nbs/runs/06_plan.ipynb #edd48c26
+def _write_job(path: Path, name: str, steps: Sequence[Step], expected: dict[Path, Estimate]) -> None:
+    "Write the job's file with its `steps` and their estimates, unless the runs folder is read-only."
+    if not os.access(next(p for p in path.parents if p.exists()), os.W_OK):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    listed = []
+    for step in steps:
+        seconds = expected.get(step.folder, Estimate()).seconds
+        listed.append(dict(phase=step.phase, label=step.label, folder=step.folder.name, seconds=seconds))
+    write_json(path, dict(name=name, process=os.getpid(), steps=listed))
+
 # %% ../../nbs/runs/06_plan.ipynb #pla00033
 class Job:
-    """Says how far the job of `steps` is. Its file, `runs/jobs/NAME.json`, has the steps and their
-    estimates."""
+    "Says how far the job of `steps` is. Its file, `runs/jobs/NAME.json`, has the steps and their estimates."
 
     def __init__(self, steps: Sequence[Step], name: str, processes: int = 1):
         self.steps, self.name, self.processes = list(steps), name, processes
@@ -353,23 +366,12 @@ class Job:
 
     @property
     def path(self) -> Path:
+        "The job's file."
         return runs_dir() / "jobs" / f"{self.name}.json"
 
     def keep(self) -> None:
         "Write the file, unless the runs folder is read-only."
-        if not os.access(next(p for p in self.path.parents if p.exists()), os.W_OK):
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        steps = [
-            dict(
-                phase=step.phase,
-                label=step.label,
-                folder=step.folder.name,
-                seconds=self.expected.get(step.folder, Estimate()).seconds,
-            )
-            for step in self.steps
-        ]
-        write_json(self.path, dict(name=self.name, process=os.getpid(), steps=steps))
+        _write_job(self.path, self.name, self.steps, self.expected)
 
     def __call__(self, event: str, phase: str, cfg: Config) -> None:
         "What `valor.runs.phases.LISTENERS` calls."

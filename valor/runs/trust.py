@@ -96,7 +96,7 @@ def is_accepted(table: pd.DataFrame, judge: str = "expert") -> bool:
     "Whether the best candidate by `judge` is worth more than the greedy report."
     return bool(table.f1[f"best by {judge}"] > table.f1["greedy"])
 
-# %% ../../nbs/runs/04_trust.ipynb #tru00016
+# %% ../../nbs/runs/04_trust.ipynb #697cedbf
 def candidates_of(cfg: Config, dataset: Dataset) -> dict[int, list[str]]:
     "Greedy (−1) and `group_size` sampled reports (0, 1, …) of the SFT policy of `cfg` for `dataset`."
     model, processor = policy_of("sft", cfg)
@@ -111,7 +111,7 @@ def candidates_of(cfg: Config, dataset: Dataset) -> dict[int, list[str]]:
     sampled = generate(model, processor, repeated, **sampling, **how)
     return reports | {i: sampled[i::G] for i in range(G)}
 
-
+# %% ../../nbs/runs/04_trust.ipynb #tru00016
 @maker("trust")
 def make_trust(out: Path, cfg: Config, after: Mapping[str, Path], name: str) -> None:
     "Judges the SFT policy's reports on validation studies: judged.csv, trust.csv and trust.json."

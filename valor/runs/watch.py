@@ -26,6 +26,7 @@ from pathlib import Path
 
 import pandas as pd
 
+# %% ../../nbs/runs/07_watch.ipynb #f3adb7a6
 from ..config import runs_dir
 from ..data.restricted import kept
 from ..files import whole
@@ -37,9 +38,14 @@ from ..train.sft import live_log
 from ..train.trackers import clear_name
 from ..vocabulary import OBSERVATIONS
 
-# %% ../../nbs/runs/07_watch.ipynb #wat00006
+# %% ../../nbs/runs/07_watch.ipynb #0662a42c
 class WatchError(ValueError):
     "There is nothing to watch; the message says where it was looked for."
+
+# %% ../../nbs/runs/07_watch.ipynb #wat00006
+def _newest_first(jobs: Path) -> list[Path]:
+    "The job files in the folder `jobs`."
+    return sorted(jobs.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def find_job(place: Path | str | None) -> Path:
@@ -52,13 +58,12 @@ def find_job(place: Path | str | None) -> Path:
     if named.is_file():
         return named
     folder = place if (place / "jobs").is_dir() else place.parent
-    jobs = sorted((folder / "jobs").glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    jobs = _newest_first(folder / "jobs")
     if folder != place:
         jobs = [path for path in jobs if place.name in path.read_text()]
     if not jobs:
-        raise WatchError(
-            f"{place}: no job there; expected a runs folder, a phase in it, or the name of a job"
-        )
+        what = "expected a runs folder, a phase in it, or the name of a job"
+        raise WatchError(f"{place}: no job there; {what}")
     return jobs[0]
 
 # %% ../../nbs/runs/07_watch.ipynb #wat00008
@@ -71,7 +76,7 @@ def states_of(job: Mapping, runs: Path) -> list[str]:
         found.append("finished" if (folder / "done.json").exists() else "begun" if begun else "to do")
     return found
 
-
+# %% ../../nbs/runs/07_watch.ipynb #7a094be5
 def seconds_left(
     job: Mapping, states: Sequence[str], spent: float, share: float | None
 ) -> tuple[float, bool]:
@@ -105,6 +110,18 @@ def headline(job: Mapping, states: Sequence[str], rows: Sequence[Mapping], spent
         line += f", {'at least ' if unknown else ''}{in_words(seconds)} left"
     return line
 
+# %% ../../nbs/runs/07_watch.ipynb #61c04b12
+def _first_member(data: bytes) -> tuple[list[dict], bytes] | None:
+    "The rows of the first gzip member of `data`, and the bytes after it; None if it is not whole."
+    member = zlib.decompressobj(wbits=31)
+    try:
+        text = member.decompress(data)
+    except zlib.error:
+        return None
+    if not member.eof:
+        return None  # half written; it is read again
+    return [json.loads(line) for line in text.splitlines()], member.unused_data
+
 # %% ../../nbs/runs/07_watch.ipynb #wat00013
 class Candidates:
     "Reads the table of candidates of a stage in `folder`, each time only what is new."
@@ -125,17 +142,10 @@ class Candidates:
         return self.generations
 
     def _take(self, data: bytes) -> None:
-        while data:
-            member = zlib.decompressobj(wbits=31)
-            try:
-                text = member.decompress(data)
-            except zlib.error:
-                return
-            if not member.eof:
-                return  # half written; it is read again
-            self.at += len(data) - len(member.unused_data)
-            data = member.unused_data
-            rows = [json.loads(line) for line in text.splitlines()]
+        "Add the whole generations in `data`, which begins where reading stopped."
+        while data and (first := _first_member(data)):
+            rows, rest = first
+            self.at, data = self.at + len(data) - len(rest), rest
             if rows:
                 self.generations[rows[0]["k"]] = rows
 
@@ -165,6 +175,11 @@ CURVES = {  # name: columns of the log, the first that is there
 }
 
 
+def _is_number(value: object) -> bool:
+    "Whether `value` is a finite number."
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+# %% ../../nbs/runs/07_watch.ipynb #2d563529
 def curves_of(rows: Sequence[Mapping]) -> dict[str, list[tuple[float, float]]]:
     "{name: its points (update, value)}: `CURVES`, then each component of the reward, if the log has them."
     names = {
@@ -179,10 +194,6 @@ def curves_of(rows: Sequence[Mapping]) -> dict[str, list[tuple[float, float]]]:
         if points:
             found[name] = points
     return found
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
 
 # %% ../../nbs/runs/07_watch.ipynb #wat00021
 @dataclass
@@ -264,6 +275,26 @@ def fill(view: View, folder: Path, reader: Candidates, studies: Studies, recalls
     view.reports = sorted(group, key=lambda row: -(row.get("R") or 0))
     view.reference, view.film = studies.show(first["study_id"])
 
+# %% ../../nbs/runs/07_watch.ipynb #79a2c019
+def _line_of(job: Mapping, states: Sequence[str], runs: Path) -> str:
+    "The headline of `job`; the log of the step that is at work says how far that is."
+    begun = [runs / s["folder"] for s, state in zip(job["steps"], states) if state == "begun"]
+    spent = time.time() - (begun[0] / "config.json").stat().st_mtime if begun else 0
+    return headline(job, states, live_log(begun[0]) if begun else [], spent)
+
+# %% ../../nbs/runs/07_watch.ipynb #a3834a06
+def _studies_of(job: Mapping, runs: Path) -> Studies:
+    "The training studies of `job`, from its data phase in the folder `runs`."
+    return Studies(runs / next(s["folder"] for s in job["steps"] if s["phase"] == "data"))
+
+
+def _read_job(path: Path) -> dict:
+    "The job in the file `path`. Raises `WatchError` where it cannot be read."
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise WatchError(f"{path}: cannot be read ({e})") from None
+
 # %% ../../nbs/runs/07_watch.ipynb #wat00025
 class Watcher:
     "Looks at a job again and again; what was read before is not read again."
@@ -274,15 +305,10 @@ class Watcher:
 
     def look(self) -> View:
         "What there is to see now. Raises `WatchError` where the job's file cannot be read."
-        try:
-            job = json.loads(self.path.read_text())
-        except (OSError, ValueError) as e:
-            raise WatchError(f"{self.path}: cannot be read ({e})") from None
+        job = _read_job(self.path)
         states = states_of(job, self.runs)
-        begun = [self.runs / s["folder"] for s, state in zip(job["steps"], states) if state == "begun"]
-        spent = time.time() - (begun[0] / "config.json").stat().st_mtime if begun else 0
-        line = headline(job, states, live_log(begun[0]) if begun else [], spent)
-        view = View(line, [(s["label"], state) for s, state in zip(job["steps"], states)])
+        steps = [(s["label"], state) for s, state in zip(job["steps"], states)]
+        view = View(_line_of(job, states, self.runs), steps)
         if (stage := _newest_stage(job, self.runs)) is not None:
             self._add(view, job, stage)
         return view
@@ -292,8 +318,7 @@ class Watcher:
         view.stage = next(s["label"] for s in job["steps"] if s["folder"] == stage.name)
         view.benchmark = json.loads((stage / "config.json").read_text())["full"]["benchmark"]
         if self.studies is None:
-            data = next(s["folder"] for s in job["steps"] if s["phase"] == "data")
-            self.studies = Studies(self.runs / data)
+            self.studies = _studies_of(job, self.runs)
         reader = self.readers.setdefault(stage, Candidates(stage))
         fill(view, stage, reader, self.studies, self.recalls.setdefault(stage, {}))
 
@@ -374,8 +399,9 @@ table { border-collapse: collapse; flex: 1 1 24rem } td { padding: .3rem .6rem; 
   svg text { fill: #aab6c2 } svg .n { fill: #eef3f8 } td { border-color: #333c46 } }
 """
 
-# %% ../../nbs/runs/07_watch.ipynb #wat00035
+# %% ../../nbs/runs/07_watch.ipynb #03413bab
 def _flat(text: str) -> str:
+    "`text` with a single blank between its words."
     return " ".join(text.split())
 
 
@@ -390,7 +416,7 @@ def _reports_html(view: View) -> str:
     title = f"Newest reports: generation {view.k}, {html.escape(str(view.reports[0]['study_id']))}"
     return f'<h2>{title}</h2><div class="study">{film}<table>{rows}{said}</table></div>'
 
-
+# %% ../../nbs/runs/07_watch.ipynb #wat00035
 def as_page(view: View, every: float) -> str:
     "The `view` as an HTML page that loads itself again after `every` seconds, until the job is over."
     again = "" if view.over else f'<meta http-equiv="refresh" content="{every:g}">'

@@ -561,8 +561,7 @@ class LoggedRollout(WholeGeneration):
 
 # %% ../../nbs/train/00_grpo.ipynb #b42f5a13
 class ValorTrainer(ProjectorRate, LoggedRollout):
-    """TRL's GRPO with the advantages of Eq. 5-9. With `cfg.rank_norm='grpo'`, the paper's GRPO baseline,
-    TRL's own (R − mean)/std stay. `kw`: `k_start` and arguments of `GRPOTrainer`."""
+    "TRL's GRPO with the advantages of Eq. 5-9. `kw`: `k_start` and arguments of `GRPOTrainer`."
 
     def __init__(
         self,
@@ -678,7 +677,7 @@ class Stage:
     adapter: Path | str | None = None  # folder of the adapter to start from; None: a fresh one
     held: str = ""  # what the stage before trained and this one does not: its adapter stays as it is
 
-
+# %% ../../nbs/train/00_grpo.ipynb #18213407
 def linear_weights(cfg: Config) -> dict[str, float]:
     "{reward: its weight in the sum of all rewards}, from Eq. 3, 4, 5 and 8 without ranks."
     weights = dict(
@@ -779,6 +778,24 @@ def _policy_for(
     shard_by_layer(model, cfg.gradient_accumulation_steps)
     return model, processor, cfg
 
+# %% ../../nbs/train/00_grpo.ipynb #ab7d4bd9
+def _arguments(
+    out: Path | str, cfg: Config, stage: Stage, rewards: Rewards, per_device: int | None, image_token: str
+) -> GRPOConfig:
+    "TRL's arguments of the trainer of `stage`, with a weight for each of the `rewards`."
+    settings = grpo_args(out, cfg, stage, per_device) | vllm_args(cfg.rollout, cfg, image_token)
+    weights = [linear_weights(cfg).get(name, 0.0) for name in rewards.names]
+    return GRPOConfig(**settings, reward_weights=weights)
+
+
+def _go_on_from(trainer: ValorTrainer, stage: Stage, found: dict) -> None:
+    """Load the adapter that `stage` goes on with, and hold the parts of it that it does not train; `found`:
+    the policy's layers by group (see `groups`)."""
+    if stage.adapter is not None:
+        set_peft_model_state_dict(trainer.model, load_peft_weights(stage.adapter, device="cpu"))
+    for group in filter(None, stage.held.split("+")):
+        hold(adapters_on(trainer.model, found[group]))
+
 # %% ../../nbs/train/00_grpo.ipynb #hh000030
 def make_trainer(
     sft_folder: Path | str,
@@ -794,18 +811,14 @@ def make_trainer(
     check_references(data)
     model, processor, cfg = _policy_for(sft_folder, data, cfg, stage.seed, per_device)
     rows = conversations(data, prompt=asked_by(processor), seed=stage.seed)
-    settings = grpo_args(out, cfg, stage, per_device) | vllm_args(cfg.rollout, cfg, processor.image_token)
-    weights = [linear_weights(cfg).get(name, 0.0) for name in rewards.names]
-    given = dict(args=GRPOConfig(**settings, reward_weights=weights), train_dataset=rows)
-    given |= dict(table=CompletionTable(out) if cfg.keep_completions else None, k_start=stage.k_start)
+    args = _arguments(out, cfg, stage, rewards, per_device, processor.image_token)
+    given = dict(args=args, train_dataset=rows, processing_class=processor, k_start=stage.k_start)
+    given |= dict(table=CompletionTable(out) if cfg.keep_completions else None)
     found, reached = groups(model), all_modules(stage.modules, stage.held)
     given |= dict(peft_config=lora_config(model, reached, cfg.lora_r, cfg.lora_alpha))
-    trainer = ValorTrainer(model, rewards, cfg, stage.lambda_vis, processing_class=processor, **given)
+    trainer = ValorTrainer(model, rewards, cfg, stage.lambda_vis, **given)
     trainer.remove_callback(PrinterCallback)
-    if stage.adapter is not None:
-        set_peft_model_state_dict(trainer.model, load_peft_weights(stage.adapter, device="cpu"))
-    for group in filter(None, stage.held.split("+")):
-        hold(adapters_on(trainer.model, found[group]))
+    _go_on_from(trainer, stage, found)
     trainer.projector, trainer.lr_projector = adapters_on(trainer.model, found["projector"]), cfg.lr_projector
     return trainer
 
@@ -874,8 +887,7 @@ def align(
     lambda_vis: float,
     **before: Any,
 ) -> list[dict]:
-    """Run stage 1 or 2 of Algorithm 1 and write the adapter to `out/adapter`; returns the log, a dict an
-    update.
+    """Run stage 1 or 2 of Algorithm 1 and write the adapter to `out/adapter`; returns its log by update.
 
     `before`: `k_start` and `adapter` of stage 2, see `Stage`. Also written are checkpoints (to
     `out/checkpoints`), adapters on the way (`out/snapshots`) and every candidate (`CompletionTable`). A

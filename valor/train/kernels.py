@@ -153,6 +153,23 @@ def gated(gate: torch.Tensor, up: torch.Tensor, tail: int = 0) -> torch.Tensor:
     )
     return out[..., :width]
 
+# %% ../../nbs/train/00c_kernels.ipynb #be4c76cd
+if find_spec("triton"):
+
+    @triton.jit
+    def _more(query, keys, values, where, seen, best, mass, sums, scale):
+        """Take the keys and values at the places `where` that are `seen` into an unfinished softmax: `best`
+        is its largest score so far, `mass` the sum of weights, `sums` the weighted sum of values."""
+        k = tl.load(keys + where, mask=seen[:, None], other=0.0)
+        v = tl.load(values + where, mask=seen[:, None], other=0.0)
+        score = tl.where(seen[None, :], tl.dot(query, tl.trans(k)) * scale, -1e30)
+        newest = tl.maximum(best, tl.max(score, 1))
+        weight = tl.where(seen[None, :], tl.exp2(score - newest[:, None]), 0.0)
+        shrink = tl.exp2(best - newest)
+        mass = mass * shrink + tl.sum(weight, 1)
+        sums = sums * shrink[:, None] + tl.dot(weight.to(v.dtype), v)
+        return newest, mass, sums
+
 # %% ../../nbs/train/00c_kernels.ipynb #ke18
 if find_spec("triton"):
 
@@ -161,17 +178,15 @@ if find_spec("triton"):
         q, keys, values, first, at, part, top, total, q_row, q_head, slots, heads, group, each, chunk, scale,
         ROWS: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr,
     ):  # fmt: skip
-        """The candidates of one prompt, one key head, one chunk of the prompt: an unfinished softmax in
-        `part`."""
+        "The candidates of one prompt, one key head, one chunk of it: an unfinished softmax in `part`."
         head, c, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         p, kv = head // heads, head % heads
         r = block * ROWS + tl.arange(0, ROWS)
         real = r < group * each
         n, h = p * group + r // each, kv * each + r % each
         d = tl.arange(0, WIDTH)
-        query = tl.load(
-            q + n[:, None] * q_row + h[:, None] * q_head + d[None, :], mask=real[:, None], other=0.0
-        )
+        place = n[:, None] * q_row + h[:, None] * q_head + d[None, :]
+        query = tl.load(q + place, mask=real[:, None], other=0.0)
         begin = tl.load(first + p)
         if WINDOW > 0:
             begin = tl.maximum(begin, slots + tl.load(at) - WINDOW + 1)
@@ -182,20 +197,25 @@ if find_spec("triton"):
             slot = s + tl.arange(0, STEP)
             seen = (slot >= begin) & (slot < slots)
             where = head * slots * WIDTH + slot[:, None] * WIDTH + d[None, :]
-            k = tl.load(keys + where, mask=seen[:, None], other=0.0)
-            v = tl.load(values + where, mask=seen[:, None], other=0.0)
-            score = tl.dot(query, tl.trans(k)) * scale
-            score = tl.where(seen[None, :], score, -1e30)
-            newest = tl.maximum(best, tl.max(score, 1))
-            weight = tl.where(seen[None, :], tl.exp2(score - newest[:, None]), 0.0)
-            shrink = tl.exp2(best - newest)
-            mass = mass * shrink + tl.sum(weight, 1)
-            sums = sums * shrink[:, None] + tl.dot(weight.to(v.dtype), v)
-            best = newest
+            best, mass, sums = _more(query, keys, values, where, seen, best, mass, sums, scale)
         row = (c * tl.num_programs(0) // heads * group * heads * each) + n * heads * each + h
         tl.store(part + row[:, None] * WIDTH + d[None, :], sums, mask=real[:, None])
         tl.store(top + row, best, mask=real)
         tl.store(total + row, mass, mask=real)
+
+# %% ../../nbs/train/00c_kernels.ipynb #45a33b6f
+if find_spec("triton"):
+
+    @triton.jit
+    def _join_chunk(row, real, part, top, total, best, mass, sums, d, WIDTH: tl.constexpr):
+        "Join what `_to_prompt` left of one chunk in `row` to the unfinished softmax `best`, `mass`, `sums`."
+        other = tl.load(top + row, mask=real, other=-1e30)
+        newest = tl.maximum(best, other)
+        mine, theirs = tl.exp2(best - newest), tl.exp2(other - newest)
+        mass = mass * mine + tl.load(total + row, mask=real, other=0.0) * theirs
+        there = tl.load(part + row[:, None] * WIDTH + d[None, :], mask=real[:, None], other=0.0)
+        sums = sums * mine[:, None] + there * theirs[:, None]
+        return newest, mass, sums
 
 # %% ../../nbs/train/00c_kernels.ipynb #ke1a
 if find_spec("triton"):
@@ -224,24 +244,10 @@ if find_spec("triton"):
             slot = s + tl.arange(0, STEP)
             seen = (slot >= begin) & (slot < end)
             where = head * more * WIDTH + slot[:, None] * WIDTH + d[None, :]
-            k = tl.load(keys + where, mask=seen[:, None], other=0.0)
-            v = tl.load(values + where, mask=seen[:, None], other=0.0)
-            score = tl.where(seen[None, :], tl.dot(query, tl.trans(k)) * scale, -1e30)
-            newest = tl.maximum(best, tl.max(score, 1))
-            weight = tl.where(seen[None, :], tl.exp2(score - newest[:, None]), 0.0)
-            shrink = tl.exp2(best - newest)
-            mass = mass * shrink + tl.sum(weight, 1)
-            sums = sums * shrink[:, None] + tl.dot(weight.to(v.dtype), v)
-            best = newest
+            best, mass, sums = _more(query, keys, values, where, seen, best, mass, sums, scale)
         for c in range(chunks):
             row = c * rows * heads * each + n * heads * each + h
-            other = tl.load(top + row, mask=real, other=-1e30)
-            newest = tl.maximum(best, other)
-            mine, theirs = tl.exp2(best - newest), tl.exp2(other - newest)
-            mass = mass * mine + tl.load(total + row, mask=real, other=0.0) * theirs
-            there = tl.load(part + row[:, None] * WIDTH + d[None, :], mask=real[:, None], other=0.0)
-            sums = sums * mine[:, None] + there * theirs[:, None]
-            best = newest
+            best, mass, sums = _join_chunk(row, real, part, top, total, best, mass, sums, d, WIDTH)
         result = (sums / mass[:, None]).to(out.dtype.element_ty)
         tl.store(out + (n * heads * each + h[:, None]) * WIDTH + d[None, :], result, mask=real[:, None])
 
@@ -257,10 +263,9 @@ def chunk_of(slots: int, programs: int, device: torch.device) -> int:
     chunks = max(1, torch.cuda.get_device_properties(device).multi_processor_count // programs)
     return -(-slots // (chunks * PROMPT_STEP)) * PROMPT_STEP
 
-# %% ../../nbs/train/00c_kernels.ipynb #ke1e
-def attend(room: Any, layer: Any, q: torch.Tensor, scaling: float, window: int | None) -> torch.Tensor:
-    """As `valor.train.decode.plain_attention`, in two kernels: to the prompt in chunks, all candidates of
-    it at once; then to what was drawn, which joins the chunks."""
+# %% ../../nbs/train/00c_kernels.ipynb #520135bf
+def _attend_prompt(room: Any, layer: Any, q: torch.Tensor, scale: float, window: int | None) -> tuple:
+    "Unfinished attention to the prompt in chunks: sums `(chunks, N, H, D)`, largest scores and masses."
     n, heads, _, width = q.shape
     kv = layer.keys.shape[1]
     each = heads // kv
@@ -268,7 +273,6 @@ def attend(room: Any, layer: Any, q: torch.Tensor, scaling: float, window: int |
     blocks = -(-room.group * each // rows)
     chunk = chunk_of(room.slots, room.prompts * kv * blocks, q.device)
     chunks = -(-room.slots // chunk)
-    scale = scaling * 1.4426950408889634  # powers of two instead of e
     part = torch.empty((chunks, n, heads, width), dtype=torch.float32, device=q.device)
     top, total = (torch.empty((chunks, n, heads), dtype=torch.float32, device=q.device) for _ in range(2))
     _to_prompt[(room.prompts * kv, chunks, blocks)](
@@ -276,10 +280,21 @@ def attend(room: Any, layer: Any, q: torch.Tensor, scaling: float, window: int |
         q.stride(0), q.stride(1), room.slots, kv, room.group, each, chunk, scale,
         ROWS=rows, STEP=PROMPT_STEP, WIDTH=width, WINDOW=window or 0, num_warps=PROMPT_WARPS,
     )  # fmt: skip
+    return part, top, total
+
+# %% ../../nbs/train/00c_kernels.ipynb #ke1e
+def attend(room: Any, layer: Any, q: torch.Tensor, scaling: float, window: int | None) -> torch.Tensor:
+    """As `valor.train.decode.plain_attention`, in two kernels: to the prompt in chunks, all candidates of
+    it at once; then to what was drawn, which joins the chunks."""
+    n, heads, _, width = q.shape
+    kv = layer.keys.shape[1]
+    each = heads // kv
+    scale = scaling * 1.4426950408889634  # powers of two instead of e
+    part, top, total = _attend_prompt(room, layer, q, scale, window)
     out = torch.empty((n, 1, heads, width), dtype=q.dtype, device=q.device)
     _to_drawn[(n * kv,)](
         q, layer.keys, layer.values, room.at, part, top, total, out,
-        q.stride(0), q.stride(1), n, kv, room.more, each, chunks, scale,
+        q.stride(0), q.stride(1), n, kv, room.more, each, len(part), scale,
         EACH=max(16, next_power_of_two(each)), STEP=DRAWN_STEP, WIDTH=width, WINDOW=window or 0,
         num_warps=DRAWN_WARPS,
     )  # fmt: skip
@@ -367,7 +382,7 @@ def _one_token(theirs: Callable) -> Callable:
 
     return turn
 
-# %% ../../nbs/train/00c_kernels.ipynb #ke2c
+# %% ../../nbs/train/00c_kernels.ipynb #15334be5
 def _joints(policy: PreTrainedModel) -> list[Joint]:
     "The joined products of `policy`, each once."
     found = {id(j): j for j in map(joint_of, policy.modules()) if j is not None}
@@ -389,7 +404,7 @@ def _fuse(undo: ExitStack, policy: PreTrainedModel, room: Any) -> None:
         for place, layer in enumerate(joint.layers):
             _put(undo, layer, "forward", partial(joint.forward, place, layer.forward))
 
-
+# %% ../../nbs/train/00c_kernels.ipynb #ke2c
 @contextmanager
 def faster(policy: PreTrainedModel, room: Any) -> Iterator[None]:
     """Inside, the language model of `policy` computes its norms, rotations, gates and the products that

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GB', 'SCORERS', 'llava_med_7b', 'qwen25_vl_7b', 'Shape', 'shape_of', 'weight_bytes', 'adapter_parameters',
            'adapter_bytes', 'kv_bytes', 'room_bytes', 'layer_bytes', 'packed_attention_bytes', 'activation_bytes',
-           'part_of', 'memory', 'fewest_parts', 'fits', 'choose_parts', 'step_limit']
+           'part_of', 'rollout_bytes', 'fixed_bytes', 'memory', 'fewest_parts', 'fits', 'choose_parts', 'step_limit']
 
 # %% ../../nbs/train/02_memory.ipynb #b7ceb675
 from collections.abc import Sequence
@@ -146,6 +146,18 @@ def part_of(prompts: int, group: int, parts: int) -> tuple[int, int]:
     rows = -(-prompts * group // parts)
     return (-(-rows // group), group) if rows >= group else (1, rows)
 
+# %% ../../nbs/train/02_memory.ipynb #6d53c793
+def rollout_bytes(s: Shape, prompts: int, prompt: int) -> int:
+    "Bytes while `prompts` of `prompt` tokens are read: their keys and values, and one layer's activations."
+    return kv_bytes(s, prompts * prompt) + 2 * prompts * prompt * (4 * s.width + 3 * s.inner)
+
+
+def fixed_bytes(s: Shape, held: str, r: int, room: int, shards: int) -> float:
+    """Bytes that stay: weights `held` in a type and an adapter of rank `r`, both spread over `shards` GPUs
+    (one layer at a time is whole), reward models, and the `room` of the rollout."""
+    fixed = (weight_bytes(s, held) + adapter_bytes(s, r)) / shards + SCORERS + room
+    return fixed if shards == 1 else fixed + weight_bytes(s, held) / s.layers
+
 # %% ../../nbs/train/02_memory.ipynb #me200007
 def memory(
     s: Shape,
@@ -159,20 +171,14 @@ def memory(
     new: int = 256,
     shards: int = 1,
 ) -> dict[str, float]:
-    """GB on one GPU, by part, for a rollout batch of `prompts` × `group` reports on it, `prompt` tokens
-    (576 of them the image's) and `new` tokens each.
-
-    The update is computed in `parts`; `shards` GPUs share weights and adapter (FSDP2, ZeRO-3; one layer
-    at a time is whole)."""
-    room = room_bytes(s, prompts, group, prompt, new)
-    fixed = (weight_bytes(s, held) + adapter_bytes(s, r)) / shards + SCORERS + room
-    if shards > 1:
-        fixed += weight_bytes(s, held) / s.layers
-    rollout = kv_bytes(s, prompts * prompt) + 2 * prompts * prompt * (4 * s.width + 3 * s.inner)
+    """GB on one GPU, by part, for a rollout batch of `prompts` × `group` reports on it, `prompt` tokens (576
+    of them the image's) and `new` tokens each. The update is computed in `parts`; `shards` GPUs share weights
+    and adapter (FSDP2, ZeRO-3)."""
+    fixed = fixed_bytes(s, held, r, room_bytes(s, prompts, group, prompt, new), shards)
+    rollout = rollout_bytes(s, prompts, prompt)
     rows, each = part_of(prompts, group, parts)
-    update = (
-        activation_bytes(s, r, rows, each, prompt, new, checkpointing) + 4 * 4 * s.vocab * rows * each * new
-    )
+    logits = 4 * 4 * s.vocab * rows * each * new
+    update = activation_bytes(s, r, rows, each, prompt, new, checkpointing) + logits
     sizes = dict(fixed=fixed, rollout=rollout, update=update, peak=fixed + max(rollout, update))
     return {name: size / GB for name, size in sizes.items()}
 

@@ -59,10 +59,27 @@ def _mask(q: torch.Tensor, packing: Packing, window: int | None) -> Any:
     real = F.pad(packing.mask.bool(), (0, T), value=True).repeat_interleave(packing.group, 0)
     return seen & real[:, None, None]
 
+# %% ../../nbs/train/00d_packed.ipynb #5e0103dc
+def _attend_candidates(
+    parts: tuple[torch.Tensor, ...],
+    packing: Packing,
+    window: int | None,
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Attention of all candidates to their prompts and to themselves, `(P, G × length, H, D)`; `parts`: the
+    queries, keys and values of the packed rows."""
+    n, (query, key, value) = packing.prompt, parts
+    q, k, v = (_by_candidate(x[:, :, n:], packing) for x in parts)
+    k, v = (torch.cat([_for_each(x[:, :, :n], packing), y], 2) for x, y in ((key, k), (value, v)))
+    seen = _mask(q, packing, window)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen, dropout_p=dropout, scale=scaling, enable_gqa=True
+    )
+    out = out.view(len(query), packing.group, *out.shape[1:]).permute(0, 1, 3, 2, 4)
+    return out.flatten(1, 2)
+
 # %% ../../nbs/train/00d_packed.ipynb #pk0a
-PACKED = "valor_packed_prompts"  # the name under which transformers' models find `attend_packed`
-
-
 def attend_packed(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -83,16 +100,11 @@ def attend_packed(
     n, parts = packing.prompt, (query, key, value)
     within = None if attention_mask is None else attention_mask[..., :n, :n]
     read = sdpa_attention_forward(module, *(x[:, :, :n] for x in parts), within, **own, **kw)[0]
-    q, k, v = (_by_candidate(x[:, :, n:], packing) for x in parts)
-    k, v = (torch.cat([_for_each(x[:, :, :n], packing), y], 2) for x, y in ((key, k), (value, v)))
-    seen = _mask(q, packing, sliding_window)
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=seen, dropout_p=dropout, scale=scaling, enable_gqa=True
-    )
-    out = out.view(len(query), packing.group, *out.shape[1:]).permute(0, 1, 3, 2, 4)
-    return torch.cat([read, out.flatten(1, 2)], 1), None
+    out = _attend_candidates(parts, packing, sliding_window, **own)
+    return torch.cat([read, out], 1), None
 
 # %% ../../nbs/train/00d_packed.ipynb #pk0b
+PACKED = "valor_packed_prompts"  # the name under which transformers' models find `attend_packed`
 AttentionInterface.register(PACKED, attend_packed)
 AttentionMaskInterface.register(PACKED, sdpa_mask)
 
@@ -115,15 +127,9 @@ def use_packing(policy: PreTrainedModel) -> None:
     for config in attention_configs(policy):
         config._attn_implementation = PACKED
 
-# %% ../../nbs/train/00d_packed.ipynb #pk15
-def score_packed(
-    model: torch.nn.Module, inputs: dict[str, torch.Tensor], ids: torch.Tensor, mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-probabilities and entropies `(N, T)` of the candidates `ids` `(N, T)`, N = P × G in the order of
-    the P prompts `inputs`; `mask` is 0 behind a candidate's end.
-
-    `inputs` hold the prompts' `position_ids` (see `read_prompts`); `use_packing` was called on the
-    model."""
+# %% ../../nbs/train/00d_packed.ipynb #7b4116de
+def _packed_inputs(inputs: dict[str, torch.Tensor], ids: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
+    "What a model is given for the packed rows of the candidates `ids` `(N, T)` of the prompts `inputs`."
     P, (N, T) = len(inputs["input_ids"]), ids.shape
     G, n = N // P, inputs["input_ids"].shape[1] - 1
     prompt_mask = inputs["attention_mask"][:, :n]
@@ -131,7 +137,7 @@ def score_packed(
     fed = torch.cat([last, ids[:, :-1]], 1).view(P, G * T)
     by_token = {name: F.pad(inputs[name][:, :n], (0, G * T)) for name in BY_TOKEN[2:] if name in inputs}
     labels = ids.masked_fill(mask == 0, -100).view(P, G * T)
-    out = model(
+    return dict(
         input_ids=torch.cat([inputs["input_ids"][:, :n], fed], 1),
         attention_mask=F.pad(prompt_mask, (0, G * T), value=1),
         position_ids=packed_positions(inputs["position_ids"], G, T),
@@ -141,5 +147,17 @@ def score_packed(
         **{name: x for name, x in inputs.items() if name not in (*BY_TOKEN, "position_ids")},
         **by_token,
     )
+
+# %% ../../nbs/train/00d_packed.ipynb #pk15
+def score_packed(
+    model: torch.nn.Module, inputs: dict[str, torch.Tensor], ids: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probabilities and entropies `(N, T)` of the candidates `ids` `(N, T)`, N = P × G in the order of
+    the P prompts `inputs`; `mask` is 0 behind a candidate's end.
+
+    `inputs` hold the prompts' `position_ids` (see `read_prompts`); `use_packing` was called on the
+    model."""
+    (N, T), n = ids.shape, inputs["input_ids"].shape[1] - 1
+    out = model(**_packed_inputs(inputs, ids, mask))
     entropy = None if out.entropy is None else out.entropy[:, n:].reshape(N, T)
     return out.log_probs[:, n:].reshape(N, T), entropy

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,22 @@ from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
 from tqdm.auto import tqdm
+
+# %% ../../nbs/train/04_sft.ipynb #9b0f4037
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
     ProcessorMixin,
     Trainer,
     TrainerCallback,
+    TrainerControl,
     TrainerState,
     TrainingArguments,
     set_seed,
 )
 from trl import SFTConfig, SFTTrainer
 
-# %% ../../nbs/train/04_sft.ipynb #9b0f4037
+# %% ../../nbs/train/04_sft.ipynb #785c7c78
 from ..policy.adapter import KEPT, beside, merged_share
 from ..policy.checkpoints import last_complete_checkpoint, seal
 from valor.policy.models import (
@@ -50,7 +54,7 @@ from ..rewards.text import is_unclosed
 
 # %% ../../nbs/train/04_sft.ipynb #9b0f4005
 def trainer_args(
-    folder: Path | str, seed: int, save_steps: int, checkpointing: str = "auto", **kw
+    folder: Path | str, seed: int, save_steps: int, checkpointing: str = "auto", **kw: Any
 ) -> dict[str, Any]:
     """Arguments that every phase shares: CPU or GPU as found, a log line per update, checkpoints.
 
@@ -82,26 +86,33 @@ class Progress(TrainerCallback):
     def __init__(self, desc: str):
         self.desc = desc
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control, **kw) -> None:
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc=self.desc,
-            leave=False,
-            disable=not state.is_world_process_zero,
-        )
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
+    ) -> None:
+        "Show the bar, at the updates that a resumed training has behind it."
+        how = dict(desc=self.desc, leave=False, disable=not state.is_world_process_zero)
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, **how)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control, **kw) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
+    ) -> None:
+        "Move the bar to the update that was made."
         self.bar.update(state.global_step - self.bar.n)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control, **kw) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
+    ) -> None:
+        "Take the bar away."
         self.bar.close()
 
 # %% ../../nbs/train/04_sft.ipynb #9b0f4009
 class SealCheckpoints(TrainerCallback):
     "Seals every checkpoint of a trainer when all processes have written their part of it."
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control, **kw) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
+    ) -> None:
+        "Wait until every process has written, then seal the newest checkpoint."
         PartialState().wait_for_everyone()
         if state.is_world_process_zero:
             seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
@@ -114,7 +125,15 @@ class LiveLog(TrainerCallback):
     """Appends every row of the log to `LIVE`, with `step` and `of` (all steps). After an interruption steps
     may come twice; the last one counts."""
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control, logs=None, **kw) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict | None = None,
+        **kw: Any,
+    ) -> None:
+        "Append the newest row."
         if not state.is_world_process_zero:
             return
         path = Path(args.output_dir) / LIVE
@@ -123,7 +142,7 @@ class LiveLog(TrainerCallback):
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-
+# %% ../../nbs/train/04_sft.ipynb #2733dc65
 def live_log(folder: Path | str) -> list[dict]:
     "The rows that a trainer has logged so far below `folder`, by step; a half-written line is left out."
     rows = {}
@@ -135,7 +154,8 @@ def live_log(folder: Path | str) -> list[dict]:
     return [rows[step] for step in sorted(rows)]
 
 # %% ../../nbs/train/04_sft.ipynb #9b0f4011
-def _bytes(weights) -> int:
+def _bytes(weights: Iterable[torch.Tensor]) -> int:
+    "Bytes that the tensors `weights` take."
     return sum(p.numel() * p.element_size() for p in weights)
 
 
@@ -162,12 +182,8 @@ class TrainingError(RuntimeError):
     "Training ended before its last update; the message says how many updates were made."
 
 
-def train_to_end(trainer: Trainer, desc: str, copies: int = 1) -> None:
-    """Train `trainer` to its last update, from its newest whole checkpoint if there is one.
-
-    `copies`: how often the result is kept, for the line on disk space.
-    Raises `TrainingError` if fewer updates were made, or before any if the trainer does not know of all the
-    processes that were started together: each would then train alone and overwrite the other's files."""
+def _check_processes(trainer: Trainer, desc: str) -> None:
+    "Raise `TrainingError` unless `trainer` knows of all the processes that were started together."
     started = int(os.environ.get("WORLD_SIZE", 1))
     if trainer.args.world_size != started:
         raise TrainingError(
@@ -175,17 +191,31 @@ def train_to_end(trainer: Trainer, desc: str, copies: int = 1) -> None:
             f"{trainer.args.world_size}; start them with `accelerate launch` or `torchrun`, on CPUs with "
             "ACCELERATE_USE_CPU=true"
         )
-    if trainer.is_world_process_zero() and (line := disk_line(trainer, desc, copies)):
-        print(line, flush=True)
-    trainer.add_callback(SealCheckpoints())
-    trainer.add_callback(LiveLog())
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(trainer.args.output_dir))
+
+
+def _check_all_made(trainer: Trainer, desc: str) -> None:
+    "Raise `TrainingError` unless `trainer` made its last update."
     made, wanted = trainer.state.global_step, trainer.state.max_steps
     if made != wanted or not made:
         raise TrainingError(
             f"{desc}: {made} of {wanted} updates were made, so nothing is kept of it; "
             f"expected data for at least one whole batch (they have {len(trainer.train_dataset)} rows)"
         )
+
+# %% ../../nbs/train/04_sft.ipynb #41c33e07
+def train_to_end(trainer: Trainer, desc: str, copies: int = 1) -> None:
+    """Train `trainer` to its last update, from its newest whole checkpoint if there is one.
+
+    `copies`: how often the result is kept, for the line on disk space.
+    Raises `TrainingError` if fewer updates were made, or before any if the trainer does not know of all the
+    processes that were started together: each would then train alone and overwrite the other's files."""
+    _check_processes(trainer, desc)
+    if trainer.is_world_process_zero() and (line := disk_line(trainer, desc, copies)):
+        print(line, flush=True)
+    trainer.add_callback(SealCheckpoints())
+    trainer.add_callback(LiveLog())
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(trainer.args.output_dir))
+    _check_all_made(trainer, desc)
 
 # %% ../../nbs/train/04_sft.ipynb #9b0f4016
 def shard_by_layer(model: torch.nn.Module, parts: int = 1) -> None:
@@ -237,7 +267,7 @@ def keep_sft(
     out: Path | str,
     mode: str,
     dtype: torch.dtype = torch.float32,
-    **loading,
+    **loading: Any,
 ) -> None:
     """Write the policy that `trainer` made of the one in folder `base` to the folder `out`.
 
@@ -336,6 +366,18 @@ def _split(settings: dict) -> tuple[Tuning, dict]:
     others = {name: value for name, value in settings.items() if name not in own}
     return Tuning(**{name: settings[name] for name in settings.keys() & own}), others
 
+# %% ../../nbs/train/04_sft.ipynb #972a8614
+def _loaded(
+    base: str, data: Dataset, prompt: Prompt | None, tuning: Tuning, loading: dict
+) -> tuple[PreTrainedModel, ProcessorMixin, Dataset]:
+    "The policy in folder `base` with its vision tower frozen, its processor, and the `data`, checked."
+    model, processor = load_policy(base, **frozen_weights(tuning.weights), **loading)
+    processor.prompt = prompt or asked_by(processor)
+    data = _checked(data, model, processor)
+    freeze_vision(model)
+    shard_by_layer(model, tuning.parts)
+    return model, processor, data
+
 # %% ../../nbs/train/04_sft.ipynb #9b0f4026
 def sft(
     base: str,
@@ -345,22 +387,15 @@ def sft(
     *,
     desc: str = "SFT",
     prompt: Prompt | None = None,
-    **settings,
+    **settings: Any,
 ) -> list[dict]:
-    """Fine-tune the policy in folder `base` on `data` by Eq. 2 and write the merged result to `out`.
-
-    `data`: from `conversations`, with completions. `prompt`: what it asks, which is kept with the policy
-    (None: what the base is asked). `settings`: those of `Tuning` and those of `load_policy`.
-    A killed run that is started again ends with the same weights, bit for bit on one CPU thread (on more,
-    any two runs may differ in the last bits). Returns the log, one dict per update. Raises `ValueError` for
-    a completion with an image token, `TrainingError` if updates are missing, `MemoryError`."""
+    """Fine-tune the policy in folder `base` on `data` (of `conversations`, with completions) by Eq. 2, write
+    the merged result to `out`, and return the log, one dict per update. `prompt`: what the data ask, which is
+    kept with the policy (None: what the base is asked). `settings`: those of `Tuning` and `load_policy`.
+    Raises `ValueError` for a completion with an image token, `TrainingError` if updates are missing."""
     tuning, loading = _split(settings | dict(mode=mode))
     set_seed(tuning.seed)
-    model, processor = load_policy(base, **frozen_weights(tuning.weights), **loading)
-    processor.prompt = prompt or asked_by(processor)
-    data = _checked(data, model, processor)
-    freeze_vision(model)
-    shard_by_layer(model, tuning.parts)
+    model, processor, data = _loaded(base, data, prompt, tuning, loading)
     trainer = _sft_trainer(model, processor, data, Path(out) / "checkpoints", desc, tuning)
     trainer.loading, processor.film_side = loading, _side_of(data)
     with memory_line(desc, sft_batch_size=tuning.batch_size):
