@@ -160,17 +160,18 @@ def transfer_job(
     """`systems` of the run `cfg` on their own test studies and on those of `target`, written to `out`.
 
     Returns `(rows, tidy, files)`: the table for the eye, the numbers behind it, and the paths written."""
-    home, abroad = {}, {}
+    home, abroad, runs = {}, {}, []
     for system in systems:
-        home[system] = {cfg.seed: read_frame(ensure(*phase_of(system, cfg)), "test")}
-        abroad[system] = {cfg.seed: read_frame(transferred(system, cfg, target), "test")}
+        own, other = ensure(*phase_of(system, cfg)), transferred(system, cfg, target)
+        home[system], abroad[system] = ({cfg.seed: read_frame(run, "test")} for run in (own, other))
+        runs += [own, other]
     tidy = transfer_table(places_of(home, abroad, cfg, target), cfg.n_boot)
     rows, both = rows_of(tidy, SHOWN), [cfg, target]
     note = f"policies trained on {note_of(cfg)}; tried on {note_of(target)}"
     stem = f"transfer_{cfg.benchmark}_to_{target.benchmark}"
     page = f"{rows.to_markdown()}\n\nAll measures:\n\n{rows_of(tidy).T.to_markdown()}\n\n{note}\n"
     files = [save_page(stem, page, both, Path(out))]
-    return rows, tidy, files + save(stem, tidy, None, both, (), note, Path(out))
+    return rows, tidy, files + save(stem, tidy, None, both, runs, note, Path(out))
 
 # %% ../../nbs/runs/06_transfer.ipynb #trf00012
 def parse_options(text: str | None) -> dict:
