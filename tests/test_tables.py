@@ -1,6 +1,8 @@
 """The main table: paired tests that hold their level and find what is there, and a reason for every cell
 without a number."""
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,6 +12,7 @@ from valor.data import phantom
 from valor.metrics import statistics as ev
 from valor.metrics.bootstrap import holm, p_value
 from valor.metrics.evaluate import MEASURES
+from valor.metrics.seeds import axis_label
 from valor.results import tables
 from valor.results.paper import TABLE1, beside, with_footnotes
 from valor.results.tables import compare, gauges_for, main_table, options_of, rows_of, wide
@@ -65,6 +68,9 @@ def test_one_registration_brings_a_metric_into_all_tables(monkeypatch):
     assert "double" in tables.shown_metrics("phantom") and "double" in MEASURES["chexbert"]
     assert list(wide(compare(frames, ["double"], n=50)).index) == ["twice"]
     assert len(ev.plot_results(tidy, ["double"]).axes) == 1
+    assert axis_label("double") == "twice"
+    ev.register_metric(dataclasses.replace(twice, axis="twice as many words"))
+    assert axis_label("double") == "twice as many words" and ev.heading("double") == "twice"
 
 
 def test_rows_are_compared_on_the_seeds_that_both_have():

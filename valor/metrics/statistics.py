@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['BLEU_COLUMNS', 'PATHOLOGIES', 'FINDING_COLUMNS', 'DRAWN', 'STATISTICS', 'Number', 'GAUGE_NAMES', 'REGISTERED', 'RUN',
-           'MAIN', 'LEXICAL', 'GAUGED', 'LABELS', 'IMAGE', 'METRICS', 'MENTIONS', 'bleu_statistics', 'corpus_bleu',
-           'positives', 'label_columns', 'planted_columns', 'drawn_columns', 'true_columns', 'distractors', 'retrieved',
-           'truth_keys', 'text_columns', 'fresh_columns', 'study_vectors', 'expert_columns', 'score_reports', 'ratio',
-           'f1', 'share', 'fresh_bleu', 'micro_f1', 'macro_f1', 'micro5', 'macro5', 'false_labels', 'Metric',
-           'register_metric', 'registered', 'finding_f1', 'located_f1', 'specificity', 'Live', 'heading', 'measure',
-           'summarize', 'system_table', 'aggregate', 'paired_difference', 'digits_of', 'cell', 'cells_of',
-           'result_table', 'as_completion', 'shuffled', 'blank_images', 'normal_template', 'random_reports',
-           'perfect_findings', 'retrieval_by_true_codes', 'retrieval_by_expert', 'controls', 'fixed_scores',
-           'best_fixed_report', 'plot_results', 'running_mean', 'plot_progression', 'describe', 'plot_cases']
+           'MAIN', 'LEXICAL', 'GAUGED', 'LABELS', 'PLACES', 'PER_REPORT', 'IMAGE', 'METRICS', 'MENTIONS',
+           'bleu_statistics', 'corpus_bleu', 'positives', 'label_columns', 'planted_columns', 'drawn_columns',
+           'true_columns', 'distractors', 'retrieved', 'truth_keys', 'text_columns', 'fresh_columns', 'study_vectors',
+           'expert_columns', 'score_reports', 'ratio', 'f1', 'share', 'fresh_bleu', 'micro_f1', 'macro_f1', 'micro5',
+           'macro5', 'false_labels', 'Metric', 'register_metric', 'registered', 'finding_f1', 'located_f1',
+           'specificity', 'Live', 'heading', 'axis_name', 'measure', 'summarize', 'system_table', 'aggregate',
+           'paired_difference', 'digits_of', 'cell', 'cells_of', 'result_table', 'as_completion', 'shuffled',
+           'blank_images', 'normal_template', 'random_reports', 'perfect_findings', 'retrieval_by_true_codes',
+           'retrieval_by_expert', 'controls', 'fixed_scores', 'best_fixed_report', 'plot_results', 'running_mean',
+           'plot_progression', 'describe', 'plot_cases']
 
 # %% ../../nbs/metrics/00_statistics.ipynb #9c760899
 import textwrap
@@ -374,6 +375,7 @@ class Metric:
     tables: tuple[str, ...] = ("run", "main")
     gauge: str | None = None
     from_gauge: bool = False
+    axis: str = ""  # how an axis of a figure, which has room, calls it; empty: as `words` say
 
     @property
     def pair(self) -> tuple[Callable, str]:
@@ -442,10 +444,14 @@ def located_f1(s: Mapping) -> Number:
     return f1(s["located_tp"], s["located_fp"], s["located_fn"])
 
 
-register_metric(Metric("finding F1", finding_f1, True, tables=RUN))
-register_metric(Metric("located F1", located_f1, True, tables=RUN))
-for name in ("hallucinated", "missed", "mislocated", "duplicates"):  # findings per report
-    register_metric(Metric(name, share(name), False, digits=2, tables=RUN))
+PLACES = "F1 of findings in their place"
+PER_REPORT = dict(hallucinated="invented", missed="missed", mislocated="misplaced", duplicates="repeated")
+
+register_metric(Metric("finding F1", finding_f1, True, tables=RUN, axis="F1 of findings"))
+register_metric(Metric("located F1", located_f1, True, tables=RUN, axis=PLACES))
+for name, which in PER_REPORT.items():
+    shown = dict(digits=2, tables=RUN, axis=f"{which} findings a report")
+    register_metric(Metric(name, share(name), False, **shown))
 
 # %% ../../nbs/metrics/00_statistics.ipynb #reg0000c
 def specificity(s: Mapping) -> Number:
@@ -462,7 +468,7 @@ register_metric(Metric("image similarity", share("similarity"), True, **IMAGE))
 register_metric(Metric("R@1 of 8", share("retrieved"), True, gauge="image"))
 register_metric(Metric("beyond the expert's context", share("cut"), False, **IMAGE))
 register_metric(Metric("format", share("well_formed"), True, tables=RUN))
-register_metric(Metric("words", share("words"), digits=1, gauge="lexical"))
+register_metric(Metric("words", share("words"), digits=1, gauge="lexical", axis="words a report"))
 
 # %% ../../nbs/metrics/00_statistics.ipynb #reg0000e
 class Live(Mapping):
@@ -491,6 +497,12 @@ def heading(name: str) -> str:
     "How tables and figures call the metric `name`, with the arrow that says which way is better."
     metric = REGISTERED.get(name)
     return f"{metric.words or name} {metric.pair[1]}".strip() if metric else name
+
+
+def axis_name(name: str) -> str:
+    "How the axis of a figure calls the metric `name`."
+    metric = REGISTERED.get(name)
+    return metric.axis or metric.words or name if metric else name
 
 # %% ../../nbs/metrics/00_statistics.ipynb #a975580c
 def measure(frame: pd.DataFrame, draws: np.ndarray | None = None, metrics: Metrics = METRICS) -> dict:
