@@ -108,6 +108,14 @@ def test_packs_say_what_the_package_says_of_one_report_at_a_time(both):
         ours.budget = 40_000
 
 
+def test_a_word_without_a_wordpiece_is_read_as_if_it_were_alone(both):
+    ours, package, _ = both
+    reports = ["\x00 , x/y \x00", "left", "no effusion \x00", "right pleural effusion"]
+    with shims(), torch.no_grad():
+        alone = [package([r])["0"]["entities"] for r in reports]
+    assert ours.annotate(reports) == alone
+
+
 def test_without_the_cut_shorter_reports_get_relations_that_are_not_theirs(both, monkeypatch):
     ours, package, alone = both
     monkeypatch.setattr(radgraph, "own_pairs", lambda kinds, kept: kinds[:, :kept])

@@ -18,7 +18,7 @@ import tarfile
 import tempfile
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
@@ -226,15 +226,18 @@ def packs(lengths: list[int], budget: int) -> list[list[int]]:
     return found
 
 
-def passes(words: list[int], pieces: list[int], limit: int, budget: int) -> list[list[int]]:
+def passes(
+    words: list[int], pieces: list[int], limit: int, budget: int, alone: Collection[int] = ()
+) -> list[list[int]]:
     """Lists of indices of the reports that go through the network together, given how many words and how many
     wordpieces each has.
 
-    Reports without words are in none; reports with more than `limit` wordpieces go alone."""
-    folded = [i for i, n in enumerate(pieces) if n > limit]
-    short = [i for i, n in enumerate(words) if n and pieces[i] <= limit]
+    Reports without words are in none; reports with more than `limit` wordpieces go alone, as do those whose
+    index is in `alone`."""
+    single = [i for i, n in enumerate(pieces) if n > limit or i in alone]
+    short = [i for i, n in enumerate(words) if n and i not in single]
     packed = packs([words[i] for i in short], budget)
-    return [[i] for i in folded] + [[short[j] for j in pack] for pack in packed]
+    return [[i] for i in single] + [[short[j] for j in pack] for pack in packed]
 
 # %% ../../nbs/rewards/03_radgraph.ipynb #fault002
 def own_pairs(kinds: np.ndarray, kept: int) -> np.ndarray:
@@ -583,12 +586,18 @@ def decoded(reader: RadGraph, words: list[list[str]], kept: list[int], answer: A
 @torch.inference_mode()
 def annotate(reader: RadGraph, words: list[list[str]]) -> list[dict]:
     """Entities of each report, given its words, in the package's form: number → {tokens, label, …}. A report
-    without words has none."""
-    n_pieces = [sum(map(len, reader.pieces.of(w))) for w in words]
+    without words has none.
+
+    The package reads a word without a wordpiece (a control character) as whatever stands last in its pack;
+    such a report goes alone."""
+    spelled = [reader.pieces.of(w) for w in words]
+    n_pieces = [sum(map(len, ids)) for ids in spelled]
+    alone = {i for i, ids in enumerate(spelled) if not all(ids)}
     found = [{} for _ in words]
     share, before = reader.network._relation._spans_per_word, None
     # one turn more than there are packs: each decodes the pack that the turn before asked for
-    for rows in [*passes(list(map(len, words)), n_pieces, reader.pieces.limit, reader.budget), None]:
+    packed = passes(list(map(len, words)), n_pieces, reader.pieces.limit, reader.budget, alone)
+    for rows in [*packed, None]:
         asked = None
         if rows:
             pack = [words[i] for i in rows]
