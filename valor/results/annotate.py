@@ -190,7 +190,7 @@ def marks_table(readers: Sequence[tuple], key: Mapping) -> pd.DataFrame:
             rows.append(row | {"missing": len(lacks) / per, "missing, major": lacks.count("major") / per})
     return pd.DataFrame(rows).sort_values("system", kind="stable", ignore_index=True)
 
-# %% ../../nbs/results/07_annotate.ipynb #ann00012
+# %% ../../nbs/results/07_annotate.ipynb #829a8c6a
 def run_annotate(args: argparse.Namespace, options: dict) -> None:
     "Run `valor gallery --annotate` with parsed arguments; `options`: those of `annotate`."
     try:
@@ -201,7 +201,7 @@ def run_annotate(args: argparse.Namespace, options: dict) -> None:
         sys.exit(f"valor gallery: {e}")
     print(f"{out}: give it to the readers; {key_path(out).name} stays with you, for `valor agreement`")
 
-
+# %% ../../nbs/results/07_annotate.ipynb #ann00012
 def run_agreement(args: argparse.Namespace, settings: dict) -> None:
     "Run `valor agreement` with parsed arguments."
     try:

@@ -151,7 +151,7 @@ def _by_labels(text: str, reference: str, cut: list, label: dict) -> Judged:
     kinds = {kind: [(o, o) for o in OBSERVATIONS if o in observed] for kind, observed in found.items()}
     return Judged(segments(text, marks), kinds, str(sorted(said)))
 
-# %% ../../nbs/results/03_gallery.ipynb #1153cef0
+# %% ../../nbs/results/03_gallery.ipynb #679ae8a5
 @dataclass
 class System:
     "The reports of one system."
@@ -162,7 +162,7 @@ class System:
     data: Path  # the folder of the data phase
     frame: Path | None = None  # the scores that the run kept
 
-
+# %% ../../nbs/results/03_gallery.ipynb #1153cef0
 def run_record(folder: Path) -> dict:
     "The `config.json` of a phase folder. Raises `ValueError` where there is none."
     try:
@@ -323,7 +323,7 @@ def data_url(image: Image.Image, side: int = 384, quality: int = 82) -> str:
     image.save(buffer, "WEBP", quality=quality, method=2)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
-# %% ../../nbs/results/03_gallery.ipynb #gal00008
+# %% ../../nbs/results/03_gallery.ipynb #47aab02e
 def _float_map(path: Path) -> np.ndarray:
     """The map in the .npy file `path`, (height, width), float32. Raises `ValueError` unless it is a finite
     2-D array with a positive value."""
@@ -339,7 +339,7 @@ def _float_map(path: Path) -> np.ndarray:
         )
     return values
 
-
+# %% ../../nbs/results/03_gallery.ipynb #gal00008
 def attention_map(path: Path, side: int = 24) -> dict:
     """The float map in the .npy file `path` as dict(width, height, values): at most `side` × `side` bytes in
     base64, 255 its maximum. Raises `ValueError` unless it is a finite 2-D array with a positive value."""
@@ -386,7 +386,7 @@ def judge(
     judged = {name: labelled(told, references, label) for name, told in texts.items()}
     return judged, [own.kinds["right"] for own in labelled(references, references, label)]
 
-# %% ../../nbs/results/03_gallery.ipynb #gal0000a
+# %% ../../nbs/results/03_gallery.ipynb #4f85cd28
 # for systems that no table knows
 OTHERS = ["#4477aa", "#ccbb44", "#aa3377", "#66ccee", "#228833", "#ee6677", "#bbbbbb"]
 
@@ -401,14 +401,14 @@ def _scores(system: System, test: Dataset, cfg: Config, label: Labeler) -> np.nd
     frame = frame.set_axis(frame.index.astype(str)).loc[ids]
     return per_study(frame, measures_of(cfg.benchmark))
 
-
+# %% ../../nbs/results/03_gallery.ipynb #ef9d3420
 def _result(judged: Judged, measures: np.ndarray, attention: dict | None, thought: str = "") -> dict:
     "What the page shows of one report; `thought`: what was thought aloud before it, which is shown folded."
     shown = [None if np.isnan(value) else round(float(value), 3) for value in measures]
     result = dict(report=judged.pieces, **judged.kinds, said=judged.said, measures=shown, attention=attention)
     return result | (dict(thought=thought) if thought else {})
 
-
+# %% ../../nbs/results/03_gallery.ipynb #gal0000a
 def _boxes(truth: list | None) -> list[list[float]]:
     "The planted boxes of one study, in shares of the image."
     return [[round(float(v), 4) for v in finding["box"]] for finding in truth or () if finding["box"]]
@@ -419,7 +419,7 @@ def _coloured(names: Sequence[str]) -> list[dict[str, str]]:
     colours = [COLOURS.get(name, OTHERS[k % len(OTHERS)]) for k, name in enumerate(names)]
     return [dict(name=name, colour=colour) for name, colour in zip(names, colours)]
 
-# %% ../../nbs/results/03_gallery.ipynb #843ba82a
+# %% ../../nbs/results/03_gallery.ipynb #009bc2fd
 def _judgements(
     systems: Sequence[System], test: Dataset, cfg: Config, attention: Mapping | Sequence
 ) -> tuple[list[list[dict]], list]:
@@ -438,7 +438,7 @@ def _judgements(
         rows.append(row)
     return rows, findings
 
-
+# %% ../../nbs/results/03_gallery.ipynb #843ba82a
 def _study(test: Dataset, n: int, images: Sequence[str], findings: list) -> dict:
     "What is shown of study `n` of `test` apart from the reports; `images`: data URLs."
     study = dict(id=test["study_id"][n], images=list(images), findings=findings)
@@ -477,7 +477,7 @@ BY_LABELS = (
     "Missing are the reference's observations that a report does not state. Places are not judged."
 )
 
-# %% ../../nbs/results/03_gallery.ipynb #gal0000c
+# %% ../../nbs/results/03_gallery.ipynb #db943938
 def embed(obj: dict) -> str:
     "JSON that cannot end or open anything in the HTML around it."
     return (
@@ -487,7 +487,7 @@ def embed(obj: dict) -> str:
         .replace("\u2029", "\\u2029")
     )
 
-
+# %% ../../nbs/results/03_gallery.ipynb #gal0000c
 def policy(template: str) -> str:
     """Content-security policy for `template`: its own script and style by digest, images from `data:`
     URLs, and nothing else."""
@@ -519,7 +519,7 @@ def check_page_place(benchmark: str, out: Path | str) -> None:
         raise ValueError(f"out={str(out)!r}: no folder {here}; make it first")
     check_place(out, benchmark)
 
-# %% ../../nbs/results/03_gallery.ipynb #gal7lic0
+# %% ../../nbs/results/03_gallery.ipynb #42125b94
 def _licence(benchmark: str) -> str:
     "What the page says of where its studies come from."
     known = benchmark_of(benchmark)
@@ -529,7 +529,7 @@ def _licence(benchmark: str) -> str:
     drawn = f"; {known.described}" if known.described else ""
     return f"{terms.name}, {terms.licence}{drawn}"
 
-
+# %% ../../nbs/results/03_gallery.ipynb #gal7lic0
 def _restriction(benchmark: str) -> str | None:
     "What the page's head says where its studies are restricted."
     terms = terms_of(benchmark)

@@ -164,7 +164,7 @@ class _Ours:
         why = f": {self.missing[system]}" if system in self.missing else ""
         return dict.fromkeys(self.metrics, "not run" + self.mark(f"{system}: not run{why}; `{run}` runs it"))
 
-# %% ../../nbs/results/01_paper.ipynb #f61e2327
+# %% ../../nbs/results/01_paper.ipynb #a22417d1
 def _our_cell(ours: _Ours, system: str, column: str) -> str:
     "`value [lo, hi]` of our metric for the paper's `column`, or `n/a`, with a footnote if we know why."
     metric, factor = ours.metrics[column]
@@ -175,7 +175,7 @@ def _our_cell(ours: _Ours, system: str, column: str) -> str:
         return cell(row.value * factor, row.lo * factor, row.hi * factor, digits)
     return "n/a" + (ours.mark(f"{metric}: {ours.missing[metric]}") if metric in ours.missing else "")
 
-
+# %% ../../nbs/results/01_paper.ipynb #f61e2327
 def _rows_beside(
     reported: pd.DataFrame, ours: _Ours, names: Mapping, systems: Iterable[str], labels: tuple[str, str]
 ) -> dict[tuple[str, str], dict[str, str]]:

@@ -196,7 +196,7 @@ class CheXbert:
         texts = [normalised(report) for report in reports]
         return self.tokenizer(texts, truncation=True, max_length=most)["input_ids"]
 
-# %% ../../nbs/rewards/02_chexbert.ipynb #7c038d92
+# %% ../../nbs/rewards/02_chexbert.ipynb #c185f5ac
 @patch
 @torch.inference_mode()
 def classes(self: CheXbert, reports: list[str]) -> list[list[int]]:
@@ -213,7 +213,7 @@ def classes(self: CheXbert, reports: list[str]) -> list[list[int]]:
             found[i] = row
     return found
 
-
+# %% ../../nbs/rewards/02_chexbert.ipynb #7c038d92
 @patch
 def statuses(self: CheXbert, reports: list[str]) -> list[dict[str, str]]:
     """Per report, observation → "present", "absent" or "uncertain"; observations that are not mentioned

@@ -211,7 +211,7 @@ def digest(folder: Path, package: torch.nn.Module) -> str:
             total.update(hashlib.file_digest(f, "sha256").digest())
     return total.hexdigest()[:16]
 
-# %% ../../nbs/rewards/03_radgraph.ipynb #fe182ff5
+# %% ../../nbs/rewards/03_radgraph.ipynb #6468d463
 def packs(lengths: list[int], budget: int) -> list[list[int]]:
     """Lists of indices, longest first, such that (number of reports) × (longest length)² is at most `budget`.
 
@@ -225,7 +225,7 @@ def packs(lengths: list[int], budget: int) -> list[list[int]]:
             longest = max(1, lengths[i])
     return found
 
-
+# %% ../../nbs/rewards/03_radgraph.ipynb #fe182ff5
 def passes(
     words: list[int], pieces: list[int], limit: int, budget: int, alone: Collection[int] = ()
 ) -> list[list[int]]:
@@ -319,7 +319,7 @@ def tables(self: Wordpieces, reports: list[list[list[int]]]) -> dict[str, Tensor
         count=padded(counts),
     )
 
-# %% ../../nbs/rewards/03_radgraph.ipynb #moves002
+# %% ../../nbs/rewards/03_radgraph.ipynb #9b0f25df
 def moved(tables: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     "The `tables` of integers on `device`; on a GPU as parts of one tensor, copied while the host goes on."
     if device.type != "cuda":
@@ -328,7 +328,7 @@ def moved(tables: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     parts = flat.to(device, non_blocking=True).split([table.numel() for table in tables.values()])
     return {name: part.view(table.shape) for (name, table), part in zip(tables.items(), parts)}
 
-
+# %% ../../nbs/rewards/03_radgraph.ipynb #moves002
 class Answer:
     "Tensors of integers on their way to the host, in one copy that `arrays` waits for."
 
@@ -345,7 +345,7 @@ class Answer:
         parts = np.split(self.flat.numpy(), np.cumsum([shape.numel() for shape in self.shapes])[:-1])
         return [part.reshape(shape) for part, shape in zip(parts, self.shapes)]
 
-# %% ../../nbs/rewards/03_radgraph.ipynb #net00002
+# %% ../../nbs/rewards/03_radgraph.ipynb #a2d119c4
 def word_vectors(embedder: torch.nn.Module, tables: dict[str, Tensor], most: int) -> Tensor:
     """The mean of each word's wordpieces, (reports, words, width); 0 for a word without any. `tables`: see
     `Wordpieces.tables`; `most`: the highest `count` in them."""
@@ -358,7 +358,7 @@ def word_vectors(embedder: torch.nn.Module, tables: dict[str, Tensor], most: int
     pieces = vectors[report, (first + nth) * real] * real[..., None]
     return pieces.sum(2) / count.clamp(min=1)
 
-
+# %% ../../nbs/rewards/03_radgraph.ipynb #net00002
 def span_vectors(network: torch.nn.Module, words: Tensor) -> Tensor:
     """The vectors of all spans, (reports, words × widths, …), from those of the words. Spans that reach
     beyond the last word are among them."""
@@ -542,12 +542,12 @@ def words_read(reader: RadGraph, reports: list[str]) -> list[list[str]]:
         )
     return [w[: reader.longest] for w in words]
 
-# %% ../../nbs/rewards/03_radgraph.ipynb #e0495ccc
+# %% ../../nbs/rewards/03_radgraph.ipynb #19dd3f24
 def kept_spans(words: int, share: float) -> int:
     "How many spans of a report of so many `words` may be related; `share`: spans a word. As DyGIE++ rounds."
     return math.ceil(np.float32(words) * np.float32(share))
 
-
+# %% ../../nbs/rewards/03_radgraph.ipynb #e0495ccc
 def labels_of(reader: RadGraph, tables: dict[str, Tensor], pieces: int, most: int) -> list[Tensor]:
     """Labels of a pack's spans (reports, spans), the `most` spans that may be related (reports, most), and
     the kinds of relation (reports, most, most). `pieces`: see `word_vectors`."""

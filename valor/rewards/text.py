@@ -39,7 +39,7 @@ from tqdm.auto import tqdm
 
 from ..config import resolve_device
 
-# %% ../../nbs/rewards/00_text.ipynb #784c2ba0
+# %% ../../nbs/rewards/00_text.ipynb #49d7b397
 TAG = re.compile(r"</?report>")
 
 REASONING = re.compile(
@@ -55,7 +55,7 @@ def report_body(completion: str) -> str:
     "The text that is scored: `completion` without a model's thinking and without `<report>` and `</report>`."
     return TAG.sub(" ", REASONING.sub(" ", completion)).strip()
 
-
+# %% ../../nbs/rewards/00_text.ipynb #784c2ba0
 THINK_TAG = re.compile(r"</?think(?:ing)?>", re.IGNORECASE)
 
 
@@ -99,7 +99,7 @@ def is_well_formed(completion: str, reasoning: str = "none") -> bool:
         return thought is not None and WELL_FORMED.fullmatch(completion, thought.end()) is not None
     return WELL_FORMED.fullmatch(completion) is not None
 
-# %% ../../nbs/rewards/00_text.ipynb #2d78fa6a
+# %% ../../nbs/rewards/00_text.ipynb #91f5f523
 WORD = re.compile(
     r"""
       \w+ (?: (?: [-'’] | (?<=\d)\.(?=\d) ) \w+ )*  # a word; hyphens, apostrophes, decimal points inside
@@ -114,7 +114,7 @@ def check_tokenizer(tokenizer: str | None) -> None:
     if tokenizer not in ("field", None):
         raise ValueError(f"tokenizer={tokenizer!r}: allowed are 'field' and None")
 
-
+# %% ../../nbs/rewards/00_text.ipynb #2d78fa6a
 def word_spans(text: str, tokenizer: str | None = "field") -> list[tuple[str, int, int]]:
     """The words of `text` with their places, as (word, start, end).
 
@@ -397,11 +397,11 @@ def real_iu(variable: str = "VALOR_REAL_IU") -> dict | None:
         return None
     return json.loads(Path(os.environ[variable]).read_text())
 
-# %% ../../nbs/rewards/00_text.ipynb #cadf3a35
+# %% ../../nbs/rewards/00_text.ipynb #16156ae4
 class StoreError(RuntimeError):
     "The file of a `Store` cannot be used; the message says why and what to do."
 
-
+# %% ../../nbs/rewards/00_text.ipynb #cadf3a35
 @contextmanager
 def _usable(file: Path) -> Iterator[None]:
     "Turn SQLite's errors about `file` into a `StoreError` that says what to do."
@@ -443,7 +443,7 @@ class Store:
     def _digest(self, text: str) -> str:
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
-# %% ../../nbs/rewards/00_text.ipynb #e97d70eb
+# %% ../../nbs/rewards/00_text.ipynb #0554266b
 @patch
 def _connected(self: Store) -> sqlite3.Connection:
     "A connection to the file, or to an empty database in memory if there is no file and none can be made."
@@ -455,7 +455,7 @@ def _connected(self: Store) -> sqlite3.Connection:
         return sqlite3.connect(":memory:", **options)
     return sqlite3.connect(f"{self.file.resolve().as_uri()}?mode=ro&immutable=1", uri=True, **options)
 
-
+# %% ../../nbs/rewards/00_text.ipynb #e97d70eb
 @patch
 def get(self: Store, texts: list[str]) -> dict[str, bytes]:
     "Those of `texts` that the store has, as {text: bytes}."

@@ -21,7 +21,7 @@ from ..data.sources import terms_of
 from ..metrics import statistics as ev
 from ..policy import generate
 
-# %% ../../nbs/runs/08_card.ipynb #crd00006
+# %% ../../nbs/runs/08_card.ipynb #6008ffdb
 def origin(folder: Path | str) -> tuple[Path, Config]:
     """`(phase folder, configuration)` of the adapter or policy in `folder`. Raises `ValueError` for a folder
     that lies in no phase of a run."""
@@ -35,7 +35,7 @@ def origin(folder: Path | str) -> tuple[Path, Config]:
     known = {field.name for field in fields(Config)}
     return phase, Config(**{name: value for name, value in full.items() if name in known})
 
-
+# %% ../../nbs/runs/08_card.ipynb #crd00006
 def metrics_of(phase: Path, cfg: Config) -> str:
     "The main measures with intervals from the evaluation of the `phase`, in Markdown; or that there is none."
     for folder in sorted(phase.parent.glob("eval_*")):

@@ -181,7 +181,7 @@ def real_data(out: Path, cfg: Config) -> datasets.DatasetDict:
     aside.to_csv(out / "set_aside.csv", index=False)
     return made
 
-# %% ../../nbs/runs/02_makers.ipynb #0274c407
+# %% ../../nbs/runs/02_makers.ipynb #7f6137a3
 def scorers_note(cfg: Config) -> str:
     "What gives the clinical scores and BERTScore of the run `cfg`."
     models = f"scored by chexbert={cfg.chexbert}, radgraph={cfg.radgraph}, bertscore={cfg.bertscore_model}"
@@ -190,7 +190,7 @@ def scorers_note(cfg: Config) -> str:
     chosen = f"{cfg.choose_by} on {cfg.eval_studies} validation studies"
     return f"{models}; checkpoint of each stage chosen by {chosen}"
 
-
+# %% ../../nbs/runs/02_makers.ipynb #0274c407
 def note_of(cfg: Config) -> str:
     """One line that results print: what the studies of the run `cfg` are, where labels come from, what
     was set aside, licence, and what scores them."""
@@ -230,7 +230,7 @@ def fit_expert(cfg: Config, train: datasets.Dataset, edits: Edits) -> Expert:
     rare = 1 if known.made_up else 2  # how often a word must occur to enter the vocabulary
     return train_expert(train, edits, cfg.expert_steps, seed, renderings=anew, min_count=rare)
 
-# %% ../../nbs/runs/02_makers.ipynb #s3run004
+# %% ../../nbs/runs/02_makers.ipynb #15d1e288
 @maker("expert")
 def make_expert(out: Path, cfg: Config, after: Mapping[str, Path], name: str) -> None:
     "The expert in `out/model`, trained here; or `out/expert.json`, a note of where the real one is."
@@ -244,7 +244,7 @@ def make_expert(out: Path, cfg: Config, after: Mapping[str, Path], name: str) ->
     images, labels = labelled_images(train)
     train_classifier(images, labels, OBSERVATIONS, out / "model", steps, seed, tower=cfg.tower)
 
-
+# %% ../../nbs/runs/02_makers.ipynb #s3run004
 def labelled_images(train: datasets.Dataset) -> tuple[list, np.ndarray]:
     "All images of the studies `train`, and the labels (N, 14) of each one's study."
     images, labels = list(train["image"]), np.array(train["labels"], dtype=float)
@@ -266,7 +266,7 @@ def open_expert(folder: Path | str, cfg: Config) -> FrozenExpert:
         )
     return expert
 
-# %% ../../nbs/runs/02_makers.ipynb #a1ea65e6
+# %% ../../nbs/runs/02_makers.ipynb #a6dfb9c4
 def expert_note(cfg: Config, frames: Mapping[str, Mapping[int, pd.DataFrame]]) -> str:
     """One line that results print: which expert, what it judges, and how many reports of each system ran
     beyond its context and were cut. `frames`: {system: {seed: frame}}."""
@@ -285,12 +285,12 @@ def expert_note(cfg: Config, frames: Mapping[str, Mapping[int, pd.DataFrame]]) -
         )
     return f"expert {cfg.expert}{about}; {beyond}"
 
-
+# %% ../../nbs/runs/02_makers.ipynb #a1ea65e6
 def renderings(train: datasets.Dataset, copies: int) -> datasets.Dataset:
     "`train` and `copies` − 1 fresh renderings of each of its studies, one after the other."
     return concatenate_datasets([train] + [rerender(train, seed=i) for i in range(1, copies)])
 
-# %% ../../nbs/runs/02_makers.ipynb #mak00014
+# %% ../../nbs/runs/02_makers.ipynb #b144fc29
 BY_OBSERVATION = {
     spec.observation: name
     for name, spec in reversed(FINDINGS.items())
@@ -303,7 +303,7 @@ def stated(row: Mapping) -> list[dict]:
     places = {f.where for f in parse_report(row["report"])}
     return [t for t, f in zip(row["truth"], from_truth(row["truth"])) if f.where in places]
 
-
+# %% ../../nbs/runs/02_makers.ipynb #mak00014
 def lay_findings(row: Mapping, omits: bool = False) -> list[Finding]:
     """What a layman may have seen in a study: the findings of its truth (where references may omit some:
     those that the reference states), or, where nobody stated them, what its labels say."""
@@ -607,14 +607,14 @@ def snapshots_of(stage: str, cfg: Config) -> dict[int, Path | None]:
     kept[int(pd.read_csv(folder / "log.csv")["k"].max())] = folder / "adapter"
     return ({0: None} if stage == "stage1" else {}) | dict(sorted(kept.items()))
 
-# %% ../../nbs/runs/02_makers.ipynb #cho00002
+# %% ../../nbs/runs/02_makers.ipynb #0c4e4cc2
 def check_choice(cfg: Config) -> None:
     "Raises ValueError unless `choose_by` of the run `cfg` is None or a measure that has a better direction."
     better = [name for name, (_, arrow) in ev.METRICS.items() if arrow]
     if cfg.choose_by is not None and cfg.choose_by not in better:
         raise ValueError(f"choose_by={cfg.choose_by!r}: expected one of {', '.join(better)}, or None")
 
-
+# %% ../../nbs/runs/02_makers.ipynb #cho00002
 def best_update(progress: pd.DataFrame, metric: str) -> int:
     """The update `k` with the best value of `metric` in a table of `make_progress`, the first of equals.
     Raises `RunError` where the validation studies give it no value."""
@@ -631,7 +631,7 @@ def chosen_snapshot(stage: str, cfg: Config) -> tuple[int, Path | None]:
     k = best_update(pd.read_csv(ensure(f"progress_{stage}", cfg) / "progress.csv"), cfg.choose_by)
     return k, snapshots_of(stage, cfg)[k]
 
-# %% ../../nbs/runs/02_makers.ipynb #ab545442
+# %% ../../nbs/runs/02_makers.ipynb #7ea0d048
 def score_frame(completions: list[str], cfg: Config, expert: FrozenExpert) -> pd.DataFrame:
     "Per-study statistics of the reports `completions`, one for each test study of the run `cfg`."
     data = load_data(phase_folder("data", cfg))
@@ -645,7 +645,7 @@ def score_frame(completions: list[str], cfg: Config, expert: FrozenExpert) -> pd
     )
     return judge_form(frame, completions, cfg.reasoning)
 
-
+# %% ../../nbs/runs/02_makers.ipynb #ab545442
 def judge_form(frame: pd.DataFrame, completions: list[str], reasoning: str) -> pd.DataFrame:
     "`frame`, in which a completion is well formed if it has the form that `reasoning` asks for."
     if reasoning == "none":

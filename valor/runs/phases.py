@@ -161,7 +161,7 @@ def chooses(name: str, cfg: Config) -> bool:
     reads = [f"{kind}_{stage}" for kind in ("eval", "erased") for stage in ("stage1", "stage2")]
     return cfg.choose_by is not None and name in reads
 
-# %% ../../nbs/runs/01_phases.ipynb #d0a25817
+# %% ../../nbs/runs/01_phases.ipynb #82a6bc46
 def _idle(name: str, cfg: Config) -> set[str]:
     "Fields of the phase `name` that change nothing of it under the other settings of `cfg`."
     idle = {"visual"} if cfg.lambda_vis == 0 else set()
@@ -173,7 +173,7 @@ def _idle(name: str, cfg: Config) -> set[str]:
         idle.add("stage1_modules")
     return idle
 
-
+# %% ../../nbs/runs/01_phases.ipynb #d0a25817
 def fields_reaching(name: str, cfg: Config) -> dict:
     """The fields that reach the phase `name` and their values: derived seeds as numbers, and no field of
     `LATER` that changes nothing. What judges images does not reach a stage without a visual reward."""
@@ -242,7 +242,7 @@ def _noted() -> dict[str, str]:
     noted = runs_dir() / "contents.json"
     return json.loads(noted.read_text()) if noted.exists() else {}
 
-# %% ../../nbs/runs/01_phases.ipynb #0e82a862
+# %% ../../nbs/runs/01_phases.ipynb #dc20d0b4
 def read_json(path: Path) -> Any:
     "The JSON value in the file `path`. Raises `RunError` where it cannot be read."
     try:
@@ -256,7 +256,7 @@ def write_json(path: Path, value: Any) -> None:
     with whole(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1))
 
-
+# %% ../../nbs/runs/01_phases.ipynb #0e82a862
 def _read_dict(path: Path, *keys: str) -> dict:
     "The object in the JSON file `path`, which must hold `keys`. Raises `RunError` for anything else."
     found = read_json(path)
@@ -268,7 +268,7 @@ def _read_dict(path: Path, *keys: str) -> dict:
         )
     return found
 
-# %% ../../nbs/runs/01_phases.ipynb #20c823dc
+# %% ../../nbs/runs/01_phases.ipynb #a06fa3f0
 @lru_cache(4096)
 def _sha256(path: str, size: int, mtime: int) -> str:
     "SHA-256 of a file, read once for every size and time of change (ns)."
@@ -280,7 +280,7 @@ def _digest(path: Path) -> str:
     stat = path.stat()
     return _sha256(str(path), stat.st_size, stat.st_mtime_ns)
 
-
+# %% ../../nbs/runs/01_phases.ipynb #20c823dc
 def _check_files(folder: Path) -> None:
     "Raise `RunError` where a file that `done.json` lists is not as it was when the phase ended."
     for name, digest in dict(_read_dict(folder / "done.json", "files")["files"]).items():
@@ -460,7 +460,7 @@ def _make(name: str, cfg: Config, folder: Path, after: dict[str, Path], resumed:
         MAKERS[name](folder, cfg, after, name)
         together(lambda: finish(folder, cost_of(began, resumed)))
 
-# %% ../../nbs/runs/01_phases.ipynb #phs00012
+# %% ../../nbs/runs/01_phases.ipynb #df5ca8b6
 def begin(folder: Path, expected: dict, cfg: Config) -> str:
     "Inspect the phase in `folder` and, unless it is finished, declare it begun. Returns its status."
     status = inspect_phase(folder, expected)
@@ -480,13 +480,13 @@ def begin(folder: Path, expected: dict, cfg: Config) -> str:
         write_json(folder / "config.json", _record(expected, cfg))
     return status
 
-
+# %% ../../nbs/runs/01_phases.ipynb #phs00012
 def _record(expected: dict, cfg: Config) -> dict:
     "What `config.json` says: what determines the phase, and under what conditions it began."
     conditions = dict(threads=torch.get_num_threads(), cpu=cpu_model(), processes=processes())
     return dict(config=expected, full=dataclasses.asdict(cfg), versions=versions(), **conditions)
 
-# %% ../../nbs/runs/01_phases.ipynb #phs00013
+# %% ../../nbs/runs/01_phases.ipynb #9eec9ab2
 @lru_cache(8)
 def load_data(folder: Path | str) -> DatasetDict:
     """The studies in the data phase `folder`. Raises `PlaceError` where restricted ones lie in a
@@ -496,7 +496,7 @@ def load_data(folder: Path | str) -> DatasetDict:
         check_place(folder, read_json(record)["full"]["benchmark"], "move it outside")
     return load_from_disk(str(Path(folder) / "dataset"))
 
-
+# %% ../../nbs/runs/01_phases.ipynb #phs00013
 def comes_after(name: str) -> set[str]:
     "The phase `name` and all phases before it."
     return {name}.union(*(comes_after(before) for before in PHASES[name].after))

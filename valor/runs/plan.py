@@ -74,12 +74,12 @@ def steps_for(wanted: Iterable[tuple[str, Config, str]]) -> list[Step]:
         visit(*given)
     return _shortest_labels(list(found.values()))
 
-# %% ../../nbs/runs/06_plan.ipynb #pla00010
+# %% ../../nbs/runs/06_plan.ipynb #57371995
 @lru_cache
 def _in_openi() -> Counter:
     return Counter(study["split"] for study in clean_openi(read_openi())[0])
 
-
+# %% ../../nbs/runs/06_plan.ipynb #pla00010
 def studies_of(cfg: Config) -> dict[str, int]:
     """{split: number of studies} of the run `cfg`: counted in the finished data phase, given as numbers, or
     counted in the source (which may take minutes the first time)."""
@@ -229,7 +229,7 @@ def measured_step(policy: PreTrainedConfig, cfg: Config) -> float | None:
     given = dict(prompts=cfg.batch_size, group=cfg.group_size, new=cfg.max_new_tokens, r=cfg.lora_r)
     return seconds * step_limit(shape_of(policy), **given, **H200)["step"] / measured
 
-# %% ../../nbs/runs/06_plan.ipynb #pla00022
+# %% ../../nbs/runs/06_plan.ipynb #57acae00
 @lru_cache
 def policy_config(base: str) -> PreTrainedConfig | None:
     "The transformers configuration of the policy `base`; None for the embedded one, or without its files."
@@ -240,7 +240,7 @@ def policy_config(base: str) -> PreTrainedConfig | None:
     except (OSError, ValueError, KeyError):
         return None
 
-
+# %% ../../nbs/runs/06_plan.ipynb #pla00022
 def by_measurement(step: Step, policy: PreTrainedConfig, studies: dict[str, int]) -> Estimate:
     "What a stage takes by the measured step and the memory model; nothing is known of other phases."
     if step.phase not in ("stage1", "stage2"):
@@ -254,7 +254,7 @@ def by_measurement(step: Step, policy: PreTrainedConfig, studies: dict[str, int]
     fit = fewest_parts(shape, 1e6, held=cfg.policy_weights, **sizes)
     return Estimate(seconds and seconds * updates, fit[1]["peak"] * 1e9, disk, gpu=True, measured=True)
 
-# %% ../../nbs/runs/06_plan.ipynb #pla00025
+# %% ../../nbs/runs/06_plan.ipynb #c726d7e9
 def estimates(steps: Sequence[Step], processes: int = 1) -> dict[Path, Estimate]:
     "{folder: what it is expected to take} for the `steps` that are not finished."
     past, found = past_phases(), {}
@@ -268,7 +268,7 @@ def estimates(steps: Sequence[Step], processes: int = 1) -> dict[Path, Estimate]
         found[step.folder] = estimate
     return found
 
-
+# %% ../../nbs/runs/06_plan.ipynb #pla00025
 def in_words(seconds: float) -> str:
     "A duration as people say it: `40 s`, `9 min`, `3 h 20 min`."
     if seconds < 90:
@@ -310,14 +310,14 @@ def _sum_line(left: Sequence[Step], expected: dict[Path, Estimate], total: int) 
     more = f", and {unknown} phases of unknown length" if unknown else ""
     return f"{so_far}; about {in_words(sum(known))} to go{more}"
 
-# %% ../../nbs/runs/06_plan.ipynb #pla00029
+# %% ../../nbs/runs/06_plan.ipynb #20737eff
 def _disk_line(needed: float) -> str:
     "How many bytes are needed on disk, and how many are free where the runs lie."
     home = next(p for p in (runs_dir(), *runs_dir().absolute().parents) if p.exists())
     free = bytes_in_words(shutil.disk_usage(home).free)
     return f"disk: {bytes_in_words(needed)} in {runs_dir()}, where {free} are free"
 
-
+# %% ../../nbs/runs/06_plan.ipynb #pla00029
 def plan_notes(steps: Sequence[Step], expected: dict[Path, Estimate], processes: int = 1) -> list[str]:
     "Lines under the table: time in all, memory, disk, GPU-hours, and what they rest on."
     left = [step for step in steps if step.state != "finished"]
@@ -398,7 +398,7 @@ def job(wanted: Iterable[tuple[str, Config, str]], name: str, processes: int = 1
     finally:
         LISTENERS.remove(following)
 
-# %% ../../nbs/runs/06_plan.ipynb #pla00034
+# %% ../../nbs/runs/06_plan.ipynb #6564cb6d
 def time_left(expected: Iterable[Estimate], spent: float = 0) -> str:
     "`9 min left`, `at least 9 min left` where a step is unknown, or nothing where all are."
     seconds = [e.seconds for e in expected]
@@ -407,7 +407,7 @@ def time_left(expected: Iterable[Estimate], spent: float = 0) -> str:
         return ""
     return f"{'' if len(known) == len(seconds) else 'at least '}{in_words(max(0, sum(known) - spent))} left"
 
-
+# %% ../../nbs/runs/06_plan.ipynb #pla00034
 def closing_line(steps: Sequence[Step], folder: Path, seconds: float, expected: dict[Path, Estimate]) -> str:
     "What is said when the phase in `folder` has ended after `seconds`."
     here = next((s for s in steps if s.folder == folder), None)

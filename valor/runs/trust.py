@@ -26,7 +26,7 @@ from .makers import open_expert, policy_of
 from .phases import ensure, load_data, maker, phase_folder, write_json
 from .processes import RunError
 
-# %% ../../nbs/runs/04_trust.ipynb #tru00006
+# %% ../../nbs/runs/04_trust.ipynb #1d63b47d
 def truth_columns(benchmark: str) -> tuple[str, str, str]:
     """The columns of `FINDING_COLUMNS` that F1 against the truth is made of: findings with their places
     where these are planted, else observations. Raises RunError where nothing is known to be true."""
@@ -38,7 +38,7 @@ def truth_columns(benchmark: str) -> tuple[str, str, str]:
     located = ("located_tp", "located_fp", "located_fn")
     return located if truth == "findings" else ("finding_tp", "hallucinated", "missed")
 
-
+# %% ../../nbs/runs/04_trust.ipynb #tru00006
 def judged(
     reports: Mapping[int, Sequence[str]], dataset: Dataset, benchmark: str, judges: Mapping[str, Judge]
 ) -> pd.DataFrame:
@@ -65,7 +65,7 @@ def within_group(frame: pd.DataFrame, judge: str) -> float:
             found.append(np.corrcoef(score, truth)[0, 1])
     return float(np.mean(found)) if found else float("nan")
 
-# %% ../../nbs/runs/04_trust.ipynb #tru00013
+# %% ../../nbs/runs/04_trust.ipynb #c19e6851
 def best_of(frame: pd.DataFrame, judge: str) -> pd.DataFrame:
     "The candidate of each study that `judge` scores highest, the first of equals; one row a study."
     sampled = frame[frame.candidate >= 0]
@@ -78,7 +78,7 @@ def worth(frame: pd.DataFrame, benchmark: str) -> dict[str, float]:
     per_report = {name: frame[name].mean() for name in ("hallucinated", "missed")}
     return dict(f1=float(ev.f1(tp, fp, fn)), **per_report)
 
-
+# %% ../../nbs/runs/04_trust.ipynb #tru00013
 def trust_table(frame: pd.DataFrame, benchmark: str, judges: Sequence[str]) -> pd.DataFrame:
     """A row for the greedy report, for all candidates, and for the best candidate by each of `judges` and
     by the truth: f1, hallucinated, missed, and the judge's correlation with the truth."""
@@ -142,7 +142,7 @@ def trust_note(cfg: Config) -> str:
         f"{table.hallucinated['greedy']:.2f}), correlation within a group {best.correlation:.2f}"
     )
 
-# %% ../../nbs/runs/04_trust.ipynb #tru00017
+# %% ../../nbs/runs/04_trust.ipynb #6a3e0dd6
 def compare_experts(
     cfgs: Sequence[Config], experts: Sequence[str] = ("embedded", "embedded-labels")
 ) -> pd.DataFrame:
@@ -158,7 +158,7 @@ def compare_experts(
             rows.append(dict(expert=expert, seed=cfg.seed, accepted=is_accepted(table)) | best | greedy)
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/runs/04_trust.ipynb #tru00017
 def better_expert(compared: pd.DataFrame) -> str:
     "The expert of `compare_experts` whose choice has the highest f1, averaged over seeds."
     return str(compared.groupby("expert", sort=False).f1.mean().idxmax())

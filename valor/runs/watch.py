@@ -42,12 +42,12 @@ from ..vocabulary import OBSERVATIONS
 class WatchError(ValueError):
     "There is nothing to watch; the message says where it was looked for."
 
-# %% ../../nbs/runs/07_watch.ipynb #wat00006
+# %% ../../nbs/runs/07_watch.ipynb #20fdb21f
 def _newest_first(jobs: Path) -> list[Path]:
     "The job files in the folder `jobs`."
     return sorted(jobs.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
 
-
+# %% ../../nbs/runs/07_watch.ipynb #wat00006
 def find_job(place: Path | str | None) -> Path:
     """The file of the job to watch: `place` is a runs folder (the newest job in it), a job's file or name, or
     a phase's folder (the newest job that has it). None: the runs folder."""

@@ -322,7 +322,7 @@ def _put(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
     setattr(owner, name, value)
     undo.callback(lambda: setattr(owner, name, own) if own is not None else delattr(owner, name))
 
-# %% ../../nbs/train/00c_kernels.ipynb #ke25
+# %% ../../nbs/train/00c_kernels.ipynb #6a9de0d7
 def _norm(module: torch.nn.Module) -> Callable | None:
     "A fused forward of an RMSNorm, None where `module` is no such norm."
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
@@ -336,7 +336,7 @@ def _norm(module: torch.nn.Module) -> Callable | None:
             return lambda hidden_states: rms_norm(hidden_states, weight, eps, one_plus, module.tail)
     return None
 
-
+# %% ../../nbs/train/00c_kernels.ipynb #ke25
 def _mlp(module: torch.nn.Module) -> Callable | None:
     "A fused forward of a gated MLP, None where `module` is no such MLP."
     parts = ("gate_proj", "up_proj", "down_proj", "act_fn")
@@ -382,13 +382,13 @@ def _one_token(theirs: Callable) -> Callable:
 
     return turn
 
-# %% ../../nbs/train/00c_kernels.ipynb #15334be5
+# %% ../../nbs/train/00c_kernels.ipynb #ec2213ee
 def _joints(policy: PreTrainedModel) -> list[Joint]:
     "The joined products of `policy`, each once."
     found = {id(j): j for j in map(joint_of, policy.modules()) if j is not None}
     return list(found.values())
 
-
+# %% ../../nbs/train/00c_kernels.ipynb #15334be5
 def _fuse(undo: ExitStack, policy: PreTrainedModel, room: Any) -> None:
     "Put the kernels in place of what they replace in `policy`, until `undo` ends."
     for module in policy.base_model.language_model.modules():

@@ -53,7 +53,7 @@ def qwen25_vl_7b() -> Qwen2_5_VLConfig:
         tie_word_embeddings=False,
     )
 
-# %% ../../nbs/train/02_memory.ipynb #me200003
+# %% ../../nbs/train/02_memory.ipynb #b2a5bc80
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a policy: L layers of width W with inner width I, kv = width of keys (and of values), and
@@ -68,7 +68,7 @@ class Shape:
     parameters: int
     linear: int
 
-
+# %% ../../nbs/train/02_memory.ipynb #me200003
 def shape_of(config: PreTrainedConfig) -> Shape:
     """`Shape` of a transformers configuration; parameters are counted on the model itself, built on the
     meta device."""
@@ -108,14 +108,14 @@ def room_bytes(s: Shape, prompts: int, group: int, prompt: int, new: int) -> int
     prompt once and of each candidate's `new` tokens."""
     return kv_bytes(s, prompts * prompt + prompts * group * new)
 
-# %% ../../nbs/train/02_memory.ipynb #0a0dedb3
+# %% ../../nbs/train/02_memory.ipynb #8e9bc144
 def layer_bytes(s: Shape, r: int, tokens: int) -> int:
     """Bytes that autograd keeps of one layer for the backward pass of `tokens` tokens, attention apart
     (bfloat16 autocast, float32 LoRA of rank `r`)."""
     per_token = 2 * (8 * s.width + 4 * s.inner + 2 * s.kv + 7 * r) + 4 * (2 * s.width + s.heads + 2)
     return tokens * per_token + 2 * adapter_parameters(s, r) // s.layers
 
-
+# %% ../../nbs/train/02_memory.ipynb #2db1eb73
 def packed_attention_bytes(s: Shape, prompts: int, group: int, prompt: int, new: int) -> int:
     """Bytes that attention in packed rows keeps beyond that (`valor.train.packed`): for each candidate
     the keys and values of its prompt and its own, a mask, and for several prompts the candidates'
@@ -125,7 +125,7 @@ def packed_attention_bytes(s: Shape, prompts: int, group: int, prompt: int, new:
     queries = candidates * new * s.width if prompts > 1 else 0
     return 2 * (keys + mask + queries)
 
-
+# %% ../../nbs/train/02_memory.ipynb #0a0dedb3
 def activation_bytes(
     s: Shape, r: int, prompts: int, group: int, prompt: int, new: int, checkpointing: bool
 ) -> int:

@@ -167,14 +167,14 @@ def sampled_pairs(samples: list[dict], margin: float) -> list[dict]:
             pairs.append(pair(s["row"], s["samples"][best], s["samples"][worst]))
     return pairs
 
-# %% ../../nbs/train/03_preference.ipynb #10269217
+# %% ../../nbs/train/03_preference.ipynb #f854b73a
 def _is_turn(turn: Any, speaker: str) -> bool:
     "Whether `turn` is a message by `speaker` with a text in its 'value'."
     if not isinstance(turn, dict) or turn.get("from") != speaker:
         return False
     return isinstance(turn.get("value"), str) and bool(turn["value"].strip())
 
-
+# %% ../../nbs/train/03_preference.ipynb #10269217
 def _turns(row: dict, field: str) -> tuple[str, str]:
     """Question and answer of the conversation `field` of `row`.
 
@@ -188,7 +188,7 @@ def _turns(row: dict, field: str) -> tuple[str, str]:
         )
     return turns[0]["value"].replace("<image>", "").strip(), turns[1]["value"].strip()
 
-# %% ../../nbs/train/03_preference.ipynb #3d4db5a1
+# %% ../../nbs/train/03_preference.ipynb #09378452
 def _score_of(row: dict) -> float:
     "The clinical relevance that `row` states. Raises ValueError unless it is a number in [0, 1]."
     score = row.get("weighted_score")
@@ -196,7 +196,7 @@ def _score_of(row: dict) -> float:
         raise ValueError(f"weighted_score is {score!r}, not a number in [0, 1]")
     return score
 
-
+# %% ../../nbs/train/03_preference.ipynb #3d4db5a1
 def _place_of(row: dict, rows_of: dict[str, int], folder: Path) -> tuple[int, str]:
     """Where the image of `row` is: (row number of the training study, ""), or (−1, path of the image file).
     Raises ValueError if it is in neither place."""
@@ -365,7 +365,7 @@ def _images_of(p: dict, data: Dataset, noise: str) -> tuple[list[Image.Image], l
     seeds = [zlib.crc32(f"{p['row']} {i}".encode()) for i in range(len(images))]
     return images, [add_noise(im, covered, seed=seed) for im, seed in zip(images, seeds)]
 
-# %% ../../nbs/train/03_preference.ipynb #03e46ba6
+# %% ../../nbs/train/03_preference.ipynb #375658f1
 def _message(role: str, text: str) -> list[dict]:
     return [dict(role=role, content=text)]
 
@@ -374,7 +374,7 @@ def _asked(question: str, images: list[Image.Image]) -> list[dict]:
     "The user's turn: in parts if a text stands before the images."
     return as_prompt(question, len(images) if IMAGE_MARK in question else None)
 
-
+# %% ../../nbs/train/03_preference.ipynb #03e46ba6
 def pair_dataset(pairs: list[dict], data: Dataset, noise: str = "none") -> Dataset:
     """`pairs` as a dataset with `prompt`, `chosen`, `rejected` (messages), `images`, `rejected_images`
     and `weight`; `noise`: as `mmedpo_noise`."""
@@ -409,11 +409,11 @@ class PairCollator(DataCollatorForVisionPreference):
         batch["weight"] = torch.tensor(weights)
         return batch
 
-# %% ../../nbs/train/03_preference.ipynb #6970247a
+# %% ../../nbs/train/03_preference.ipynb #34ff1b73
 class PairTrainer(ProjectorRate, DPOTrainer):
     "TRL's DPO trainer; the projector may have a learning rate of its own."
 
-
+# %% ../../nbs/train/03_preference.ipynb #6970247a
 class MMedPOTrainer(PairTrainer):
     """TRL's DPO trainer with a weight for every pair (`weighted_dpo_loss`).
 

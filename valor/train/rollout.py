@@ -53,12 +53,12 @@ def restore(layers: dict, kept: dict[str, torch.Tensor]) -> None:
         layer.merged_adapters.clear()
         adapted_weight(layer).data.copy_(kept[name])
 
-# %% ../../nbs/train/01_rollout.ipynb #9702b329
+# %% ../../nbs/train/01_rollout.ipynb #861686e7
 def _put(model: PeftModel, layers: dict[str, torch.nn.Module]) -> None:
     for name, layer in layers.items():
         model.set_submodule(name, layer)
 
-
+# %% ../../nbs/train/01_rollout.ipynb #9702b329
 @contextmanager
 def _added(model: PeftModel, kept: dict[str, torch.Tensor]) -> Iterator[PreTrainedModel]:
     "The plain model inside `model`, whose float32 weights have the adapter added while the block runs."
@@ -469,7 +469,7 @@ class DrawnByTRL(PackedWatch):
             # TRL takes the adapter off again, which leaves rounding behind at every step
             restore(layers, self._kept)
 
-# %% ../../nbs/train/01_rollout.ipynb #e7a7023b
+# %% ../../nbs/train/01_rollout.ipynb #e53e353c
 def _check_room(read: Any, policy: PreTrainedModel) -> None:
     """Raises NotImplementedError unless what `policy` keeps of its tokens has room for candidates
     (`room_for`)."""
@@ -479,7 +479,7 @@ def _check_room(read: Any, policy: PreTrainedModel) -> None:
             f"tokens; expected rollout='transformers' with it"
         )
 
-
+# %% ../../nbs/train/01_rollout.ipynb #e7a7023b
 def _unwrapped(trainer: GRPOTrainer) -> AbstractContextManager:
     """The model of `trainer` as it generates: without the wrappers of several processes, without
     checkpointing."""

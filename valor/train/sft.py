@@ -153,12 +153,12 @@ def live_log(folder: Path | str) -> list[dict]:
                 rows[row["step"]] = rows.get(row["step"], {}) | row
     return [rows[step] for step in sorted(rows)]
 
-# %% ../../nbs/train/04_sft.ipynb #9b0f4011
+# %% ../../nbs/train/04_sft.ipynb #c18014b8
 def _bytes(weights: Iterable[torch.Tensor]) -> int:
     "Bytes that the tensors `weights` take."
     return sum(p.numel() * p.element_size() for p in weights)
 
-
+# %% ../../nbs/train/04_sft.ipynb #9b0f4011
 def disk_line(trainer: Trainer, desc: str, copies: int = 1) -> str:
     """How much disk space training by `trainer` takes, in words; empty below 1 GB.
 
@@ -177,7 +177,7 @@ def disk_line(trainer: Trainer, desc: str, copies: int = 1) -> str:
         f"{result / 1e6:,.0f} MB each time it is kept; {free / 1e9:.1f} GB are free"
     )
 
-# %% ../../nbs/train/04_sft.ipynb #9b0f4013
+# %% ../../nbs/train/04_sft.ipynb #15042c2a
 class TrainingError(RuntimeError):
     "Training ended before its last update; the message says how many updates were made."
 
@@ -192,7 +192,7 @@ def _check_processes(trainer: Trainer, desc: str) -> None:
             "ACCELERATE_USE_CPU=true"
         )
 
-
+# %% ../../nbs/train/04_sft.ipynb #9b0f4013
 def _check_all_made(trainer: Trainer, desc: str) -> None:
     "Raise `TrainingError` unless `trainer` made its last update."
     made, wanted = trainer.state.global_step, trainer.state.max_steps
@@ -283,8 +283,8 @@ def keep_sft(
     if first:
         save_policy(trainer.model, processor, out, state_dict=state)
 
-# %% ../../nbs/train/04_sft.ipynb #9b0f4023
-def _checked(data: Dataset, model: torch.nn.Module, processor) -> Dataset:
+# %% ../../nbs/train/04_sft.ipynb #f27d3b26
+def _checked(data: Dataset, model: torch.nn.Module, processor: ProcessorMixin) -> Dataset:
     """`data` with the model's own ending after each completion. Raises ValueError if one has an image token,
     or a thought that is never closed."""
     texts = [completion[-1]["content"] for completion in data.with_format(None)["completion"]]
@@ -298,7 +298,7 @@ def _checked(data: Dataset, model: torch.nn.Module, processor) -> Dataset:
     stop = ending(model, processor)
     return replace_completions(data, [text + stop for text in texts]) if stop else data
 
-
+# %% ../../nbs/train/04_sft.ipynb #9b0f4023
 def _side_of(data: Dataset) -> int | None:
     "The side, in pixels, of the square films in `data` (see `conversations`); None if they are not square."
     row = data[0]
