@@ -739,13 +739,17 @@ ON_BENCHMARK = {
 }
 
 
-# what the preset `laptop` changes on real films
+# what the preset `laptop` changes on real films; SFT's epochs, `lr` and `beta` were chosen on validation
+# studies of seed 0 by label macro F1, which one normal report for all cannot win (tests/tune_stages.py)
 ON_FILMS = dict(
     image_size=128,
     tower="films",
     expert="embedded-labels",
     warmup_epochs=30,
     expert_steps=1900,
+    sft_epochs=16,
+    lr=3e-4,
+    beta=0.1,
     **LONG,
 )
 
