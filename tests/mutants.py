@@ -287,6 +287,20 @@ MUTANTS = [
         test="test_effect.py::test_stage_2_is_rewarded_by_what_the_configuration_names",
     ),
     Mutant(
+        name="the visual reward sees the main image alone",
+        module="expert/controls",
+        before="[study_images(row) for row in rows]",
+        after="[study_images(row)[:1] for row in rows]",
+        test="test_two_images.py::test_the_visual_reward_is_the_mean_over_both_images",
+    ),
+    Mutant(
+        name="evaluate-on: the form of a thinking policy is not judged",
+        module="runs/transfer",
+        before="judge_form(frame, written, changed.reasoning).to_csv",
+        after="frame.to_csv",
+        test="test_thoughts.py::test_evaluate_on_judges_the_form_that_was_asked_for",
+    ),
+    Mutant(
         name="data, base and expert do not follow the seed",
         module="config",
         before="return cfg.seed + (101 if",
