@@ -103,6 +103,7 @@ VERDICTS = {"correct": "right", "wrong": "wrong", "mislocated": "mislocated"}
 
 
 def _named(finding: Finding) -> tuple[str, str]:
+    "`(name, description)` of a finding."
     return finding.what, ev.describe(finding)
 
 
@@ -312,6 +313,7 @@ def _check_studies(spec: str, system: System, test: Dataset) -> None:
 
 
 def _words(text: str) -> list[str]:
+    "The words of a report, in lower case."
     return report_body(text).lower().split()
 
 # %% ../../nbs/results/03_gallery.ipynb #b1d58444
@@ -586,6 +588,7 @@ def _check_choice(systems: Sequence[System], attention: Mapping | Sequence, n: i
 
 # %% ../../nbs/results/03_gallery.ipynb #595106fd
 def _pair(text: str) -> tuple[str, str]:
+    "`(name, folder)` of an argument NAME=FOLDER."
     name, equals, folder = text.partition("=")
     if not equals:
         raise ValueError(f"--attention {text}: expected NAME=FOLDER")

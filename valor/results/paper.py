@@ -220,6 +220,7 @@ def beside(
 
 # %% ../../nbs/results/01_paper.ipynb #pap00006
 def _check_named(parameter: str, given: Iterable, known: Mapping) -> None:
+    "Raise ValueError unless each of `given`, a name of the paper, has an entry in `known`."
     if strange := [x for x in given if x not in known]:
         unnamed = ", ".join(map(repr, strange))
         raise ValueError(

@@ -42,6 +42,7 @@ EMBEDDED = "model='rules', the embedded stand-in"
 
 
 def _with_special_tokens(self, ids: list[int]) -> list[int]:
+    "`ids` between the tokens that begin and end a text."
     return [self.cls_token_id, *ids, self.sep_token_id]
 
 

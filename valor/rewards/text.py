@@ -441,6 +441,7 @@ class Store:
                 )
 
     def _digest(self, text: str) -> str:
+        "SHA-256 of `text`, under which it is kept."
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 # %% ../../nbs/rewards/00_text.ipynb #0554266b

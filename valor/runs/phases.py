@@ -54,6 +54,7 @@ class Phase(NamedTuple):
 
 
 def _fields(names: str) -> tuple[str, ...]:
+    "The words of `names`."
     return tuple(names.split())
 
 
@@ -239,6 +240,7 @@ def held_by(name: str, value: Any) -> dict[str, str]:
 
 
 def _noted() -> dict[str, str]:
+    "{path: what it held when a phase began with it}, as noted in the runs folder."
     noted = runs_dir() / "contents.json"
     return json.loads(noted.read_text()) if noted.exists() else {}
 

@@ -77,6 +77,7 @@ def steps_for(wanted: Iterable[tuple[str, Config, str]]) -> list[Step]:
 # %% ../../nbs/runs/06_plan.ipynb #57371995
 @lru_cache
 def _in_openi() -> Counter:
+    "{split: number of studies} of Open-I."
     return Counter(study["split"] for study in clean_openi(read_openi())[0])
 
 # %% ../../nbs/runs/06_plan.ipynb #pla00010

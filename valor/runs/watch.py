@@ -212,6 +212,7 @@ class View:
 
     @property
     def over(self) -> bool:
+        "Whether all steps are finished."
         return all(state == "finished" for _, state in self.steps)
 
 # %% ../../nbs/runs/07_watch.ipynb #wat00022

@@ -122,6 +122,7 @@ class Similarity:
         self.similarity = similarity
 
     def score(self, candidates: list[str], references: list[str], rows: list[dict]) -> list[float]:
+        "The similarity of each candidate to the images of its row; references are not used."
         return self.similarity(candidates, rows)
 
 # %% ../../nbs/train/00_grpo.ipynb #1d52cbbf
@@ -160,6 +161,7 @@ class Rewards:
 
     @property
     def names(self) -> list[str]:
+        "The rewards' columns: scorers, then the similarity, then what is watched."
         return [*self.scorers, *self.extra]
 
     def functions(self) -> list[Callable]:
@@ -284,6 +286,7 @@ def _packed(rows: list[dict]) -> bytes:
 
 
 def _missing_line(path: Path, update: int) -> str:
+    "What is told where candidates of before `update` are missing in the file `path`."
     return f"{path}: candidates of before update {update} are missing here; those that follow are kept"
 
 # %% ../../nbs/train/00_grpo.ipynb #c0mp1e71
@@ -358,6 +361,7 @@ class TimedRollout(SharedRollout):
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
+        "Add the seconds that the block takes to the part `name` of the step."
         start = time.perf_counter()
         yield
         self._times[name] = self._times.get(name, 0) + time.perf_counter() - start

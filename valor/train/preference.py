@@ -367,6 +367,7 @@ def _images_of(p: dict, data: Dataset, noise: str) -> tuple[list[Image.Image], l
 
 # %% ../../nbs/train/03_preference.ipynb #375658f1
 def _message(role: str, text: str) -> list[dict]:
+    "A conversation of one message."
     return [dict(role=role, content=text)]
 
 

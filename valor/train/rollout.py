@@ -55,6 +55,7 @@ def restore(layers: dict, kept: dict[str, torch.Tensor]) -> None:
 
 # %% ../../nbs/train/01_rollout.ipynb #861686e7
 def _put(model: PeftModel, layers: dict[str, torch.nn.Module]) -> None:
+    "Set the submodules `layers` {name: layer} of `model`."
     for name, layer in layers.items():
         model.set_submodule(name, layer)
 
@@ -175,6 +176,7 @@ class PolicyTrainer(GRPOTrainer):
             self.generation_config.suppress_tokens = self.model.generation_config.suppress_tokens
 
     def _say(self, line: str) -> None:
+        "Print `line` on the first process, above the progress bar."
         if self.is_world_process_zero():
             tqdm.write(line)
 
