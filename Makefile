@@ -16,7 +16,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # set-up leaves compiling to the first import; where nothing may be kept (containers often say so) every process would compile torch again
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo smoke test lab site setup scorers figures
+.PHONY: demo smoke test lab site setup scorers flamingo figures
 # shorter stages than the preset's, so that it ends within a quarter of an hour
 DEMO ?= --set stage1_steps=40 --set stage2_steps=60
 demo: setup
@@ -61,4 +61,11 @@ scorers: .scorers/.installed .scorers/radeval/.installed
 .scorers/radeval/.installed: scorers/radeval.txt scorers/radeval-constraints.txt
 	test -x .scorers/radeval/bin/pip || $(PYTHON) -m venv .scorers/radeval
 	.scorers/radeval/bin/pip install -q --disable-pip-version-check -c scorers/radeval-constraints.txt -r scorers/radeval.txt
+	touch $@
+
+# Med-Flamingo needs the open-flamingo, torch and transformers of its time: an environment of its own
+flamingo: .flamingo/.installed
+.flamingo/.installed: scorers/flamingo.txt scorers/flamingo-constraints.txt
+	test -x .flamingo/bin/pip || $(PYTHON) -m venv .flamingo
+	.flamingo/bin/pip install -q --disable-pip-version-check -c scorers/flamingo-constraints.txt -r scorers/flamingo.txt
 	touch $@

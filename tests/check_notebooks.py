@@ -87,7 +87,8 @@ def main(fix=False):
         before = {name: files(ROOT / name, pattern) for name, pattern in PARTS}
         if not fix:
             left_out = {
-                str(ROOT / name) for name in (".venv", ".scorers", "runs", ".git", "figures", "_proc")
+                str(ROOT / name)
+                for name in (".venv", ".scorers", ".flamingo", "runs", ".git", "figures", "_proc")
             }
             shutil.copytree(
                 ROOT,

@@ -1,8 +1,14 @@
-"""The rows of Table 2 that run by somebody else's code, on made-up weights in the true format: MAIRA-2."""
+"""The rows of Table 2 that run by somebody else's code, on made-up weights in the true format.
 
+MAIRA-2 by the code beside its weights; Med-Flamingo by open-flamingo in the Python of `make flamingo`."""
+
+import base64
 import inspect
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import maira2_weights
 import pytest
@@ -11,7 +17,23 @@ from datasets import Dataset
 from PIL import ImageOps
 
 from valor.data.phantom import make_phantom
-from valor.results.zeroshot import ROWS, Shown, load_row, maira2_report, plain_findings, run_row
+from valor.results.flamingo import (
+    FlamingoWeights,
+    MedFlamingo,
+    flamingo_prompt,
+    flamingo_python,
+    flamingo_report,
+)
+from valor.results.flamingo_worker import answer_in
+from valor.results.zeroshot import (
+    ROWS,
+    Shown,
+    load_row,
+    maira2_report,
+    plain_findings,
+    run_flamingo,
+    run_row,
+)
 
 NAME = "MAIRA-2"
 # of the release's processing_maira2.py: what must be given, and what may be
@@ -154,3 +176,136 @@ def test_code_for_an_older_transformers_is_one_line(weights, studies, tmp_path):
     given = dict(weights={NAME: str(old)}, trust_remote_code=[NAME])
     note = run_row(NAME, studies, tmp_path / "answers", "phantom", **given).note
     assert "its code does not fit transformers" in note and "4.46 to 4.51" in note and "\n" not in note
+
+
+FLAMINGO = "Med-Flamingo"
+try:
+    PYTHON, why = flamingo_python(), ""
+except ValueError as e:
+    PYTHON, why = None, str(e)
+real = pytest.mark.skipif(PYTHON is None, reason=why)
+SCRIPT = Path(__file__).with_name("flamingo_weights.py")
+TOKENS = 24  # as in SCRIPT
+
+
+def outside(*arguments, **options):
+    "The last line that the weights' script prints in the other Python, as JSON."
+    done = subprocess.run(
+        [PYTHON, "-I", str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, **options
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def given_in(folder, **changes):
+    files = dict(llama="llama-7b-hf", checkpoint="model.pt", clip="ViT-L-14.pt")
+    return {key: str(folder / name) for key, name in files.items()} | changes
+
+
+@pytest.fixture(scope="module")
+def flamingo_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flamingo")
+    keys = outside("make", folder)
+    assert {"perceiver.latents", "lang_encoder.model.embed_tokens.weight"} < set(keys)
+    assert "lang_encoder.gated_cross_attn_layers.3.attn.to_q.weight" in keys
+    assert not any("vision_encoder" in key or "lm_head" in key for key in keys)
+    return folder
+
+
+@real
+def test_med_flamingo_writes_what_the_package_called_as_in_its_demo_writes(
+    flamingo_folder, studies, tmp_path, monkeypatch
+):
+    row, shots, asked = ROWS[FLAMINGO], tmp_path / "shots.jsonl", []
+    shots.write_text(json.dumps(dict(image="0.png", report="the lungs are clear .")))
+    for i, study in enumerate(studies):
+        views = [tmp_path / f"{i}.png", tmp_path / f"{i}_lateral.png"]
+        study["image"].save(views[0])
+        study["second_image"].save(views[1])
+        led = flamingo_prompt(row.prompt, 2, [(1, "the lungs are clear .")])
+        asked += [(flamingo_prompt(row.prompt, 2), views), (led, [tmp_path / "0.png", *views])]
+    request = json.dumps([[prompt, [str(path) for path in paths]] for prompt, paths in asked])
+    direct = outside("direct", flamingo_folder, input=request)
+
+    given, path = given_in(flamingo_folder), tmp_path / "answers.jsonl"
+    frame = run_flamingo(row, FLAMINGO, given, studies, path, TOKENS)
+    with MedFlamingo(FlamingoWeights(**given, shots=str(shots)), TOKENS) as flamingo:
+        views = [
+            [base64.b64encode(path.read_bytes()).decode() for path in paths[1:]] for _, paths in asked[1::2]
+        ]
+        led = [flamingo_report(flamingo, images, row.prompt)[0] for images in views]
+        assert flamingo.versions["open-flamingo"] == "0.0.2"
+        with pytest.raises(RuntimeError, match="5 <image> in the prompt for 3 images"):
+            flamingo_report(flamingo, views[0], "<image>?")
+    for reports, texts in ((list(frame.candidate), direct[::2]), (led, direct[1::2])):
+        assert reports == [answer_in(text)[0] for text in texts]
+        assert all(reports)
+
+    monkeypatch.setattr(MedFlamingo, "start", lambda self: pytest.fail("loaded again"))
+    again = run_flamingo(row, FLAMINGO, given, studies, path, TOKENS)
+    assert list(again.candidate) == list(frame.candidate)
+
+
+@real
+def test_weights_that_do_not_fit_are_one_line(flamingo_folder, studies, tmp_path):
+    state = torch.load(flamingo_folder / "model.pt", weights_only=True)
+    gate = {key: value for key, value in state.items() if "7." not in key or "attn_gate" not in key}
+    embeddings = "lang_encoder.model.embed_tokens.weight"
+    odd = {
+        "gate": (gate, "1 of 92 trained weights are not in it, such as lang_encoder.model.layers.7.gated"),
+        "other": (
+            state | {embeddings: torch.zeros(32003, 8)},
+            f"{embeddings} has the shape (32003, 8), the model",
+        ),
+        "more": (state | {"lora": torch.zeros(1)}, "1 weights have no place in the model, such as lora"),
+        "code": (dict(run=Path), "no file of weights alone"),  # a pickle that names a function
+    }
+    for name, (weights, _) in odd.items():
+        torch.save(weights, tmp_path / name)
+    files = [
+        flamingo_folder / "model.pt",
+        flamingo_folder / "ViT-L-14.pt",
+        *(tmp_path / name for name in odd),
+    ]
+    loaded, *said = outside("refuse", flamingo_folder, *files)
+    assert loaded == "loaded"
+    for line, path, says in zip(
+        said, files[1:], ["no file of weights alone", *(says for _, says in odd.values())]
+    ):
+        assert line.startswith(f"checkpoint='{path}': {says}") and "\n" not in line
+
+    given = given_in(flamingo_folder, checkpoint=str(tmp_path / "gate"))
+    note = run_row(FLAMINGO, studies, tmp_path / "answers", "phantom", weights={FLAMINGO: given}).note
+    assert note.startswith("Med-Flamingo could not be loaded: ") and odd["gate"][1] in note
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        ("/models/med-flamingo", "expected {llama: FOLDER, checkpoint: model.pt"),
+        (dict(llama="/no/llama", checkpoint="/no/model.pt"), "llama='/no/llama': there is no such folder"),
+        (dict(llama="a/b", checkpoint="/no/model.pt", lora="x"), "unknown are lora"),
+    ],
+)
+def test_what_is_not_given_is_named(studies, tmp_path, given, says):
+    note = run_row(FLAMINGO, studies, tmp_path, "phantom", weights={FLAMINGO: given}).note
+    assert says in note and "\n" not in note
+
+
+def test_no_environment_and_no_weights_are_named(studies, tmp_path, monkeypatch):
+    monkeypatch.setenv("VALOR_FLAMINGO", sys.executable)
+    with pytest.raises(ValueError, match="`make flamingo`"):
+        MedFlamingo(FlamingoWeights("llama", "model.pt"))
+    assert run_row(FLAMINGO, studies, tmp_path, "phantom").note == "its weights are not given"
+
+
+@pytest.mark.parametrize(
+    "says", ['{"ready": false, "error": "no\\nmemory"}', '{"ready": true}\nout of it', None]
+)
+def test_a_child_that_fails_is_one_line_and_is_left(tmp_path, monkeypatch, says):
+    monkeypatch.setattr("valor.results.flamingo.flamingo_python", lambda python: sys.executable)
+    flamingo = MedFlamingo(FlamingoWeights(str(tmp_path), str(tmp_path / "m"), timeout=60))
+    flamingo.command = [sys.executable, "-c", f"print({says!r})" if says else "raise SystemExit(3)"]
+    with pytest.raises(RuntimeError), flamingo:
+        flamingo_report(flamingo, ["…"], "What is seen?")
+    assert flamingo.child is None

@@ -10,8 +10,8 @@ __all__ = ['ZERO_SHOT', 'STATUSES', 'FINISHES', 'REFUSAL', 'LONGEST', 'LONGEST_A
            'is_fatal', 'is_transient', 'once', 'refused_parameter', 'fatal_line', 'error_line', 'fate_unknown',
            'without_key', 'within', 'answer_of', 'question', 'kept_answers', 'Questioning', 'collect', 'ask', 'written',
            'estimate', 'Row', 'load_maira2', 'load_row', 'chat_report', 'plain_findings', 'maira2_report', 'run_open',
-           'from_file', 'Result', 'Given', 'run_row', 'answered', 'how_to_run', 'score_rows', 'usable', 'table2',
-           'footnotes']
+           'run_flamingo', 'from_file', 'Result', 'Given', 'run_row', 'answered', 'how_to_run', 'score_rows', 'usable',
+           'table2', 'footnotes']
 
 # %% ../../nbs/results/04_zeroshot.ipynb #70c4569f
 import base64
@@ -59,6 +59,7 @@ from ..policy.generate import ENDINGS
 from ..policy.models import load_policy, own_generation
 from ..policy.prompt import context_text, one_or_two, question_of
 from ..policy.server import complete, fingerprint
+from .flamingo import MedFlamingo, flamingo_report, flamingo_weights, weights_key
 from .paper import TABLE2
 from .tables import compare
 from ..rewards.text import report_body
@@ -798,7 +799,7 @@ class Row:
     "A system of Table 2 and how it is run."
 
     family: str  # in the paper's table: general, medical, own
-    way: str  # endpoint, transformers or reports
+    way: str  # endpoint, transformers, flamingo (in a Python of its own) or reports
     model: str  # its name at the endpoint or on the hub
     endpoint: dict = field(default_factory=dict)  # changes to `Endpoint`
     prompt: str = ZERO_SHOT
@@ -827,10 +828,10 @@ ROWS = {
     ),
     "Med-Flamingo": Row(
         "medical",
-        "reports",
+        "flamingo",
         "med-flamingo/med-flamingo",
-        how="an OpenFlamingo model on LLaMA-7B, not in transformers: run its own repository, "
-        'write a JSON line {"id", "candidate"} for each study',
+        how="on LLaMA-7B, by the package open-flamingo in a Python of its own (`make flamingo`); "
+        "asked as its repository asks, with examples where `shots` names a file of them",
     ),
 }
 
@@ -944,6 +945,12 @@ def maira2_report(
 READERS = {"chat": chat_report, "maira-2": maira2_report}
 
 
+def _line_of(text: str, finish: str) -> dict:
+    "What is kept of an answer."
+    status = status_of(text)
+    return dict(status=status, candidate=text if status == "ok" else "", finish=finish)
+
+
 def run_open(
     row: Row,
     name: str,
@@ -960,11 +967,29 @@ def run_open(
 
     def answer(images: list) -> dict:
         asked = _asked(row.prompt, images)
-        text, finish = READERS[row.reader](model, processor, images, asked, max_new_tokens)
-        status = status_of(text)
-        return dict(status=status, candidate=text if status == "ok" else "", finish=finish)
+        return _line_of(*READERS[row.reader](model, processor, images, asked, max_new_tokens))
 
     return collect(dataset, path, Questioning(settings, answer, desc=name))
+
+# %% ../../nbs/results/04_zeroshot.ipynb #zsv00002
+def run_flamingo(
+    row: Row, name: str, given: dict, dataset: Dataset, path: Path | str, max_new_tokens: int = 512
+) -> pd.DataFrame:
+    """The reports of Med-Flamingo with the weights `given` (see `FlamingoWeights`), through the file of
+    answers `path`; resumes. Raises `ValueError` where it cannot be run."""
+    weights = flamingo_weights(given, name)
+    parameters = dict(max_new_tokens=max_new_tokens, reader=row.way)
+    settings = dict(model=f"{row.model}@{weights_key(weights)}", prompt=row.prompt, parameters=parameters)
+    with MedFlamingo(weights, max_new_tokens) as flamingo:
+
+        def answer(images: list) -> dict:
+            shown = [_png_url(image).partition(",")[2] for image in images]
+            return _line_of(*flamingo_report(flamingo, shown, _asked(row.prompt, images)))
+
+        try:
+            return collect(dataset, path, Questioning(settings, answer, desc=name))
+        except RuntimeError as error:
+            raise ValueError(one_line(error)) from error
 
 # %% ../../nbs/results/04_zeroshot.ipynb #a9157e07
 def from_file(path: Path | str, ids: list[str]) -> tuple[pd.DataFrame, str]:
@@ -1027,7 +1052,7 @@ class Given:
 
     budget: float | None = 0.0  # US dollars for each endpoint
     endpoints: dict[str, dict] = field(default_factory=dict)  # changes to `Endpoint`
-    weights: dict[str, str] = field(default_factory=dict)  # folders or hub names
+    weights: dict[str, str | dict] = field(default_factory=dict)  # folders, hub names or `FlamingoWeights`
     reports: dict[str, str] = field(default_factory=dict)  # JSONL files
     trust_remote_code: Sequence[str] = ()  # rows whose own code may run
     permitted: Sequence[str] = ()  # hosts or URLs that may receive restricted studies
@@ -1060,11 +1085,13 @@ def _run(row: Row, name: str, dataset: Dataset, path: Path, benchmark: str, give
     "The `Result` of `row` by what is given for it: reports first, then weights, then its endpoint."
     if name in given.reports:
         return Result(*from_file(given.reports[name], list(dataset["study_id"])))
-    if name in given.weights:
+    if weights := given.weights.get(name):
         with kept(path, benchmark):
-            return answered(run_open(row, name, given.weights[name], dataset, path, given.trust_remote_code))
+            if row.way == "flamingo":
+                return answered(run_flamingo(row, name, weights, dataset, path))
+            return answered(run_open(row, name, weights, dataset, path, given.trust_remote_code))
     if row.way != "endpoint":
-        return Result(None, f"its {'weights' if row.way == 'transformers' else 'reports'} are not given")
+        return Result(None, f"its {'reports' if row.way == 'reports' else 'weights'} are not given")
     endpoint = Endpoint(**{"model": row.model, **row.endpoint, **given.endpoints.get(name, {})})
     terms = dict(budget=given.budget, benchmark=benchmark, permitted=given.permitted)
     return answered(ask(endpoint, dataset, path, **terms))
@@ -1094,6 +1121,8 @@ def how_to_run(name: str, benchmark: str, told: dict = MappingProxyType({})) -> 
     elif row.way == "transformers":
         code = f", trust_remote_code: [{name}]" if row.remote_code else ""
         given = f"weights: {{{name}: {row.model}}}{code}"
+    elif row.way == "flamingo":
+        given = f"weights: {{{name}: {{llama: FOLDER, checkpoint: model.pt, clip: ViT-L-14.pt}}}}"
     else:
         given = f"reports: {{{name}: FILE.jsonl}}"
     page = ", ".join(f"{n}: {v}" for n, v in dict(benchmark=benchmark, **told).items())
