@@ -283,7 +283,7 @@ MUTANTS = [
         name="the placebo sees the study's own image",
         module="expert/controls",
         before='study_images(dataset[partner[row["study_id"]]])',
-        after='study_images(row)',
+        after="study_images(row)",
         test="test_effect.py::test_stage_2_is_rewarded_by_what_the_configuration_names",
     ),
     Mutant(

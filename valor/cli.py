@@ -228,6 +228,7 @@ def _add_serve(commands: argparse._SubParsersAction) -> None:
 
 # %% ../nbs/07i_cli.ipynb #51f15582
 def _add_gallery(commands: argparse._SubParsersAction) -> None:
+    "The command `gallery`."
     p = commands.add_parser(
         "gallery", help="the reading room: one page with every study and every system's report side by side"
     )
@@ -235,13 +236,8 @@ def _add_gallery(commands: argparse._SubParsersAction) -> None:
     p.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help=runs)
     p.add_argument("--out", required=True, help="the page to write")
     p.add_argument("--data", help="folder of a run's data phase (runs/data-…), for .jsonl files")
-    p.add_argument(
-        "--attention",
-        action="append",
-        default=[],
-        metavar="NAME=FOLDER",
-        help="a folder of {study_id}.npy maps for a system; may be repeated",
-    )
+    maps = "a folder of {study_id}.npy maps for a system; may be repeated"
+    p.add_argument("--attention", action="append", default=[], metavar="NAME=FOLDER", help=maps)
     p.add_argument("--title")
     p.add_argument("--first", type=int, metavar="N", help="the first N studies only")
     side = "images are shrunk to this (384)"
@@ -250,8 +246,9 @@ def _add_gallery(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--annotate", action="store_true", help=marking)
     p.set_defaults(run=_late("results.gallery", "run_gallery"))
 
-
+# %% ../nbs/07i_cli.ipynb #23a97422
 def _add_agreement(commands: argparse._SubParsersAction) -> None:
+    "The command `agreement`."
     p = commands.add_parser(
         "agreement", help="what readers marked on a page of `valor gallery --annotate`, and how far two agree"
     )
@@ -293,14 +290,14 @@ def _commit() -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
 
-
+# %% ../nbs/07i_cli.ipynb #55271c4c
 def version_text() -> str:
     "What `valor --version` prints."
     commit = _commit()
     libraries = ", ".join(f"{name} {version}" for name, version in versions().items())
     return f"valor {__version__}{f' (commit {commit})' if commit else ''}\n{libraries}"
 
-
+# %% ../nbs/07i_cli.ipynb #f23d0395
 class _Version(argparse.Action):
     "Prints the version when it is asked for; it takes a moment to read, so not before."
 
@@ -320,7 +317,7 @@ def near_miss(message: str, options: Iterable[str]) -> str:
         return message + did_you_mean(wrong[1], options)
     return message
 
-
+# %% ../nbs/07i_cli.ipynb #6bd13c53
 class Parser(argparse.ArgumentParser):
     "A parser whose errors name the nearest word that exists."
 
@@ -404,7 +401,7 @@ def bars_for_a_log() -> None:
     for name in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL"):
         os.environ.setdefault(name, "60")
 
-
+# %% ../nbs/07i_cli.ipynb #b95f4492
 def main(argv: list[str] | None = None) -> None:
     "Entry point of the command `valor`; `argv`: its arguments, by default those of the process."
     if not sys.stderr.isatty():

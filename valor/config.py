@@ -88,7 +88,7 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
         names = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
         raise ValueError(f"{name}={value!r} is a {type(value).__name__}; expected {names}")
 
-
+# %% ../nbs/00_config.ipynb #7b1bee48
 def check_values(settings: Any) -> None:
     "Raises ValueError unless each field of the dataclass `settings` has its type and obeys its rule."
     hints = typing.get_type_hints(type(settings))
@@ -113,7 +113,7 @@ class RunSettings:
     report_to: str = ""
     sample_every: int = 25  # updates between sample reports that trackers get beside their films
 
-
+# %% ../nbs/00_config.ipynb #f7ce6e82
 RULES["seed"] = Rule(
     lambda value: 0 <= value <= 4 * 10**8,
     "a whole number from 0 to 400000000 (stages are seeded by 10 * seed + stage, which must stay below "
@@ -161,7 +161,7 @@ class DataSettings:
     sections: str = "both"
     render_copies: int = 1  # drawings of each training study that SFT sees
 
-
+# %% ../nbs/00_config.ipynb #fd223861
 RULES["benchmark"] = Rule(
     lambda value: value in (*BENCHMARKS, *REAL_SOURCES),
     one_of(*BENCHMARKS, *REAL_SOURCES).expected,
@@ -206,7 +206,7 @@ def _check_marks(said: str, text: str, placed: bool) -> None:
     if not re.sub(f"{IMAGE_MARK}|{CONTEXT_MARK}", "", text).strip():
         raise ValueError(f"{said}: has no text; expected a question or a request")
 
-
+# %% ../nbs/00_config.ipynb #68b2ade5
 def prompt_texts(prompt: str) -> tuple[str, ...]:
     """The texts that the parameter `prompt` stands for: itself, or the lines of a file without empty ones.
 
@@ -269,7 +269,7 @@ class ModelSettings:
     # needs bitsandbytes). Those of an adapter are always float32
     policy_weights: str = "float32"
 
-
+# %% ../nbs/00_config.ipynb #f9658f68
 RULES.update(expert_seed=SEED, base_seed=SEED, warmup_epochs=at_least(0))
 RULES.update(dict.fromkeys(["expert_steps", "base_studies", "base_epochs"], at_least(1)))
 RULES.update(policy_weights=one_of("float32", "bfloat16", "nf4"), tower=one_of("patches", "films"))
@@ -305,7 +305,7 @@ class RewardSettings:
     lambda_length: float = 0.0  # ours: a penalty on reports of another length (rewards/06_guard)
     lambda_repetition: float = 0.0  # ours: a penalty on repeated words (rewards/06_guard)
 
-
+# %% ../nbs/00_config.ipynb #9eaa42cc
 RULES.update(lambda_lex=UNIT, lambda_sem=UNIT, k_clin=at_least(1))
 _WEIGHTS = ["lambda_cx", "lambda_rg", "lambda_clin", "lambda_format", "lambda_length", "lambda_repetition"]
 RULES.update(dict.fromkeys(_WEIGHTS, at_least(0)))
@@ -326,7 +326,7 @@ class ScorerSettings:
     radgraph_encoder: str | None = None
     radgraph_level: str = "partial"  # what must agree: "simple", "partial" or "complete"
 
-
+# %% ../nbs/00_config.ipynb #5753723a
 RULES.update(chexbert=MODEL, radgraph=MODEL, bertscore_layer=at_least(1))
 RULES.update(chexbert_uncertain=one_of("positive", "negative", "class"))
 RULES.update(radgraph_type=one_of("radgraph", "radgraph-xl", "modern-radgraph-xl"))
@@ -347,7 +347,7 @@ class VisualSettings:
     # that text and image count alike at lambda_vis = 0.5
     text_in_mix: str = "raw"
 
-
+# %% ../nbs/00_config.ipynb #5c734b6e
 RULES.update(lambda_vis=UNIT, text_in_mix=one_of("raw", "ranked"))
 # what `visual` may name: the expert, its controls, and text rewards (expert/02_controls)
 VISUAL = ("expert", "placebo", "random", "truth", "bleu4", "rouge_l", "bertscore", "chexbert", "radgraph")
@@ -380,7 +380,7 @@ class GrpoSettings:
     # MMedPO has 2e-5 beside 1e-7
     lr_projector: float | None = None
 
-
+# %% ../nbs/00_config.ipynb #7c83645a
 RULES.update(group_size=at_least(2), lr=POSITIVE, beta=at_least(0), epsilon=POSITIVE, temperature=POSITIVE)
 _COUNTS = "batch_size stage1_steps stage2_steps rl_epochs num_iterations max_new_tokens lora_r lora_alpha"
 RULES.update(dict.fromkeys(_COUNTS.split(), at_least(1)))
@@ -404,7 +404,7 @@ class ComputeSettings:
     vllm_server_url: str | None = None  # where `trl vllm-serve` answers, for rollout="vllm_server"
     vllm_gpu_memory_utilization: float = 0.3  # share of each GPU for rollout="vllm_colocate"
 
-
+# %% ../nbs/00_config.ipynb #b7db4902
 RULES.update(rollout=one_of("merged", "transformers", "vllm_colocate", "vllm_server"))
 RULES.update(gradient_accumulation_steps=PARTS)
 RULES.update(dict.fromkeys(["gradient_checkpointing", "overlap_rewards"], one_of("auto", "on", "off")))
@@ -427,7 +427,7 @@ class PreferenceSettings:
     # "radgraph" entities
     mmedpo_scorer: str = "chexbert"
 
-
+# %% ../nbs/00_config.ipynb #cc60dda7
 RULES["dpo_pairs"] = Rule(
     lambda value: value == "samples" or Path(value).expanduser().is_file(),
     "'samples' or a preference file that exists",
@@ -738,7 +738,7 @@ ON_BENCHMARK = {
     ),
 }
 
-
+# %% ../nbs/00_config.ipynb #a30fb155
 # what the preset `laptop` changes on real films; SFT's epochs, `lr` and `beta` were chosen on validation
 # studies of seed 0 by label macro F1, which one normal report for all cannot win (tests/tune_stages.py)
 ON_FILMS = dict(
@@ -780,8 +780,8 @@ def _check_overrides(name: str, overrides: dict) -> None:
             near = did_you_mean(key, fields)
             raise ValueError(f"unknown parameter {key}={overrides[key]!r}{near} (`valor config` lists all)")
 
-
-def preset(name: str, **overrides) -> Config:
+# %% ../nbs/00_config.ipynb #f0e72198
+def preset(name: str, **overrides: Any) -> Config:
     """Validated `Config` of the preset `name`, changed by `overrides` (`threads=None`: the preset's own).
 
     Raises `ValueError` for an unknown preset or parameter."""
@@ -799,7 +799,7 @@ class Reading(NamedTuple):
     settings: dict[str, Any]
     source: str
 
-
+# %% ../nbs/00_config.ipynb #37b03ff2
 READINGS = {
     "first version": Reading(
         dict(stage2_modules="projector"),
@@ -855,7 +855,7 @@ def sweeps(cfg: Config) -> dict[str, dict]:
     reports, G = cfg.batch_size * cfg.group_size, cfg.group_size
     sizes = {size: dict(group_size=size, batch_size=reports // size) for size in (G // 2, 2 * G)}
 
-    def family(expert):
+    def family(expert: str) -> dict:
         return {} if cfg.expert == expert else dict(expert=expert)
 
     return {
@@ -886,7 +886,7 @@ def _is_ours(folder: Path) -> bool:
         return False
     return settings.defaults().get("lib_name") == "valor"
 
-
+# %% ../nbs/00_config.ipynb #1247e8d8
 def repo_root() -> Path:
     """The folder with this project's `settings.ini`: the working directory or one above it, or else the
     folder of the installed package. Without any, the working directory."""

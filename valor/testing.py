@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -40,7 +41,7 @@ _SAID = [
 
 
 def trained_tokenizer(
-    cls: type, tokens: list[str], texts: Sequence[str] = (), **special
+    cls: type, tokens: list[str], texts: Sequence[str] = (), **special: Any
 ) -> transformers.PreTrainedTokenizerBase:
     """A tokenizer of class `cls` with at most 700 pieces, trained on `texts` and all printable ASCII.
 
@@ -162,7 +163,7 @@ def llava_parts(size: PolicySize, tokenizer: transformers.PreTrainedTokenizerBas
         pad_token_id=pad,
     )
 
-
+# %% ../nbs/00f_testing.ipynb #87b0ed88
 def llava_processor(
     size: PolicySize, tokenizer: transformers.PreTrainedTokenizerBase
 ) -> transformers.LlavaProcessor:
@@ -348,7 +349,7 @@ def _mistral_layer(size: LlavaMedSize) -> Shapes:
 def _with_bias(name: str, shape: tuple[int, ...]) -> Shapes:
     return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
 
-
+# %% ../nbs/00f_testing.ipynb #f5c30b62
 def _clip_layer(size: LlavaMedSize) -> Shapes:
     "The weights of one layer of CLIP, by the end of their keys; each has a bias too."
     width, inner = size.tower_width, size.tower_inner
@@ -356,7 +357,7 @@ def _clip_layer(size: LlavaMedSize) -> Shapes:
     mlp = {"mlp.fc1": (inner, width), "mlp.fc2": (width, inner)}
     return attention | {"layer_norm1": (width,)} | mlp | {"layer_norm2": (width,)}
 
-
+# %% ../nbs/00f_testing.ipynb #13e4399a
 def _clip_shapes(size: LlavaMedSize) -> Shapes:
     "Every tensor of CLIP, keys without prefix."
     width, places = size.tower_width, (size.image_size // size.patch) ** 2 + 1
@@ -433,7 +434,7 @@ def _random_weight(
         x *= 1.5 / math.prod(shape[1:]) ** 0.5
     return x.to(dtype)
 
-
+# %% ../nbs/00f_testing.ipynb #e39afd63
 def _files_of(shapes: Shapes, format: str, shards: int) -> dict[str, str]:
     "{key: name of the file that it lies in}, in `shards` files of about one size."
     stem, end = dict(safetensors=("model", "safetensors"), bin=("pytorch_model", "bin"))[format]
@@ -687,7 +688,7 @@ def _scores_of(reader, layer: torch.nn.Module) -> torch.Tensor:
     "What `layer` answers while `reader`, a `RadGraph`, annotates the probes: (spans or pairs, kinds)."
     seen = []
 
-    def note(module, inputs, output):
+    def note(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
         seen.append(output.detach().flatten(0, -2))
 
     hook = layer.register_forward_hook(note)
@@ -717,7 +718,7 @@ def _fresh_radgraph(place: Path, model_type: str):
 
     from valor.rewards.radgraph import load_radgraph
 
-    def keep(network, state, strict=True):
+    def keep(network: torch.nn.Module, state: dict, strict: bool = True) -> None:
         pass  # the package would load weights here
 
     with patch.object(DyGIE, "load_state_dict", keep):
@@ -784,7 +785,7 @@ def _empty_dicom(path: Path | str):
 # chance that a report is free of a kind of error, by system
 RATES = {"base": 0.2, "SFT": 0.55, "VALOR w/o visual": 0.7, "VALOR": 0.85}
 
-
+# %% ../nbs/00f_testing.ipynb #ab8fd866
 def _made_up_phase(folder: Path, name: str, cfg: Config) -> Path:
     "The folder of the phase `name`, as if it were finished."
     from valor.runs.phases import phase_config, phase_key
@@ -795,7 +796,7 @@ def _made_up_phase(folder: Path, name: str, cfg: Config) -> Path:
     (at / "done.json").write_text("{}")
     return at
 
-
+# %% ../nbs/00f_testing.ipynb #12e6d179
 def _made_up_report(truth: tuple, rate: float, rng: np.random.Generator) -> str:
     "A completion that states `truth`, each kind of error made with the chance 1 − `rate`."
     from valor.data.phantom import EDITS, compose_report, write_report

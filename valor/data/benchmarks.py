@@ -115,7 +115,7 @@ class Code:
     zone: str | None = None
     severity: str | None = None
 
-
+# %% ../../nbs/data/01_benchmarks.ipynb #502562f2
 def _side(qualifiers):
     "The side that MeSH qualifiers state, or None; left and right together are bilateral."
     stated = {q for q in qualifiers if q in ("left", "right", "bilateral")}
@@ -123,7 +123,7 @@ def _side(qualifiers):
         return "bilateral" if len(stated) > 1 else stated.pop()
     return next((MESH_SIDES[q] for q in qualifiers if q in MESH_SIDES), None)
 
-
+# %% ../../nbs/data/01_benchmarks.ipynb #58eaba53
 def parse_code(text: str) -> Code:
     """Takes a MeSH code such as `Opacity/lung/base/left/mild` apart. Where two qualifiers say the same
     kind of thing, the first counts."""
@@ -273,7 +273,7 @@ def _drawn_name(code):
         return next((v for q, v in name.items() if q == "" or q in code.qualifiers), None)
     return name
 
-
+# %% ../../nbs/data/01_benchmarks.ipynb #47e0409f
 def code_to_findings(text: str) -> tuple[Finding, ...]:
     """The findings that are drawn for one MeSH code: none, one, or a left and a right one where a code
     says bilateral and `FINDINGS` knows single sides only. Attributes are kept where the renderer knows
@@ -350,7 +350,7 @@ def unusable(study: Mapping, texts: Mapping[str, str], min_words: int = 5) -> st
         return "findings too short"
     return "not indexed" if "No Indexing" in study["codes"] else None
 
-
+# %% ../../nbs/data/01_benchmarks.ipynb #da4e279b
 def clean_openi(
     studies: Iterable[Mapping], deidentified: str = "drop", min_words: int = 5
 ) -> tuple[list[dict], Counter]:
@@ -499,7 +499,7 @@ def _load_phantom(counts, seed, size, sections, render_seed, omit=0.0):
         made[split] = make_phantom(n, seed, split, size=size, sections=sections, omit=left_out)
     return DatasetDict({split: rerender(d, render_seed) if render_seed else d for split, d in made.items()})
 
-
+# %% ../../nbs/data/01_benchmarks.ipynb #fad616a9
 def _load_openi(counts, seed, size, sections, render_seed):
     studies, _ = clean_openi(read_openi())
     parts = {}
@@ -556,7 +556,7 @@ def benchmark_note(name: str, dataset: Dataset | Mapping[str, Dataset]) -> str:
     ids = {i for d in parts for i in d["study_id"]}
     return BENCHMARKS[name].note(ids)
 
-
+# %% ../../nbs/data/01_benchmarks.ipynb #a1505a61
 def _note_phantom(ids):
     return f"phantom: {len(ids):,} made-up studies, images and reports from planted truth"
 

@@ -44,7 +44,7 @@ def _byte_order(ds: Any) -> str:
         return uid.ImplicitVRLittleEndian
     return uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
 
-
+# %% ../../nbs/data/03_images.ipynb #06649c4b
 def open_dicom(file: Path | str | BinaryIO, **options: Any) -> Any:
     """`pydicom.dcmread` of a path or binary file, also of one without the preamble and its `DICM`, or
     without a file head (its encoding is then what pydicom finds). `options` go to `dcmread`."""
@@ -69,7 +69,7 @@ def _padding(pixels: np.ndarray, ds: Any) -> np.ndarray:
     where = (pixels >= min(ends)) & (pixels <= max(ends))
     return where & (not where.all())
 
-
+# %% ../../nbs/data/03_images.ipynb #2aeb1f5a
 def _windowed(values: np.ndarray, ds: Any, where: np.ndarray) -> np.ndarray:
     """`values (H, W)` through the object's window or table; as they are where its window cannot be used
     (no width, or only one value is left of what is not padding, `where`)."""
@@ -95,7 +95,7 @@ def _colour(pixels: np.ndarray, ds: Any, name: str) -> np.ndarray:
     eight = (pixels[..., :3] >> max(0, bits - 8)).astype(np.uint8)
     return np.asarray(Image.fromarray(eight).convert("L"))
 
-
+# %% ../../nbs/data/03_images.ipynb #c0baf8b8
 def _grey(ds: Any, name: str) -> np.ndarray:
     "The picture of an opened DICOM object: uint8 `(H, W)`. Damage raises whatever pydicom raises."
     from pydicom.pixels import apply_modality_lut
@@ -232,14 +232,14 @@ def _may_be_flat(data: bytes | mmap.mmap, size: int, kind: str, name: str) -> bo
         return True
     return size < 1000 + _SMALL * width * height
 
-
+# %% ../../nbs/data/03_images.ipynb #7e60d456
 def _has_end(data: bytes | mmap.mmap, size: int, kind: str | None) -> bool:
     "Whether the end of a PNG or JPEG is where it should be; True for the other kinds."
     if kind == "png":
         return b"IEND" in data[size - 32 : size]
     return kind != "jpeg" or b"\xff\xd9" in data[max(0, size - 512) : size]
 
-
+# %% ../../nbs/data/03_images.ipynb #ae43a0be
 def _check(data: bytes | mmap.mmap, name: str, full: bool) -> None:
     "Raise `ImageError` unless `data` is a whole image of more than one value (see `check_image`)."
     size = len(data)

@@ -13,7 +13,7 @@ __all__ = ['SIDES', 'ZONES', 'SEVERITIES', 'KINDS', 'FINDINGS', 'PHANTOM_NAMES',
 import io
 import re
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from types import SimpleNamespace
@@ -116,7 +116,7 @@ def _random_finding(name, rng):
     "A finding of this name with side, zone and severity drawn evenly from what its spec allows."
     spec = FINDINGS[name]
 
-    def draw(options):
+    def draw(options: Sequence[str] | None) -> str | None:
         return _pick(rng, options) if options else None
 
     kind = _pick(rng, tuple(KINDS)) if name == "device" else None
@@ -134,7 +134,7 @@ def _cells(f):
     sides = _ONE if f.side == "bilateral" or f.name == "edema" else (f.side,)
     return {(s, z) for s in sides for z in zones}
 
-
+# %% ../../nbs/data/00_phantom.ipynb #4214bd43
 def _compatible(finding, others):
     "May `finding` stand beside `others`? Not with its own name, nor in a cell that is taken."
     hazy = {"edema", "opacity", "consolidation"}  # edema's haze would hide a faint patch
@@ -238,7 +238,7 @@ def _lung_vessels(rng):
         _grow(rng, q, y, angle, rng.uniform(0.08, 0.12), rng.uniform(0.006, 0.013), lines)
     return lines
 
-
+# %% ../../nbs/data/00_phantom.ipynb #056b557d
 @lru_cache
 def _vessels(size):
     "(trees, size, size) vessel maps in [0, 1], the midline in the middle of the image."
@@ -263,7 +263,7 @@ _CTR = {  # cardiothoracic ratio: the heart's width over the chest's, (lowest, h
 def _patient(rng):
     "The shape parameters of one healthy patient, in units of the image."
 
-    def n(scale):
+    def n(scale: float) -> float:
         return float(rng.normal(0, scale))
 
     a = SimpleNamespace(descend=0.0, hila={"left": 1.0, "right": 1.0})
@@ -371,7 +371,7 @@ def _soft(f, t, below):
     soft = np.where(q < f.w, centre + aorta, wall)
     return soft + (belly - soft) * _edge(y - f.dome, 0.02) * _edge(f.w + 0.03 - q, 0.05)
 
-
+# %% ../../nbs/data/00_phantom.ipynb #dbfec7f9
 def _lung_grey(f, t):
     "The lungs without vessels: darker than tissue, lighter at the rim and behind a breast."
     rim = np.exp(-np.clip(f.w - f.q, 0, 1) / 0.04)  # the wall is seen edge-on
@@ -400,7 +400,7 @@ def _rib_course(s, y):
     up a little, then round."""
     return (0.155 * s**2.4 - 0.04 * s) * (0.75 + 0.6 * y)
 
-
+# %% ../../nbs/data/00_phantom.ipynb #77fd42c8
 def _ribs(f):
     "Ribs as two periodic bands, back and front."
     a, y, q, w = f.a, f.y, f.q, f.w
@@ -436,7 +436,7 @@ def _vessel_pair(f):
     shift = (round(float(f.rng.normal(0, 0.012)) * f.size), round((f.a.cx - 0.5) * f.size))
     return np.roll(np.where(_grid(f.size)[0] > 0.5, bank[i], bank[j]), shift, (0, 1))
 
-
+# %% ../../nbs/data/00_phantom.ipynb #7eee4d63
 def _expose(a, size, rng):
     "Paints the healthy patient `a`: a film with the layers `base`, `haze` and `bone` and its `_geometry`."
     f = _geometry(a, size, rng)
@@ -457,7 +457,7 @@ def _gas(f, rng):
         bubble = _edge(1 - np.hypot((f.u - bx) / 0.05, (f.y - by) / 0.024), 0.3)
         f.base -= rng.uniform(0.08, 0.2) * bubble * _edge(f.y - f.dome - 0.01, 0.01)
 
-
+# %% ../../nbs/data/00_phantom.ipynb #8b92a023
 def _develop(f, rng):
     "Turns densities into an 8-bit film (size, size): gas bubble, layers, strokes, exposure, grain."
     size = f.size
@@ -483,7 +483,7 @@ _AMOUNT = {None: 0.5, "mild": 0.0, "moderate": 0.5, "severe": 1.0}
 
 
 def _painter(*names):
-    def register(paint):
+    def register(paint: Callable) -> Callable:
         _PAINT.update(dict.fromkeys(names, paint))
         return paint
 
@@ -507,7 +507,7 @@ def _spot(film, sign, zone, rng, lateral=(0.35, 0.7)):
     near, far = (film.left if sign > 0 else film.right)[i], film.wall[i]
     return sign * (near + rng.uniform(*lateral) * (far - near)), y
 
-
+# %% ../../nbs/data/00_phantom.ipynb #32a0dd21
 def _blob(film, u, y, ru, ry, rough, soft, cells=14):
     "A soft ellipse with a ragged border, clipped to the lungs."
     r = np.hypot((film.u - u) / ru, (film.y - y) / ry)
@@ -536,7 +536,7 @@ def _settle(finding, rng):
     "The finding with a side drawn at random where it needs one and has none."
     return replace(finding, side=finding.side or (_pick(rng, _ONE) if FINDINGS[finding.name].sides else None))
 
-
+# %% ../../nbs/data/00_phantom.ipynb #78763a3a
 def render(
     findings: Iterable[Finding], seed: int, size: int = 96
 ) -> tuple[np.ndarray, list[tuple[float, float, float, float]]]:
@@ -569,7 +569,7 @@ def _consolidation(film, finding, rng):
         boxes.append(_box(film, u - ru, y - ry, u + ru, y + ry))
     return _union(boxes)
 
-
+# %% ../../nbs/data/00_phantom.ipynb #659a1794
 @_painter("opacity")
 def _opacity(film, finding, rng):
     boxes = []
@@ -613,7 +613,7 @@ def _edema(film, finding, rng):
             film.lines.append((_at(film, ends), 0.005, 0.10 + 0.1 * amount))
     return _box(film, -0.8 * film.a.half, 0.27, 0.8 * film.a.half, 0.68)
 
-
+# %% ../../nbs/data/00_phantom.ipynb #0a4455fb
 @_painter("nodule")
 def _nodule(film, finding, rng):
     boxes = []
@@ -684,7 +684,7 @@ def _rib_spot(film, sign, rng):
     y = y + _rib_course(s, y + 0.03)
     return s * a.half, y, (_rib_course(s + 0.05, y) - _rib_course(s - 0.05, y)) / (0.1 * a.half)
 
-
+# %% ../../nbs/data/00_phantom.ipynb #fd62f1a1
 @_painter("healed_fracture")
 def _healed_fracture(film, finding, rng):
     boxes = []
@@ -742,7 +742,7 @@ def _line(film, sign, rng):
     film.lines += [(points, 0.012, 0.42), (points[:2], 0.022, 0.5)]  # the hub lies on the skin
     return _union([(x - 0.01, y - 0.01, x + 0.01, y + 0.01) for x, y in points])
 
-
+# %% ../../nbs/data/00_phantom.ipynb #0d22e54a
 def _pacemaker(film, sign, rng):
     u, y = sign * rng.uniform(0.24, 0.27), rng.uniform(0.235, 0.265)
     film.bone += 0.55 * _edge(1 - np.hypot(((film.u - u) / 0.05) ** 2, ((film.y - y) / 0.036) ** 2), 0.08)
@@ -770,7 +770,7 @@ def _dots(film, finding, rng):
         boxes.append(_box(film, u - 0.04, y - 0.04, u + 0.04, y + 0.04))
     return _union(boxes)
 
-
+# %% ../../nbs/data/00_phantom.ipynb #da6ec282
 @_painter("scarring")
 def _scarring(film, finding, rng):
     boxes = []
@@ -804,7 +804,7 @@ def _bulla(film, finding, rng):
     film.haze += 0.12 * _bump(r - 0.07, 0.005) * film.lung
     return _box(film, u - 0.075, y - 0.075, u + 0.075, y + 0.075)
 
-
+# %% ../../nbs/data/00_phantom.ipynb #122aaed1
 @_painter("pleural_thickening")
 def _pleural_thickening(film, finding, rng):
     boxes, a = [], film.a
@@ -857,7 +857,7 @@ def _hernia(film, finding, rng):
     film.base += 0.09 * _edge(1 - r, 0.1) - 0.20 * _edge(0.78 - r, 0.1) * _edge(y + 0.005 - film.y, 0.004)
     return _box(film, u - 0.075, y - 0.06, u + 0.075, y + 0.06)
 
-
+# %% ../../nbs/data/00_phantom.ipynb #1ce891c7
 _SHAPES = {  # where `_anatomy` has changed the patient's shape: (u0, y0, u1, y1)
     "wide_mediastinum": (-0.1, 0.2, 0.12, 0.5),
     "tortuous_aorta": (-0.1, 0.2, 0.12, 0.5),
@@ -942,7 +942,7 @@ def _place(side, zone):
         return f"on the {side}"
     return f"at the {side} {zone}" if zone == "lung base" else f"in the {side} {zone}"
 
-
+# %% ../../nbs/data/00_phantom.ipynb #919ab0d5
 def _phrase(f, rng, place=None, severity=True):
     """Noun phrase of a finding with everything that is known of it: (text, takes a plural verb). `place`:
     does the place stand behind the noun? None: in half of the cases."""
@@ -1221,7 +1221,7 @@ def _mentions(text):
             out.append((_as_finding(what, got), first, last, denied is not None and denied < m.end()))
     return out
 
-
+# %% ../../nbs/data/00_phantom.ipynb #49774fe3
 def _as_finding(what, got):
     "A finding with those of the attributes `got` that it may carry."
     name, kind = ("device", what) if what in KINDS else (what, None)
@@ -1296,7 +1296,7 @@ class Matching:
     hallucinated: list[Finding]  # stated only
     missed: list[Finding]  # true only
 
-
+# %% ../../nbs/data/00_phantom.ipynb #5d9cca7c
 def _paired(stated: Iterable[Finding], true: Iterable[Finding], by: str) -> tuple[list, list, list]:
     "(pairs with an equal attribute `by`, what is left of `stated`, what is left of `true`)"
     pairs, rest, wanted = [], [], list(true)
@@ -1394,7 +1394,7 @@ def add_one(findings: Sequence[Finding], rng: Generator) -> tuple[Finding, ...] 
             return (*findings, f)
     return None
 
-
+# %% ../../nbs/data/00_phantom.ipynb #06d9fce9
 def swap_finding(findings: Sequence[Finding], rng: Generator) -> tuple[Finding, ...] | None:
     "Replace one finding by another one that is absent; None when there is nothing to replace."
     if not findings:
@@ -1407,7 +1407,7 @@ def swap_finding(findings: Sequence[Finding], rng: Generator) -> tuple[Finding, 
             return (*rest[:i], f, *rest[i:])
     return None
 
-
+# %% ../../nbs/data/00_phantom.ipynb #74a43c3d
 EDITS = {"flipped": swap_finding, "dropped": drop_one, "added": add_one, "moved": flip_side}
 
 # %% ../../nbs/data/00_phantom.ipynb #08cb3758
@@ -1437,14 +1437,14 @@ def compose_report(findings: str, impression: str, sections: str = "both") -> st
     parts = f"findings: {findings}", f"impression: {impression}"
     return " ".join(parts if sections == "both" else parts[::-1])
 
-
+# %% ../../nbs/data/00_phantom.ipynb #0222feeb
 def sections_in(report: str) -> str:
     "The `sections` that `compose_report` made a `report` of."
     if report.startswith("impression: "):
         return "impression_first"
     return "both" if report.startswith("findings: ") else "findings"
 
-
+# %% ../../nbs/data/00_phantom.ipynb #81f220d4
 def png_bytes(image: np.ndarray) -> dict[str, bytes | None]:
     "A uint8 array (H, W) as PNG, in the form that `datasets` stores images."
     buffer = io.BytesIO()

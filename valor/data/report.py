@@ -58,7 +58,7 @@ def _split_row(data: Dataset) -> dict[str, float]:
         "reports that occur again": sum(n for n in texts.values() if n > 1),
     }
 
-
+# %% ../../nbs/data/07_report.ipynb #b0620ec9
 def by_split(studies: DatasetDict) -> pd.DataFrame:
     """A row per split: studies, patients, how many images stand for them by view, words per report
     (quartiles), and how many reports occur more than once."""
@@ -81,13 +81,13 @@ def paths(dataset: Dataset) -> list[str]:
         raw = raw.cast_column(name, XRay(decode=False))
     return [v["path"] for pair in columns(raw, "image", "second_image") for v in pair if v and v["path"]]
 
-
+# %% ../../nbs/data/07_report.ipynb #f2f00ba3
 def _known_of(data: Dataset) -> tuple[set[str], set[bytes], set[str]]:
     "The patients, hashed reports and image files of a split."
     pairs = list(columns(data, "patient_id", "report"))
     return {p for p, _ in pairs}, {_hash(report) for _, report in pairs}, set(paths(data))
 
-
+# %% ../../nbs/data/07_report.ipynb #7cb81865
 def leakage(studies: DatasetDict) -> pd.DataFrame:
     """A row per pair of splits: how many studies of the later one are leaked (`benchmarks.leaked`: report
     or patient in the earlier one), how many reports stand there word for word, of how many, and how many
@@ -143,7 +143,7 @@ def _source_rows(studies: Studies) -> dict[str, Any]:
         "images used by two studies": sum(n for n in used.values() if n > 1),
     }
 
-
+# %% ../../nbs/data/07_report.ipynb #a17aa29c
 def _set_aside(table: pd.DataFrame) -> pd.DataFrame:
     "How many studies and images were set aside for each kind of fault, most first."
     counts = table.groupby(["level", "kind"]).size().rename("number").reset_index()
@@ -154,7 +154,7 @@ def _table(values: dict[str, Any], name: str) -> pd.DataFrame:
     "One column called `name`."
     return pd.DataFrame({name: values}).rename_axis("")
 
-
+# %% ../../nbs/data/07_report.ipynb #6692987f
 def data_report(studies: Studies) -> dict[str, pd.DataFrame]:
     """{title: table} for a `Studies`: the source, what was read, what was set aside and why, splits,
     lengths, leakage, duplicates, labels. No text of any study is in it."""

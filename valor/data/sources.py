@@ -166,7 +166,7 @@ def _header(path: Path, rows: Iterator[tuple[int, list[str]]]) -> list[str]:
                 )
     return header
 
-
+# %% ../../nbs/data/04_sources.ipynb #c0958ffa
 def read_header(path: Path) -> list[str]:
     "The names of the columns of the CSV `path`. Raises `DataError` where they cannot be read."
     return _header(path, _rows(path))
@@ -206,7 +206,7 @@ def view_of(position: str) -> str:
         return "frontal"
     return "lateral" if position in LATERAL else "unknown"
 
-
+# %% ../../nbs/data/04_sources.ipynb #0297e9c3
 @lru_cache(1)
 def openi_views() -> dict[str, str]:
     "{image name as in the DICOM table: view} for the 7,469 images of Open-i."
@@ -214,7 +214,7 @@ def openi_views() -> dict[str, str]:
     rows = read_table(package / "data" / "nlmcxr_dicom_metadata.csv.gz", ["imageid", "View Position"])
     return {row["imageid"]: view_of(row["View Position"]) for _, row in rows}
 
-
+# %% ../../nbs/data/04_sources.ipynb #24a31097
 def dicom_name(image: str) -> str:
     """The name that the DICOM files and their table give an `image` of the XML: `CXR1_1_IM-0001-3001` is
     `CXR1_IM-0001-3001`."""
@@ -314,7 +314,7 @@ def _uid(cell: str) -> str:
     "A study's number in Kaggle's tables; `1.0` is what pandas makes of `1` in a column with a hole."
     return cell.strip().removesuffix(".0")
 
-
+# %% ../../nbs/data/04_sources.ipynb #2acc4886
 def _kaggle_images(root: Path, images: dict[str, list[tuple[str, str]]]) -> Iterator[Fault]:
     "Fills `images` with {study's number: its (path, view) pairs}; yields a fault for each broken row."
     table = root / "indiana_projections.csv"
@@ -494,7 +494,7 @@ class _Tables(NamedTuple):
     split: Path
     chexpert: Path
 
-
+# %% ../../nbs/data/04_sources.ipynb #675d5e39
 def _tables_of(root: Path) -> _Tables:
     "The tables under `root`. Raises `DataError` unless there is exactly one of each."
     paths = []
@@ -520,7 +520,7 @@ def _numbered(path: Path, columns: list[str], faults: list[Fault]) -> Iterator[l
         why = "a row without numbers in subject_id and study_id"
         faults.append(Fault(study, "broken table row", f"{path}:{row}", why, "image"))
 
-
+# %% ../../nbs/data/04_sources.ipynb #a12eb2f3
 def _dates(metadata: Path) -> Iterator[list]:
     "Study, patient, date with time, and row, for each row of the table `metadata` that states a date."
     columns = ["subject_id", "study_id", "StudyDate", "StudyTime"]
@@ -531,7 +531,7 @@ def _dates(metadata: Path) -> Iterator[list]:
             hour = r["StudyTime"].strip().partition(".")[0].zfill(6)  # 083015.5 is written 83015.5 by some
             yield [r["study_id"], r["subject_id"], r["StudyDate"].strip() + hour, row]
 
-
+# %% ../../nbs/data/04_sources.ipynb #b151f9a3
 def _fill(db: sqlite3.Connection, name: str, columns: list[str], rows: Iterable[list]) -> None:
     "Make the table `name` of `rows` in the database, with an index of its studies."
     db.execute(f"create table {name} ({', '.join(columns)})")
@@ -713,7 +713,7 @@ def _no_path(image: str, base: Path) -> str | None:
         return "has backslashes and is no file's name here; expected slashes"
     return None
 
-
+# %% ../../nbs/data/04_sources.ipynb #512ef5e7
 def _check_columns(columns: Iterable[str], where: Path | str) -> None:
     "Raise `DataError` unless `columns` name an image and a text."
     if "image" not in columns or not set(_TEXTS) & set(columns):
@@ -734,7 +734,7 @@ def _own_text(row: dict, column: str) -> str:
     value = _own_value(row, column)
     return f"{value:g}" if isinstance(value, float) else str(value)
 
-
+# %% ../../nbs/data/04_sources.ipynb #9b6ded36
 def _own_images(row: dict) -> tuple[list, list[str]]:
     "The images of a `row` and their views, as lists. In CSV they are one text with semicolons."
     images, views = _own_value(row, "image"), _own_value(row, "view")
@@ -879,7 +879,7 @@ def _hf_parts(root: Path | str) -> list[tuple[str | None, Any]]:
         ) from e
     return list(found.items() if isinstance(found, dict) else [(None, found)])
 
-
+# %% ../../nbs/data/04_sources.ipynb #cf351bea
 def _hf_row(row: dict, split: str | None) -> dict:
     "A `row` as `_own` takes it: undecoded images as path or bytes, and the dataset's split if it has none."
     if isinstance(row["image"], dict):
@@ -925,7 +925,7 @@ class Source:
     sections: str = "both"
     columns: Callable[[Path | str], Iterable[str]] | None = None
 
-
+# %% ../../nbs/data/04_sources.ipynb #9b28a842
 SOURCES: dict[str, Source] = {}
 
 
@@ -978,7 +978,7 @@ def text_columns(source: str, root: Path | str) -> set[str] | None:
     found = set(kind.columns(root))
     return set(_TEXTS) & found if found else None
 
-
+# %% ../../nbs/data/04_sources.ipynb #bfdf5726
 def terms_of(benchmark: str) -> Terms:
     "The `Terms` of a source or embedded benchmark. Raises `ValueError` for an unknown name."
     if benchmark in SOURCES:
@@ -998,7 +998,7 @@ def is_local(endpoint: str) -> bool:
     "Whether a URL stays on this machine."
     return _host(endpoint) in ("localhost", "127.0.0.1", "::1")
 
-
+# %% ../../nbs/data/04_sources.ipynb #951d4a38
 def check_endpoint(benchmark: str, endpoint: str, permitted: Iterable[str] = ()) -> None:
     """Raise `PermissionError` unless text and images of `benchmark` may be sent to the URL `endpoint`:
     its terms allow it, it is on this machine, or the user has named its host or the URL in `permitted` or

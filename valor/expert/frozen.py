@@ -262,7 +262,7 @@ def read_config(folder: Path | str) -> dict:
             f"JSON with model_cfg.text_cfg and model_cfg.vision_cfg"
         ) from None
 
-
+# %% ../../nbs/expert/01_frozen.ipynb #7233a7c8
 def check_tokenizer_name(name: str, text: dict) -> None:
     "Raises ValueError unless the configuration `text` of a text tower names the tower's own tokenizer."
     if text.get("hf_model_name") and not text.get("hf_tokenizer_name"):
@@ -285,7 +285,7 @@ def part_of(source: str, filename: str) -> Path | None:
     except Exception:
         return None
 
-
+# %% ../../nbs/expert/01_frozen.ipynb #6b97f791
 def _link_missing(folder: Path, into: Path, source: str, files: list[str]) -> None:
     """Links to those `files` of the text tower `source` that the folder `into` lacks. Raises ValueError if
     none of them can be had."""
@@ -617,7 +617,7 @@ class Shell:
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
 
-
+# %% ../../nbs/expert/01_frozen.ipynb #262685ad
 def tensors_of(shell: Shell, prefix: str = "") -> dict[str, Tensor]:
     "The state dict of a model that was read as shells."
     found = {}
@@ -739,7 +739,7 @@ def _resnet(name: str, state: dict[str, Tensor]) -> torch.nn.Module:
         with patch.object(models.torch, "load", return_value=state):
             return models.ResNet(weights=name)
 
-
+# %% ../../nbs/expert/01_frozen.ipynb #0e0504df
 def _densenet(name: str, state: dict[str, Tensor]) -> torch.nn.Module:
     "The package's DenseNet, with what its constructor would set along with the weights."
     info = xrv().models.model_urls[name]
@@ -749,7 +749,7 @@ def _densenet(name: str, state: dict[str, Tensor]) -> torch.nn.Module:
     model.input_resolution = info["input_resolution"]
     return model
 
-
+# %% ../../nbs/expert/01_frozen.ipynb #d388b01b
 def xrv_model(name: str, path: Path | str) -> torch.nn.Module:
     "The package's model `name` with the weights in `path`, on the GPU if there is one."
     state = read_weights(path)
@@ -802,7 +802,7 @@ def kind_of(name: str) -> ExpertKind:
         f"package.module:attribute or a name given to register_expert"
     )
 
-
+# %% ../../nbs/expert/01_frozen.ipynb #e0902bbc
 def check_expert(name: str) -> None:
     "Raises ValueError unless `name` can be an expert (see `kind_of`). Loads no weights."
     kind = kind_of(name)

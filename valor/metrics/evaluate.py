@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+# %% ../../nbs/metrics/01_evaluate.ipynb #612646f0
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
@@ -236,7 +237,7 @@ def ratescore(options: dict) -> tuple[Gauge, str | None]:
     given = dict(embedder=embedder) if embedder else {}
     return mean_of("ratescore", "ratescore", f"ratescore {folder}", model=folder, **given)
 
-
+# %% ../../nbs/metrics/01_evaluate.ipynb #81dbbdc9
 def green(options: dict) -> tuple[Gauge, str | None]:
     "GREEN, in an environment of its own. Raises `NotRun` without its weights."
     folder = options["green"]
@@ -244,7 +245,7 @@ def green(options: dict) -> tuple[Gauge, str | None]:
         raise NotRun("--set green=FOLDER (StanfordAIMI/GREEN-radllama2-7b), after `make scorers`")
     return mean_of("green", "green", f"green {folder}", model=folder)
 
-
+# %% ../../nbs/metrics/01_evaluate.ipynb #01fd8abb
 GAUGES = {f.__name__: f for f in (lexical, meteor, bertscore, chexbert, radgraph, ratescore, green)}
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #cov00002
@@ -287,7 +288,7 @@ class RadEvalMetric:
     words: str = ""  # how tables call it; empty: by its name
     whole_set: bool = False
 
-
+# %% ../../nbs/metrics/01_evaluate.ipynb #7b8dc295
 RADEVAL: dict[str, RadEvalMetric] = {}
 
 
@@ -392,7 +393,7 @@ def asked_for(metrics: Sequence[str] | None, options: dict) -> tuple[list[str], 
         options = options | dict(convention="all")
     return chosen, options
 
-
+# %% ../../nbs/metrics/01_evaluate.ipynb #3cc8b138
 def shown_of(name: str, options: dict) -> dict[str, tuple]:
     "The metrics of a gauge (`measures_of`); of f1 those of the conventions that `options` name."
     found = measures_of(name)
@@ -454,7 +455,7 @@ def _image_paths(frame: pd.DataFrame, root: Path | str | None) -> list[list[Path
             raise ValueError(f"image {path}: no such file; {expected}")
     return studies
 
-
+# %% ../../nbs/metrics/01_evaluate.ipynb #20ce7d1b
 def _vectors_of(expert: Any, paths: Sequence[Sequence[Path]]) -> np.ndarray:
     "The expert's vectors (N, D) of studies with the images at `paths`, 32 studies at a time."
     from PIL import Image
@@ -639,7 +640,7 @@ def footnotes(info: dict) -> str:
         lines.append(f"{system}: {share:.0%} of the reports are distinct")
     return "\n".join(lines)
 
-
+# %% ../../nbs/metrics/01_evaluate.ipynb #0daf1957
 def _write_tables(out: Path, table: pd.DataFrame, info: dict) -> None:
     "Writes `table.csv`, `table.json` and `table.md` into the folder `out`."
     table.to_csv(out / "table.csv", index=False, float_format="%.6g")

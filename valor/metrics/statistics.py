@@ -69,7 +69,7 @@ def bleu_statistics(candidate: Sequence[str], reference: Sequence[str]) -> list[
     match = [sum((grams(candidate, n) & grams(reference, n)).values()) for n in (1, 2, 3, 4)]
     return match + [max(0, len(candidate) - n + 1) for n in (1, 2, 3, 4)] + [len(candidate), len(reference)]
 
-
+# %% ../../nbs/metrics/00_statistics.ipynb #df0553a3
 def corpus_bleu(sums: Mapping, order: int) -> float | np.ndarray:
     """BLEU-`order` from summed `BLEU_COLUMNS` (a mapping of column to number or array), equal to
     pycocoevalcap's corpus BLEU.
@@ -188,7 +188,7 @@ def distractors(keys: Sequence, n: int = 7, seed: int = 0) -> np.ndarray:
         )
     return np.stack([rng.choice(d, n, replace=False) for d in different])
 
-
+# %% ../../nbs/metrics/00_statistics.ipynb #cd9461fc
 def retrieved(text_features: np.ndarray, image_features: np.ndarray, others: np.ndarray) -> np.ndarray:
     """1 where a report (N, D) is strictly closer to its own image (N, D) than to every distractor (N, n),
     else 0."""
@@ -253,7 +253,7 @@ def study_vectors(expert: Any, dataset: Dataset) -> np.ndarray | Tensor:
 
     return study_features(expert, image_lists(dataset))
 
-
+# %% ../../nbs/metrics/00_statistics.ipynb #0627ef67
 def expert_columns(
     reports: Sequence[str], dataset: Dataset, expert: Any, image_features: np.ndarray | None, seed: int
 ) -> pd.DataFrame:
@@ -337,7 +337,7 @@ def macro_f1(s: Mapping, observations: Sequence[str] = OBSERVATIONS) -> Number:
     each = np.stack([f1(s[f"tp {o}"], s[f"fp {o}"], s[f"fn {o}"]) for o in observations])
     return ratio(np.where(occurs, each, 0).sum(0), occurs.sum(0))
 
-
+# %% ../../nbs/metrics/00_statistics.ipynb #97965203
 def micro5(s: Mapping) -> Number:
     "Micro F1 over the five observations."
     return micro_f1(s, FIVE)
@@ -399,7 +399,7 @@ def register_metric(metric: Metric) -> Metric:
     REGISTERED[metric.name] = metric
     return metric
 
-
+# %% ../../nbs/metrics/00_statistics.ipynb #78495f42
 def registered() -> list[Metric]:
     "All metrics, in the order of their registration."
     return list(REGISTERED.values())
@@ -558,7 +558,7 @@ def system_table(
     table = pd.DataFrame(rows)
     return table.assign(p_holm=holm(table.p)) if "p" in table else table
 
-
+# %% ../../nbs/metrics/00_statistics.ipynb #49c135c0
 def aggregate(frames: Mapping, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
     "`system_table` of all `METRICS`, without differences."
     return system_table(frames, METRICS, n=n_boot, seed=seed)
@@ -592,7 +592,7 @@ def cell(value: float, lo: float, hi: float, digits: int = 3) -> str:
         return "n/a"
     return f"{value:.{digits}f} [{lo:.{digits}f}, {hi:.{digits}f}]"
 
-
+# %% ../../nbs/metrics/00_statistics.ipynb #56be3d92
 def cells_of(tidy: pd.DataFrame) -> pd.DataFrame:
     """The formatted numbers of a `system_table`: metrics as rows, systems as columns, both in the order of
     `tidy`; cells are `value [lo, hi]` or n/a."""
@@ -623,13 +623,13 @@ def shuffled(n: int, seed: int = 0) -> np.ndarray:
     order[cycle] = np.roll(cycle, -1)
     return order
 
-
+# %% ../../nbs/metrics/00_statistics.ipynb #72b5055a
 def blank_images(dataset: Dataset) -> list:
     "For each study an image of its size that shows nothing: the mean grey of the test set."
     mean = int(np.mean([np.asarray(im).mean() for im in dataset["image"]]))
     return [im.point(lambda _: mean) for im in dataset["image"]]
 
-
+# %% ../../nbs/metrics/00_statistics.ipynb #8912c68d
 def normal_template(train: Dataset, n: int, sample: int = 60, seed: int = 0) -> list[str]:
     """One fixed normal report for all `n` studies: among `sample` of `train` with nothing drawn and read
     as No Finding, the most central (highest mean ROUGE-L to the others)."""
@@ -654,7 +654,7 @@ def perfect_findings(dataset: Dataset, sections: str = "both", seed: int = 0) ->
         as_completion(compose_report(*write_report(from_truth(t), rng), sections)) for t in dataset["truth"]
     ]
 
-
+# %% ../../nbs/metrics/00_statistics.ipynb #498c4ce7
 def retrieval_by_true_codes(train: Dataset, dataset: Dataset) -> list[str]:
     """For each study the `train` report whose drawn findings are most similar (Jaccard over name,
     name+side and name+side+zone; the first of equals)."""
@@ -678,7 +678,7 @@ def retrieval_by_expert(train: Dataset, dataset: Dataset, expert: Any) -> list[s
     similarity = images @ np.asarray(expert.text_features(reports)).T
     return [as_completion(reports[i]) for i in similarity.argmax(1)]
 
-
+# %% ../../nbs/metrics/00_statistics.ipynb #dcf3bce0
 def controls(
     train: Dataset, dataset: Dataset, benchmark: str, sections: str = "both", seed: int = 0
 ) -> dict[str, list[str]]:
@@ -706,7 +706,7 @@ def fixed_scores(candidates: list[str], references: list[str]) -> np.ndarray:
         out.append((bleu + np.mean(rouge.score([candidate] * len(references), references))) / 2)
     return np.array(out)
 
-
+# %% ../../nbs/metrics/00_statistics.ipynb #ef8d49d8
 def best_fixed_report(
     train: Dataset, n: int, sample: int = 60, references: int = 120, seed: int = 0
 ) -> list[str]:
@@ -781,7 +781,7 @@ def _mark_onsets(ax: plt.Axes, log: pd.DataFrame, k_clin: int | None) -> list[tu
         marks.append(("--", "stage 2 starts"))
     return marks
 
-
+# %% ../../nbs/metrics/00_statistics.ipynb #cbf98758
 def _legend_of(fig: plt.Figure, systems: Sequence[str | None], marks: Sequence[tuple[str, str]]) -> None:
     "A legend below the panels: a coloured line for each named system, then the vertical `marks`."
     handles = [plt.Line2D([], [], color=COLOURS.get(s, "black"), lw=2, label=s) for s in systems if s]
@@ -873,7 +873,7 @@ def _draw_image(ax: plt.Axes, row: Mapping) -> None:
         x0, y0, x1, y1 = np.array(planted["box"]) * row["image"].size[0]
         ax.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="gold", lw=0.8))
 
-
+# %% ../../nbs/metrics/00_statistics.ipynb #5fa2a19f
 def _draw_texts(ax: plt.Axes, row: Mapping, case: Mapping[str, str], width: int, height: float) -> None:
     "The texts of a case below one another, mentions coloured. `height`: of the panel, in lines of text."
     truth, line, y = from_truth(row["truth"]), 1 / height, 1.0

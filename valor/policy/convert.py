@@ -121,7 +121,7 @@ def _entry_of(folder: Path) -> Path:
         f"the folder of a checkpoint; {FETCH}"
     )
 
-
+# %% ../../nbs/policy/02_convert.ipynb #bc652c9b
 def _listed(path: Path) -> Listing:
     "{key: (shape, dtype)} of the tensors in a file."
     if path.suffix == ".safetensors":
@@ -129,6 +129,14 @@ def _listed(path: Path) -> Listing:
     return {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in read_bin(path).items()}
 
 # %% ../../nbs/policy/02_convert.ipynb #co000004
+def _check_promised(entry: Path, promised: dict[str, str], where: dict[str, Path]) -> None:
+    "Raise ValueError unless every tensor is in the file where the index `entry` has `promised` it."
+    for key, name in promised.items():
+        if where.get(key, Path()).name != name:
+            said = f"no tensor {key}, which {entry.name} places there"
+            raise ValueError(f"{entry.parent / name}: {said}; {FETCH}")
+
+# %% ../../nbs/policy/02_convert.ipynb #127b495c
 class Shards:
     """The tensors in a checkpoint folder (`model*.safetensors` or `pytorch_model*.bin`, one file or
     several with an index) by key; each is read from disk when asked for.
@@ -136,7 +144,7 @@ class Shards:
     `where`, `shapes` and `dtypes` say of each key its file, shape and dtype. Raises ValueError if a file or a
     tensor of the index is missing, or a file is damaged."""
 
-    def __init__(self, folder: Path | str):
+    def __init__(self, folder: Path | str) -> None:
         self.folder, self.where, self.shapes, self.dtypes = Path(folder), {}, {}, {}
         entry = _entry_of(self.folder)
         promised = read_json(entry)["weight_map"] if entry.suffix == ".json" else {}
@@ -147,12 +155,10 @@ class Shards:
         for path in files:
             for key, (shape, dtype) in _listed(path).items():
                 self.where[key], self.shapes[key], self.dtypes[key] = path, shape, dtype
-        for key, name in promised.items():
-            if self.where.get(key, Path()).name != name:
-                said = f"no tensor {key}, which {entry.name} places there"
-                raise ValueError(f"{self.folder / name}: {said}; {FETCH}")
+        _check_promised(entry, promised, self.where)
 
     def __getitem__(self, key: str) -> torch.Tensor:
+        "The tensor `key`, read from its file."
         path = self.where[key]
         if path.suffix != ".safetensors":
             return read_bin(path)[key]
@@ -557,7 +563,7 @@ def _renamed(shards: Shards) -> dict[str, str]:
         )
     return kept
 
-
+# %% ../../nbs/policy/02_convert.ipynb #b16f8190
 def _tower_of(shards: Shards, kept: dict[str, str], vision_tower: Path | str) -> tuple[dict, Sources]:
     "Configuration of the vision tower, and its tensors if they come from another model than `shards`."
     if vision_tower != "own":
@@ -752,7 +758,7 @@ def _mistral_layer(read: Read, at: str, original: dict, x: torch.Tensor) -> torc
     h = _rms_norm(x, read(f"{at}post_attention_layernorm.weight"), eps)
     return x + linear("mlp.down", F.silu(linear("mlp.gate", h)) * linear("mlp.up", h))
 
-
+# %% ../../nbs/policy/02_convert.ipynb #36e9a97b
 def mistral_by_hand(read: Read, original: dict, x: torch.Tensor, layers: int) -> torch.Tensor:
     "The first `layers` layers of Mistral and its final norm. `(B, T, D)` → `(B, T, D)`."
     for i in range(layers):
@@ -868,12 +874,10 @@ def check_logits(
     original: dict,
     tower: dict,
     dtype: torch.dtype,
-    layers: int = 1,
+    layers: int = 1,  # of the Mistral that are compared
     tolerance: float = 1e-4,
 ) -> float:
-    """Relative gap between the logits of `folder`, cut to `layers` Mistral layers, and those by hand.
-
-    Raises ValueError if it is not below `tolerance`."""
+    "Relative gap of the logits of `folder` to those by hand. Raises ValueError unless below `tolerance`."
     processor = AutoProcessor.from_pretrained(folder)
     layers = min(layers, original["num_hidden_layers"])
     prompt = processor.apply_chat_template([dict(role="user", content=_QUESTION)], add_generation_prompt=True)
@@ -881,12 +885,10 @@ def check_logits(
     new = _cut_model(folder, layers, dtype)(**inputs).logits[0, :, : original["vocab_size"]]
     ids = original_ids(sp, prompt.removeprefix("<s>"))
     by_hand = logits_by_hand(plan, original, tower, dtype, ids, inputs.pixel_values, layers)
-    gap = _gap(new, by_hand)
-    if not gap < tolerance:
-        raise ValueError(
-            f"{folder}: logits differ from the original's by {gap:.1e} of the largest; expected less than "
-            f"{tolerance:.0e}; the versions of constraints.txt are known to agree"
-        )
+    if not (gap := _gap(new, by_hand)) < tolerance:
+        said = f"logits differ from the original's by {gap:.1e} of the largest"
+        hint = "the versions of constraints.txt are known to agree"
+        raise ValueError(f"{folder}: {said}; expected less than {tolerance:.0e}; {hint}")
     return gap
 
 # %% ../../nbs/policy/02_convert.ipynb #aecaa721
@@ -899,7 +901,7 @@ def check_room(dst: Path, need: int) -> None:
             f"convert to another disk"
         )
 
-
+# %% ../../nbs/policy/02_convert.ipynb #8f107286
 def _write_all(
     work: Path, original: dict, tower: dict, plan: Plan, sp, dtype: torch.dtype, bar: tqdm
 ) -> None:

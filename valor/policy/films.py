@@ -6,6 +6,8 @@
 __all__ = ['Block', 'standardised', 'FilmTowerConfig', 'film_layers', 'FilmTower', 'moved', 'FilmClassifier']
 
 # %% ../../nbs/policy/00b_films.ipynb #flm00003
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -88,7 +90,7 @@ class FilmTower(PreTrainedModel):
     def train(self, mode: bool = True) -> "FilmTower":
         return super().train(mode and any(p.requires_grad for p in self.parameters()))
 
-    def forward(self, pixel_values: Tensor, **kw) -> BaseModelOutput:
+    def forward(self, pixel_values: Tensor, **kw: Any) -> BaseModelOutput:
         seen = self.out(self.layers(standardised(pixel_values)))  # (B, D, h, w)
         patches = seen.flatten(2).transpose(1, 2)
         states = torch.cat([patches.mean(1, keepdim=True), patches], 1)

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import torch
 from peft import PeftModel
@@ -40,7 +40,7 @@ def _bare_parameters(adapter: Path | str) -> dict[str, str]:
     config = json.loads((Path(adapter) / "adapter_config.json").read_text())
     return {name.rpartition(".")[0]: name for name in config.get("target_parameters") or []}
 
-
+# %% ../../nbs/policy/04_generate.ipynb #9d7084d5
 def _check_fits(model: PreTrainedModel, adapter: Path | str) -> None:
     "Raise ValueError unless the weights of `model` that the adapter changes have as many inputs as it does."
     from peft import load_peft_weights
@@ -73,7 +73,7 @@ def load_adapter(model: PreTrainedModel, adapter: Path | str) -> PeftModel:
     _check_fits(model, adapter)
     return PeftModel.from_pretrained(model, str(adapter))
 
-
+# %% ../../nbs/policy/04_generate.ipynb #783b9a30
 def with_adapter(
     model: PreTrainedModel, adapter: Path | str, said: Callable[[str], object] = print
 ) -> PreTrainedModel | PeftModel:
@@ -130,12 +130,27 @@ class Film(NamedTuple):
     known: dict[str, str] = {}  # what is known of it, by the names of `CONTEXT_FIELDS`
 
     def paths(self) -> list[Path]:
+        "Its image files, one or two."
         return [self.path] if self.second is None else [self.path, self.second]
 
 
 Listed = list[Film]
 
+# %% ../../nbs/policy/04_generate.ipynb #1c25951a
+def _listed_image(path: Path, n: int, entry: dict) -> Film:
+    "The film in line `n` of the list `path`."
+    try:
+        names = [entry["image"]] if isinstance(entry["image"], str) else entry["image"]
+        first, *second = [path.parent / name for name in names]
+        known = {field: str(entry[field]) for field in CONTEXT_FIELDS if entry.get(field) is not None}
+        if len(second) > 1:
+            raise ValueError(f"{len(names)} images")
+        return Film(str(entry.get("id") or names[0]), first, *(second or [None]), known)
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        expected = "expected a JSON object with image, one name or two (and id, and fields of the context)"
+        raise ValueError(f"{path}:{n}: {str(entry)[:60]!r}; {expected}") from e
 
+# %% ../../nbs/policy/04_generate.ipynb #ec79fc64
 def _found_images(images: Path) -> Listed:
     "The films of a folder, an image file or a JSONL list."
     if images.is_dir():
@@ -149,20 +164,6 @@ def _found_images(images: Path) -> Listed:
     raise ValueError(
         f"images={str(images)!r}: no such folder or file; expected a folder, an image or a .jsonl list"
     )
-
-
-def _listed_image(path: Path, n: int, entry: dict) -> Film:
-    "The film in line `n` of the list `path`."
-    try:
-        names = [entry["image"]] if isinstance(entry["image"], str) else entry["image"]
-        first, *second = [path.parent / name for name in names]
-        known = {field: str(entry[field]) for field in CONTEXT_FIELDS if entry.get(field) is not None}
-        if len(second) > 1:
-            raise ValueError(f"{len(names)} images")
-        return Film(str(entry.get("id") or names[0]), first, *(second or [None]), known)
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
-        expected = "expected a JSON object with image, one name or two (and id, and fields of the context)"
-        raise ValueError(f"{path}:{n}: {str(entry)[:60]!r}; {expected}") from e
 
 # %% ../../nbs/policy/04_generate.ipynb #ge000009
 def listed_images(images: Path | str) -> Listed:
@@ -246,7 +247,7 @@ def _read(film: Film, size: int | None) -> list[Image.Image] | str:
     except ImageError as e:
         return str(e)
 
-
+# %% ../../nbs/policy/04_generate.ipynb #50cc7d47
 def _report_lines(
     size: int | None,
     answer: Callable[[list[list[Image.Image]], Listed], Sequence[str]],
@@ -282,39 +283,41 @@ def _append(
             bar.update(len(lines))
     return failed
 
-# %% ../../nbs/policy/04_generate.ipynb #ge000010
-def write_reports(
-    model: PreTrainedModel | PeftModel,
-    processor: ProcessorMixin,
-    images: Listed,
-    out: Path | str,
-    max_new_tokens: int = 256,
-    batch_size: int = 8,
-    size: int | None = None,
-    name: str = "",
-) -> tuple[int, int]:
-    """Append a line for each of `images`, films or pairs `(id, path)`, that is not in the JSONL file `out`
-    yet; the policy is asked what it was trained with. Returns how many reports were written and how many
-    images could not be read.
-
-    `size`: side of the images in pixels (default: that of training); `name`: of the model in messages, which
-    is recognised by its weights. Raises ValueError as `begin_or_go_on` does."""
-    from valor.expert.frozen import fingerprint
-
-    out, size = Path(out), size or film_side(processor)
-    cut = []  # completions without a report
-    how = dict(max_new_tokens=max_new_tokens, batch_size=batch_size, cut=cut)
+# %% ../../nbs/policy/04_generate.ipynb #5e07d336
+def _lines_of(
+    model: PreTrainedModel | PeftModel, processor: ProcessorMixin, size: int | None, **how: Any
+) -> Callable[[Listed], Iterator[dict]]:
+    "A function that writes the lines of some films, shown at `size` pixels; `how`: as for `generate`."
     prompt = asked_by(processor)
-    settings = dict(model=name, weights=fingerprint(model), max_new_tokens=max_new_tokens, size=size)
-    done = begin_or_go_on(out, settings)
-    todo = [film for film in (Film(*each) for each in images) if film.id not in done]
 
     def answer(shown: list[list[Image.Image]], films: Listed) -> list[str]:
         asked = [prompt.question(film.known) for film in films]
         return generate(model, processor, shown, asked=asked, **how)
 
+    return partial(_report_lines, size, answer, prompt.reasoning)
+
+# %% ../../nbs/policy/04_generate.ipynb #ge000010
+def write_reports(
+    model: PreTrainedModel | PeftModel,
+    processor: ProcessorMixin,
+    images: Listed,  # films, or pairs (id, path)
+    out: Path | str,  # a JSONL file; lines that are there stay
+    max_new_tokens: int = 256,
+    batch_size: int = 8,
+    size: int | None = None,  # side of the images in pixels (None: that of training)
+    name: str = "",  # of the model in messages; it is recognised by its weights
+) -> tuple[int, int]:
+    """Append a line for each of `images` that is not in `out` yet. Returns how many reports were written and
+    how many images could not be read. Raises ValueError as `begin_or_go_on` does."""
+    from valor.expert.frozen import fingerprint
+
+    out, size = Path(out), size or film_side(processor)
+    cut, how = [], dict(max_new_tokens=max_new_tokens, batch_size=batch_size)  # cut: those without a report
+    lines_of = _lines_of(model, processor, size, cut=cut, **how)
+    settings = dict(model=name, weights=fingerprint(model), max_new_tokens=max_new_tokens, size=size)
+    done = begin_or_go_on(out, settings)
+    todo = [film for film in (Film(*each) for each in images) if film.id not in done]
     with closed_to_others(), open(out, "a") as f:
-        lines_of = partial(_report_lines, size, answer, prompt.reasoning)
         failed = _append(f, todo, len(images) - len(todo), batch_size, lines_of)
     if cut:
         print(cut_note(len(cut), len(todo) - failed, max_new_tokens, str(out)), file=sys.stderr)
@@ -326,7 +329,7 @@ def run_merge(args: argparse.Namespace, settings: dict) -> None:
     print(f"{args.out}: {merge(args.base, args.adapter, args.out, args.dtype)}", file=sys.stderr)
     print(args.out)
 
-
+# %% ../../nbs/policy/04_generate.ipynb #ad87cd81
 def load_trained(path: str, adapter: str | None) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin]:
     """Model and processor of the policy `path`, a folder or a hub's name, with its `adapter` if it has one;
     in bfloat16 on a GPU if there is one, else in float32.
@@ -341,14 +344,15 @@ def load_trained(path: str, adapter: str | None) -> tuple[PreTrainedModel | Peft
     return model.to(resolve_device()), processor
 
 # %% ../../nbs/policy/04_generate.ipynb #ge000015
-def run_generate(args: argparse.Namespace, settings: dict) -> None:
-    "Run `valor generate` with parsed arguments."
-    images = listed_images(args.images)
-    if repository := repository_of(args.out):
-        said = f"{args.out}: lies in a repository ({repository}); nobody has said whose films these are: "
+def _say_of_place(out: str) -> None:
+    "A line on stderr if `out` lies in a repository: nobody knows whether these reports may be committed."
+    if repository := repository_of(out):
+        said = f"{out}: lies in a repository ({repository}); nobody has said whose films these are: "
         print(said + "reports of restricted ones must not be committed", file=sys.stderr)
-    made_with(Path(args.out))  # refuses somebody's file before the model is loaded
-    model, processor = load_trained(args.model, args.adapter)
+
+# %% ../../nbs/policy/04_generate.ipynb #2739678d
+def _say_of_training(args: argparse.Namespace, images: Listed, processor: ProcessorMixin) -> None:
+    "Lines on stderr where the films tell or show something that the policy was not trained with."
     if unasked := sorted({field for film in images for field in film.known} - {*asked_by(processor).context}):
         print(
             f"{args.images}: states {', '.join(unasked)}, which {args.model} was not trained to be told; it "
@@ -361,6 +365,15 @@ def run_generate(args: argparse.Namespace, settings: dict) -> None:
             f"SFT); they are shown at their own size",
             file=sys.stderr,
         )
+
+# %% ../../nbs/policy/04_generate.ipynb #b959e2a6
+def run_generate(args: argparse.Namespace, settings: dict) -> None:
+    "Run `valor generate` with parsed arguments."
+    images = listed_images(args.images)
+    _say_of_place(args.out)
+    made_with(Path(args.out))  # refuses somebody's file before the model is loaded
+    model, processor = load_trained(args.model, args.adapter)
+    _say_of_training(args, images, processor)
     name = f"{args.model} + {args.adapter}" if args.adapter else args.model
     written, failed = write_reports(
         model, processor, images, args.out, args.max_new_tokens, args.batch_size, name=name

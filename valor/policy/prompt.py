@@ -54,6 +54,11 @@ def question_of(text: str, about: str = "") -> str:
     return text.strip().removeprefix(IMAGE_MARK).strip()
 
 # %% ../../nbs/policy/00a_prompt.ipynb #b0f10a08
+def _draws(texts: int, n: int, seed: int) -> np.ndarray:
+    "For each of `n` studies the number of its text; the first studies get the same for every `n`."
+    return np.random.default_rng([seed, texts]).integers(texts, size=n)
+
+# %% ../../nbs/policy/00a_prompt.ipynb #36a6becd
 @dataclass(frozen=True)
 class Prompt:
     """What a policy is asked.
@@ -83,11 +88,6 @@ class Prompt:
         "Every text and sentence that is asked, for a vocabulary that is built from texts."
         return [*map(question_of, self.texts), *(CONTEXT[field].format("") for field in self.context)]
 
-
-def _draws(texts: int, n: int, seed: int) -> np.ndarray:
-    "For each of `n` studies the number of its text; the first studies get the same for every `n`."
-    return np.random.default_rng([seed, texts]).integers(texts, size=n)
-
 # %% ../../nbs/policy/00a_prompt.ipynb #b0f10a11
 def prompt_of(cfg: SimpleNamespace) -> Prompt:
     "What the run with the configuration `cfg` asks. Raises ValueError as `prompt_texts` does."
@@ -99,7 +99,7 @@ def asked_by(processor: ProcessorMixin) -> Prompt:
     "What the policy of `processor` is asked; the default for one that was never tuned here."
     return getattr(processor, "prompt", None) or Prompt()
 
-
+# %% ../../nbs/policy/00a_prompt.ipynb #1c2c2caf
 def prompt_to_json(prompt: Prompt) -> dict:
     "`prompt` as JSON can hold it, without what is as by default."
     default = asdict(Prompt())

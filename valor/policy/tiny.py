@@ -10,7 +10,7 @@ __all__ = ['WORD', 'SPECIALS', 'TEMPLATE', 'INITIAL_SCALE', 'Rows', 'build_token
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,8 @@ from PIL.Image import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+
+# %% ../../nbs/policy/00_tiny.ipynb #ae377d8a
 from transformers import (
     BatchFeature,
     CLIPImageProcessor,
@@ -162,27 +164,19 @@ def build_policy(
     width: int = 128,
     seed: int = 0,
     min_count: int = 1,
-    tower: str = "patches",
-    prompt: Prompt | None = None,
+    tower: str = "patches",  # a CLIP, or "films", which begins with convolutions (see `FilmTower`)
+    prompt: Prompt | None = None,  # what the policy is asked
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """An untrained `(model, processor)` with the vocabulary of `texts`; `seed` fixes its weights.
-
-    `tower`: "patches" is a CLIP, "films" begins with convolutions (see `FilmTower`). `prompt`: what the
-    policy is asked."""
+    "An untrained `(model, processor)` with the vocabulary of `texts`; `seed` fixes its weights."
     set_seed(seed)
     processor = build_processor(texts, image_size, patch_size, min_count, prompt)
     processor.prompt = prompt
-    tokenizer = processor.tokenizer
     vision = _vision_config(width, image_size, patch_size)
     if tower == "films":
         vision = FilmTowerConfig(image_size=image_size, hidden_size=width)
-    config = _llava_config(vision, tokenizer)
-    model = LlavaForConditionalGeneration(config)
-    model.generation_config.update(
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-    )
+    model = LlavaForConditionalGeneration(_llava_config(vision, processor.tokenizer))
+    special = ("pad_token_id", "eos_token_id", "bos_token_id")
+    model.generation_config.update(**{name: getattr(processor.tokenizer, name) for name in special})
     return model, processor
 
 # %% ../../nbs/policy/00_tiny.ipynb #9b0f0026
@@ -234,39 +228,60 @@ def cut_note(cut: int, n: int, max_new_tokens: int, desc: str) -> str:
     )
 
 # %% ../../nbs/policy/00_tiny.ipynb #9b0f0028
+def _sampling(max_new_tokens: int, temperature: float | None) -> dict:
+    "What `model.generate` is told: greedy without a `temperature`, else sampling from the whole vocabulary."
+    if temperature is None:
+        return dict(max_new_tokens=max_new_tokens, do_sample=False)
+    return dict(max_new_tokens=max_new_tokens, do_sample=True, temperature=temperature, top_k=0)
+
+# %% ../../nbs/policy/00_tiny.ipynb #9b0f0067
+def _batch_slices(n: int, batch_size: int, desc: str) -> Iterator[slice]:
+    "Slices of `n` rows, a batch each; a progress bar named `desc` shows where there are several."
+    starts = range(0, n, batch_size)
+    for start in tqdm(starts, desc=desc, leave=False, disable=len(starts) < 2):
+        yield slice(start, start + batch_size)
+
+# %% ../../nbs/policy/00_tiny.ipynb #tinybt01
+def _in_batches(
+    model: nn.Module,
+    processor: ProcessorMixin,
+    rows: Rows,
+    asked: Sequence[str] | None,
+    sampling: dict,
+    batch_size: int,
+    desc: str,
+) -> tuple[list[str], list[str]]:
+    "The completions of `rows`, a batch at a time, and those of them that were cut off inside a thought."
+    asked = asked or [None] * len(rows)
+    was_training, completions, thoughts = model.training, [], []
+    model.eval()
+    for part in _batch_slices(len(rows), batch_size, desc):
+        with memory_line(desc, batch_size=batch_size, max_new_tokens=sampling["max_new_tokens"]):
+            texts, cut_off = _completions(model, processor, rows[part], asked[part], sampling)
+        completions += texts
+        thoughts += [text for text, off in zip(texts, cut_off) if off and is_unclosed(text)]
+    model.train(was_training)
+    return completions, thoughts
+
+# %% ../../nbs/policy/00_tiny.ipynb #68bf75be
 @torch.inference_mode()
 def generate(
     model: nn.Module,
     processor: ProcessorMixin,
     images: Rows,
     max_new_tokens: int = 96,
-    temperature: float | None = None,
+    temperature: float | None = None,  # None: greedy
     batch_size: int = 50,
     seed: int = 0,
-    desc: str = "reports",
-    asked: Sequence[str] | None = None,
-    cut: list[str] | None = None,
+    desc: str = "reports",  # names the progress bar
+    asked: Sequence[str] | None = None,  # of each row (`Prompt.questions`); None: as of an unknown study
+    cut: list[str] | None = None,  # takes the completions that end inside a thought
 ) -> list[str]:
-    """One completion per row, tags included: greedy, or sampled at `temperature`; `desc` names the bar.
-
-    `asked`: the question of each row (`Prompt.questions`); None: what the policy is asked of a study of which
-    nothing is known. Completions that are cut off inside a thought are added to `cut`; None: their number is
-    printed to stderr."""
+    """One completion per row, tags included: greedy, or sampled at `temperature`. Without `cut`, the number
+    of completions that were cut off inside a thought is printed to stderr."""
     set_seed(seed)
-    sampling = dict(max_new_tokens=max_new_tokens, do_sample=temperature is not None)
-    if temperature is not None:
-        sampling |= dict(temperature=temperature, top_k=0)
-    asked = asked or [None] * len(images)
-    was_training, completions, thoughts = model.training, [], []
-    model.eval()
-    starts = range(0, len(images), batch_size)
-    for start in tqdm(starts, desc=desc, leave=False, disable=len(starts) < 2):
-        with memory_line(desc, batch_size=batch_size, max_new_tokens=max_new_tokens):
-            part = slice(start, start + batch_size)
-            texts, cut_off = _completions(model, processor, images[part], asked[part], sampling)
-        completions += texts
-        thoughts += [text for text, off in zip(texts, cut_off) if off and is_unclosed(text)]
-    model.train(was_training)
+    sampling = _sampling(max_new_tokens, temperature)
+    completions, thoughts = _in_batches(model, processor, images, asked, sampling, batch_size, desc)
     if cut is not None:
         cut += thoughts
     elif thoughts:
@@ -327,14 +342,14 @@ def _batches(n: int, batch_size: int, epochs: int) -> tuple[Tensor, ...]:
     whole = n // batch_size * batch_size
     return torch.cat([torch.randperm(n)[:whole] for _ in range(epochs)]).split(batch_size)
 
-# %% ../../nbs/policy/00_tiny.ipynb #9b0f0068
+# %% ../../nbs/policy/00_tiny.ipynb #8f323ab7
 def _loop_parts(tower: nn.Module, classes: int, lr: float) -> dict:
     "Tower, a new head for `classes` classes and an optimizer of both, by name."
     head = QueryHead(tower.config.hidden_size, classes)
     weights = [*tower.parameters(), *head.parameters()]
     return dict(tower=tower, head=head, optimizer=torch.optim.AdamW(weights, lr=lr, weight_decay=0.01))
 
-
+# %% ../../nbs/policy/00_tiny.ipynb #7beb2a95
 def _update(parts: dict, pixels: Tensor, targets: Tensor) -> float:
     "One update on a batch: `pixels` `(B, 3, H, W)`, `targets` `(B, C)`. Returns the loss."
     patches = parts["tower"](pixels).last_hidden_state[:, 1:]  # (B, P, D), without CLS
@@ -380,14 +395,11 @@ def warm_up_vision(
     lr: float = 1e-3,
     batch_size: int = 32,
     seed: int = 0,
-    kept: Path | str | None = None,
-    move: bool = False,
+    kept: Path | str | None = None,  # a folder for a checkpoint after every epoch
+    move: bool = False,  # whether every visit shows an image a little `moved`
 ) -> float:
     """Train the vision tower of `model`, in place, to tell `targets` `(N, C)` from `images`; the last loss.
-
-    `move`: whether every visit shows an image a little `moved`.
-    `kept`: a folder for a checkpoint after every epoch. A killed warm-up that is started again resumes there
-    and ends with the same weights (bit for bit on one CPU thread)."""
+    A killed warm-up resumes from `kept` and ends with the same weights (bit for bit on one CPU thread)."""
     set_seed(seed)
     pixels = _pixels(processor, images)
     parts = _loop_parts(model.model.vision_tower, targets.shape[1], lr)
