@@ -49,8 +49,7 @@ def load_trained(model: Any, checkpoint: str) -> None:
     try:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except Exception as e:
-        said = str(e).splitlines()[0]
-        raise ValueError(f"checkpoint={checkpoint!r}: no file of weights alone ({said})") from e
+        raise ValueError(f"checkpoint={checkpoint!r}: no file of weights alone ({type(e).__name__})") from e
     if not isinstance(state, dict):
         raise ValueError(f"checkpoint={checkpoint!r}: no file of weights alone ({type(state).__name__})")
     state = state.get("model_state_dict", state)  # OpenFlamingo's own training writes the weights under this
