@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from html import unescape
+from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -123,11 +124,31 @@ def on_page_content(html: str, page, config, files) -> str:
     return with_page_links(with_math(html))
 
 
+class Links(HTMLParser):
+    "Keeps in `found` where the tags of a page lead; code that a page shows has no tags."
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            if value and name in ("href", "src"):
+                self.found.append(re.split("[#?]", value, maxsplit=1)[0])
+
+
+def links_of(page: str) -> list[str]:
+    "Links and sources of the HTML `page`, without what stands behind `#` or `?`; none that stay in the page."
+    reader = Links()
+    reader.feed(page)
+    return [link for link in reader.found if link]
+
+
 def dead_links() -> list[str]:
     "Links of the built pages that lead to no file of the site. (mkdocs itself checks Markdown pages only.)"
     dead = []
     for page in SITE.rglob("*.html"):
-        for link in re.findall(r'(?:href|src)="([^"#?]+)', page.read_text()):
+        for link in links_of(page.read_text()):
             outside = re.match(r"[a-z]+:|//", link) or page.name == "404.html"
             if not outside and not (page.parent / unquote(link)).exists():
                 dead.append(f"{page.relative_to(SITE)}: {link}")
