@@ -81,9 +81,9 @@ if __name__ == "__main__":
         cfg = preset("laptop", seed=seed, **parse_settings(args.set))
         ensure("base", cfg), ensure("expert", cfg)
         data = load_data(phase_folder("data", cfg))
-        for who, measured in (("tower", of_tower), ("expert", of_expert)):
+        for name, measured in (("policy's tower", of_tower), ("expert", of_expert)):
             areas = measured(data, cfg, labels)
-            rows.append(dict(who=who, seed=seed) | areas | dict(mean=np.mean(list(areas.values()))))
+            rows.append(dict(name=name, seed=seed) | areas | dict(mean=np.mean(list(areas.values()))))
             print(rows[-1], flush=True)
         cfgs.append(cfg)
     runs = [phase_folder(phase, cfg) for cfg in cfgs for phase in ("base", "expert")]
