@@ -18,7 +18,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo smoke test lab site setup scorers flamingo figures
 # shorter stages than the preset's, so that it ends within a quarter of an hour
-DEMO ?= --set stage1_steps=40 --set stage2_steps=60
+DEMO ?= --set stage1_steps=20 --set stage2_steps=25
 demo: setup
 	valor run --preset laptop --set benchmark=$(BENCHMARK) --set seed=$(SEED) $(DEMO)
 
