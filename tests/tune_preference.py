@@ -7,13 +7,12 @@ python tests/tune_preference.py [RATE ...]"""
 import sys
 
 import pandas as pd
+from tune_stages import measured
 
 from valor.config import preset
 from valor.figures import save
-from valor.metrics import statistics as ev
 from valor.policy.prompt import image_lists
-from valor.policy.tiny import generate
-from valor.runs.makers import labeler, note_of, policy_of
+from valor.runs.makers import note_of
 from valor.runs.phases import ensure, load_data, phase_folder
 
 SHOWN = ["BLEU-4", "ROUGE-L", "label micro F1", "located F1", "finding F1", "hallucinated", "missed", "words"]
@@ -23,9 +22,7 @@ def on_validation(phase, cfg):
     "Measures of the policy of a phase on the validation studies, greedy."
     ensure(phase, cfg)
     val = load_data(phase_folder("data", cfg))["val"]
-    written = generate(*policy_of(phase, cfg), image_lists(val), cfg.max_new_tokens, batch_size=100)
-    measures = ev.measure(ev.score_reports(written, val, cfg.benchmark, labeler=labeler(cfg)))
-    return {m: measures[m] for m in SHOWN}
+    return measured(phase, cfg, val, image_lists(val))[SHOWN].to_dict()
 
 
 if __name__ == "__main__":

@@ -235,10 +235,10 @@ def passes(
 
     Reports without words are in none; reports with more than `limit` wordpieces go alone, as do those whose
     index is in `alone`."""
-    single = [i for i, n in enumerate(pieces) if n > limit or i in alone]
+    single = {i for i, n in enumerate(pieces) if n > limit or i in alone}
     short = [i for i, n in enumerate(words) if n and i not in single]
     packed = packs([words[i] for i in short], budget)
-    return [[i] for i in single] + [[short[j] for j in pack] for pack in packed]
+    return [[i] for i in sorted(single)] + [[short[j] for j in pack] for pack in packed]
 
 # %% ../../nbs/rewards/03_radgraph.ipynb #fault002
 def own_pairs(kinds: np.ndarray, kept: int) -> np.ndarray:
