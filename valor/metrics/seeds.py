@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Frames', 'FREE', 'MOST_SEEDS', 'CONTRASTS', 'CONTRASTS_ON_FILMS', 'BETTER', 'stacked', 'settings_of', 'commit_of',
-           'write_seed', 'read_seeds', 'seed_values', 'mean_interval', 'prediction_interval', 'seed_table',
-           'smallest_p', 'sign_flip_test', 'paired_seeds', 'seed_differences', 'nested_draws', 'crossed_draws',
-           'hierarchical_interval', 'Contrast', 'contrasts_on', 'contrast_table', 'Noise', 'made_up_intervals',
-           'simulate', 'simulation_table', 'plot_simulation', 'axis_label', 'plot_seeds']
+           'kept_systems', 'write_seed', 'read_seeds', 'seed_values', 'mean_interval', 'prediction_interval',
+           'seed_table', 'smallest_p', 'sign_flip_test', 'paired_seeds', 'seed_differences', 'nested_draws',
+           'crossed_draws', 'hierarchical_interval', 'Contrast', 'contrasts_on', 'contrast_table', 'Noise',
+           'made_up_intervals', 'simulate', 'simulation_table', 'plot_simulation', 'axis_label', 'plot_seeds']
 
 # %% ../../nbs/metrics/03_seeds.ipynb #seed0002
 import dataclasses
@@ -87,41 +87,9 @@ def _stem_of(name: str, seed: int) -> str:
     return f"{name}_seed{seed}"
 
 
-def _sidecar_of(stem: str, frames: Mapping, data: bytes, cfg: Config, runs: Iterable, note: str) -> dict:
-    "What the JSON file beside the table `data` of one seed says."
-    return sidecar(stem, [cfg], runs, note) | dict(
-        systems={system: len(frame) for system, frame in frames.items()},
-        settings=settings_of(cfg),
-        commit=commit_of(),
-        sha256=hashlib.sha256(data).hexdigest(),
-    )
-
-# %% ../../nbs/metrics/03_seeds.ipynb #seed000i
-def write_seed(
-    frames: Mapping[str, pd.DataFrame],
-    cfg: Config,
-    runs: Iterable[Path | str] = (),
-    note: str = "",
-    name: str | None = None,
-    out: Path | str | None = None,
-) -> list[Path]:
-    """Keeps the `frames` {system: frame} that the run `cfg` measured, as `{name}_seed{cfg.seed}.json` and
-    `.csv.gz` in the folder `out`; returns both paths. Neither file is ever left half written.
-
-    `name`: by default the benchmark; a variant of it (another `omit`) needs a name of its own. `runs`: the
-    phase folders behind the frames. `out`: by default `seeds` in the folder of the figures of `cfg`.
-    Raises ValueError if a frame holds text, and `PlaceError` if the studies must not go there."""
-    stem = _stem_of(name or cfg.benchmark, cfg.seed)
-    folder = Path(out or place_of([cfg]) / "seeds")
-    data = gzip.compress(stacked(frames).to_csv(index=False, lineterminator="\n").encode(), mtime=0)
-    about = json.dumps(_sidecar_of(stem, frames, data, cfg, runs, note), indent=1, ensure_ascii=False)
-    files = {folder / f"{stem}.json": f"{about}\n".encode(), folder / f"{stem}.csv.gz": data}
-    with kept(folder, cfg.benchmark, "give out= a folder outside"):
-        folder.mkdir(parents=True, exist_ok=True)
-        for path, content in files.items():
-            with whole(path) as temporary:
-                temporary.write_bytes(content)
-    return list(files)
+def _sidecar_of(stem: str, cfg: Config, runs: Iterable, note: str) -> dict:
+    "What the JSON file beside the table of one seed says of the run; `write_seed` adds what it says of the table."
+    return sidecar(stem, [cfg], runs, note) | dict(settings=settings_of(cfg), commit=commit_of())
 
 # %% ../../nbs/metrics/03_seeds.ipynb #seed000l
 def _read_seed(path: Path) -> tuple[dict[str, pd.DataFrame], dict]:
@@ -159,6 +127,63 @@ def _check_same(abouts: Mapping[Path, dict]) -> None:
                     f"{path}: {name}={other[name]!r}, but {first.name} has {one[name]!r}; only the seed may "
                     f"differ, keep other configurations under another name"
                 )
+
+# %% ../../nbs/metrics/03_seeds.ipynb #seed003c
+def _origin(about: Mapping) -> str:
+    "What two sidecars must share before systems of both may stand side by side: settings, versions and CPU."
+    settings = {name: value for name, value in about["settings"].items() if name not in FREE}
+    return json.dumps([settings, about["versions"], about["computed_on"]], sort_keys=True)
+
+
+def kept_systems(frames: Mapping, about: dict, path: Path) -> dict[str, pd.DataFrame]:
+    """`{system: frame}` of the file `path` that may stand beside the new `frames` {system: frame}: those that
+    these lack, if the file was made with the settings, versions and CPU of the new sidecar `about`. The names
+    of the runs behind them are added to `about`. Prints a line where systems are left out."""
+    if not path.exists():
+        return {}
+    try:
+        old, beside = _read_seed(path)
+    except DataError as error:
+        print(f"{path.name}: replaced; {error}")
+        return {}
+    more = {system: frame for system, frame in old.items() if system not in frames}
+    if more and _origin(beside) != _origin(about):
+        print(f"{path.name}: replaced; {', '.join(more)} came from another machine or another configuration")
+        return {}
+    about["runs"] = sorted({*about["runs"], *(beside["runs"] if more else ())})
+    return more
+
+# %% ../../nbs/metrics/03_seeds.ipynb #seed000i
+def write_seed(
+    frames: Mapping[str, pd.DataFrame],
+    cfg: Config,
+    runs: Iterable[Path | str] = (),
+    note: str = "",
+    name: str | None = None,
+    out: Path | str | None = None,
+) -> list[Path]:
+    """Keeps the `frames` {system: frame} that the run `cfg` measured, as `{name}_seed{cfg.seed}.json` and
+    `.csv.gz` in the folder `out`; returns both paths. Neither file is ever left half written. Systems that
+    the file already holds stay, as far as `kept_systems` allows.
+
+    `name`: by default the benchmark; a variant of it (another `omit`) needs a name of its own. `runs`: the
+    phase folders behind the frames. `out`: by default `seeds` in the folder of the figures of `cfg`.
+    Raises ValueError if a frame holds text, and `PlaceError` if the studies must not go there."""
+    stem = _stem_of(name or cfg.benchmark, cfg.seed)
+    folder = Path(out or place_of([cfg]) / "seeds")
+    about = _sidecar_of(stem, cfg, runs, note)
+    frames = dict(frames) | kept_systems(frames, about, folder / f"{stem}.csv.gz")
+    data = gzip.compress(stacked(frames).to_csv(index=False, lineterminator="\n").encode(), mtime=0)
+    systems = {system: len(frame) for system, frame in frames.items()}
+    about |= dict(systems=systems, sha256=hashlib.sha256(data).hexdigest())
+    written = json.dumps(about, indent=1, ensure_ascii=False)
+    files = {folder / f"{stem}.json": f"{written}\n".encode(), folder / f"{stem}.csv.gz": data}
+    with kept(folder, cfg.benchmark, "give out= a folder outside"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, content in files.items():
+            with whole(path) as temporary:
+                temporary.write_bytes(content)
+    return list(files)
 
 # %% ../../nbs/metrics/03_seeds.ipynb #seed000p
 def read_seeds(name: str, folder: Path | str | None = None) -> dict[str, dict[int, pd.DataFrame]]:
