@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Frames', 'FREE', 'MOST_SEEDS', 'CONTRASTS', 'CONTRASTS_ON_FILMS', 'BETTER', 'stacked', 'settings_of', 'commit_of',
-           'kept_systems', 'write_seed', 'read_seeds', 'seed_values', 'mean_interval', 'prediction_interval',
-           'seed_table', 'smallest_p', 'sign_flip_test', 'paired_seeds', 'seed_differences', 'nested_draws',
-           'crossed_draws', 'hierarchical_interval', 'Contrast', 'contrasts_on', 'contrast_table', 'Noise',
-           'made_up_intervals', 'simulate', 'simulation_table', 'plot_simulation', 'axis_label', 'plot_seeds']
+           'kept_systems', 'write_seed', 'read_seeds', 'kept_note', 'seed_values', 'mean_interval',
+           'prediction_interval', 'seed_table', 'smallest_p', 'sign_flip_test', 'paired_seeds', 'seed_differences',
+           'nested_draws', 'crossed_draws', 'hierarchical_interval', 'Contrast', 'contrasts_on', 'contrast_table',
+           'Noise', 'made_up_intervals', 'simulate', 'simulation_table', 'plot_simulation', 'axis_label', 'plot_seeds']
 
 # %% ../../nbs/metrics/03_seeds.ipynb #seed0002
 import dataclasses
@@ -88,7 +88,7 @@ def _stem_of(name: str, seed: int) -> str:
 
 
 def _sidecar_of(stem: str, cfg: Config, runs: Iterable, note: str) -> dict:
-    "What the JSON file beside the table of one seed says of the run; `write_seed` adds what it says of the table."
+    "What the JSON file beside the table of one seed says of the run; `write_seed` adds the table's digest."
     return sidecar(stem, [cfg], runs, note) | dict(settings=settings_of(cfg), commit=commit_of())
 
 # %% ../../nbs/metrics/03_seeds.ipynb #seed000l
@@ -203,6 +203,12 @@ def read_seeds(name: str, folder: Path | str | None = None) -> dict[str, dict[in
             frames.setdefault(system, {})[seed] = frame
     _check_same(abouts)
     return frames
+
+# %% ../../nbs/metrics/03_seeds.ipynb #seed003e
+def kept_note(name: str, folder: Path | str | None) -> str:
+    "What made the numbers in the files `{name}_seed*` of `folder` (`makers.note_of`); empty without any."
+    files = sorted(Path(folder).glob(f"{name}_seed*.json")) if folder else []
+    return json.loads(files[0].read_text())["note"] if files else ""
 
 # %% ../../nbs/metrics/03_seeds.ipynb #seed000s
 def _chosen(metrics: Sequence[str], known: Metrics) -> dict:

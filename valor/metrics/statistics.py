@@ -530,7 +530,8 @@ def _same_seeds(frames: Mapping, system: str, against: str) -> list[dict] | None
     "The frames of both systems on the seeds that both have; None where no choice is needed or possible."
     mine, its = frames[system], frames.get(against, {})
     both = [s for s in mine if s in its]
-    if not both or len(mine) == 1 or set(mine) == set(its):
+    one_for_all = len(mine) == 1 and len({tuple(frame.index) for frame in its.values()}) == 1
+    if not both or one_for_all or set(mine) == set(its):
         return None
     return [{s: by_seed[s] for s in both} for by_seed in (mine, its)]
 
@@ -543,8 +544,8 @@ def system_table(
 
     `frames`: {system: {seed: frame}}. `value` is the mean over seeds; the interval is a percentile
     bootstrap over seeds and studies, with `n` draws. Where a system lacks a seed that `against` has, the
-    two are compared on the seeds that both have; a system of one seed, as the controls are, with the
-    mean over all."""
+    two are compared on the seeds that both have; a system of one seed with the mean over all where these
+    share their studies, as controls have one seed for all."""
     rows, seen = [], {s: drawn(by_seed, metrics, n, seed) for s, by_seed in frames.items()}
     for system, by_seed in frames.items():
         ours, theirs = seen[system], seen.get(against) if system != against else None

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GAUGED', 'METRICS', 'ROWS', 'VISUAL_CONTROLS', 'FAULTS', 'shown_metrics', 'finished', 'rows_of', 'control_rows',
-           'references_of', 'part_of', 'options_of', 'gauges_for', 'with_gauges', 'scored', 'compare', 'by_leak',
-           'main_table', 'command_for', 'wide', 'plot_systems']
+           'references_of', 'part_of', 'options_of', 'gauges_for', 'with_gauges', 'scored', 'defined', 'seeds_with',
+           'has_somewhere', 'compare', 'with_kept', 'by_leak', 'main_table', 'command_for', 'wide', 'plot_systems']
 
 # %% ../../nbs/results/00_tables.ipynb #6ed219fc
 import shlex
@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import yaml
 
@@ -25,12 +26,14 @@ from ..data.sources import DataError
 from ..files import one_line
 from ..metrics import evaluate as judging
 from ..metrics import statistics as ev
+from ..metrics.bootstrap import holm, values_of
+from ..metrics.seeds import Frames, read_seeds, write_seed
 from ..rewards.guard import RewardError
 from ..rewards.text import report_body
-from ..runs.makers import read_frame, read_reports
+from ..runs.makers import note_of, read_frame, read_reports
 from ..runs.phases import ensure, load_data, locked, phase_folder
 from ..runs.processes import RunError
-from ..runs.systems import phase_of
+from ..runs.systems import SYSTEMS, phase_of
 
 # %% ../../nbs/results/00_tables.ipynb #1832fc26
 GAUGED = ev.Live(lambda: {m.name: m.gauge for m in ev.registered() if m.from_gauge and m.gauge != "image"})
@@ -99,10 +102,10 @@ def rows_of(
 
 # %% ../../nbs/results/00_tables.ipynb #tab00101
 def control_rows(cfgs: Sequence[Config], missing: str = "run") -> dict[str, dict[int, tuple[Path, str]]]:
-    """{control: {seed: (folder, condition)}} of the runs `cfgs`; seed 0 alone where all have the same
+    """{control: {seed: (folder, condition)}} of the runs `cfgs`; seed 0 alone where several seeds share
     studies and expert."""
     folders = {cfg.seed: finished("controls", cfg, missing) for cfg in cfgs}
-    if len(set(folders.values())) == 1:
+    if len(folders) > 1 and len(set(folders.values())) == 1:
         folders = {0: folders[cfgs[0].seed]}
     rows = {}
     for seed, folder in folders.items():
@@ -193,6 +196,27 @@ def scored(
             frames[row][seed] = with_gauges(frame, written, truths, gauges, cider, scores)
     return frames, why
 
+# %% ../../nbs/results/00_tables.ipynb #tabk0001
+def defined(frame: pd.DataFrame, metric: str) -> bool:
+    "Whether `frame` has what `metric` needs, and enough of it for a number."
+    try:
+        return not np.isnan(values_of(frame, {metric: METRICS[metric]})[metric])
+    except KeyError:
+        return False
+
+
+def seeds_with(frames: Frames, metric: str) -> Frames:
+    "`frames` {row: {seed: frame}} with the seeds in which `metric` is defined; all where it never is."
+    return {
+        row: {seed: f for seed, f in by_seed.items() if defined(f, metric)} or by_seed
+        for row, by_seed in frames.items()
+    }
+
+
+def has_somewhere(frames: Frames, metric: str) -> bool:
+    "Whether `metric` is defined in any of the `frames` {row: {seed: frame}}."
+    return any(defined(f, metric) for by_seed in frames.values() for f in by_seed.values())
+
 # %% ../../nbs/results/00_tables.ipynb #5d38a59e
 def compare(
     frames: Mapping, metrics: Sequence[str], against: str = "VALOR", n: int = 20_000, seed: int = 0
@@ -202,8 +226,36 @@ def compare(
 
     `frames`: {row: {seed: frame}} as from `scored`. Where a row lacks a seed that `against` has, the two
     are compared on the seeds that both have; a row of one seed, as the controls are, with the mean over
-    all."""
-    return ev.system_table(frames, {m: METRICS[m] for m in metrics}, against, n, seed)
+    all. A metric is taken from the seeds that have it (`seeds_with`)."""
+    parts = {}  # {the seeds of every row: (frames, metrics that these seeds have)}
+    for metric in metrics:
+        left = seeds_with(frames, metric)
+        seeds = str({row: list(by_seed) for row, by_seed in left.items()})
+        parts.setdefault(seeds, (left, {}))[1][metric] = METRICS[metric]
+    tables = [ev.system_table(left, chosen, against, n, seed) for left, chosen in parts.values()]
+    rows = pd.MultiIndex.from_product([frames, metrics], names=["system", "metric"])
+    table = pd.concat(tables).set_index(["system", "metric"]).loc[rows].reset_index()
+    return table.assign(p_holm=holm(table.p)) if "p" in table else table
+
+# %% ../../nbs/results/00_tables.ipynb #tabk0004
+def with_kept(frames: Frames, rows: Mapping, cfgs: Sequence[Config], folder: Path, note: str = "") -> Frames:
+    """`{row: {seed: frame}}` of all seeds of the benchmark in `folder`, after those of the runs `cfgs` were
+    written there: their `frames`, which came from `rows` {row: {seed: (folder, condition)}}.
+
+    A control that all seeds share is written for each of them, `note` beside all (`makers.note_of`)."""
+    for cfg in cfgs:
+        of_seed, runs = {}, set()
+        for row, by_seed in frames.items():
+            shared = row not in SYSTEMS and not row.startswith("VALOR") and list(by_seed) == [0]
+            if cfg.seed in by_seed or shared:
+                seed = cfg.seed if cfg.seed in by_seed else 0
+                of_seed[row] = by_seed[seed]
+                runs.add(rows[row][seed][0])
+        if set(of_seed) & set(SYSTEMS):
+            write_seed(of_seed, cfg, sorted(runs), note, out=folder)
+    if not list(folder.glob(f"{cfgs[0].benchmark}_seed*.csv.gz")):
+        return frames
+    return read_seeds(cfgs[0].benchmark, folder)
 
 # %% ../../nbs/results/00_tables.ipynb #6ba0ebad
 def by_leak(
@@ -227,17 +279,22 @@ def main_table(
     n: int = 20_000,
     against: str = "VALOR",
     controls: bool = True,
+    kept: Path | None = None,
 ) -> tuple[pd.DataFrame, dict[str, pd.DataFrame], dict[str, str], list[Path]]:
-    """`(tidy, parts, why, runs)` of the runs `cfgs` (one per seed): `compare` on all studies; the same on the
-    leaked and on the other studies (`by_leak`); {system or metric: why it has no number}; the folders of the
-    evaluations."""
+    """`(tidy, parts, why, runs)` of the runs `cfgs` (one per seed), and with a folder `kept` also of the
+    seeds that lie there (`with_kept`): `compare` on all studies; the same on the leaked and on the other
+    studies (`by_leak`); {system or metric: why it has no number}; the folders of the evaluations."""
     metrics = list(metrics or shown_metrics(cfgs[0].benchmark))
     rows, why = rows_of(cfgs, systems, missing, controls)
-    if not rows:
+    frames, lacking = scored(rows, cfgs, metrics, models) if rows else ({}, {})
+    if kept:
+        frames = with_kept(frames, rows, cfgs, kept, note_of(cfgs[0]) if rows else "")
+        frames = {row: frames[row] for row in frames if row in systems or row not in SYSTEMS}
+        why = {name: reason for name, reason in why.items() if name not in frames and name != "controls"}
+    if not frames:
         columns = ["system", "metric", "value", "lo", "hi", "seeds", "studies"]
         return pd.DataFrame(columns=columns), {}, why, []
-    frames, lacking = scored(rows, cfgs, metrics, models)
-    known = [m for m in metrics if m not in lacking]
+    known = [m for m in metrics if m not in lacking and has_somewhere(frames, m)]
     runs = sorted({folder for by_seed in rows.values() for folder, _ in by_seed.values()})
     return compare(frames, known, against, n), by_leak(frames, known, against, n), why | lacking, runs
 
