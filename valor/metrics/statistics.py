@@ -729,6 +729,7 @@ def _draw_systems(ax: plt.Axes, tidy: pd.DataFrame, metric: str) -> None:
         ax.plot([row.lo, row.hi], [i, i], color=colour, lw=2)
         ax.plot(row.value, i, "o", color=colour, ms=4.5)
     ax.set(title=heading(metric), yticks=range(len(systems)), yticklabels=systems)
+    ax.set_ylim(-0.6, len(systems) - 0.4)
     ax.grid(axis="x", alpha=0.3)
 
 # %% ../../nbs/metrics/00_statistics.ipynb #7dbc0add
