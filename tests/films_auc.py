@@ -1,6 +1,7 @@
 """What the embedded policy's tower and the multi-label expert see on real films: areas under the ROC curve
 on the validation studies, of a linear head on the tower's mean vector and of the expert's probabilities. By
-hand, a minute a seed once base and expert are trained; writes figures/films_auc_BENCHMARK.csv.
+hand, a minute a seed once base and expert are trained; writes figures/films_auc_BENCHMARK.csv, in which the
+rows of seeds that were measured earlier stay.
 
 `--labels`: a table with one row a study (column `id`) and CheXbert's own labels; without it the labels are
 those of the data.
@@ -83,10 +84,14 @@ if __name__ == "__main__":
         data = load_data(phase_folder("data", cfg))
         for name, measured in (("policy's tower", of_tower), ("expert", of_expert)):
             areas = measured(data, cfg, labels)
-            rows.append(dict(name=name, seed=seed) | areas | dict(mean=np.mean(list(areas.values()))))
+            mean = np.mean(list(areas.values()))
+            rows.append(dict(name=f"{name}, seed {seed}", seed=seed) | areas | dict(mean=mean))
             print(rows[-1], flush=True)
         cfgs.append(cfg)
     runs = [phase_folder(phase, cfg) for cfg in cfgs for phase in ("base", "expert")]
     note = f"{note_of(cfgs[0])}; labels of {'CheXbert' if args.labels else 'the data'}, validation studies"
-    stem = f"films_auc_{cfgs[0].benchmark}"
-    save(stem, pd.DataFrame(rows).round(4), cfgs=cfgs, runs=runs, note=note, out=figures_dir())
+    stem, table = f"films_auc_{cfgs[0].benchmark}", pd.DataFrame(rows).round(4)
+    if (earlier := figures_dir() / f"{stem}.csv").exists():
+        old = pd.read_csv(earlier)
+        table = pd.concat([old[~old.name.isin(table.name)], table]).sort_values("seed", kind="stable")
+    save(stem, table, cfgs=cfgs, runs=runs, note=note, out=figures_dir())

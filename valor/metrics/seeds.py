@@ -135,10 +135,18 @@ def _origin(about: Mapping) -> str:
     return json.dumps([settings, about["versions"], about["computed_on"]], sort_keys=True)
 
 
+def _is_more(old: pd.DataFrame, new: pd.DataFrame) -> bool:
+    "Whether `old` holds the numbers of `new`, and maybe more columns."
+    if not (old.index.equals(new.index) and set(new) <= set(old)):
+        return False
+    return old[list(new)].equals(new.astype(float))
+
+
 def kept_systems(frames: Mapping, about: dict, path: Path) -> dict[str, pd.DataFrame]:
     """`{system: frame}` of the file `path` that may stand beside the new `frames` {system: frame}: those that
-    these lack, if the file was made with the settings, versions and CPU of the new sidecar `about`. The names
-    of the runs behind them are added to `about`. Prints a line where systems are left out."""
+    these lack, or have with fewer columns, if the file was made with the settings, versions and CPU of the
+    new sidecar `about`. The names of the runs behind them are added to `about`. Prints a line where systems
+    are left out."""
     if not path.exists():
         return {}
     try:
@@ -146,9 +154,10 @@ def kept_systems(frames: Mapping, about: dict, path: Path) -> dict[str, pd.DataF
     except DataError as error:
         print(f"{path.name}: replaced; {error}")
         return {}
-    more = {system: frame for system, frame in old.items() if system not in frames}
+    more = {s: frame for s, frame in old.items() if s not in frames or _is_more(frame, frames[s])}
     if more and _origin(beside) != _origin(about):
-        print(f"{path.name}: replaced; {', '.join(more)} came from another machine or another configuration")
+        if lost := [system for system in more if system not in frames]:
+            print(f"{path.name}: {', '.join(lost)} left out, of another machine or other settings")
         return {}
     about["runs"] = sorted({*about["runs"], *(beside["runs"] if more else ())})
     return more
