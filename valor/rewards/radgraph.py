@@ -18,7 +18,7 @@ import tarfile
 import tempfile
 import warnings
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
@@ -227,18 +227,15 @@ def packs(lengths: list[int], budget: int) -> list[list[int]]:
     return found
 
 # %% ../../nbs/rewards/03_radgraph.ipynb #fe182ff5
-def passes(
-    words: list[int], pieces: list[int], limit: int, budget: int, alone: Collection[int] = ()
-) -> list[list[int]]:
+def passes(words: list[int], pieces: list[int], limit: int, budget: int) -> list[list[int]]:
     """Lists of indices of the reports that go through the network together, given how many words and how many
     wordpieces each has.
 
-    Reports without words are in none; reports with more than `limit` wordpieces go alone, as do those whose
-    index is in `alone`."""
-    single = {i for i, n in enumerate(pieces) if n > limit or i in alone}
-    short = [i for i, n in enumerate(words) if n and i not in single]
+    Reports without words are in none; reports with more than `limit` wordpieces go alone."""
+    folded = [i for i, n in enumerate(pieces) if n > limit]
+    short = [i for i, n in enumerate(words) if n and pieces[i] <= limit]
     packed = packs([words[i] for i in short], budget)
-    return [[i] for i in sorted(single)] + [[short[j] for j in pack] for pack in packed]
+    return [[i] for i in folded] + [[short[j] for j in pack] for pack in packed]
 
 # %% ../../nbs/rewards/03_radgraph.ipynb #fault002
 def own_pairs(kinds: np.ndarray, kept: int) -> np.ndarray:
@@ -373,8 +370,8 @@ def span_vectors(network: torch.nn.Module, words: Tensor) -> Tensor:
 # %% ../../nbs/rewards/03_radgraph.ipynb #net00005
 def best_spans(scores: Tensor, keep: Tensor, most: int) -> Tensor:
     """Numbers of each report's `keep` (reports,) best spans by `scores` (reports, spans), rising: (reports,
-    `most`), filled up with one that is not lower."""
-    best = scores.topk(most, 1).indices
+    `most`), filled up with one that is not lower. Of spans with equal scores the earlier is the better."""
+    best = scores.sort(dim=1, descending=True, stable=True).indices[:, :most]
     own = torch.arange(most, device=best.device) < keep[:, None]
     return torch.where(own, best, best.amax(1, keepdim=True)).sort(1).values
 
@@ -587,17 +584,12 @@ def decoded(reader: RadGraph, words: list[list[str]], kept: list[int], answer: A
 @torch.inference_mode()
 def annotate(reader: RadGraph, words: list[list[str]]) -> list[dict]:
     """Entities of each report, given its words, in the package's form: number → {tokens, label, …}. A report
-    without words has none.
-
-    The package reads a word without a wordpiece (a control character) as whatever stands last in its pack;
-    such a report goes alone."""
-    spelled = [reader.pieces.of(w) for w in words]
-    n_pieces = [sum(map(len, ids)) for ids in spelled]
-    alone = {i for i, ids in enumerate(spelled) if not all(ids)}
+    without words has none."""
+    n_pieces = [sum(map(len, reader.pieces.of(w))) for w in words]
     found = [{} for _ in words]
     share, before = reader.network._relation._spans_per_word, None
     # one turn more than there are packs: each decodes the pack that the turn before asked for
-    packed = passes(list(map(len, words)), n_pieces, reader.pieces.limit, reader.budget, alone)
+    packed = passes(list(map(len, words)), n_pieces, reader.pieces.limit, reader.budget)
     for rows in [*packed, None]:
         asked = None
         if rows:
