@@ -12,7 +12,7 @@ import pytest
 from valor.cli import main
 from valor.metrics import evaluate as ev
 from valor.metrics.statistics import GAUGE_NAMES, REGISTERED
-from valor.rewards.outside import RadEval, radeval_python
+from valor.rewards.outside import OFFLINE, RadEval, radeval_caches, radeval_python
 from valor.rewards.text import scorer
 
 PACKAGE = {
@@ -28,6 +28,7 @@ class Stub:
     def compute(self, refs, hyps, per_sample):
         assert per_sample
         if self.name == "radcliq":      # depends on all references, as IDF weights do
+            assert "odd" not in refs
             return {"radcliq_v1": [len(h) / sum(map(len, refs)) for h in hyps]}
         if self.name == "crimson":
             return {"crimson": [float("nan") if "odd" in h else 0.5 for h in hyps]}
@@ -78,6 +79,23 @@ def test_metrics_are_rows_of_the_table(pairs, python, monkeypatch):
     # all 70 references at once, not 64 and 6: 139 letters over 140
     assert table["RadCliQ-v1"] == pytest.approx(139 / 140 / 70, rel=1e-4)
     assert (pairs / "out/scores/srrbert.jsonl").exists() and not (pairs / "out/scores/radcliq.jsonl").exists()
+
+
+def test_radcliq_of_a_system_does_not_depend_on_the_one_before_it(tmp_path, python):
+    given = dict(metric="radcliq", key="radcliq_v1", weights=tmp_path, python=python, whole_set=True)
+    with scorer("radeval", **given) as judge:
+        # letters of the candidate over those of all references, also the empty pair's and the repeated ones'
+        assert judge.score(["aa", "aa", ""], ["aa", "aa", "aaaa"]) == [2 / 8, 2 / 8, 0]
+        assert judge.score(["aa", "b"], ["aa", "aa"]) == [2 / 4, 1 / 4]
+
+
+def test_radcliq_that_fails_is_not_scored_in_parts(tmp_path, python):
+    given = dict(metric="radcliq", key="radcliq_v1", weights=tmp_path, python=python, whole_set=True)
+    with (
+        scorer("radeval", **given) as judge,
+        pytest.raises(RuntimeError, match="failed on 2 pair.*AssertionError"),
+    ):
+        judge.score(["a", "b"], ["aa", "odd"])
 
 
 def test_radcliq_is_lower_for_better_and_never_in_a_table_that_does_not_ask(pairs):
@@ -132,29 +150,87 @@ except ValueError:
     REAL = None
 
 
-@pytest.mark.skipif(REAL is None, reason="`make scorers` builds RadEval's environment")
-def test_srrbert_is_what_radeval_says_when_it_is_called_directly(tmp_path):
-    make = [REAL, "-I", str(Path(__file__).parent / "radeval_weights.py"), str(tmp_path)]
-    subprocess.run(make, check=True, capture_output=True)
-    texts = ["the heart is enlarged .", "no pleural effusion .", "small left nodule . the lungs are clear ."]
-    candidates, references = texts + texts[:2], [texts[1], texts[1], texts[0], texts[2], texts[0]]
-    given = dict(metric="srrbert", key="srrbert_weighted_f1", weights=tmp_path, python=REAL)
-    with scorer("radeval", **given) as judge:
-        found = judge.score(candidates, references)
-    code = (
-        "import os, sys, json, nltk\nnltk.download = lambda *a, **k: True\n"
-        "from radeval.metrics._registry import get_metric_class\n"
-        "c, r = json.load(sys.stdin)\nm = get_metric_class('srrbert')()\n"
-        "print(json.dumps(m.compute(refs=r, hyps=c, per_sample=True)['srrbert_weighted_f1']))"
-    )
-    from valor.rewards.outside import OFFLINE, radeval_caches
+real = pytest.mark.skipif(REAL is None, reason="`make scorers` builds RadEval's environment")
+DIRECT = """
+import json, sys
+import nltk
+nltk.download = lambda *a, **k: True  # no network in a test
+import radeval
+sys.modules["RadEval"] = radeval  # RadEval 2.2.1 calls itself by a name that Linux does not find
+if sys.argv[1] == "temporal":
+    import stanza
+    from functools import partial
+    stanza.Pipeline = partial(stanza.Pipeline, download_method=None)
+    stanza.download = lambda *a, **k: None
+from radeval.metrics._registry import get_metric_class
+metric = get_metric_class(sys.argv[1])()
+for hyps, refs in json.load(sys.stdin):
+    print(json.dumps(metric.compute(refs=refs, hyps=hyps, per_sample=True)))
+    getattr(metric, "_scorer", metric)._bertscore_cache_key = None
+"""
 
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    "A folder of made-up weights for all four metrics."
+    folder = tmp_path_factory.mktemp("weights")
+    make = [REAL, "-I", str(Path(__file__).parent / "radeval_weights.py"), str(folder)]
+    subprocess.run(make, check=True, capture_output=True)
+    return folder
+
+
+def direct(metric, key, weights, *sets):
+    "What RadEval says of `sets`, each a list of candidates and one of references, without us."
     said = subprocess.run(
-        [REAL, "-I", "-c", code],
-        input=json.dumps([candidates, references]),
-        env=OFFLINE | radeval_caches(tmp_path),
+        [REAL, "-I", "-c", DIRECT, metric],
+        input=json.dumps(sets),
+        env=OFFLINE | radeval_caches(weights),
         capture_output=True,
         text=True,
         check=True,
     )
-    assert found == pytest.approx(json.loads(said.stdout.splitlines()[-1])) and len(set(found)) > 2
+    return [json.loads(line)[key] for line in said.stdout.splitlines() if line.startswith("{")]
+
+
+TEXTS = ["the heart is enlarged .", "no pleural effusion .", "new", "worse nodule", "stable"]
+CANDIDATES = [TEXTS[i] for i in (3, 2, 4, 0, 1, 3)]
+REFERENCES = [TEXTS[i] for i in (0, 1, 2, 0, 3, 1)]
+
+
+@real
+@pytest.mark.parametrize("metric, key", [("srrbert", "srrbert_weighted_f1"), ("crimson", "crimson")])
+def test_numbers_are_what_radeval_says_when_it_is_called_directly(weights, metric, key, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", "/none")  # a cache of the user's, which is not ours
+    given = dict(metric=metric, key=key, weights=weights, python=REAL, batch_size=4)
+    with scorer("radeval", **given) as judge:
+        found = judge.score(CANDIDATES, REFERENCES)
+    theirs, turned = direct(metric, key, weights, (CANDIDATES, REFERENCES), (REFERENCES, CANDIDATES))
+    assert found == pytest.approx(theirs) and len(set(found)) > 2
+    # SRR-BERT's F1 is the same from both sides
+    assert metric == "srrbert" or found != pytest.approx(turned)
+
+
+@real
+def test_temporal_f1_is_radevals_and_its_tagger_counts(weights):
+    # RadEval's list of words finds nothing in "stableish"; of the made-up tagger's words it keeps "stable"
+    candidates = ["stable'ish opacity", "worse'ish opacity", "stable heart", "new and worse", "clear"]
+    references = ["stable opacity", "worse opacity", "worse heart", "worse , new and stable", "clear lungs"]
+    given = dict(metric="temporal", key="temporal_f1", weights=weights, python=REAL)
+    with scorer("radeval", **given) as judge:
+        found = judge.score(candidates, references)
+    assert found == pytest.approx(direct("temporal", "temporal_f1", weights, (candidates, references))[0])
+    assert found == pytest.approx([1, 0, 0, 0.8, 1], abs=1e-6)
+
+
+@real
+def test_radcliq_is_radevals_for_each_set_of_references(weights):
+    repeated = [*CANDIDATES, "", CANDIDATES[0]], [*REFERENCES, TEXTS[0], REFERENCES[0]]
+    sets = [repeated, (CANDIDATES[:3], REFERENCES[:3])]
+    given = dict(metric="radcliq", key="radcliq_v1", weights=weights, python=REAL, whole_set=True)
+    with scorer("radeval", **given) as judge:
+        found = [judge.score(*texts) for texts in sets]
+    for ours, theirs in zip(found, direct("radcliq", "radcliq_v1", weights, *sets)):
+        assert ours == pytest.approx(theirs, abs=1e-6) and len(set(ours)) > 2
+    # an empty report is the worst, and a pair has another number among other references
+    assert max(found[0]) == found[0][-2]
+    assert found[0][:3] != pytest.approx(found[1], abs=1e-5)

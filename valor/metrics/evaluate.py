@@ -297,12 +297,11 @@ def radeval_gauge(m: RadEvalMetric, options: dict) -> tuple[Gauge, str]:
     if options["radeval"] is None:
         raise NotRun(f"--set radeval=FOLDER, which RadEval filled ({m.wants}), after `make scorers`")
     given = dict(metric=m.metric, key=m.key, weights=options["radeval"])
-    judge = scorer("radeval", **given, **(dict(batch_size=2**31) if m.whole_set else {}))
+    # all pairs are one answer: a day
+    judge = scorer("radeval", **given, **(dict(whole_set=True, timeout=86400.0) if m.whole_set else {}))
 
     def gauge(pairs: Pairs) -> list[dict]:
-        # `score` asks for equal pairs once; what depends on all references must count them all
-        values = judge._score(list(pairs)) if m.whole_set else judge.score(*map(list, zip(*pairs)))
-        return [{m.name: value} for value in values]
+        return [{m.name: value} for value in judge.score(*map(list, zip(*pairs)))]
 
     return gauge, f"radeval {m.metric} {m.key} {options['radeval']}"
 
@@ -320,7 +319,7 @@ def register_radeval(m: RadEvalMetric) -> RadEvalMetric:
     return m
 
 
-_RRG = "StanfordAIMI/RRG_scorers, bert-base-uncased, distilroberta-base"
+_RRG = "StanfordAIMI/RRG_scorers, bert-base-uncased, distilroberta-base and RadGraph's encoder"
 _SRR = "StanfordAIMI/SRR-BERT-Leaves-with-Statuses, microsoft/BiomedVLP-CXR-BERT-general, nltk punkt_tab"
 
 register_radeval(RadEvalMetric("radcliq", "radcliq", "radcliq_v1", _RRG, False, "RadCliQ-v1", whole_set=True))
@@ -329,7 +328,7 @@ register_radeval(
     RadEvalMetric("temporal", "temporal", "temporal_f1", "stanza's package radiology", words="temporal F1")
 )
 register_radeval(
-    RadEvalMetric("crimson", "crimson", "crimson", "CRIMSON's model on the hub", words="CRIMSON")
+    RadEvalMetric("crimson", "crimson", "crimson", "rajpurkarlab/medgemma-4b-it-crimson", words="CRIMSON")
 )
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #1976ba1d

@@ -26,7 +26,7 @@ from typing import IO, Any
 from fastcore.basics import patch
 from tqdm import tqdm
 
-from .text import Scorer
+from .text import Scorer, bodies
 
 # %% ../../nbs/rewards/08_outside.ipynb #00b719f7
 def pump(stream: IO[str], lines: queue.SimpleQueue) -> None:
@@ -383,7 +383,7 @@ def radeval_caches(weights: Path | str) -> dict[str, str]:
         raise ValueError(
             f"weights={str(weights)!r}: there is no such folder; expected one that RadEval filled"
         )
-    places = {"STANZA_RESOURCES_DIR": "stanza_resources", "NLTK_DATA": "nltk_data"}
+    places = {"HF_HUB_CACHE": "hub", "STANZA_RESOURCES_DIR": "stanza_resources", "NLTK_DATA": "nltk_data"}
     homes = {"HF_HOME": str(folder), "XDG_CACHE_HOME": str(folder)}
     return homes | {name: str(folder / place) for name, place in places.items()}
 
@@ -391,7 +391,8 @@ def radeval_caches(weights: Path | str) -> dict[str, str]:
 class RadEval(OutsideScorer):
     """A metric of RadEval 2.2. `weights`: the folder with what RadEval downloads, see above.
 
-    A pair with an empty report scores 0, whatever the metric would say of it."""
+    A pair with an empty report scores 0, whatever the metric would say of it. With `whole_set` RadEval gets
+    all pairs of a call together, the empty ones too, because its numbers depend on all references."""
 
     name = "radeval"
 
@@ -404,9 +405,22 @@ class RadEval(OutsideScorer):
         batch_size: int = 64,
         python: Path | str | None = None,
         timeout: float = 3600.0,
+        whole_set: bool = False,
     ):
-        settings = json.dumps(dict(metric=metric, key=key, options=dict(options or {})))
+        options = dict(options or {})
+        settings = json.dumps(dict(metric=metric, key=key, options=options, whole_set=whole_set))
         environment = QUIET | OFFLINE | radeval_caches(weights)
         python = radeval_python(python)
         super().__init__(WORKER, ["radeval", settings], python, batch_size, timeout, environment)
-        self.name = metric
+        self.name, self.whole_set = metric, whole_set
+
+# %% ../../nbs/rewards/08_outside.ipynb #rad10006
+@patch
+def score(self: RadEval, candidates: list[str], references: list[str]) -> list[float]:
+    "One number per pair, see `Scorer.score`. With `whole_set` of all pairs as one set."
+    if not self.whole_set:
+        return super(RadEval, self).score(candidates, references)
+    pairs = bodies(candidates, references)
+    self.known, self.batch_size = {}, max(1, len(pairs))  # numbers of another set do not count
+    self.report(self._learn(pairs), [])
+    return [float(self.known[pair]["score"]) for pair in pairs]

@@ -321,19 +321,26 @@ def stay_offline() -> None:
     stanza.Pipeline = lambda *names, **options: pipeline(*names, **options | {"download_method": None})
 
 
-def load_radeval(metric: str, key: str, options: dict) -> Callable[[Pairs], list[dict]]:
+def load_radeval(
+    metric: str, key: str, options: dict, whole_set: bool = False
+) -> Callable[[Pairs], list[dict]]:
     """A function from pairs to dicts with the number `key` of RadEval's `metric` as `score`.
 
-    `options`: for the metric's class."""
+    `options`: for the metric's class; `whole_set`: see `numbers_of`."""
     stay_offline()
+    import radeval
     from radeval.metrics._registry import get_metric_class
 
+    sys.modules.setdefault("RadEval", radeval)
     judge = get_metric_class(metric)(**options)
-    return numbers_of(judge, key)
+    return numbers_of(judge, key, whole_set)
 
 # %% ../../nbs/rewards/09_outside_worker.ipynb #rad00002
-def numbers_of(judge: object, key: str) -> Callable[[Pairs], list[dict]]:
-    "A function from pairs to dicts with the number `key` of a RadEval metric. KeyError for another key."
+def numbers_of(judge: object, key: str, whole_set: bool = False) -> Callable[[Pairs], list[dict]]:
+    """A function from pairs to dicts with the number `key` of a RadEval metric. KeyError for another key.
+
+    If it fails, the program tries halves of the pairs. With `whole_set` it may not, since its numbers would
+    be those of other sets; then each pair gets the error."""
 
     def scored(pairs: Pairs) -> list[dict]:
         inner = getattr(judge, "_scorer", None)
@@ -344,7 +351,14 @@ def numbers_of(judge: object, key: str) -> Callable[[Pairs], list[dict]]:
             raise KeyError(f"no {key!r} among {sorted(found)}")
         return [{"score": float(value)} for value in found[key]]
 
-    return scored
+    def together(pairs: Pairs) -> list[dict]:
+        try:
+            return scored(pairs)
+        except Exception as e:
+            traceback.print_exc()
+            return [{"error": f"{type(e).__name__}: {e}"} for _ in pairs]
+
+    return together if whole_set else scored
 
 # %% ../../nbs/rewards/09_outside_worker.ipynb #6afdd660
 WORKERS = {  # name: (loader, packages whose versions are told)
