@@ -93,5 +93,6 @@ if __name__ == "__main__":
     stem, table = f"films_auc_{cfgs[0].benchmark}", pd.DataFrame(rows).round(4)
     if (earlier := figures_dir() / f"{stem}.csv").exists():
         old = pd.read_csv(earlier)
-        table = pd.concat([old[~old.name.isin(table.name)], table]).sort_values("seed", kind="stable")
+        table = pd.concat([old[~old.name.isin(table.name)], table])
+        table = table.sort_values("seed", kind="stable", ignore_index=True)
     save(stem, table, cfgs=cfgs, runs=runs, note=note, out=figures_dir())
