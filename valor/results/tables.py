@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from ..config import Config
+from ..config import Config, sweeps
 from ..config import preset as configure
 from ..data.benchmarks import benchmark_of
 from ..data.sources import DataError
@@ -289,7 +289,9 @@ def main_table(
     frames, lacking = scored(rows, cfgs, metrics, models) if rows else ({}, {})
     if kept:
         frames = with_kept(frames, rows, cfgs, kept, note_of(cfgs[0]) if rows else "")
-        frames = {row: frames[row] for row in frames if row in systems or row not in SYSTEMS}
+        # of other systems and of page 08's settings ("lambda_vis 0.25") there are numbers too
+        elsewhere = {row for row in frames if row in SYSTEMS or row.split()[0] in sweeps(cfgs[0])}
+        frames = {row: frames[row] for row in frames if row in systems or row not in elsewhere}
         why = {name: reason for name, reason in why.items() if name not in frames and name != "controls"}
     if not frames:
         columns = ["system", "metric", "value", "lo", "hi", "seeds", "studies"]
