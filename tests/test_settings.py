@@ -89,3 +89,5 @@ def test_a_reader_who_has_enough_is_no_error():
     line = f"{sys.executable} -m valor config | head -n 1"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("The run as a whole") and done.stderr == ""
+    line = f"{sys.executable} -m valor config lr | true"  # so short that it is written as the command ends
+    assert subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stderr == ""

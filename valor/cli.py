@@ -381,6 +381,7 @@ def in_one_line(work: Callable[[], object]) -> None:
     that says how to go on."""
     try:
         work()
+        sys.stdout.flush()  # so that a reader who has gone is noticed here, and not as Python ends
     except KeyboardInterrupt:
         print("\nvalor: interrupted; the same command goes on", file=sys.stderr, flush=True)
         sys.exit(130)
