@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['BLEU_COLUMNS', 'PATHOLOGIES', 'FINDING_COLUMNS', 'DRAWN', 'STATISTICS', 'Number', 'GAUGE_NAMES', 'REGISTERED', 'RUN',
-           'MAIN', 'LEXICAL', 'GAUGED', 'LABELS', 'PLACES', 'PER_REPORT', 'IMAGE', 'METRICS', 'MENTIONS',
-           'bleu_statistics', 'corpus_bleu', 'positives', 'label_columns', 'planted_columns', 'drawn_columns',
-           'true_columns', 'distractors', 'retrieved', 'truth_keys', 'text_columns', 'fresh_columns', 'study_vectors',
-           'expert_columns', 'score_reports', 'ratio', 'f1', 'share', 'fresh_bleu', 'micro_f1', 'macro_f1', 'micro5',
-           'macro5', 'false_labels', 'Metric', 'register_metric', 'registered', 'finding_f1', 'located_f1',
-           'specificity', 'Live', 'heading', 'axis_name', 'measure', 'summarize', 'system_table', 'aggregate',
-           'paired_difference', 'digits_of', 'cell', 'cells_of', 'result_table', 'as_completion', 'shuffled',
-           'blank_images', 'normal_template', 'random_reports', 'perfect_findings', 'retrieval_by_true_codes',
-           'retrieval_by_expert', 'controls', 'fixed_scores', 'best_fixed_report', 'plot_results', 'running_mean',
-           'plot_progression', 'describe', 'plot_cases']
+           'MAIN', 'LEXICAL', 'GAUGED', 'LABELS', 'PLACES', 'PER_REPORT', 'IMAGE', 'ABNORMAL', 'NORMAL', 'METRICS',
+           'BETTER', 'MENTIONS', 'bleu_statistics', 'corpus_bleu', 'positives', 'label_columns', 'planted_columns',
+           'drawn_columns', 'true_columns', 'distractors', 'retrieved', 'truth_keys', 'text_columns', 'fresh_columns',
+           'study_vectors', 'expert_columns', 'score_reports', 'ratio', 'f1', 'share', 'fresh_bleu', 'micro_f1',
+           'macro_f1', 'micro5', 'macro5', 'false_labels', 'Metric', 'register_metric', 'registered', 'finding_f1',
+           'located_f1', 'specificity', 'Live', 'heading', 'axis_name', 'axis_label', 'measure', 'summarize',
+           'system_table', 'aggregate', 'paired_difference', 'digits_of', 'cell', 'cells_of', 'result_table',
+           'as_completion', 'shuffled', 'blank_images', 'normal_template', 'random_reports', 'perfect_findings',
+           'retrieval_by_true_codes', 'retrieval_by_expert', 'controls', 'fixed_scores', 'best_fixed_report',
+           'plot_results', 'running_mean', 'plot_progression', 'describe', 'plot_cases']
 
 # %% ../../nbs/metrics/00_statistics.ipynb #9c760899
 import textwrap
@@ -460,14 +460,15 @@ def specificity(s: Mapping) -> Number:
 
 
 IMAGE = dict(gauge="image", from_gauge=True, tables=())
+ABNORMAL, NORMAL = "share of abnormal studies called abnormal", "share of normal studies called normal"
 
-register_metric(Metric("abnormal recall", share("abnormal_found", "abnormal"), **LABELS))
-register_metric(Metric("specificity", specificity, **LABELS))
+register_metric(Metric("abnormal recall", share("abnormal_found", "abnormal"), axis=ABNORMAL, **LABELS))
+register_metric(Metric("specificity", specificity, axis=NORMAL, **LABELS))
 register_metric(Metric("false labels", false_labels, False, digits=2, tables=MAIN))
 register_metric(Metric("image similarity", share("similarity"), True, **IMAGE))
 register_metric(Metric("R@1 of 8", share("retrieved"), True, gauge="image"))
 register_metric(Metric("beyond the expert's context", share("cut"), False, **IMAGE))
-register_metric(Metric("format", share("well_formed"), True, tables=RUN))
+register_metric(Metric("format", share("well_formed"), True, tables=RUN, axis="share of well-formed reports"))
 register_metric(Metric("words", share("words"), digits=1, gauge="lexical", axis="words a report"))
 
 # %% ../../nbs/metrics/00_statistics.ipynb #reg0000e
@@ -504,6 +505,15 @@ def axis_name(name: str) -> str:
     metric = REGISTERED.get(name)
     return metric.axis or metric.words or name if metric else name
 
+
+BETTER = {"↑": "higher is better", "↓": "lower is better"}
+
+
+def axis_label(name: str, known: Mapping = METRICS) -> str:
+    "The metric `name` in words, with the direction that is better in a second line."
+    direction = known[name][1] if name in known else ""
+    return "\n".join([axis_name(name), *([BETTER[direction]] if direction in BETTER else [])])
+
 # %% ../../nbs/metrics/00_statistics.ipynb #a975580c
 def measure(frame: pd.DataFrame, draws: np.ndarray | None = None, metrics: Metrics = METRICS) -> dict:
     "All `metrics` of a frame from `score_reports`, as `bootstrap.values_of` gives them."
@@ -539,8 +549,9 @@ def _same_seeds(frames: Mapping, system: str, against: str) -> list[dict] | None
 def system_table(
     frames: Mapping, metrics: Metrics, against: str | None = None, n: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
-    """Tidy table: system, metric, value, lo, hi, seeds, studies; where the system `against` is among the
-    `frames` also the difference to it (theirs minus its), its interval, p and Holm-corrected p.
+    """Tidy table: system, metric, value, lo, hi, seeds, studies and `by_seed`, the value of every seed
+    ("0:0.31 1:0.28"); where the system `against` is among the `frames` also the difference to it (theirs
+    minus its), its interval, p and Holm-corrected p.
 
     `frames`: {system: {seed: frame}}. `value` is the mean over seeds; the interval is a percentile
     bootstrap over seeds and studies, with `n` draws. Where a system lacks a seed that `against` has, the
@@ -552,9 +563,11 @@ def system_table(
         if theirs and (same := _same_seeds(frames, system, against)):
             ours, theirs = [drawn(f, metrics, n, seed) for f in same]
         size = dict(seeds=len(by_seed), studies=len(next(iter(by_seed.values()))))
+        alone = {one: measure(frame, metrics=metrics) for one, frame in by_seed.items()}
         for name in metrics:
             value, lo, hi = with_interval(seen[system][name])
             row = dict(system=system, metric=name, value=value, lo=lo, hi=hi, **size)
+            row["by_seed"] = " ".join(f"{one}:{values[name]:.6g}" for one, values in alone.items())
             rows.append(row | (_difference(ours[name], theirs[name]) if theirs else {}))
     table = pd.DataFrame(rows)
     return table.assign(p_holm=holm(table.p)) if "p" in table else table
@@ -721,30 +734,45 @@ def best_fixed_report(
 
 # %% ../../nbs/metrics/00_statistics.ipynb #494b5b21
 def _draw_systems(ax: plt.Axes, tidy: pd.DataFrame, metric: str) -> None:
-    "Every system's value of one metric with its interval, in the order of `tidy`."
+    "Every system's value of one metric with its interval and seeds, in the order of `tidy`."
     systems = list(tidy.system.drop_duplicates())
-    rows = tidy.query("metric == @metric").set_index("system").loc[systems]
+    rows = tidy.query("metric == @metric").set_index("system").reindex(systems)
     for i, row in enumerate(rows.itertuples()):
         colour = COLOURS.get(row.Index, "black")
         ax.plot([row.lo, row.hi], [i, i], color=colour, lw=2)
         ax.plot(row.value, i, "o", color=colour, ms=4.5)
-    ax.set(title=heading(metric), yticks=range(len(systems)), yticklabels=systems)
+        seeds = [float(one.split(":")[1]) for one in row.by_seed.split()] if row.seeds > 1 else []
+        ax.plot(seeds, [i + 0.32] * len(seeds), "o", color="#666666", ms=1.6)
+    ax.set(xlabel=axis_label(metric), yticks=range(len(systems)), yticklabels=systems)
     ax.set_ylim(-0.6, len(systems) - 0.4)
     ax.grid(axis="x", alpha=0.3)
+
+
+def _keys_of_systems() -> list[plt.Line2D]:
+    "What the marks of `plot_results` mean."
+    dark = dict(color="#444444")
+    return [
+        plt.Line2D([], [], ls="", marker="o", ms=4.5, label="mean", **dark),
+        plt.Line2D([], [], lw=2, label="95 % interval, over seeds and studies", **dark),
+        plt.Line2D([], [], ls="", marker="o", ms=1.6, label="one seed", **dark),
+    ]
 
 # %% ../../nbs/metrics/00_statistics.ipynb #7dbc0add
 def plot_results(
     tidy: pd.DataFrame, metrics: Sequence[str], title: str | None = None, columns: int = 4
 ) -> plt.Figure:
-    """One panel per metric, at most `columns` side by side: every system's value with its interval, in the
-    order of the table. Metrics that do not apply are left out."""
+    """One panel per metric, at most `columns` side by side: every system's value with its interval and its
+    seeds, in the order of the table. Metrics that do not apply are left out."""
     metrics = [m for m in metrics if tidy.query("metric == @m").value.notna().any()]
     columns = min(columns, len(metrics))
-    height = 0.3 + (0.17 * tidy.system.nunique() + 0.5) * -(-len(metrics) // columns)
+    height = 0.7 + (0.19 * tidy.system.nunique() + 0.6) * -(-len(metrics) // columns)
     fig, axes = panels(len(metrics), columns, height, sharey=True, layout="constrained")
     for ax, metric in zip(axes, metrics):
         _draw_systems(ax, tidy, metric)
+        ax.tick_params(axis="y", length=0)
     axes[0].invert_yaxis()
+    keys = _keys_of_systems() if (tidy.seeds > 1).any() else _keys_of_systems()[:2]
+    fig.legend(handles=keys, loc="outside lower center", ncol=3)
     fig.suptitle(title)
     return fig
 
@@ -810,7 +838,7 @@ def plot_progression(
         for system in systems:
             _draw_over_k(ax, log, quantity, system, smooth)
         marks = _mark_onsets(ax, log, k_clin)
-        ax.set(title=quantity, ylabel="", xlabel="k")
+        ax.set(title=quantity, ylabel="", xlabel="update")
         ax.tick_params(labelbottom=True)
     sns.despine()
     fig.tight_layout(rect=(0, 0.07, 1, 1))

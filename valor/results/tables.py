@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['GAUGED', 'METRICS', 'ROWS', 'VISUAL_CONTROLS', 'FAULTS', 'shown_metrics', 'finished', 'rows_of', 'control_rows',
            'references_of', 'part_of', 'options_of', 'gauges_for', 'with_gauges', 'scored', 'defined', 'seeds_with',
-           'has_somewhere', 'compare', 'with_kept', 'by_leak', 'main_table', 'command_for', 'wide', 'plot_systems']
+           'has_somewhere', 'compare', 'with_kept', 'by_leak', 'main_table', 'command_for', 'wide', 'best_in_words',
+           'plot_systems']
 
 # %% ../../nbs/results/00_tables.ipynb #6ed219fc
 import shlex
@@ -336,6 +337,22 @@ def wide(
     return table.rename(index=ev.heading).rename_axis(None).rename_axis(None, axis=1)
 
 # %% ../../nbs/results/00_tables.ipynb #8f9ef6f2
+def best_in_words(tidy: pd.DataFrame, metrics: Sequence[str], among: Sequence[str] = ROWS) -> str:
+    """Which of the systems `among` has the best value of each metric, as a sentence: "Best: GRPO in BLEU-4
+    and ROUGE-L; VALOR in located F1". Metrics of which neither direction is better are passed over."""
+    won = {}
+    for metric in metrics:
+        here = tidy[(tidy.metric == metric) & tidy.system.isin(list(among))]
+        values = here.set_index("system").value.dropna()
+        arrow = METRICS[metric][1] if metric in METRICS else ""
+        if len(values) and arrow:
+            won.setdefault(values.idxmax() if arrow == "↑" else values.idxmin(), []).append(metric)
+    said = [
+        f"{system} in {' and '.join(filter(None, [', '.join(m[:-1]), m[-1]]))}" for system, m in won.items()
+    ]
+    return f"Best: {'; '.join(said)}" if said else ""
+
+# %% ../../nbs/results/00_tables.ipynb #bestwd01
 def plot_systems(tidy: pd.DataFrame, metrics: Sequence[str], title: str | None = None) -> plt.Figure:
     "Fig. 2's left side: a panel a metric, three side by side (see `statistics.plot_results`)."
     return ev.plot_results(tidy, metrics, title, columns=3)
