@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['BLEU_COLUMNS', 'PATHOLOGIES', 'FINDING_COLUMNS', 'DRAWN', 'STATISTICS', 'Number', 'GAUGE_NAMES', 'REGISTERED', 'RUN',
            'MAIN', 'LEXICAL', 'GAUGED', 'LABELS', 'PLACES', 'PER_REPORT', 'IMAGE', 'ABNORMAL', 'NORMAL', 'METRICS',
-           'BETTER', 'MENTIONS', 'bleu_statistics', 'corpus_bleu', 'positives', 'label_columns', 'planted_columns',
-           'drawn_columns', 'true_columns', 'distractors', 'retrieved', 'truth_keys', 'text_columns', 'fresh_columns',
-           'study_vectors', 'expert_columns', 'score_reports', 'ratio', 'f1', 'share', 'fresh_bleu', 'micro_f1',
-           'macro_f1', 'micro5', 'macro5', 'false_labels', 'Metric', 'register_metric', 'registered', 'finding_f1',
-           'located_f1', 'specificity', 'Live', 'heading', 'axis_name', 'axis_label', 'measure', 'summarize',
-           'system_table', 'aggregate', 'paired_difference', 'digits_of', 'cell', 'cells_of', 'result_table',
-           'as_completion', 'shuffled', 'blank_images', 'normal_template', 'random_reports', 'perfect_findings',
-           'retrieval_by_true_codes', 'retrieval_by_expert', 'controls', 'fixed_scores', 'best_fixed_report',
-           'plot_results', 'running_mean', 'plot_progression', 'describe', 'plot_cases']
+           'BETTER', 'UNTRAINED', 'MENTIONS', 'bleu_statistics', 'corpus_bleu', 'positives', 'label_columns',
+           'planted_columns', 'drawn_columns', 'true_columns', 'distractors', 'retrieved', 'truth_keys', 'text_columns',
+           'fresh_columns', 'study_vectors', 'expert_columns', 'score_reports', 'ratio', 'f1', 'share', 'fresh_bleu',
+           'micro_f1', 'macro_f1', 'micro5', 'macro5', 'false_labels', 'Metric', 'register_metric', 'registered',
+           'finding_f1', 'located_f1', 'specificity', 'Live', 'heading', 'axis_name', 'axis_label', 'measure',
+           'summarize', 'system_table', 'aggregate', 'paired_difference', 'digits_of', 'cell', 'cells_of',
+           'result_table', 'as_completion', 'shuffled', 'blank_images', 'normal_template', 'random_reports',
+           'perfect_findings', 'retrieval_by_true_codes', 'retrieval_by_expert', 'controls', 'fixed_scores',
+           'best_fixed_report', 'plot_results', 'running_mean', 'plot_progression', 'describe', 'plot_cases']
 
 # %% ../../nbs/metrics/00_statistics.ipynb #9c760899
 import textwrap
@@ -35,6 +35,7 @@ from ..data.benchmarks import benchmark_of
 from ..data.phantom import compare, compose_report, from_truth, parse_report, write_report
 from ..expert.two_images import study_features
 from ..figures import COLOURS, MISPLACED, PAGE, RIGHT, WRONG, panels
+from ..files import DataError
 from valor.metrics.bootstrap import (
     Metrics,
     difference,
@@ -322,8 +323,13 @@ def share(column: str, of: str = "studies") -> Callable:
 
 
 def fresh_bleu(order: int) -> Callable:
-    "Metric: BLEU-`order` over the studies that are not leaked."
-    return lambda sums: corpus_bleu({c: sums[f"fresh {c}"] for c in BLEU_COLUMNS}, order)
+    "Metric: BLEU-`order` over the studies that are not leaked; NaN where all are."
+
+    def unleaked(sums: Mapping) -> Number:
+        bleu = corpus_bleu({c: sums[f"fresh {c}"] for c in BLEU_COLUMNS}, order)
+        return bleu * ratio(sums["fresh"], sums["fresh"])
+
+    return unleaked
 
 # %% ../../nbs/metrics/00_statistics.ipynb #reg00003
 def micro_f1(s: Mapping, observations: Sequence[str] = OBSERVATIONS) -> Number:
@@ -511,7 +517,8 @@ BETTER = {"↑": "higher is better", "↓": "lower is better"}
 
 def axis_label(name: str, known: Mapping = METRICS) -> str:
     "The metric `name` in words, with the direction that is better in a second line."
-    direction = known[name][1] if name in known else ""
+    registered_pair = REGISTERED[name].pair if name in REGISTERED else (None, "")
+    direction = known.get(name, registered_pair)[1]
     return "\n".join([axis_name(name), *([BETTER[direction]] if direction in BETTER else [])])
 
 # %% ../../nbs/metrics/00_statistics.ipynb #a975580c
@@ -529,6 +536,11 @@ def summarize(
     return {name: with_interval(one) for name, one in found.items()}
 
 # %% ../../nbs/metrics/00_statistics.ipynb #8d73aada
+# rows that no seed trains: where all seeds have the same studies, one row stands beside the mean of all seeds
+UNTRAINED = ["normal template", "best fixed report", "random report", "perfect findings"]
+UNTRAINED += ["retrieval by true codes", "retrieval by expert"]
+
+
 def _difference(ours: tuple, theirs: tuple) -> dict[str, float]:
     "The difference of two (value, draws) with its interval and p, as columns of `system_table`."
     value, gaps = difference(ours, theirs)
@@ -540,7 +552,8 @@ def _same_seeds(frames: Mapping, system: str, against: str) -> list[dict] | None
     "The frames of both systems on the seeds that both have; None where no choice is needed or possible."
     mine, its = frames[system], frames.get(against, {})
     both = [s for s in mine if s in its]
-    one_for_all = len(mine) == 1 and len({tuple(frame.index) for frame in its.values()}) == 1
+    same_studies = len({tuple(frame.index) for frame in its.values()}) == 1
+    one_for_all = system in UNTRAINED and len(mine) == 1 and same_studies
     if not both or one_for_all or set(mine) == set(its):
         return None
     return [{s: by_seed[s] for s in both} for by_seed in (mine, its)]
@@ -555,8 +568,8 @@ def system_table(
 
     `frames`: {system: {seed: frame}}. `value` is the mean over seeds; the interval is a percentile
     bootstrap over seeds and studies, with `n` draws. Where a system lacks a seed that `against` has, the
-    two are compared on the seeds that both have; a system of one seed with the mean over all where these
-    share their studies, as controls have one seed for all."""
+    two are compared on the seeds that both have; an untrained control with the mean over all where these
+    share their studies, as it has one seed for all."""
     rows, seen = [], {s: drawn(by_seed, metrics, n, seed) for s, by_seed in frames.items()}
     for system, by_seed in frames.items():
         ours, theirs = seen[system], seen.get(against) if system != against else None
@@ -650,6 +663,8 @@ def normal_template(train: Dataset, n: int, sample: int = 60, seed: int = 0) -> 
     reports = [r for r, truth in zip(train["report"], train["truth"]) if not truth]
     some = [reports[i] for i in np.random.default_rng(seed).permutation(len(reports))[: 2 * sample]]
     some = [r for r, normal in zip(some, RuleLabeler().labels(some)["No Finding"]) if normal == 1][:sample]
+    if not some:
+        raise DataError("train: none of the reports is normal; expected some for the normal template")
     rouge = scorer("rouge_l")
     central = max(dict.fromkeys(some), key=lambda r: np.mean(rouge.score([r] * len(some), some)))
     return [as_completion(central)] * n
@@ -702,11 +717,19 @@ def controls(
         ceiling = {"perfect findings": perfect_findings(dataset, sections, seed)}
     elif truth == "observations":
         ceiling = {"retrieval by true codes": retrieval_by_true_codes(train, dataset)}
-    return {
-        "normal template": normal_template(train, len(dataset), seed=seed),
-        "best fixed report": best_fixed_report(train, len(dataset), seed=seed),
-        "random report": random_reports(train, len(dataset), seed),
-    } | ceiling
+    try:
+        template = {"normal template": normal_template(train, len(dataset), seed=seed)}
+    except DataError as e:
+        template = {}
+        print(f"no row 'normal template': {e}")
+    return (
+        template
+        | {
+            "best fixed report": best_fixed_report(train, len(dataset), seed=seed),
+            "random report": random_reports(train, len(dataset), seed),
+        }
+        | ceiling
+    )
 
 # %% ../../nbs/metrics/00_statistics.ipynb #sta00102
 def fixed_scores(candidates: list[str], references: list[str]) -> np.ndarray:
@@ -743,7 +766,9 @@ def _draw_systems(ax: plt.Axes, tidy: pd.DataFrame, metric: str) -> None:
         ax.plot(row.value, i, "o", color=colour, ms=4.5)
         seeds = [float(one.split(":")[1]) for one in row.by_seed.split()] if row.seeds > 1 else []
         ax.plot(seeds, [i + 0.32] * len(seeds), "o", color="#666666", ms=1.6)
-    ax.set(xlabel=axis_label(metric), yticks=range(len(systems)), yticklabels=systems)
+    uneven = tidy.seeds.nunique() > 1  # then a row says how many seeds it has
+    names = [f"{s} ({n:.0f} seed{'s' * (n > 1)})" if uneven else s for s, n in rows.seeds.items()]
+    ax.set(xlabel=axis_label(metric), yticks=range(len(systems)), yticklabels=names)
     ax.set_ylim(-0.6, len(systems) - 0.4)
     ax.grid(axis="x", alpha=0.3)
 

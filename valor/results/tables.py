@@ -247,7 +247,7 @@ def with_kept(frames: Frames, rows: Mapping, cfgs: Sequence[Config], folder: Pat
     for cfg in cfgs:
         of_seed, runs = {}, set()
         for row, by_seed in frames.items():
-            shared = row not in SYSTEMS and not row.startswith("VALOR") and list(by_seed) == [0]
+            shared = row in ev.UNTRAINED and list(by_seed) == [0]
             if cfg.seed in by_seed or shared:
                 seed = cfg.seed if cfg.seed in by_seed else 0
                 of_seed[row] = by_seed[seed]
@@ -293,7 +293,8 @@ def main_table(
         # of other systems and of page 08's settings ("lambda_vis 0.25") there are numbers too
         elsewhere = {row for row in frames if row in SYSTEMS or row.split()[0] in sweeps(cfgs[0])}
         frames = {row: frames[row] for row in frames if row in systems or row not in elsewhere}
-        why = {name: reason for name, reason in why.items() if name not in frames and name != "controls"}
+        there = {*frames, *(["controls"] if {*frames} & {*ev.UNTRAINED} else [])}
+        why = {name: reason for name, reason in why.items() if name not in there}
     if not frames:
         columns = ["system", "metric", "value", "lo", "hi", "seeds", "studies"]
         return pd.DataFrame(columns=columns), {}, why, []
@@ -337,13 +338,17 @@ def wide(
     return table.rename(index=ev.heading).rename_axis(None).rename_axis(None, axis=1)
 
 # %% ../../nbs/results/00_tables.ipynb #8f9ef6f2
-def best_in_words(tidy: pd.DataFrame, metrics: Sequence[str], among: Sequence[str] = ROWS) -> str:
+def best_in_words(tidy: pd.DataFrame, metrics: Sequence[str], among: Sequence[str] = ROWS[1:]) -> str:
     """Which of the systems `among` has the best value of each metric, as a sentence: "Best: GRPO in BLEU-4
-    and ROUGE-L; VALOR in located F1". Metrics of which neither direction is better are passed over."""
+    and ROUGE-L; VALOR in located F1". Where rows have differences from VALOR, on shared seeds, these
+    decide. Metrics of which neither direction is better are passed over."""
     won = {}
     for metric in metrics:
         here = tidy[(tidy.metric == metric) & tidy.system.isin(list(among))]
-        values = here.set_index("system").value.dropna()
+        known = here.set_index("system").value.dropna()
+        values = (
+            here.set_index("system").difference.fillna(0.0)[known.index] if "difference" in here else known
+        )
         arrow = METRICS[metric][1] if metric in METRICS else ""
         if len(values) and arrow:
             won.setdefault(values.idxmax() if arrow == "↑" else values.idxmin(), []).append(metric)
