@@ -109,7 +109,7 @@ def test_a_dead_link_is_noticed():
 #       and `header=column`, where a column of the table has another name in FILE ("lo,hi" is an interval)
 
 MARKED = re.compile(r"<!-- numbers: (.+?) -->\n\n((?:\|.*\n)+)")
-KEYS = ("system", "data", "metric", "name", "measure", "reading")
+KEYS = ("system", "data", "metric", "name", "measure", "reading", "chosen by")
 
 
 def three(value, column=""):
