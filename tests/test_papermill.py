@@ -101,4 +101,5 @@ def test_tables_are_made_of_kept_seeds_where_nothing_was_run(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     table = pd.read_csv(out / "ablation_phantom.csv").set_index(["system", "metric"])
     seeds = {row: table.seeds[row, "BLEU-4"] for row in ("default", "lambda_vis 0.0", "lambda_vis 0.25")}
-    assert seeds == {"default": 2, "lambda_vis 0.0": 2, "lambda_vis 0.25": 1}
+    # one setting has seed 0 alone, so all are compared on seed 0
+    assert seeds == {"default": 1, "lambda_vis 0.0": 1, "lambda_vis 0.25": 1}
