@@ -344,17 +344,15 @@ def best_in_words(tidy: pd.DataFrame, metrics: Sequence[str], among: Sequence[st
     decide. Metrics of which neither direction is better are passed over."""
     won = {}
     for metric in metrics:
-        here = tidy[(tidy.metric == metric) & tidy.system.isin(list(among))]
-        known = here.set_index("system").value.dropna()
-        values = (
-            here.set_index("system").difference.fillna(0.0)[known.index] if "difference" in here else known
-        )
+        here = tidy[(tidy.metric == metric) & tidy.system.isin(list(among)) & tidy.value.notna()]
+        here = here.set_index("system")
+        values = here.difference.fillna(0.0) if "difference" in here else here.value
         arrow = METRICS[metric][1] if metric in METRICS else ""
         if len(values) and arrow:
             won.setdefault(values.idxmax() if arrow == "↑" else values.idxmin(), []).append(metric)
-    said = [
-        f"{system} in {' and '.join(filter(None, [', '.join(m[:-1]), m[-1]]))}" for system, m in won.items()
-    ]
+    said = []
+    for system, (*others, last) in won.items():
+        said.append(f"{system} in {', '.join(others)} and {last}" if others else f"{system} in {last}")
     return f"Best: {'; '.join(said)}" if said else ""
 
 # %% ../../nbs/results/00_tables.ipynb #bestwd01
