@@ -8,8 +8,8 @@ __all__ = ['TAG', 'REASONING', 'THINK_TAG', 'WELL_FORMED', 'THOUGHT', 'WORD', 'S
            'Scorer', 'Format', 'ngrams', 'ngram_numbers', 'clipped_matches', 'bleu4', 'Bleu4', 'positions',
            'lcs_length', 'lcs_table', 'common_subsequence', 'RougeL', 'real_iu', 'StoreError', 'Store', 'ModelScorer',
            'length_sorted', 'resolve_dtype', 'weights_path', 'minilm_folder', 'greedy_f1', 'positions_of',
-           'rescale_baseline', 'BertScore', 'check_layer', 'load_encoder', 'register', 'load_attribute',
-           'FunctionScorer', 'scorer']
+           'encoder_digest', 'rescale_baseline', 'BertScore', 'check_layer', 'load_encoder', 'register',
+           'load_attribute', 'FunctionScorer', 'scorer']
 
 # %% ../../nbs/rewards/00_text.ipynb #d9d3e097
 import csv
@@ -425,13 +425,15 @@ def _usable(file: Path) -> Iterator[None]:
 class Store:
     """A model's readings of texts: bytes by (key, text), in the file `scores.sqlite` of the folder `path`.
 
-    Several processes may use it at once. If the folder is not writable, the file is only read.
+    Several processes may use it at once. A missing folder is made. If it is not writable, or cannot be made
+    because the nearest folder above it is not, the file is only read.
     Raises StoreError if the file is damaged or the disk is full."""
 
     def __init__(self, path: Path | str, key: str):
         path = Path(path)
+        nearest = next(place for place in (path, *path.parents) if place.exists())
         self.key, self.file = key, path / "scores.sqlite"
-        self.read_only = not os.access(path if path.exists() else path.parent, os.W_OK)
+        self.read_only = not os.access(nearest, os.W_OK)
         with _usable(self.file):
             self.db = self._connected()
             if not (self.read_only and self.file.exists()):
@@ -638,6 +640,20 @@ def positions_of(model: torch.nn.Module, tokenizer: Any) -> int:
     first = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa counts from there
     return min(tokenizer.model_max_length, table.num_embeddings - first)
 
+# %% ../../nbs/rewards/00_text.ipynb #dig00001
+def encoder_digest(model: torch.nn.Module, tokenizer: Any, limit: int) -> str:
+    """Sixteen hexadecimal digits that name all that an encoder's vectors depend on: its weights, its
+    `tokenizer`, and `limit`, how many tokens it reads.
+
+    Weights of the pooling layer are left out: its output is not used, and where a checkpoint lacks them, they
+    are new random numbers each time."""
+    found = hashlib.sha256(f"{limit} {tokenizer.backend_tokenizer.to_str()}".encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if not name.startswith("pooler."):
+            found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
+
 # %% ../../nbs/rewards/00_text.ipynb #0e06839e
 def rescale_baseline(rescale: bool | Path | str, model: str, layer: int) -> float:
     """F1 baseline of `layer`.
@@ -685,8 +701,8 @@ class BertScore(ModelScorer):
         self.device, self.batch_size = resolve_device(device), batch_size
         self.model, self.tokenizer = load_encoder(folder, layer, resolve_dtype(dtype), self.device)
         self.limit = positions_of(self.model, self.tokenizer)
-        key = f"bertscore 1 {model} {self.model.num_parameters()} layer {layer} {dtype}"
-        super().__init__(key, cache, keep)
+        digest = encoder_digest(self.model, self.tokenizer, self.limit)
+        super().__init__(f"bertscore 2 {model} {digest} layer {layer} {dtype}", cache, keep)
 
 # %% ../../nbs/rewards/00_text.ipynb #8698c45d
 def check_layer(folder: str, model: str, layer: int) -> None:
