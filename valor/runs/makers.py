@@ -13,6 +13,7 @@ __all__ = ['BY_OBSERVATION', 'TRIED', 'make_data', 'target', 'targets', 'check_s
            'make_controls', 'validation_studies', 'measure_snapshot', 'make_progress']
 
 # %% ../../nbs/runs/02_makers.ipynb #mak00002
+import csv
 import dataclasses
 import os
 import shutil
@@ -550,11 +551,20 @@ def pairs_for(name: str, cfg: Config, folder: Path, train: datasets.Dataset) -> 
         pairs = sampled_pairs(samples, cfg.dpo_margin)
     else:
         judge = text_scorers(cfg)[cfg.mmedpo_scorer]
-        pairs = clinical_pairs(samples, train, judge, cfg.mmedpo_noise)
+        pairs = _as_written(clinical_pairs(samples, train, judge, cfg.mmedpo_noise), train, cfg.reasoning)
     asked = prompt_of(cfg).questions(train, cfg.seed)  # as `sample_reports` asks
-    written = dict(zip(targets(train), targets(train, cfg.reasoning)))  # references as the policy writes them
-    as_trained = ({side: written.get(p[side], p[side]) for side in ("chosen", "rejected")} for p in pairs)
-    return [p | sides | dict(prompt=asked[p["row"]]) for p, sides in zip(pairs, as_trained)]
+    return [p | dict(prompt=asked[p["row"]]) for p in pairs]
+
+
+def _as_written(pairs: list[dict], train: datasets.Dataset, reasoning: str) -> list[dict]:
+    """The `pairs` of `clinical_pairs`, in which each reference is written as the policy learns to write it,
+    with the thought of its own study. References are all chosen reports, and the rejected one of a pair
+    whose image is in noise."""
+    written, made = targets(train, reasoning), []
+    for p in pairs:
+        sides = ("chosen", "rejected") if p["noised"] else ("chosen",)
+        made.append(p | dict.fromkeys(sides, written[p["row"]]))
+    return made
 
 # %% ../../nbs/runs/02_makers.ipynb #831a0c8e
 @maker("dpo", "mmedpo")
@@ -656,17 +666,41 @@ def judge_form(frame: pd.DataFrame, completions: list[str], reasoning: str) -> p
 def save_reports(out: Path, condition: str, studies: datasets.Dataset, written: list[str]) -> None:
     "Write the reports `written`, one a study, to the file of `condition` that `read_reports` reads."
     table = pd.DataFrame(dict(study_id=studies["study_id"], completion=written))
-    table.to_csv(out / f"reports {condition}.csv", index=False)
+    # without quotes, a carriage return inside a report would end its row
+    table.to_csv(out / f"reports {condition}.csv", index=False, quoting=csv.QUOTE_ALL)
 
 
 def read_frame(folder: Path, condition: str) -> pd.DataFrame:
-    "Per-study statistics under `condition` from the finished phase in `folder`."
-    return pd.read_csv(folder / f"frame {condition}.csv", index_col=0)
+    """Per-study statistics under `condition` from the finished phase in `folder`. Study ids, the index, are
+    text: "007" stays "007", and "NA" is an id like any other."""
+    path = folder / f"frame {condition}.csv"
+    frame = pd.read_csv(path, index_col=0)
+    ids = pd.read_csv(path, usecols=[0], dtype=str, keep_default_na=False).iloc[:, 0]
+    return frame.set_axis(pd.Index(ids, name=frame.index.name))
 
 
+def _reports_table(path: Path) -> pd.DataFrame:
+    """The columns study_id and completion, both text, of a file of `save_reports`. Earlier files have no
+    quotes around a report with a carriage return: there only a line feed ends a row."""
+    with path.open("rb") as file:
+        windows = file.readline().endswith(b"\r\n")  # a spreadsheet may have saved it so
+    end = None if windows else "\n"
+    return pd.read_csv(path, dtype=str, keep_default_na=False, lineterminator=end)
+
+# %% ../../nbs/runs/02_makers.ipynb #s3run015
 def read_reports(folder: Path, condition: str) -> list[str]:
-    "The reports that were written under `condition`, from the finished phase in `folder`."
-    return pd.read_csv(folder / f"reports {condition}.csv", keep_default_na=False)["completion"].tolist()
+    """The reports that were written under `condition`, from the finished phase in `folder`. Raises `RunError`
+    if there is a frame of `condition` beside them and it is of other studies."""
+    path = folder / f"reports {condition}.csv"
+    table, scored = _reports_table(path), path.with_name(f"frame {condition}.csv")
+    if scored.exists():
+        ids = read_frame(folder, condition).index.tolist()
+        if table["study_id"].tolist() != ids:
+            raise RunError(
+                f"{path}: its {len(table)} rows are not the {len(ids)} studies of {scored.name!r}, so nobody "
+                f"knows which report belongs to which study; move {folder} away and start again"
+            )
+    return table["completion"].tolist()
 
 # %% ../../nbs/runs/02_makers.ipynb #73796d5e
 @maker("eval_base", "eval_sft", "eval_stage1", "eval_stage2", "eval_dpo", "eval_mmedpo")
