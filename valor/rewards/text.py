@@ -425,22 +425,17 @@ def _usable(file: Path) -> Iterator[None]:
 class Store:
     """A model's readings of texts: bytes by (key, text), in the file `scores.sqlite` of the folder `path`.
 
-    Several processes may use it at once. A missing folder is made. If it is not writable, or cannot be made
-    because the nearest folder above it is not, the file is only read.
+    Several processes may use it at once. Missing folders are made as soon as something is kept. If the
+    folder, or the nearest one above it that exists, is not writable, the file is only read.
     Raises StoreError if the file is damaged or the disk is full."""
 
     def __init__(self, path: Path | str, key: str):
         path = Path(path)
         nearest = next(place for place in (path, *path.parents) if place.exists())
-        self.key, self.file = key, path / "scores.sqlite"
         self.read_only = not os.access(nearest, os.W_OK)
-        with _usable(self.file):
-            self.db = self._connected()
-            if not (self.read_only and self.file.exists()):
-                self.db.execute(
-                    "CREATE TABLE IF NOT EXISTS said (key TEXT, text TEXT, value BLOB, PRIMARY KEY (key, "
-                    "text)) WITHOUT ROWID"
-                )
+        self.key, self.file, self.db = key, path / "scores.sqlite", None
+        if self.file.exists():  # a damaged one is told at once
+            self._open()
 
     def _digest(self, text: str) -> str:
         "SHA-256 of `text`, under which it is kept."
@@ -448,20 +443,30 @@ class Store:
 
 # %% ../../nbs/rewards/00_text.ipynb #0554266b
 @patch
-def _connected(self: Store) -> sqlite3.Connection:
-    "A connection to the file, or to an empty database in memory if there is no file and none can be made."
+def _open(self: Store) -> None:
+    "Connect to the file. If the folder is writable, what is missing of folder, file and table is made."
     options = {"timeout": 60, "isolation_level": None, "check_same_thread": False}
-    if not self.read_only:
+    with _usable(self.file):
+        if self.read_only:
+            place = f"{self.file.resolve().as_uri()}?mode=ro&immutable=1"
+            self.db = sqlite3.connect(place, uri=True, **options)
+            return
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        return sqlite3.connect(self.file, **options)
-    if not self.file.exists():
-        return sqlite3.connect(":memory:", **options)
-    return sqlite3.connect(f"{self.file.resolve().as_uri()}?mode=ro&immutable=1", uri=True, **options)
+        db = sqlite3.connect(self.file, **options)
+        db.execute(
+            "CREATE TABLE IF NOT EXISTS said (key TEXT, text TEXT, value BLOB, PRIMARY KEY (key, text)) "
+            "WITHOUT ROWID"
+        )
+        self.db = db
 
 # %% ../../nbs/rewards/00_text.ipynb #e97d70eb
 @patch
 def get(self: Store, texts: list[str]) -> dict[str, bytes]:
     "Those of `texts` that the store has, as {text: bytes}."
+    if self.db is None:
+        if not self.file.exists():
+            return {}
+        self._open()  # another process has made it
     query = "SELECT value FROM said WHERE key = ? AND text = ?"
     found = {}
     with _usable(self.file):
@@ -477,6 +482,8 @@ def put(self: Store, values: dict[str, bytes]) -> None:
     "Keep {text: bytes}: all or, if something fails, none. Does nothing if the folder is not writable."
     if self.read_only:
         return
+    if self.db is None:
+        self._open()
     rows = [(self.key, self._digest(text), value) for text, value in values.items()]
     with _usable(self.file):
         self.db.execute("BEGIN IMMEDIATE")

@@ -399,14 +399,15 @@ def make_sft(out: Path, cfg: Config, after: Mapping[str, Path], name: str) -> No
         pd.DataFrame([l for l in log if "loss" in l]).to_csv(out / "log.csv", index=False)
 
 # %% ../../nbs/runs/02_makers.ipynb #66175db8
-def text_scorers(cfg: Config) -> dict[str, Any]:
-    "The scorers that `cfg` names, by reward column."
-    kept = runs_dir() / "scores"  # what models said of references, shared by all runs
+def text_scorers(cfg: Config, keep: bool = True) -> dict[str, Any]:
+    """The scorers that `cfg` names, by reward column. With `keep`, what models said of references is kept in
+    a folder that all runs share."""
+    kept = runs_dir() / "scores" if keep else None
     return {
         "bleu4": scorer("bleu4"),
         "rouge_l": scorer("rouge_l"),
         "bertscore": scorer("bertscore", model=cfg.bertscore_model, layer=cfg.bertscore_layer, cache=kept),
-        "chexbert": labeler(cfg),
+        "chexbert": labeler(cfg, keep),
         "radgraph": scorer(
             "radgraph",
             model=cfg.radgraph,
@@ -422,12 +423,13 @@ def text_scorers(cfg: Config) -> dict[str, Any]:
 # %% ../../nbs/runs/02_makers.ipynb #158d9f5d
 def check_scorers(cfgs: Sequence[Config]) -> None:
     """Make the scorers and the expert that the runs `cfgs` name and try them, so that missing weights and
-    broken rewards show before anything is trained (ValueError, RewardError)."""
+    broken rewards show before anything is trained (ValueError, RewardError). Makes no folder of runs."""
     for cfg in cfgs:
         check_choice(cfg)
+    keep = (runs_dir() / "scores").exists()
     given = {
         ("scorers", key_of([getattr(cfg, f) for f in (*SCORING, "lambda_length", "lambda_repetition")])): (
-            lambda cfg=cfg: probe(text_scorers(cfg))
+            lambda cfg=cfg: probe(text_scorers(cfg, keep))
         )
         for cfg in cfgs
     }
@@ -448,11 +450,10 @@ def check_scorers(cfgs: Sequence[Config]) -> None:
 TRIED = set()  # what this process has tried: real scorers take minutes to load
 
 # %% ../../nbs/runs/02_makers.ipynb #0d673239
-def labeler(cfg: Config) -> Any:
-    "The label scorer that `cfg` names; it labels for training and evaluation alike."
-    return scorer(
-        "chexbert", model=cfg.chexbert, uncertain=cfg.chexbert_uncertain, cache=runs_dir() / "scores"
-    )
+def labeler(cfg: Config, keep: bool = True) -> Any:
+    "The label scorer of `cfg`; it labels for training and evaluation alike. `keep`: see `text_scorers`."
+    kept = runs_dir() / "scores" if keep else None
+    return scorer("chexbert", model=cfg.chexbert, uncertain=cfg.chexbert_uncertain, cache=kept)
 
 
 def context_watch(expert: FrozenExpert) -> dict[str, Callable]:
