@@ -142,11 +142,13 @@ WATCHED = {  # column of the trainer's log: its name in messages
 def alarms(history: list[dict], window: int = 10, drop: float = 0.5) -> dict[str, tuple[float, float]]:
     """Which of `WATCHED` have fallen below `drop` times their first value: {name: (first, last)}.
 
-    First and last are means of `window` entries. `history`: the trainer's log; entries without the number are
-    skipped. There is no alarm before the log has 2 x `window` entries."""
+    First and last are means of `window` entries. `history`: the trainer's log; entries in which the number
+    is missing, None or not finite are skipped, those in which it is 0 count. There is no alarm before the log
+    has 2 x `window` entries."""
     raised = {}
     for column, name in WATCHED.items():
-        values = [entry[column] for entry in history if math.isfinite(entry.get(column) or math.nan)]
+        numbers = [entry.get(column) for entry in history]
+        values = [number for number in numbers if number is not None and math.isfinite(number)]
         if len(values) < 2 * window:
             continue
         first, last = sum(values[:window]) / window, sum(values[-window:]) / window

@@ -8,8 +8,8 @@ __all__ = ['TAG', 'REASONING', 'THINK_TAG', 'WELL_FORMED', 'THOUGHT', 'WORD', 'S
            'Scorer', 'Format', 'ngrams', 'ngram_numbers', 'clipped_matches', 'bleu4', 'Bleu4', 'positions',
            'lcs_length', 'lcs_table', 'common_subsequence', 'RougeL', 'real_iu', 'StoreError', 'Store', 'ModelScorer',
            'length_sorted', 'resolve_dtype', 'weights_path', 'minilm_folder', 'greedy_f1', 'positions_of',
-           'rescale_baseline', 'BertScore', 'check_layer', 'load_encoder', 'register', 'load_attribute',
-           'FunctionScorer', 'scorer']
+           'encoder_digest', 'rescale_baseline', 'BertScore', 'check_layer', 'load_encoder', 'register',
+           'load_attribute', 'FunctionScorer', 'scorer']
 
 # %% ../../nbs/rewards/00_text.ipynb #d9d3e097
 import csv
@@ -425,20 +425,17 @@ def _usable(file: Path) -> Iterator[None]:
 class Store:
     """A model's readings of texts: bytes by (key, text), in the file `scores.sqlite` of the folder `path`.
 
-    Several processes may use it at once. If the folder is not writable, the file is only read.
+    Several processes may use it at once. Missing folders are made as soon as something is kept. If the
+    folder, or the nearest one above it that exists, is not writable, the file is only read.
     Raises StoreError if the file is damaged or the disk is full."""
 
     def __init__(self, path: Path | str, key: str):
         path = Path(path)
-        self.key, self.file = key, path / "scores.sqlite"
-        self.read_only = not os.access(path if path.exists() else path.parent, os.W_OK)
-        with _usable(self.file):
-            self.db = self._connected()
-            if not (self.read_only and self.file.exists()):
-                self.db.execute(
-                    "CREATE TABLE IF NOT EXISTS said (key TEXT, text TEXT, value BLOB, PRIMARY KEY (key, "
-                    "text)) WITHOUT ROWID"
-                )
+        nearest = next(place for place in (path, *path.parents) if place.exists())
+        self.read_only = not os.access(nearest, os.W_OK)
+        self.key, self.file, self.db = key, path / "scores.sqlite", None
+        if self.file.exists():  # a damaged one is told at once
+            self._open()
 
     def _digest(self, text: str) -> str:
         "SHA-256 of `text`, under which it is kept."
@@ -446,20 +443,30 @@ class Store:
 
 # %% ../../nbs/rewards/00_text.ipynb #0554266b
 @patch
-def _connected(self: Store) -> sqlite3.Connection:
-    "A connection to the file, or to an empty database in memory if there is no file and none can be made."
+def _open(self: Store) -> None:
+    "Connect to the file. If the folder is writable, what is missing of folder, file and table is made."
     options = {"timeout": 60, "isolation_level": None, "check_same_thread": False}
-    if not self.read_only:
+    with _usable(self.file):
+        if self.read_only:
+            place = f"{self.file.resolve().as_uri()}?mode=ro&immutable=1"
+            self.db = sqlite3.connect(place, uri=True, **options)
+            return
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        return sqlite3.connect(self.file, **options)
-    if not self.file.exists():
-        return sqlite3.connect(":memory:", **options)
-    return sqlite3.connect(f"{self.file.resolve().as_uri()}?mode=ro&immutable=1", uri=True, **options)
+        db = sqlite3.connect(self.file, **options)
+        db.execute(
+            "CREATE TABLE IF NOT EXISTS said (key TEXT, text TEXT, value BLOB, PRIMARY KEY (key, text)) "
+            "WITHOUT ROWID"
+        )
+        self.db = db
 
 # %% ../../nbs/rewards/00_text.ipynb #e97d70eb
 @patch
 def get(self: Store, texts: list[str]) -> dict[str, bytes]:
     "Those of `texts` that the store has, as {text: bytes}."
+    if self.db is None:
+        if not self.file.exists():
+            return {}
+        self._open()  # another process has made it
     query = "SELECT value FROM said WHERE key = ? AND text = ?"
     found = {}
     with _usable(self.file):
@@ -475,6 +482,8 @@ def put(self: Store, values: dict[str, bytes]) -> None:
     "Keep {text: bytes}: all or, if something fails, none. Does nothing if the folder is not writable."
     if self.read_only:
         return
+    if self.db is None:
+        self._open()
     rows = [(self.key, self._digest(text), value) for text, value in values.items()]
     with _usable(self.file):
         self.db.execute("BEGIN IMMEDIATE")
@@ -638,6 +647,20 @@ def positions_of(model: torch.nn.Module, tokenizer: Any) -> int:
     first = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa counts from there
     return min(tokenizer.model_max_length, table.num_embeddings - first)
 
+# %% ../../nbs/rewards/00_text.ipynb #dig00001
+def encoder_digest(model: torch.nn.Module, tokenizer: Any, limit: int) -> str:
+    """Sixteen hexadecimal digits that name all that an encoder's vectors depend on: its weights, its
+    `tokenizer`, and `limit`, how many tokens it reads.
+
+    Weights of the pooling layer are left out: its output is not used, and where a checkpoint lacks them, they
+    are new random numbers each time."""
+    found = hashlib.sha256(f"{limit} {tokenizer.backend_tokenizer.to_str()}".encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if not name.startswith("pooler."):
+            found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
+
 # %% ../../nbs/rewards/00_text.ipynb #0e06839e
 def rescale_baseline(rescale: bool | Path | str, model: str, layer: int) -> float:
     """F1 baseline of `layer`.
@@ -685,8 +708,8 @@ class BertScore(ModelScorer):
         self.device, self.batch_size = resolve_device(device), batch_size
         self.model, self.tokenizer = load_encoder(folder, layer, resolve_dtype(dtype), self.device)
         self.limit = positions_of(self.model, self.tokenizer)
-        key = f"bertscore 1 {model} {self.model.num_parameters()} layer {layer} {dtype}"
-        super().__init__(key, cache, keep)
+        digest = encoder_digest(self.model, self.tokenizer, self.limit)
+        super().__init__(f"bertscore 2 {model} {digest} layer {layer} {dtype}", cache, keep)
 
 # %% ../../nbs/rewards/00_text.ipynb #8698c45d
 def check_layer(folder: str, model: str, layer: int) -> None:

@@ -13,6 +13,7 @@ __all__ = ['BY_OBSERVATION', 'TRIED', 'make_data', 'target', 'targets', 'check_s
            'make_controls', 'validation_studies', 'measure_snapshot', 'make_progress']
 
 # %% ../../nbs/runs/02_makers.ipynb #mak00002
+import csv
 import dataclasses
 import os
 import shutil
@@ -398,14 +399,15 @@ def make_sft(out: Path, cfg: Config, after: Mapping[str, Path], name: str) -> No
         pd.DataFrame([l for l in log if "loss" in l]).to_csv(out / "log.csv", index=False)
 
 # %% ../../nbs/runs/02_makers.ipynb #66175db8
-def text_scorers(cfg: Config) -> dict[str, Any]:
-    "The scorers that `cfg` names, by reward column."
-    kept = runs_dir() / "scores"  # what models said of references, shared by all runs
+def text_scorers(cfg: Config, keep: bool = True) -> dict[str, Any]:
+    """The scorers that `cfg` names, by reward column. With `keep`, what models said of references is kept in
+    a folder that all runs share."""
+    kept = runs_dir() / "scores" if keep else None
     return {
         "bleu4": scorer("bleu4"),
         "rouge_l": scorer("rouge_l"),
         "bertscore": scorer("bertscore", model=cfg.bertscore_model, layer=cfg.bertscore_layer, cache=kept),
-        "chexbert": labeler(cfg),
+        "chexbert": labeler(cfg, keep),
         "radgraph": scorer(
             "radgraph",
             model=cfg.radgraph,
@@ -421,12 +423,13 @@ def text_scorers(cfg: Config) -> dict[str, Any]:
 # %% ../../nbs/runs/02_makers.ipynb #158d9f5d
 def check_scorers(cfgs: Sequence[Config]) -> None:
     """Make the scorers and the expert that the runs `cfgs` name and try them, so that missing weights and
-    broken rewards show before anything is trained (ValueError, RewardError)."""
+    broken rewards show before anything is trained (ValueError, RewardError). Makes no folder of runs."""
     for cfg in cfgs:
         check_choice(cfg)
+    keep = (runs_dir() / "scores").exists()
     given = {
         ("scorers", key_of([getattr(cfg, f) for f in (*SCORING, "lambda_length", "lambda_repetition")])): (
-            lambda cfg=cfg: probe(text_scorers(cfg))
+            lambda cfg=cfg: probe(text_scorers(cfg, keep))
         )
         for cfg in cfgs
     }
@@ -447,11 +450,10 @@ def check_scorers(cfgs: Sequence[Config]) -> None:
 TRIED = set()  # what this process has tried: real scorers take minutes to load
 
 # %% ../../nbs/runs/02_makers.ipynb #0d673239
-def labeler(cfg: Config) -> Any:
-    "The label scorer that `cfg` names; it labels for training and evaluation alike."
-    return scorer(
-        "chexbert", model=cfg.chexbert, uncertain=cfg.chexbert_uncertain, cache=runs_dir() / "scores"
-    )
+def labeler(cfg: Config, keep: bool = True) -> Any:
+    "The label scorer of `cfg`; it labels for training and evaluation alike. `keep`: see `text_scorers`."
+    kept = runs_dir() / "scores" if keep else None
+    return scorer("chexbert", model=cfg.chexbert, uncertain=cfg.chexbert_uncertain, cache=kept)
 
 
 def context_watch(expert: FrozenExpert) -> dict[str, Callable]:
@@ -550,11 +552,20 @@ def pairs_for(name: str, cfg: Config, folder: Path, train: datasets.Dataset) -> 
         pairs = sampled_pairs(samples, cfg.dpo_margin)
     else:
         judge = text_scorers(cfg)[cfg.mmedpo_scorer]
-        pairs = clinical_pairs(samples, train, judge, cfg.mmedpo_noise)
+        pairs = _as_written(clinical_pairs(samples, train, judge, cfg.mmedpo_noise), train, cfg.reasoning)
     asked = prompt_of(cfg).questions(train, cfg.seed)  # as `sample_reports` asks
-    written = dict(zip(targets(train), targets(train, cfg.reasoning)))  # references as the policy writes them
-    as_trained = ({side: written.get(p[side], p[side]) for side in ("chosen", "rejected")} for p in pairs)
-    return [p | sides | dict(prompt=asked[p["row"]]) for p, sides in zip(pairs, as_trained)]
+    return [p | dict(prompt=asked[p["row"]]) for p in pairs]
+
+
+def _as_written(pairs: list[dict], train: datasets.Dataset, reasoning: str) -> list[dict]:
+    """The `pairs` of `clinical_pairs`, in which each reference is written as the policy learns to write it,
+    with the thought of its own study. References are all chosen reports, and the rejected one of a pair
+    whose image is in noise."""
+    written, made = targets(train, reasoning), []
+    for p in pairs:
+        sides = ("chosen", "rejected") if p["noised"] else ("chosen",)
+        made.append(p | dict.fromkeys(sides, written[p["row"]]))
+    return made
 
 # %% ../../nbs/runs/02_makers.ipynb #831a0c8e
 @maker("dpo", "mmedpo")
@@ -656,17 +667,41 @@ def judge_form(frame: pd.DataFrame, completions: list[str], reasoning: str) -> p
 def save_reports(out: Path, condition: str, studies: datasets.Dataset, written: list[str]) -> None:
     "Write the reports `written`, one a study, to the file of `condition` that `read_reports` reads."
     table = pd.DataFrame(dict(study_id=studies["study_id"], completion=written))
-    table.to_csv(out / f"reports {condition}.csv", index=False)
+    # without quotes, a carriage return inside a report would end its row
+    table.to_csv(out / f"reports {condition}.csv", index=False, quoting=csv.QUOTE_ALL)
 
 
 def read_frame(folder: Path, condition: str) -> pd.DataFrame:
-    "Per-study statistics under `condition` from the finished phase in `folder`."
-    return pd.read_csv(folder / f"frame {condition}.csv", index_col=0)
+    """Per-study statistics under `condition` from the finished phase in `folder`. Study ids, the index, are
+    text: "007" stays "007", and "NA" is an id like any other."""
+    path = folder / f"frame {condition}.csv"
+    frame = pd.read_csv(path, index_col=0)
+    ids = pd.read_csv(path, usecols=[0], dtype=str, keep_default_na=False).iloc[:, 0]
+    return frame.set_axis(pd.Index(ids, name=frame.index.name))
 
 
+def _reports_table(path: Path) -> pd.DataFrame:
+    """The columns study_id and completion, both text, of a file of `save_reports`. Earlier files have no
+    quotes around a report with a carriage return: there only a line feed ends a row."""
+    with path.open("rb") as file:
+        windows = file.readline().endswith(b"\r\n")  # a spreadsheet may have saved it so
+    end = None if windows else "\n"
+    return pd.read_csv(path, dtype=str, keep_default_na=False, lineterminator=end)
+
+# %% ../../nbs/runs/02_makers.ipynb #s3run015
 def read_reports(folder: Path, condition: str) -> list[str]:
-    "The reports that were written under `condition`, from the finished phase in `folder`."
-    return pd.read_csv(folder / f"reports {condition}.csv", keep_default_na=False)["completion"].tolist()
+    """The reports that were written under `condition`, from the finished phase in `folder`. Raises `RunError`
+    if there is a frame of `condition` beside them and it is of other studies."""
+    path = folder / f"reports {condition}.csv"
+    table, scored = _reports_table(path), path.with_name(f"frame {condition}.csv")
+    if scored.exists():
+        ids = read_frame(folder, condition).index.tolist()
+        if table["study_id"].tolist() != ids:
+            raise RunError(
+                f"{path}: its {len(table)} rows are not the {len(ids)} studies of {scored.name!r}, so nobody "
+                f"knows which report belongs to which study; move {folder} away and start again"
+            )
+    return table["completion"].tolist()
 
 # %% ../../nbs/runs/02_makers.ipynb #73796d5e
 @maker("eval_base", "eval_sft", "eval_stage1", "eval_stage2", "eval_dpo", "eval_mmedpo")

@@ -47,6 +47,7 @@ from valor.policy.models import (
 from ..policy.prompt import PROMPT, as_prompt, asked_by, image_lists
 from ..policy.tiny import generate
 from ..rewards.compose import advantages
+from ..rewards.guard import odd_line
 from ..rewards.text import TAG
 from .grpo import Rewards, steps_of
 from .sft import Progress, train_to_end, trainer_args
@@ -68,8 +69,10 @@ def weighted_dpo_loss(
 
 # %% ../../nbs/train/03_preference.ipynb #67f734bd
 def text_rewards(candidates: list[str], rows: list[dict], rewards: Rewards, cfg: Config) -> torch.Tensor:
-    """The reward `(N,)` that the GRPO baseline gives to each of N `candidates`: Eq. 3 plus the format reward,
-    without a clinical or a visual part.
+    """The reward `(N,)` that the GRPO baseline gives to each of N `candidates`: Eq. 8 without a clinical
+    and a visual part. It is Eq. 3, the format reward, and what `cfg` adds to either: the rewards of
+    `extra_rewards` that name equation 3 or 8, and the penalties for length and repetition. Extra rewards of
+    Eq. 4, the clinical one, do not count.
 
     `rows`: the candidates' studies, as a dict of columns; `rewards`: a `Rewards` with k_clin=None."""
     columns = {n: f(completions=candidates, **rows) for n, f in zip(rewards.scorers, rewards.functions())}
@@ -86,6 +89,14 @@ def whole_lines(path: Path, chunk: int) -> int:
     kept = path.read_bytes().split(b"\n")[:whole] if whole else []
     path.write_bytes(b"".join(line + b"\n" for line in kept))
     return whole
+
+# %% ../../nbs/train/03_preference.ipynb #odd00001
+def _tell_odd(rewards: Rewards) -> None:
+    "Print a line for each reward that gave numbers that cannot be used, which were replaced; forget them."
+    for name, studies in rewards.odd.items():
+        if studies:
+            tqdm.write(odd_line(name, studies, "the drawing of samples"))
+    rewards.odd = {}
 
 # %% ../../nbs/train/03_preference.ipynb #10579414
 def _sampled(
@@ -106,6 +117,7 @@ def _sampled(
     said = generate(*policy, images, cfg.max_new_tokens, cfg.temperature, len(images), **how)
     columns = {c: [v for v in studies[c] for _ in range(G)] for c in studies.column_names}
     scores = [round(s, 6) for s in text_rewards(said, columns, rewards, cfg).tolist()]
+    _tell_odd(rewards)
     lines = []
     for i, (row, study) in enumerate(zip(places, studies["study_id"])):
         own = slice(i * G, (i + 1) * G)
