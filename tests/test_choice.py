@@ -9,6 +9,7 @@ from test_ways_out import mine
 
 from valor.cli import main
 from valor.config import preset
+from valor.contents import fingerprint_once
 from valor.runs import makers
 from valor.runs.makers import note_of, read_reports
 from valor.runs.phases import chooses, ensure, fields_reaching, phase_folder, phase_key
@@ -64,3 +65,21 @@ def test_studies_without_a_validation_split_are_said_before_anything_is_trained(
     with pytest.raises(RunError, match="no study in the split 'val'"):
         ensure("eval_stage2", cfg)
     assert [p.name.split("-")[0] for p in (tmp_path / "runs").iterdir() if p.is_dir()] == ["data"]
+
+
+def test_a_chexbert_edited_in_place_changes_every_evaluation_that_a_choice_reaches(tmp_path, monkeypatch):
+    "Also the evaluations of erased images, whose own fields do not name it: stage 1 does, and comes before."
+    monkeypatch.setenv("VALOR_CACHE", str(tmp_path / "cache"))
+    weights = tmp_path / "chexbert.pth"
+    weights.touch()
+    cfg = preset("smoke", choose_by="BLEU-4", chexbert=str(weights))
+    names = ("eval_stage1", "eval_stage2", "erased_stage1", "erased_stage2")
+
+    def keys(held):
+        weights.write_text(held)
+        fingerprint_once.cache_clear()
+        return [phase_key(name, cfg) for name in names]
+
+    before, after = keys("1"), keys("22")
+    fingerprint_once.cache_clear()
+    assert all(old != new for old, new in zip(before, after))

@@ -134,6 +134,19 @@ def test_embedded_runs_keep_their_keys(runs):
         assert "holds" not in phase_config(phase, preset("smoke"))
 
 
+@pytest.mark.parametrize("expert", ["embedded", "embedded-labels"])
+@pytest.mark.parametrize("benchmark", ["phantom", "openi_rendered", "r2gen_iu"])
+def test_only_the_expert_that_tells_films_apart_by_their_reports_has_another_key(
+    runs, tmp_path, benchmark, expert
+):
+    root = dict(data_root=str(trees.r2gen(tmp_path / "data"))) if benchmark == "r2gen_iu" else {}
+    cfg = preset("smoke", benchmark=benchmark, expert=expert, **root)
+    concerned = benchmark == "r2gen_iu" and expert == "embedded"
+    assert phase_config("expert", cfg).get("apart") == ("by report" if concerned else None)
+    for phase in set(phases.PHASES) - {"expert"}:
+        assert "apart" not in phase_config(phase, cfg)
+
+
 def test_a_run_whose_source_is_gone_is_still_found(runs, tmp_path):
     root = trees.r2gen(tmp_path / "data")
     cfg = preset("smoke", benchmark="r2gen_iu", data_root=str(root))

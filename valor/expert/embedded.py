@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GREY', 'KINDS', 'Edits', 'Said', 'words_in', 'WordTokenizer', 'expert_config', 'as_batch', 'Expert', 'build_expert',
            'GrammarEdits', 'moved_sides', 'SentenceEdits', 'edits_for', 'contrastive_loss', 'some_edits', 'batches',
-           'one_cycle', 'same_truth', 'batch_loss', 'drawn_batches', 'fit', 'train_expert', 'retrieval', 'quality',
-           'save_expert', 'load_embedded']
+           'one_cycle', 'study_keys', 'same_truth', 'batch_loss', 'drawn_batches', 'fit', 'train_expert', 'retrieval',
+           'quality', 'save_expert', 'load_embedded']
 
 # %% ../../nbs/expert/00_embedded.ipynb #fd3c36e9
 import json
@@ -245,8 +245,8 @@ def contrastive_loss(
     scale: torch.Tensor | float,
 ) -> torch.Tensor:
     """The loss above, a scalar, for unit vectors images (B, D), texts (B, D) and edited (E, D); `owner`
-    (E,) says whose edit each is; `same` (B, B) is True where two studies have the same truth (the
-    diagonal does not matter)."""
+    (E,) says whose edit each is; `same` (B, B) is True where nothing tells two studies apart (`study_keys`;
+    the diagonal does not matter)."""
     mask = (same & ~torch.eye(len(same), dtype=torch.bool)).float() * -1e4
     logits, target = scale * images @ texts.T + mask, torch.arange(len(images))
     rejected = scale * images @ edited.T
@@ -285,10 +285,17 @@ def one_cycle(
     return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, max(steps, 2), pct_start=0.1)
 
 # %% ../../nbs/expert/00_embedded.ipynb #em0017
+def study_keys(dataset: Dataset) -> list[str]:
+    """What makes two studies of `dataset` different: the planted findings, or the report's text where no
+    study has any (real films, tables of your own)."""
+    if not any(dataset["truth"]):
+        return list(dataset["report"])
+    return [str(sorted(map(str, from_truth(truth)))) for truth in dataset["truth"]]
+
+
 def same_truth(dataset: Dataset) -> torch.Tensor:
-    "A number (N,) for each study; studies with the same planted findings have the same number."
-    truths = [from_truth(t) for t in dataset["truth"]]
-    return torch.tensor(np.unique([str(sorted(map(str, t))) for t in truths], return_inverse=True)[1])
+    "A number (N,) for each study; studies that nothing tells apart (`study_keys`) have the same number."
+    return torch.tensor(np.unique(study_keys(dataset), return_inverse=True)[1])
 
 # %% ../../nbs/expert/00_embedded.ipynb #492c0b33
 def batch_loss(
@@ -299,7 +306,7 @@ def batch_loss(
     same: torch.Tensor,
 ) -> torch.Tensor:
     """The loss of one batch: `images` and `texts` of B studies, `near` their edited reports as (place in
-    the batch, text), `same` (B, B) where two studies have the same truth."""
+    the batch, text), `same` (B, B) where nothing tells two studies apart."""
     model, B = expert.model, len(texts)
     owner = torch.tensor([k for k, _ in near], dtype=torch.long)
     image_vectors = model.encode_image(expert.preprocess(images), normalize=True)
@@ -317,7 +324,7 @@ def drawn_batches(
     n_edits: int,
     rng: Generator,
 ) -> Iterator[tuple[np.ndarray, list[str], list[tuple[int, str]], torch.Tensor]]:
-    "Endless batches for `batch_loss`: (images (B, H, W), reports, edited reports, same truth (B, B))."
+    "Endless batches for `batch_loss`: (images (B, H, W), reports, edited reports, `same` (B, B))."
     pixels = np.stack([[np.asarray(im) for im in d["image"]] for d in (dataset, *renderings)])
     reports, same = list(dataset["report"]), same_truth(dataset)
     for rows in batches(len(dataset), batch_size, rng):
@@ -396,8 +403,7 @@ def quality(expert: Expert, dataset: Dataset, edits: Edits, rng: Generator) -> d
     """How well `expert` judges the studies of `dataset`: R@1 among 8 (see `retrieval`) and, per kind of
     edit, how often it prefers the true report, over how many pairs, and before a wrong image."""
     images, texts = study_features(expert, image_lists(dataset)), expert.text_features(dataset["report"])
-    truths = [sorted(map(str, from_truth(t))) for t in dataset["truth"]]
-    out = retrieval((texts @ images.T).numpy(), truths, rng)
+    out = retrieval((texts @ images.T).numpy(), study_keys(dataset), rng)
     for kind in KINDS:
         edited = {i: t for i in range(len(dataset)) if (t := edits(i, kind, rng)) is not None}
         rows = list(edited)

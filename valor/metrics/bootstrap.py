@@ -68,7 +68,7 @@ def drawn(
     each = list(by_seed.values())
     crossed = all(f.index.equals(each[0].index) for f in each)
     draws = [study_draws(len(f), n_boot, seed + (0 if crossed else 1000 * i)) for i, f in enumerate(each)]
-    # (n_boot, seeds): each seed's share of a draw
+    # (n_boot, seeds): each seed's share of a draw; 1 in every row
     taken = study_draws(len(each), n_boot, seed + 1) / len(each)
     values = [values_of(f, metrics) for f in each]
     sums = [values_of(f, metrics, d) for f, d in zip(each, draws)]

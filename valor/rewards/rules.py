@@ -354,7 +354,8 @@ def status(sentence: str, start: int, end: int, radgraph: bool = False) -> str |
 
     `radgraph`: by that model's conventions "or" makes nothing uncertain, and "versus" its whole statement."""
     lo, _, cues = next(scope for scope in scopes(sentence) if scope[0] <= start < scope[1])
-    # a denial counts for what follows it only where it begins the statement: "resolved edema"
+    # A denial looks back ("edema has resolved"). Only where it begins the statement, with nothing before it
+    # to deny, it looks ahead: "resolved edema".
     before = {kind for kind, at, to in cues if to <= start and (kind != "denial" or at == lo)}
     after = {kind for kind, at, _ in cues if at >= end}
     if before & {"negation", "denial"} or "denial" in after:

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LABELER', 'SCORING', 'PHASES', 'AT_PATHS', 'NO_PATHS', 'SEEDS', 'LATER', 'CHOICE', 'MAKERS', 'OUTSIDE', 'LISTENERS',
-           'MISTAKES', 'Phase', 'chooses', 'fields_reaching', 'sees_two', 'phase_config', 'phase_key', 'phase_folder',
-           'held_by', 'read_json', 'write_json', 'inspect_phase', 'check_machine', 'locked', 'finish',
-           'drop_checkpoints', 'cost_of', 'maker', 'announced', 'ensure', 'begin', 'load_data', 'comes_after',
-           'check_updates', 'alone', 'alone_here']
+           'MISTAKES', 'Phase', 'comes_after', 'chooses', 'fields_reaching', 'sees_two', 'tells_by_report',
+           'phase_config', 'phase_key', 'phase_folder', 'looks_like_a_path', 'held_by', 'explain', 'read_json',
+           'write_json', 'inspect_phase', 'check_machine', 'locked', 'finish', 'drop_checkpoints', 'cost_of', 'maker',
+           'announced', 'ensure', 'begin', 'load_data', 'check_updates', 'alone', 'alone_here']
 
 # %% ../../nbs/runs/01_phases.ipynb #phs00002
 import contextlib
@@ -33,6 +33,7 @@ from datasets import DatasetDict, load_from_disk
 # %% ../../nbs/runs/01_phases.ipynb #bd274774
 from ..config import BENCHMARKS, Config, cpu_model, is_prompt_file, key_of, runs_dir, seed_of, versions
 from ..contents import cache_dir, fingerprint_once
+from ..data.benchmarks import benchmark_of
 from ..data.restricted import PlaceError, check_place, kept
 from ..data.sources import DataError, terms_of
 from ..data.studies import reading
@@ -142,6 +143,11 @@ _MEASURED = {
 }
 PHASES = _GIVEN | _TRAINED | _BASELINES | _MEASURED
 
+# %% ../../nbs/runs/01_phases.ipynb #phs00013
+def comes_after(name: str) -> set[str]:
+    "The phase `name` and all phases before it."
+    return {name}.union(*(comes_after(before) for before in PHASES[name].after))
+
 # %% ../../nbs/runs/01_phases.ipynb #phs00007
 AT_PATHS = _fields(
     "data_root data_options base expert dpo_pairs chexbert radgraph radgraph_encoder bertscore_model prompt"
@@ -192,6 +198,11 @@ def sees_two(cfg: Config) -> bool:
         return False
     return reading(how.get("preset") or "valor", view=how.get("view"))["view"] in ("both", "listed")
 
+# %% ../../nbs/runs/01_phases.ipynb #phsap001
+def tells_by_report(cfg: Config) -> bool:
+    "Whether the expert of the run `cfg` learns to tell studies apart whose truth nobody planted."
+    return cfg.expert == "embedded" and benchmark_of(cfg.benchmark).truth is None
+
 # %% ../../nbs/runs/01_phases.ipynb #phs00062
 def phase_config(name: str, cfg: Config) -> dict:
     """All that determines the phase `name` under `cfg`: its own fields, what the files and folders that
@@ -210,6 +221,8 @@ def phase_config(name: str, cfg: Config) -> dict:
     if name == "expert" and sees_two(cfg):
         # once it was the first alone; every phase that asks the expert comes after it
         found["images"] = "all of a study"
+    if name == "expert" and tells_by_report(cfg):
+        found["apart"] = "by report"
     return found | ({"holds": holds} if holds else {})
 
 # %% ../../nbs/runs/01_phases.ipynb #b9274673
@@ -222,6 +235,11 @@ def phase_folder(name: str, cfg: Config) -> Path:
     "The folder of the phase `name` under `cfg`, whether or not it exists yet."
     return runs_dir() / phase_key(name, cfg)
 
+# %% ../../nbs/runs/01_phases.ipynb #phshb000
+def looks_like_a_path(value: str) -> bool:
+    "Whether `value` has a character that paths have and other settings among `data_options` have not."
+    return any(character in value for character in "/.~")
+
 # %% ../../nbs/runs/01_phases.ipynb #phs00008
 def held_by(name: str, value: Any) -> dict[str, str]:
     """{path: what it holds} for the files and folders that the `value` of the parameter `name` names (see
@@ -231,8 +249,8 @@ def held_by(name: str, value: Any) -> dict[str, str]:
         return {path: state for each in value.values() for path, state in held_by(name, each).items()}
     if not isinstance(value, str) or value in NO_PATHS:
         return {}
-    if name == "data_options" and not set("/.~") & set(value):
-        return {}  # among its words, a path has one of these
+    if name == "data_options" and not looks_like_a_path(value):
+        return {}
     if name == "prompt" and not is_prompt_file(value):
         return {}
     state = fingerprint_once(value) or _noted().get(value)
@@ -243,6 +261,46 @@ def _noted() -> dict[str, str]:
     "{path: what it held when a phase began with it}, as noted in the runs folder."
     noted = runs_dir() / "contents.json"
     return json.loads(noted.read_text()) if noted.exists() else {}
+
+# %% ../../nbs/runs/01_phases.ipynb #phsxp001
+def _made_from_seed(name: str, cfg: Config) -> list[str]:
+    "The seeds that reach the phase `name` or one before it and change with `seed`."
+    other = dataclasses.replace(cfg, seed=cfg.seed + 1)
+    declared = {field for phase in comes_after(name) for field in PHASES[phase].fields}
+    return [seed for seed in SEEDS if seed in declared and seed_of(cfg, seed) != seed_of(other, seed)]
+
+
+def _why_in(field: str, name: str, cfg: Config) -> str | None:
+    "Why `field` is in the key of the phase `name`; None where it is not."
+    reaching = fields_reaching(name, cfg)
+    if field in reaching:
+        named = list(held_by(field, reaching[field])) if field in AT_PATHS else []
+        holds = f", and what {' and '.join(named)} holds" if named else ""
+        choice = "" if field in PHASES[name].fields else ", which decides the checkpoint that is read"
+        return f"in: {reaching[field]!r}{holds}{choice}"
+    before = [phase for phase in PHASES if phase in comes_after(name) - {name}]
+    through = [phase for phase in before if field in fields_reaching(phase, cfg)]
+    if through:
+        return f"in: through the key of {through[0]}"
+    derived = _made_from_seed(name, cfg) if field == "seed" else []
+    return f"in: {' and '.join(derived)} is made from it" if derived else None
+
+# %% ../../nbs/runs/01_phases.ipynb #phsxp002
+def _why_out(field: str, name: str, cfg: Config) -> str:
+    "Why `field`, which is not in the key of the phase `name`, is not."
+    declaring = [phase for phase in PHASES if phase in comes_after(name) and field in PHASES[phase].fields]
+    if not declaring:
+        return "out: neither this phase nor one before it reads it"
+    if all(field in _idle(phase, cfg) for phase in declaring):
+        return "out: it changes nothing under the other settings"
+    return f"out: at {LATER[field]!r} all is as it was before there was such a field"
+
+
+def explain(name: str, cfg: Config) -> dict[str, str]:
+    """{field: why it is in the key of the phase `name` under `cfg`, or why it is not} for every field of the
+    configuration."""
+    fields = [field.name for field in dataclasses.fields(cfg)]
+    return {field: _why_in(field, name, cfg) or _why_out(field, name, cfg) for field in fields}
 
 # %% ../../nbs/runs/01_phases.ipynb #dc20d0b4
 def read_json(path: Path) -> Any:
@@ -462,6 +520,13 @@ def _make(name: str, cfg: Config, folder: Path, after: dict[str, Path], resumed:
         MAKERS[name](folder, cfg, after, name)
         together(lambda: finish(folder, cost_of(began, resumed)))
 
+# %% ../../nbs/runs/01_phases.ipynb #phsnt001
+def _note(holds: dict[str, str]) -> None:
+    "Add `holds` to what the runs folder notes of paths, while no other process does."
+    path = runs_dir() / "contents.json"
+    with locked(path):
+        write_json(path, _noted() | holds)
+
 # %% ../../nbs/runs/01_phases.ipynb #df5ca8b6
 def begin(folder: Path, expected: dict, cfg: Config) -> str:
     "Inspect the phase in `folder` and, unless it is finished, declare it begun. Returns its status."
@@ -478,7 +543,7 @@ def begin(folder: Path, expected: dict, cfg: Config) -> str:
         folder.chmod(0o700)  # also one that was begun before this was so
     if status == "new":
         if expected.get("holds"):
-            write_json(runs_dir() / "contents.json", _noted() | expected["holds"])
+            _note(expected["holds"])
         write_json(folder / "config.json", _record(expected, cfg))
     return status
 
@@ -497,11 +562,6 @@ def load_data(folder: Path | str) -> DatasetDict:
     if record.exists():
         check_place(folder, read_json(record)["full"]["benchmark"], "move it outside")
     return load_from_disk(str(Path(folder) / "dataset"))
-
-# %% ../../nbs/runs/01_phases.ipynb #phs00013
-def comes_after(name: str) -> set[str]:
-    "The phase `name` and all phases before it."
-    return {name}.union(*(comes_after(before) for before in PHASES[name].after))
 
 # %% ../../nbs/runs/01_phases.ipynb #08f43865
 def check_updates(name: str, cfg: Config) -> None:

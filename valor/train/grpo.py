@@ -153,8 +153,11 @@ class Rewards:
     extras: Mapping = field(default_factory=dict)  # {scorer that is not the paper's: (equation, weight)}
 
     def __post_init__(self, similarity: Callable | None, watch: Mapping[str, Callable] | None) -> None:
-        self.k, self.odd = 1, {}  # odd: {reward: studies whose last score was replaced}
-        self.ahead = {}  # {name: scores of the coming batch} that a `RewardThread` has computed
+        self.k = 1  # the generation that is scored; the trainer sets it
+        # {reward: studies whose score was replaced}: `_checked` fills it, `_warnings` empties it
+        self.odd = {}
+        # {name: scores of a `RewardThread`}: `RewardedRollout` fills it, `_unless_ahead` empties it
+        self.ahead = {}
         self.extra = {"similarity": similarity} if similarity else {}
         self.extra |= {"distinct": distinct, **(watch or {})}
         probe(self.scorers)
@@ -182,7 +185,7 @@ def _checked(
 
 # %% ../../nbs/train/00_grpo.ipynb #hh000004
 def _scorer(rewards: Rewards, name: str) -> Callable:
-    "TRL's reward function for the scorer `name`; it gives None for each candidate on steps without it."
+    "TRL's reward function for the scorer `name`; it gives None for each candidate of generations without it."
 
     def score(completions: list, report: list, **columns: Any) -> list:
         rewards.odd[name] = []
@@ -295,8 +298,8 @@ class CompletionTable(TrainerCallback):
     group, candidate, study_id, completion, a column per score (None if it was not computed), r_vis (Eq. 7), R
     (Eq. 8) and A (Eq. 9).
 
-    A generation is appended as a whole. Checkpoints record the length of the file, so that a resumed stage
-    can first cut off the generations after its checkpoint."""
+    A generation is appended as one gzip member, which has a checksum. Checkpoints record the length of the
+    file, so that a resumed stage can first cut off the generations after its checkpoint."""
 
     def __init__(self, out: Path | str) -> None:
         self.path = Path(out) / "completions" / "generations.jsonl.gz"
@@ -319,37 +322,56 @@ class CompletionTable(TrainerCallback):
             state.stateful_callbacks["completions"] = file.tell()
 
 # %% ../../nbs/train/00_grpo.ipynb #hh000006
+_CHUNK = 2**16  # bytes that are unpacked at a time
+
+
+def _first_generation(packed: memoryview) -> tuple[list[dict], int]:
+    """The rows of the first generation in the bytes `packed`, and how many bytes it takes there.
+
+    Raises EOFError if the bytes end inside it, ValueError or zlib.error if it is damaged."""
+    unpack, parts, at = zlib.decompressobj(wbits=31), [], 0  # 31: with gzip's header and checksum
+    while not unpack.eof:
+        if at == len(packed):
+            raise EOFError
+        chunk = packed[at : at + _CHUNK]
+        parts.append(unpack.decompress(chunk))
+        at += len(chunk) - len(unpack.unused_data)
+    return [json.loads(line) for line in b"".join(parts).splitlines()], at
+
+# %% ../../nbs/train/00_grpo.ipynb #grl00040
+def _stopped_line(path: Path, rows: list[dict], at: int, size: int, error: Exception) -> str:
+    "What is told if reading the file `path` of `size` bytes stopped at byte `at` with `error`, after `rows`."
+    if isinstance(error, EOFError):
+        why = (
+            "the file ends inside a generation, as it does if a stage is killed while it writes one; the "
+            "generation comes again if the stage is resumed"
+        )
+    else:
+        why = f"a generation is damaged ({error}); those that follow it are left out too"
+    where = f"after generation k={rows[-1]['k']}" if rows else "before the first generation"
+    return f"{path}: reading stopped {where}; {size - at:,} of {size:,} bytes are left out: {why}"
+
+# %% ../../nbs/train/00_grpo.ipynb #28bb02a6
 def completions_of(folder: Path | str) -> pd.DataFrame:
     """The table that `CompletionTable` wrote in the folder of a stage, by rising k; a score that was not
     computed is NaN.
 
-    Raises ValueError if there is none. If the stage was killed while it wrote, a message says so and the
-    incomplete last generation is left out."""
+    Raises ValueError if there is none. If a generation is cut off or damaged, a message says so, and it and
+    all that follow are left out."""
     path = Path(folder) / "completions" / "generations.jsonl.gz"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; a stage trained with keep_completions=True has it")
-    rows = []
+    rows, packed, at = [], memoryview(path.read_bytes()), 0
     try:
-        with gzip.open(path, "rt") as file:
-            for line in file:
-                rows.append(json.loads(line))
-    except (EOFError, OSError, ValueError, zlib.error):
-        tqdm.write(
-            f"{path}: the last generation was not written whole and is left out; it comes again where the "
-            f"stage is resumed"
-        )
-        rows = _complete(rows)
-    table = pd.DataFrame(rows)
-    names = ("k", "group", "candidate", "study_id", "completion")
+        while at < len(packed):
+            generation, size = _first_generation(packed[at:])
+            rows += generation
+            at += size
+    except (EOFError, ValueError, zlib.error) as error:
+        tqdm.write(_stopped_line(path, rows, at, len(packed), error))
+    names = ["k", "group", "candidate", "study_id", "completion"]
+    table = pd.DataFrame(rows) if rows else pd.DataFrame(columns=names)
     return table.astype({c: float for c in table if c not in names})
-
-# %% ../../nbs/train/00_grpo.ipynb #28bb02a6
-def _complete(rows: list[dict]) -> list[dict]:
-    "`rows` without an incomplete last generation; every generation has as many rows as the first."
-    if not rows:
-        return rows
-    size = sum(row["k"] == rows[0]["k"] for row in rows)
-    return rows[: len(rows) - len(rows) % size]
 
 # %% ../../nbs/train/00_grpo.ipynb #hh000011
 class TimedRollout(SharedRollout):
@@ -658,8 +680,10 @@ def snapshot_every(eval_steps: int, steps: int) -> int:
 
 # %% ../../nbs/train/00_grpo.ipynb #hh000024
 class Snapshots(TrainerCallback):
-    """Keeps the adapter after every `every`-th update except the last as `folder/k0010`, … It draws no random
-    number and trains nothing, so the run is the same without it."""
+    """Keeps the adapter after every `every`-th update except the last, in `folder/k0010`, … The number is the
+    generation that this update used; with `num_iterations` > 1 there are fewer generations than updates.
+
+    It draws no random number and trains nothing, so the run is the same without it."""
 
     def __init__(self, trainer: ValorTrainer, folder: Path | str, every: int) -> None:
         self.trainer, self.folder, self.every = trainer, Path(folder), every
@@ -891,7 +915,8 @@ def align(
     lambda_vis: float,
     **before: Any,
 ) -> list[dict]:
-    """Run stage 1 or 2 of Algorithm 1 and write the adapter to `out/adapter`; returns its log by update.
+    """Run stage 1 or 2 of Algorithm 1 and write the adapter to `out/adapter`; returns its log, a line for
+    each update with the generation `k` that it used.
 
     `before`: `k_start` and `adapter` of stage 2, see `Stage`. Also written are checkpoints (to
     `out/checkpoints`), adapters on the way (`out/snapshots`) and every candidate (`CompletionTable`). A

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGE_FIELDS', 'stays_beside', 'keep', 'restore', 'merged', 'mean_gap', 'gap_alarm', 'road_line', 'PolicyTrainer',
-           'WatchedAdapter', 'Watched', 'ScoredTwice', 'WatchedNoise', 'WatchedLoss', 'PreparedOnce', 'PromptsOnce',
-           'PackedPrompts', 'PackedScores', 'PackedWatch', 'DrawnByTRL', 'DrawnByPrompt', 'WholeGroups',
+           'WatchedAdapter', 'Watched', 'ScoredTwice', 'WatchedNoise', 'WatchedLoss', 'prompt_numbers', 'PreparedOnce',
+           'PromptsOnce', 'PackedPrompts', 'PackedScores', 'PackedWatch', 'DrawnByTRL', 'DrawnByPrompt', 'WholeGroups',
            'SharedRollout']
 
 # %% ../../nbs/train/01_rollout.ipynb #fc0f61c8
@@ -331,6 +331,11 @@ class _HasRun:
     def __call__(self, images: Any, text: Any, **kw: Any) -> dict[str, torch.Tensor]:
         return dict(pixel_values=self._trainer._of[:, None])
 
+
+def prompt_numbers(fields: dict[str, Any]) -> torch.Tensor:
+    "The number of each candidate's prompt, `(N,)`, in the `fields` of a batch, where `_HasRun` has put it."
+    return fields["pixel_values"][:, 0]
+
 # %% ../../nbs/train/01_rollout.ipynb #30a64346
 class PreparedOnce(WatchedLoss):
     "Prepares each prompt of a generation once, if `share`."
@@ -421,14 +426,13 @@ class PackedScores(PackedPrompts):
         attention_mask: torch.Tensor,
         logits_to_keep: int,
         batch_size: int | None = None,
-        pixel_values: torch.Tensor | None = None,
-        **kw: Any,
+        **fields: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-        "Like TRL's method, but each prompt is read once; `pixel_values` `(N, 1)`: each candidate's prompt."
-        n, T = batch_size or len(input_ids), logits_to_keep
+        "Like TRL's method, but each prompt is read once; `fields` say which is whose (`prompt_numbers`)."
+        n, T, prompts = batch_size or len(input_ids), logits_to_keep, prompt_numbers(fields)
         ids, mask = input_ids[:, -T:], attention_mask[:, -T:]
         cuts = [slice(i, i + n) for i in range(0, len(ids), n)]
-        parts = [self._score(model, ids[cut], mask[cut], pixel_values[cut, 0]) for cut in cuts]
+        parts = [self._score(model, ids[cut], mask[cut], prompts[cut]) for cut in cuts]
         logps, entropies = zip(*parts)
         return torch.cat(logps), None if entropies[0] is None else torch.cat(entropies), None
 
@@ -440,14 +444,14 @@ class PackedWatch(PackedScores):
     def _prompts_of(self, inputs: dict) -> tuple[dict[str, torch.Tensor], int]:
         if not self.share:
             return super()._prompts_of(inputs)
-        which, group = by_prompt(inputs["pixel_values"][:, 0])
+        which, group = by_prompt(prompt_numbers(inputs))
         return {n: x for n, x in self._collate(which).items() if n != "position_ids"}, group
 
     def _at_once(self, model: torch.nn.Module, inputs: dict) -> torch.Tensor:
         if not self.share:
             return super()._at_once(model, inputs)
         ids, mask = inputs["completion_ids"], inputs["completion_mask"]
-        return self._score(model, ids, mask, inputs["pixel_values"][:, 0])[0]
+        return self._score(model, ids, mask, prompt_numbers(inputs))[0]
 
 # %% ../../nbs/train/01_rollout.ipynb #eb2e9e12
 class DrawnByTRL(PackedWatch):
