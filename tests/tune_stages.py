@@ -1,6 +1,6 @@
 """Where a benchmark's settings of SFT and the stages come from: a grid, judged on the validation studies of
 one seed (never on the test set). By hand, minutes to hours; finished phases are used again. Writes
-figures/tune_BENCHMARK_PHASE.csv.
+figures/tune_BENCHMARK_PHASE_PARAMETERS.csv.
 
 `sight` is what label F1 loses when every study is shown another study's image: a policy that writes one
 report for all has none.
@@ -9,12 +9,11 @@ python tests/tune_stages.py stage1 lr=7e-4,3e-4 beta=.02,.1 --set benchmark=r2ge
 
 import argparse
 import itertools
-import json
 
 import pandas as pd
 from datasets import Dataset
 
-from valor.config import Config, figures_dir, parse_settings, preset
+from valor.config import Config, figures_dir, parse_settings, parse_value, preset
 from valor.figures import save
 from valor.metrics import statistics as ev
 from valor.policy.prompt import asked_by, image_lists
@@ -47,7 +46,7 @@ def on_validation(phase: str, cfg: Config) -> dict[str, float]:
 def grid(words: list[str]) -> list[dict]:
     "All combinations of the values in `words` such as `lr=7e-4,3e-4`."
     axes = {name: values.split(",") for name, values in (word.split("=", 1) for word in words)}
-    return [dict(zip(axes, map(json.loads, chosen))) for chosen in itertools.product(*axes.values())]
+    return [dict(zip(axes, map(parse_value, chosen))) for chosen in itertools.product(*axes.values())]
 
 
 if __name__ == "__main__":
@@ -64,6 +63,6 @@ if __name__ == "__main__":
         print(rows[-1], flush=True)
     cfgs = [cfg for _, cfg in tried]
     runs = [phase_folder(args.phase, cfg) for cfg in cfgs]
-    stem = f"tune_{cfgs[0].benchmark}_{args.phase}"
+    stem = "_".join(["tune", cfgs[0].benchmark, args.phase, *tried[0][0]])
     save(stem, pd.DataFrame(rows), cfgs=cfgs, runs=runs, note=note_of(cfgs[0]), out=figures_dir())
     print(pd.DataFrame(rows).to_string(index=False, float_format="{:.4g}".format))

@@ -8,8 +8,9 @@ __all__ = ['RULES', 'PARTS', 'POSITIVE', 'UNIT', 'SEED', 'MODEL', 'BENCHMARKS', 
            'at_least', 'one_of', 'did_you_mean', 'check_values', 'RunSettings', 'DataSettings', 'is_prompt_file',
            'prompt_file', 'prompt_texts', 'PromptSettings', 'ModelSettings', 'SftSettings', 'RewardSettings',
            'ScorerSettings', 'VisualSettings', 'GrpoSettings', 'ComputeSettings', 'PreferenceSettings',
-           'EvaluationSettings', 'Config', 'validate', 'preset', 'Reading', 'parse_settings', 'seed_of', 'sweeps',
-           'key_of', 'repo_root', 'runs_dir', 'figures_dir', 'cpu_model', 'versions', 'resolve_device', 'parts_in']
+           'EvaluationSettings', 'Config', 'validate', 'preset', 'Reading', 'parse_value', 'parse_settings', 'seed_of',
+           'sweeps', 'key_of', 'repo_root', 'runs_dir', 'figures_dir', 'cpu_model', 'versions', 'resolve_device',
+           'parts_in']
 
 # %% ../nbs/00_config.ipynb #0322eea5
 import configparser
@@ -818,17 +819,22 @@ READINGS = {
 }
 
 # %% ../nbs/00_config.ipynb #7f2d90aa
+def parse_value(text: str) -> object:
+    "The value that `text` stands for: JSON (`0.4`, `null`, `[1, 2]`), a number such as `.4`, or itself."
+    try:
+        return json.loads(text)
+    except ValueError:
+        return float(text) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text.strip()) else text
+
+
 def parse_settings(pairs: Iterable[str]) -> dict:
-    "{name: value} from `name=value` strings. A value is read as JSON (`0.4`, `null`), or else taken as text."
+    "{name: value} from `name=value` strings; values are read by `parse_value`."
     out = {}
     for pair in pairs:
         name, found, value = pair.partition("=")
         if not found:
             raise ValueError(f"--set {pair}: expected name=value")
-        try:
-            out[name] = json.loads(value)
-        except ValueError:
-            out[name] = value
+        out[name] = parse_value(value)
     return out
 
 # %% ../nbs/00_config.ipynb #cfg0seedf

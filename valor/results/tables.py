@@ -239,11 +239,20 @@ def compare(
     return table.assign(p_holm=holm(table.p)) if "p" in table else table
 
 # %% ../../nbs/results/00_tables.ipynb #tabk0004
-def with_kept(frames: Frames, rows: Mapping, cfgs: Sequence[Config], folder: Path, note: str = "") -> Frames:
-    """`{row: {seed: frame}}` of all seeds of the benchmark in `folder`, after those of the runs `cfgs` were
-    written there: their `frames`, which came from `rows` {row: {seed: (folder, condition)}}.
+def with_kept(
+    frames: Frames,
+    rows: Mapping,
+    cfgs: Sequence[Config],
+    folder: Path,
+    note: str = "",
+    name: str | None = None,
+) -> Frames:
+    """`{row: {seed: frame}}` of all seeds in the files `{name}_seed*` of `folder`, after those of the runs
+    `cfgs` were written there: their `frames`, which came from `rows` {row: {seed: (folder, condition)}}.
 
-    A control that all seeds share is written for each of them, `note` beside all (`makers.note_of`)."""
+    A control that all seeds share is written for each of them, `note` beside all (`makers.note_of`).
+    `name`: by default the benchmark; runs with other settings need a name of their own."""
+    name = name or cfgs[0].benchmark
     for cfg in cfgs:
         of_seed, runs = {}, set()
         for row, by_seed in frames.items():
@@ -253,10 +262,10 @@ def with_kept(frames: Frames, rows: Mapping, cfgs: Sequence[Config], folder: Pat
                 of_seed[row] = by_seed[seed]
                 runs.add(rows[row][seed][0])
         if set(of_seed) & set(SYSTEMS):
-            write_seed(of_seed, cfg, sorted(runs), note, out=folder)
-    if not list(folder.glob(f"{cfgs[0].benchmark}_seed*.csv.gz")):
+            write_seed(of_seed, cfg, sorted(runs), note, name, folder)
+    if not list(folder.glob(f"{name}_seed*.csv.gz")):
         return frames
-    return read_seeds(cfgs[0].benchmark, folder)
+    return read_seeds(name, folder)
 
 # %% ../../nbs/results/00_tables.ipynb #6ba0ebad
 def by_leak(
