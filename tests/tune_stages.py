@@ -1,5 +1,5 @@
-"""Where a benchmark's settings of SFT and the stages come from: a grid, judged on the validation studies of
-one seed (never on the test set). By hand, minutes to hours; finished phases are used again. Writes
+"""Where a benchmark's settings of SFT, the stages, DPO and MMedPO come from: a grid, judged on the validation
+studies of one seed (never on the test set). By hand, minutes to hours; finished phases are used again. Writes
 figures/tune_BENCHMARK_PHASE_PARAMETERS.csv.
 
 `sight` is what label F1 loses when every study is shown another study's image: a policy that writes one
@@ -51,7 +51,7 @@ def grid(words: list[str]) -> list[dict]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("phase", choices=["sft", "stage1", "stage2"])
+    parser.add_argument("phase", choices=["sft", "stage1", "stage2", "dpo", "mmedpo"])
     parser.add_argument("grid", nargs="+", metavar="NAME=VALUE,VALUE")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     args = parser.parse_args()

@@ -16,7 +16,7 @@ from pathlib import Path
 import ijson
 
 from .benchmarks import split_of
-from .sources import BROKEN_ROW, Fault, Study, _folder, read_table, view_of
+from .sources import BROKEN_ROW, Fault, Study, _folder, _value_in, read_table, view_of
 from ..files import DataError, json_lines, one_line
 from ..vocabulary import OBSERVATIONS
 
@@ -301,7 +301,7 @@ def _rex_study(name: str, entry: Mapping, root: Path, split: str, where: str) ->
     stated = [rex_position(view) for view in views]
     return Study(
         name,
-        str(entry.get("PatientID") or name.split("_")[0]),
+        str(_value_in(entry, "PatientID")) or name.split("_")[0],
         where,
         str(entry.get("Findings") or ""),
         str(entry.get("Impression") or ""),

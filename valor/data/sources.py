@@ -19,7 +19,7 @@ import os
 import re
 import sqlite3
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -193,6 +193,12 @@ def read_table(path: Path, needed: Iterable[str]) -> Iterator[tuple[int, dict[st
             continue
         whole = len(cells) == len(header) and not any("\0" in c for c in cells)
         yield row, dict(zip(header, cells)) if whole else None
+
+# %% ../../nbs/data/04_sources.ipynb #valuein1
+def _value_in(row: Mapping, column: str) -> Any:
+    "What stands in a `column` of a `row`; empty where it is absent, None or NaN. The number 0 is a value."
+    value = row.get(column)
+    return "" if value is None or isinstance(value, float) and value != value else value
 
 # %% ../../nbs/data/04_sources.ipynb #f0f6e4f2
 FRONTAL = {"PA", "AP", "FRONTAL", "AP AXIAL", "PA ERECT", "AP ERECT", "AP SUPINE"}
@@ -449,7 +455,7 @@ def _r2gen_study(entry: Any, split: str, where: str, root: Path, credentialed: b
     if entry.get("split") not in (None, split):
         why = f"stands in {split!r} and says split {entry['split']!r}"
         return Fault(study, "contradictory split", where, why)
-    patient = str(entry.get("subject_id") or study.split("_")[0])
+    patient = str(_value_in(entry, "subject_id")) or study.split("_")[0]
     images = [(str(root / "images" / p), "unknown") for p in paths]
     return Study(study, patient, where, report=entry["report"].strip(), images=images, split=name)
 
@@ -723,21 +729,15 @@ def _check_columns(columns: Iterable[str], where: Path | str) -> None:
         )
 
 # %% ../../nbs/data/04_sources.ipynb #6229120c
-def _own_value(row: dict, column: str) -> Any:
-    "What stands in a `column` of a `row`; empty where it is absent, None or NaN."
-    value = row.get(column)
-    return "" if value is None or isinstance(value, float) and value != value else value
-
-
 def _own_text(row: dict, column: str) -> str:
     "What stands in a `column` of a `row` as text: an age of 63.0 is 63."
-    value = _own_value(row, column)
+    value = _value_in(row, column)
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 # %% ../../nbs/data/04_sources.ipynb #9b6ded36
 def _own_images(row: dict) -> tuple[list, list[str]]:
     "The images of a `row` and their views, as lists. In CSV they are one text with semicolons."
-    images, views = _own_value(row, "image"), _own_value(row, "view")
+    images, views = _value_in(row, "image"), _value_in(row, "view")
     if isinstance(images, str):
         images = [i.strip() for i in images.split(";") if i.strip()]
     if not isinstance(images, list):
@@ -750,7 +750,7 @@ def _own_images(row: dict) -> tuple[list, list[str]]:
 def _own_fault(row: dict, base: Path) -> tuple[str, str] | None:
     "The `(kind, message)` of what is wrong with texts or images of a `row`, or None."
     for column in _TEXTS:
-        value = _own_value(row, column)
+        value = _value_in(row, column)
         if not isinstance(value, str):
             found = f"{type(value).__name__} ({str(value)[:30]!r})"
             return "not a text", f"{column} is {found}; expected text"
@@ -769,21 +769,21 @@ def _own_fault(row: dict, base: Path) -> tuple[str, str] | None:
 def _own(row: dict, where: str, base: Path, name: str) -> Study | Fault:
     """A `Study` (or `Fault`) from one `row` of a user's own table. `base`: the folder that its paths are
     relative to; `name`: its id where it has none."""
-    study = str(row.get("study_id") or name)
+    study = str(_value_in(row, "study_id")) or name  # an id may be the number 0
     if wrong := _own_fault(row, base):
         kind, message = wrong
         return Fault(study, kind, where, message)
     try:
-        split = _split_name(_own_value(row, "split"), where) if _own_value(row, "split") else None
+        split = _split_name(_value_in(row, "split"), where) if _value_in(row, "split") else None
     except ValueError as e:
         return Fault(study, "unknown split", where, str(e))
-    report, findings, impression = (_own_value(row, column).strip() for column in _TEXTS)
+    report, findings, impression = (_value_in(row, column).strip() for column in _TEXTS)
     images, views = _own_images(row)
     paths = [str(base / i) if isinstance(i, str) else i for i in images]
     stated = [view_of(v) for v in views or ["unknown"] * len(images)]
-    study = str(_own_value(row, "study_id") or name)
-    patient = str(_own_value(row, "patient_id") or study)
-    told = {column: _own_text(row, column) for column in _TOLD if _own_value(row, column) != ""}
+    study = str(_value_in(row, "study_id") or name)
+    patient = str(_value_in(row, "patient_id")) or study
+    told = {column: _own_text(row, column) for column in _TOLD if _value_in(row, column) != ""}
     known = dict(context=told, previous_patient=row.get("previous_patient"))
     return Study(
         study, patient, where, findings, impression, report, list(zip(paths, stated)), split, **known
@@ -821,23 +821,25 @@ def _reports_before(path: Path) -> dict[str, tuple[str, str]]:
     "{study_id: (patient, report)} of a user's own table whose rows name the study before; {} for any other."
     if _kind(path) not in ("csv", "jsonl") or "previous_id" not in table_columns(path):
         return {}
-    rows = [row for _, row in _own_rows(path) if isinstance(row, dict) and row.get("study_id")]
+    rows = [row for _, row in _own_rows(path) if isinstance(row, dict)]
     told = {}
     for row in rows:
-        study = str(row["study_id"]).strip()
-        texts = [str(_own_value(row, column)).strip() for column in _TEXTS]
-        told[study] = (str(_own_value(row, "patient_id") or study).strip(), " ".join(filter(None, texts)))
+        if not (study := str(_value_in(row, "study_id")).strip()):
+            continue
+        patient = str(_value_in(row, "patient_id")).strip() or study
+        texts = [str(_value_in(row, column)).strip() for column in _TEXTS]
+        told[study] = (patient, " ".join(filter(None, texts)))
     return told
 
 # %% ../../nbs/data/04_sources.ipynb #6a92aed3
 def _own_told(row: dict, where: str, base: Path, name: str, before: dict) -> Study | Fault:
     "As `_own`, with the report before, which `previous_id` names among those in `before`."
-    wanted = str(_own_value(row, "previous_id")).strip()
+    wanted = str(_value_in(row, "previous_id")).strip()
     if not wanted or not before:
         return _own(row, where, base, name)
     if wanted not in before:
         why = f"previous_id {wanted!r} is no study_id of the table; expected one, or an empty cell"
-        return Fault(str(row.get("study_id") or name), "no previous report", where, why)
+        return Fault(str(_value_in(row, "study_id")) or name, "no previous report", where, why)
     patient, report = before[wanted]
     return _own(row | dict(previous=report, previous_patient=patient), where, base, name)
 

@@ -145,7 +145,8 @@ def _listed_image(path: Path, n: int, entry: dict) -> Film:
         known = {field: str(entry[field]) for field in CONTEXT_FIELDS if entry.get(field) is not None}
         if len(second) > 1:
             raise ValueError(f"{len(names)} images")
-        return Film(str(entry.get("id") or names[0]), first, *(second or [None]), known)
+        given = entry.get("id")  # may be the number 0
+        return Film(str(names[0] if given in (None, "") else given), first, *(second or [None]), known)
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         expected = "expected a JSON object with image, one name or two (and id, and fields of the context)"
         raise ValueError(f"{path}:{n}: {str(entry)[:60]!r}; {expected}") from e

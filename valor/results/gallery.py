@@ -397,11 +397,10 @@ def _scores(system: System, test: Dataset, cfg: Config, label: Labeler) -> np.nd
     "The measures of each study, (N, measures): from the scores that the run kept, else scored here."
     ids = list(test["study_id"])
     if system.frame:
-        frame = pd.read_csv(system.frame, index_col=0)
+        frame = ev.read_scores(system.frame)
     else:
         frame = ev.score_reports([system.texts[i] for i in ids], test, cfg.benchmark, labeler=label)
-    frame = frame.set_axis(frame.index.astype(str)).loc[ids]
-    return per_study(frame, measures_of(cfg.benchmark))
+    return per_study(frame.loc[ids], measures_of(cfg.benchmark))
 
 # %% ../../nbs/results/03_gallery.ipynb #ef9d3420
 def _result(judged: Judged, measures: np.ndarray, attention: dict | None, thought: str = "") -> dict:

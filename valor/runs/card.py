@@ -12,7 +12,6 @@ from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
 
-import pandas as pd
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from ..config import Config
@@ -42,7 +41,7 @@ def metrics_of(phase: Path, cfg: Config) -> str:
         if (folder / "frame test.csv").exists():
             after = json.loads((folder / "config.json").read_text())["config"]["after"]
             if phase.name in after.values():
-                frame = pd.read_csv(folder / "frame test.csv", index_col=0)
+                frame = ev.read_scores(folder / "frame test.csv")
                 tidy = ev.aggregate({"this policy": {cfg.seed: frame}}, n_boot=cfg.n_boot)
                 table = ev.result_table(tidy, benchmark_of(cfg.benchmark).main_metrics).T.to_markdown()
                 studies = f"{len(frame)} test studies of {cfg.benchmark}"

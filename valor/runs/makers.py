@@ -503,7 +503,8 @@ def rewards_of(cfg: Config, expert: FrozenExpert | None = None) -> Rewards:
 
 
 def start_after(folder: Path) -> dict:
-    "Where stage 2 begins: the adapter of the finished stage 1 in `folder`, and its last update `k_start`."
+    """Where stage 2 begins: `adapter`, that of the finished stage 1 in `folder`, and `k_start`, the number of
+    its last generation."""
     k_start = int(pd.read_csv(folder / "log.csv")["k"].max())
     return dict(adapter=folder / "adapter", k_start=k_start)
 
@@ -672,12 +673,8 @@ def save_reports(out: Path, condition: str, studies: datasets.Dataset, written: 
 
 
 def read_frame(folder: Path, condition: str) -> pd.DataFrame:
-    """Per-study statistics under `condition` from the finished phase in `folder`. Study ids, the index, are
-    text: "007" stays "007", and "NA" is an id like any other."""
-    path = folder / f"frame {condition}.csv"
-    frame = pd.read_csv(path, index_col=0)
-    ids = pd.read_csv(path, usecols=[0], dtype=str, keep_default_na=False).iloc[:, 0]
-    return frame.set_axis(pd.Index(ids, name=frame.index.name))
+    "Per-study statistics under `condition` from the finished phase in `folder` (`read_scores`)."
+    return ev.read_scores(folder / f"frame {condition}.csv")
 
 
 def _reports_table(path: Path) -> pd.DataFrame:

@@ -106,10 +106,8 @@ def frames_of(cfgs: Sequence[Config], systems: Sequence[str] = MAIN_SYSTEMS) -> 
 def control_frames(cfg: Config) -> Frames:
     "Frames of the controls that need no policy, {control: {0: frame}}; they belong in every table."
     folder = ensure("controls", cfg)
-    return {
-        p.stem.removeprefix("frame "): {0: pd.read_csv(p, index_col=0)}
-        for p in sorted(folder.glob("frame *.csv"))
-    }
+    controls = sorted(path.stem.removeprefix("frame ") for path in folder.glob("frame *.csv"))
+    return {control: {0: read_frame(folder, control)} for control in controls}
 
 # %% ../../nbs/runs/03_systems.ipynb #ba17203f
 def controls_of(cfgs: Sequence[Config]) -> Frames:
