@@ -59,7 +59,8 @@ if __name__ == "__main__":
     tried = [(change, preset("laptop", **base | change)) for change in grid(args.grid)]
     rows = []
     for change, cfg in tried:
-        rows.append(change | on_validation(args.phase, cfg))
+        name = ", ".join(f"{parameter} {value}" for parameter, value in change.items())
+        rows.append(dict(name=name) | change | on_validation(args.phase, cfg))
         print(rows[-1], flush=True)
     cfgs = [cfg for _, cfg in tried]
     runs = [phase_folder(args.phase, cfg) for cfg in cfgs]
