@@ -343,7 +343,7 @@ class VisualSettings:
     # "random" or "truth"; or one text reward in its place, "bleu4", "rouge_l", "bertscore", "chexbert" or
     # "radgraph"
     visual: str = "expert"
-    rank_norm: str = "centered"  # Eq. 9 does not define RankNorm: rewards/04_ranknorm has four readings
+    rank_norm: str = "centered"  # Eq. 9 does not define RankNorm: rewards/04_ranknorm has three readings
     # the text reward as it enters Eq. 8: "raw" is the paper's; "ranked" ranks it in its group by Eq. 7, so
     # that text and image count alike at lambda_vis = 0.5
     text_in_mix: str = "raw"

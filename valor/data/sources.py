@@ -943,7 +943,7 @@ _MIMIC = Terms(
 )
 _OWN = Terms("the user's own data", "unknown to valor", True)
 
-# Open-i's tags are not trusted: 1,381 of the 4,013 films that DICOM calls frontal are lateral
+# Open-i's tags are not trusted: a third of the films that DICOM calls frontal are lateral (data/06_views)
 register_source(Source("openi", read_openi_tree, OPENI_TERMS, labels="codes", trusted_views=False))
 register_source(Source("kaggle_indiana", read_kaggle, OPENI_TERMS, labels="codes"))
 register_source(Source("r2gen_iu", read_r2gen_iu, OPENI_TERMS, sections="report"))
