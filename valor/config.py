@@ -420,7 +420,7 @@ class PreferenceSettings:
     dpo_pairs: str = "samples"
     dpo_margin: float = 0.1  # a study's best and worst sample are a pair if their rewards differ by this
     dpo_beta: float = 0.1  # weight of the KL divergence in DPO and MMedPO
-    dpo_lr: float = 5e-5  # learning rate, chosen on validation studies: tests/tune_stages.py
+    dpo_lr: float = 5e-5  # learning rate; tests/tune_stages.py tries others on validation studies
     # the rejected image of an image pair: noise over the "lesions" that were drawn, "diffusion" noise
     # everywhere, or "none" (text pairs alone)
     mmedpo_noise: str = "lesions"
