@@ -107,7 +107,7 @@ WAYS_OUT = {
     "train.preference.whole_lines": IN_RUN,
     "train.preference.sample_reports": IN_RUN,
     **{f"metrics.evaluate.{f}": NUMBERS for f in ("kept_scores", "gauged", "_write_tables")},
-    "rewards.text._connected": IN_RUN,
+    "rewards.text._open": IN_RUN,
     "contents._connected": NUMBERS,
     "data.sources.read_mimic": "a scratch folder of its own, which is 0700 and goes",
     "data.images.to_png": MEMORY,
