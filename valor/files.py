@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ADDRESS', 'UNREADABLE', 'MEMBER', 'SURROGATE', 'LINE', 'REPORTS', 'one_line', 'whole', 'whole_folder',
            'repository_of', 'DataError', 'opened', 'check_archive', 'archive_files', 'check_weights', 'json_value',
-           'json_lines', 'report_lines', 'own_lines']
+           'json_lines', 'report_lines', 'value_in', 'id_in', 'own_lines']
 
 # %% ../nbs/00d_files.ipynb #79f64407
 import bz2
@@ -21,7 +21,7 @@ import shutil
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -298,6 +298,17 @@ def report_lines(
         yield number, report
     if not found:
         raise DataError(f"{path}: no reports; expected {expected}")
+
+# %% ../nbs/00d_files.ipynb #vin00002
+def value_in(row: Mapping, column: str) -> Any:
+    "What stands in a `column` of a `row`; empty where it is absent, None or NaN."
+    value = row.get(column)
+    return "" if value is None or isinstance(value, float) and value != value else value
+
+
+def id_in(row: Mapping, column: str, otherwise: str) -> str:
+    "The id in a `column` of a `row`, as text; `otherwise` where the row has none."
+    return str(value_in(row, column)) or otherwise
 
 # %% ../nbs/00d_files.ipynb #b4680230
 def _own_objects(data: bytes, begins: bytes) -> list[tuple[int, dict]]:

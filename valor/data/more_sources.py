@@ -16,8 +16,8 @@ from pathlib import Path
 import ijson
 
 from .benchmarks import split_of
-from .sources import BROKEN_ROW, Fault, Study, _folder, _value_in, read_table, view_of
-from ..files import DataError, json_lines, one_line
+from .sources import BROKEN_ROW, Fault, Study, _folder, read_table, view_of
+from ..files import DataError, id_in, json_lines, one_line
 from ..vocabulary import OBSERVATIONS
 
 # %% ../../nbs/data/04a_more_sources.ipynb #mor00006
@@ -301,7 +301,7 @@ def _rex_study(name: str, entry: Mapping, root: Path, split: str, where: str) ->
     stated = [rex_position(view) for view in views]
     return Study(
         name,
-        str(_value_in(entry, "PatientID")) or name.split("_")[0],
+        id_in(entry, "PatientID", name.split("_")[0]),
         where,
         str(entry.get("Findings") or ""),
         str(entry.get("Impression") or ""),

@@ -19,7 +19,7 @@ import os
 import re
 import sqlite3
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -33,7 +33,17 @@ import ijson
 from .. import config
 from .benchmarks import BENCHMARKS, OPENI_TERMS, Terms, openi_archive, parse_openi
 from .sections import parse_sections
-from ..files import SURROGATE, UNREADABLE, DataError, archive_files, json_lines, one_line, opened
+from valor.files import (
+    SURROGATE,
+    UNREADABLE,
+    DataError,
+    archive_files,
+    id_in,
+    json_lines,
+    one_line,
+    opened,
+    value_in,
+)
 from ..vocabulary import OBSERVATIONS
 
 # %% ../../nbs/data/04_sources.ipynb #d0372fb4
@@ -193,12 +203,6 @@ def read_table(path: Path, needed: Iterable[str]) -> Iterator[tuple[int, dict[st
             continue
         whole = len(cells) == len(header) and not any("\0" in c for c in cells)
         yield row, dict(zip(header, cells)) if whole else None
-
-# %% ../../nbs/data/04_sources.ipynb #valuein1
-def _value_in(row: Mapping, column: str) -> Any:
-    "What stands in a `column` of a `row`; empty where it is absent, None or NaN. The number 0 is a value."
-    value = row.get(column)
-    return "" if value is None or isinstance(value, float) and value != value else value
 
 # %% ../../nbs/data/04_sources.ipynb #f0f6e4f2
 FRONTAL = {"PA", "AP", "FRONTAL", "AP AXIAL", "PA ERECT", "AP ERECT", "AP SUPINE"}
@@ -455,7 +459,7 @@ def _r2gen_study(entry: Any, split: str, where: str, root: Path, credentialed: b
     if entry.get("split") not in (None, split):
         why = f"stands in {split!r} and says split {entry['split']!r}"
         return Fault(study, "contradictory split", where, why)
-    patient = str(_value_in(entry, "subject_id")) or study.split("_")[0]
+    patient = id_in(entry, "subject_id", study.split("_")[0])
     images = [(str(root / "images" / p), "unknown") for p in paths]
     return Study(study, patient, where, report=entry["report"].strip(), images=images, split=name)
 
@@ -731,13 +735,13 @@ def _check_columns(columns: Iterable[str], where: Path | str) -> None:
 # %% ../../nbs/data/04_sources.ipynb #6229120c
 def _own_text(row: dict, column: str) -> str:
     "What stands in a `column` of a `row` as text: an age of 63.0 is 63."
-    value = _value_in(row, column)
+    value = value_in(row, column)
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 # %% ../../nbs/data/04_sources.ipynb #9b6ded36
 def _own_images(row: dict) -> tuple[list, list[str]]:
     "The images of a `row` and their views, as lists. In CSV they are one text with semicolons."
-    images, views = _value_in(row, "image"), _value_in(row, "view")
+    images, views = value_in(row, "image"), value_in(row, "view")
     if isinstance(images, str):
         images = [i.strip() for i in images.split(";") if i.strip()]
     if not isinstance(images, list):
@@ -750,7 +754,7 @@ def _own_images(row: dict) -> tuple[list, list[str]]:
 def _own_fault(row: dict, base: Path) -> tuple[str, str] | None:
     "The `(kind, message)` of what is wrong with texts or images of a `row`, or None."
     for column in _TEXTS:
-        value = _value_in(row, column)
+        value = value_in(row, column)
         if not isinstance(value, str):
             found = f"{type(value).__name__} ({str(value)[:30]!r})"
             return "not a text", f"{column} is {found}; expected text"
@@ -769,21 +773,20 @@ def _own_fault(row: dict, base: Path) -> tuple[str, str] | None:
 def _own(row: dict, where: str, base: Path, name: str) -> Study | Fault:
     """A `Study` (or `Fault`) from one `row` of a user's own table. `base`: the folder that its paths are
     relative to; `name`: its id where it has none."""
-    study = str(_value_in(row, "study_id")) or name  # an id may be the number 0
+    study = id_in(row, "study_id", name)
     if wrong := _own_fault(row, base):
         kind, message = wrong
         return Fault(study, kind, where, message)
     try:
-        split = _split_name(_value_in(row, "split"), where) if _value_in(row, "split") else None
+        split = _split_name(value_in(row, "split"), where) if value_in(row, "split") else None
     except ValueError as e:
         return Fault(study, "unknown split", where, str(e))
-    report, findings, impression = (_value_in(row, column).strip() for column in _TEXTS)
+    report, findings, impression = (value_in(row, column).strip() for column in _TEXTS)
     images, views = _own_images(row)
     paths = [str(base / i) if isinstance(i, str) else i for i in images]
     stated = [view_of(v) for v in views or ["unknown"] * len(images)]
-    study = str(_value_in(row, "study_id") or name)
-    patient = str(_value_in(row, "patient_id")) or study
-    told = {column: _own_text(row, column) for column in _TOLD if _value_in(row, column) != ""}
+    patient = id_in(row, "patient_id", study)
+    told = {column: _own_text(row, column) for column in _TOLD if value_in(row, column) != ""}
     known = dict(context=told, previous_patient=row.get("previous_patient"))
     return Study(
         study, patient, where, findings, impression, report, list(zip(paths, stated)), split, **known
@@ -824,22 +827,22 @@ def _reports_before(path: Path) -> dict[str, tuple[str, str]]:
     rows = [row for _, row in _own_rows(path) if isinstance(row, dict)]
     told = {}
     for row in rows:
-        if not (study := str(_value_in(row, "study_id")).strip()):
+        if not (study := id_in(row, "study_id", "").strip()):
             continue
-        patient = str(_value_in(row, "patient_id")).strip() or study
-        texts = [str(_value_in(row, column)).strip() for column in _TEXTS]
+        patient = id_in(row, "patient_id", "").strip() or study
+        texts = [str(value_in(row, column)).strip() for column in _TEXTS]
         told[study] = (patient, " ".join(filter(None, texts)))
     return told
 
 # %% ../../nbs/data/04_sources.ipynb #6a92aed3
 def _own_told(row: dict, where: str, base: Path, name: str, before: dict) -> Study | Fault:
     "As `_own`, with the report before, which `previous_id` names among those in `before`."
-    wanted = str(_value_in(row, "previous_id")).strip()
+    wanted = str(value_in(row, "previous_id")).strip()
     if not wanted or not before:
         return _own(row, where, base, name)
     if wanted not in before:
         why = f"previous_id {wanted!r} is no study_id of the table; expected one, or an empty cell"
-        return Fault(str(_value_in(row, "study_id")) or name, "no previous report", where, why)
+        return Fault(id_in(row, "study_id", name), "no previous report", where, why)
     patient, report = before[wanted]
     return _own(row | dict(previous=report, previous_patient=patient), where, base, name)
 

@@ -7,11 +7,11 @@ __all__ = ['BLEU_COLUMNS', 'PATHOLOGIES', 'FINDING_COLUMNS', 'DRAWN', 'STATISTIC
            'MAIN', 'LEXICAL', 'GAUGED', 'LABELS', 'PLACES', 'PER_REPORT', 'IMAGE', 'ABNORMAL', 'NORMAL', 'METRICS',
            'BETTER', 'UNTRAINED', 'MENTIONS', 'bleu_statistics', 'corpus_bleu', 'positives', 'label_columns',
            'planted_columns', 'drawn_columns', 'true_columns', 'distractors', 'retrieved', 'truth_keys', 'text_columns',
-           'fresh_columns', 'study_vectors', 'expert_columns', 'score_reports', 'read_scores', 'ratio', 'f1', 'share',
-           'fresh_bleu', 'micro_f1', 'macro_f1', 'micro5', 'macro5', 'false_labels', 'Metric', 'register_metric',
-           'registered', 'finding_f1', 'located_f1', 'specificity', 'Live', 'heading', 'axis_name', 'axis_label',
-           'measure', 'summarize', 'system_table', 'aggregate', 'paired_difference', 'digits_of', 'cell', 'cells_of',
-           'result_table', 'as_completion', 'shuffled', 'blank_images', 'normal_template', 'random_reports',
+           'fresh_columns', 'study_vectors', 'expert_columns', 'score_reports', 'read_with_texts', 'read_scores',
+           'ratio', 'f1', 'share', 'fresh_bleu', 'micro_f1', 'macro_f1', 'micro5', 'macro5', 'false_labels', 'Metric',
+           'register_metric', 'registered', 'finding_f1', 'located_f1', 'specificity', 'Live', 'heading', 'axis_name',
+           'axis_label', 'measure', 'summarize', 'system_table', 'aggregate', 'paired_difference', 'digits_of', 'cell',
+           'cells_of', 'result_table', 'as_completion', 'shuffled', 'blank_images', 'normal_template', 'random_reports',
            'perfect_findings', 'retrieval_by_true_codes', 'retrieval_by_expert', 'controls', 'fixed_scores',
            'best_fixed_report', 'plot_results', 'running_mean', 'plot_progression', 'describe', 'plot_cases']
 
@@ -304,12 +304,17 @@ def score_reports(
     return pd.concat(parts, axis=1)[STATISTICS].set_index(pd.Index(dataset["study_id"], name="study_id"))
 
 # %% ../../nbs/metrics/00_statistics.ipynb #readsc02
+def read_with_texts(path: Path | str, texts: Sequence[str]) -> pd.DataFrame:
+    """The CSV at `path`, in which the columns `texts` are text whatever they hold: "007" is no number, and ""
+    and "NA" are texts like any other. In the other columns an empty cell is NaN."""
+    gaps = {column: [""] for column in pd.read_csv(path, nrows=0).columns.difference(texts)}
+    return pd.read_csv(path, dtype=dict.fromkeys(texts, str), keep_default_na=False, na_values=gaps)
+
+
 def read_scores(path: Path | str) -> pd.DataFrame:
     """The frame of `score_reports` that lies as CSV at `path`, its index the study ids as text: "007" stays
     "007", and "NA" is an id like any other."""
-    frame = pd.read_csv(path, index_col=0)
-    ids = pd.read_csv(path, usecols=[0], dtype=str, keep_default_na=False).iloc[:, 0]
-    return frame.set_axis(pd.Index(ids, name=frame.index.name))
+    return read_with_texts(path, ["study_id"]).set_index("study_id")
 
 # %% ../../nbs/metrics/00_statistics.ipynb #c804b8f6
 Number = float | np.ndarray  # one number, or one per bootstrap draw

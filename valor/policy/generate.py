@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from ..config import resolve_device
 from ..data.images import ImageError, read_image, square
 from ..data.restricted import closed_to_others
-from ..files import json_lines, json_value, own_lines, repository_of, whole_folder
+from ..files import id_in, json_lines, json_value, own_lines, repository_of, whole_folder
 from .adapter import add_in, merged_share, with_policy
 from .models import film_side, load_policy, save_policy
 from .prompt import asked_by
@@ -145,8 +145,7 @@ def _listed_image(path: Path, n: int, entry: dict) -> Film:
         known = {field: str(entry[field]) for field in CONTEXT_FIELDS if entry.get(field) is not None}
         if len(second) > 1:
             raise ValueError(f"{len(names)} images")
-        given = entry.get("id")  # may be the number 0
-        return Film(str(names[0] if given in (None, "") else given), first, *(second or [None]), known)
+        return Film(id_in(entry, "id", str(names[0])), first, *(second or [None]), known)
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         expected = "expected a JSON object with image, one name or two (and id, and fields of the context)"
         raise ValueError(f"{path}:{n}: {str(entry)[:60]!r}; {expected}") from e

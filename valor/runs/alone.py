@@ -15,6 +15,7 @@ import pandas as pd
 
 from ..config import Config
 from ..expert.controls import TEXT_REWARDS, by_text
+from ..metrics.statistics import read_with_texts
 from ..rewards.compose import CLINICAL_SCORERS, TEXT_SCORERS
 from .makers import text_scorers
 from .phases import ensure, load_data, phase_folder
@@ -58,8 +59,7 @@ def mixed(frame: pd.DataFrame, judges: Sequence[str]) -> pd.Series:
 def best_of_each(cfg: Config) -> pd.DataFrame:
     """What the best of `group_size` sampled reports is worth by each reward and mixture, on the validation
     studies of the run `cfg`: the columns of `trust_table`, one row each. Missing phases are run."""
-    as_text = dict(completion=str, study_id=str)  # an empty report is a report, and an id is no number
-    frame = pd.read_csv(ensure("trust", cfg) / "judged.csv", converters=as_text)
+    frame = read_with_texts(ensure("trust", cfg) / "judged.csv", ["study_id", "completion"])
     studies = load_data(phase_folder("data", cfg))["val"].select_columns(["study_id", "report"])
     references = {row["study_id"]: row for row in studies}
     rows = [references[study] for study in frame.study_id]
