@@ -4,10 +4,13 @@ interpreter, in a process of its own. Skipped where Triton is not installed."""
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaConfig
 from transformers.cache_utils import DynamicLayer
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
 from valor.train import kernels
 from valor.train.decode import Room, RoomLayer, plain_attention
@@ -30,7 +33,7 @@ def test_kernels_in_the_interpreter():
         text=True,
         timeout=600,
     )
-    assert done.returncode == 0 and "9 passed" in done.stdout, done.stdout[-3000:]
+    assert done.returncode == 0 and "10 passed" in done.stdout, done.stdout[-3000:]
 
 
 @pytest.fixture(autouse=True)
@@ -119,3 +122,14 @@ def test_a_token_is_written_into_its_place():
     assert torch.equal(layer.keys[:, :, 5:6], keys) and torch.equal(layer.values[:, :, 5:6], values)
     before[:, :, 5:6] = keys
     assert torch.equal(layer.keys, before)
+
+
+@kernel_test
+def test_trying_a_kernel_takes_nothing_from_the_dice_of_the_seed():
+    config = LlamaConfig(hidden_size=64, intermediate_size=96, num_attention_heads=2)
+    state = torch.cuda.get_rng_state if DEVICE.type == "cuda" else torch.get_rng_state
+    norm, mlp = LlamaRMSNorm(64).to(DEVICE), LlamaMLP(config).to(DEVICE, torch.bfloat16)
+    room = SimpleNamespace(cache=SimpleNamespace(layers=[SimpleNamespace(keys=numbers(1, 1, 1, 32))]))
+    before = state()
+    assert kernels._norm(norm) and kernels._mlp(mlp) and kernels._same_rotation(apply_rotary_pos_emb, room)
+    assert torch.equal(before, state())
