@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GAUGED', 'METRICS', 'ROWS', 'VISUAL_CONTROLS', 'FAULTS', 'shown_metrics', 'finished', 'rows_of', 'control_rows',
-           'references_of', 'part_of', 'options_of', 'gauges_for', 'with_gauges', 'scored', 'defined', 'seeds_with',
-           'has_somewhere', 'compare', 'with_kept', 'by_leak', 'main_table', 'command_for', 'wide', 'best_in_words',
-           'plot_systems']
+           'references_of', 'part_of', 'options_of', 'gauges_for', 'with_gauges', 'scored', 'counted', 'defined',
+           'seeds_with', 'has_somewhere', 'compare', 'with_kept', 'by_leak', 'main_table', 'command_for', 'wide',
+           'best_in_words', 'plot_systems']
 
 # %% ../../nbs/results/00_tables.ipynb #6ed219fc
 import shlex
@@ -198,20 +198,28 @@ def scored(
     return frames, why
 
 # %% ../../nbs/results/00_tables.ipynb #tabk0001
-def defined(frame: pd.DataFrame, metric: str) -> bool:
-    "Whether `frame` has what `metric` needs, and enough of it for a number."
+def counted(frame: pd.DataFrame, metric: str) -> bool:
+    "Whether `frame` has the columns that `metric` is computed from."
     try:
-        return not np.isnan(values_of(frame, {metric: METRICS[metric]})[metric])
+        values_of(frame, {metric: METRICS[metric]})
     except KeyError:
         return False
+    return True
 
 
+def defined(frame: pd.DataFrame, metric: str) -> bool:
+    "Whether `frame` has what `metric` needs, and enough of it for a number."
+    return counted(frame, metric) and not np.isnan(values_of(frame, {metric: METRICS[metric]})[metric])
+
+# %% ../../nbs/results/00_tables.ipynb #tabk0005
 def seeds_with(frames: Frames, metric: str) -> Frames:
-    "`frames` {row: {seed: frame}} with the seeds in which `metric` is defined; all where it never is."
-    return {
-        row: {seed: f for seed, f in by_seed.items() if defined(f, metric)} or by_seed
-        for row, by_seed in frames.items()
-    }
+    """`frames` {row: {seed: frame}} with the seeds in which `metric` is defined. Where it never is, all seeds
+    that have its columns; a row without them (all its seeds were kept without METEOR, say) is left out."""
+    left = {}
+    for row, by_seed in frames.items():
+        have = {seed: frame for seed, frame in by_seed.items() if counted(frame, metric)}
+        left[row] = {seed: frame for seed, frame in have.items() if defined(frame, metric)} or have
+    return {row: by_seed for row, by_seed in left.items() if by_seed}
 
 
 def has_somewhere(frames: Frames, metric: str) -> bool:
@@ -227,7 +235,7 @@ def compare(
 
     `frames`: {row: {seed: frame}} as from `scored`. Where a row lacks a seed that `against` has, the two
     are compared on the seeds that both have; a row of one seed, as the controls are, with the mean over
-    all. A metric is taken from the seeds that have it (`seeds_with`)."""
+    all. A metric is taken from the seeds that have it (`seeds_with`); a row that has none counts 0 seeds."""
     parts = {}  # {the seeds of every row: (frames, metrics that these seeds have)}
     for metric in metrics:
         left = seeds_with(frames, metric)
@@ -235,7 +243,8 @@ def compare(
         parts.setdefault(seeds, (left, {}))[1][metric] = METRICS[metric]
     tables = [ev.system_table(left, chosen, against, n, seed) for left, chosen in parts.values()]
     rows = pd.MultiIndex.from_product([frames, metrics], names=["system", "metric"])
-    table = pd.concat(tables).set_index(["system", "metric"]).loc[rows].reset_index()
+    table = pd.concat(tables).set_index(["system", "metric"]).reindex(rows).reset_index()
+    table = table.fillna(dict(seeds=0, studies=0, by_seed="")).astype(dict(seeds=int, studies=int))
     return table.assign(p_holm=holm(table.p)) if "p" in table else table
 
 # %% ../../nbs/results/00_tables.ipynb #tabk0004
