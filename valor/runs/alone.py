@@ -139,7 +139,8 @@ def alarm_record(runs: Mapping[tuple[str, int], pd.DataFrame]) -> pd.DataFrame:
         warned = alarm(log, trained)
         lead = at - warned if at is not None and warned is not None else np.nan
         rows.append(dict(reward=name, seed=seed, parted=at, alarm=warned, lead=lead))
-    return pd.DataFrame(rows).astype({"parted": float, "alarm": float, "lead": float})
+    record = pd.DataFrame(rows, columns=["reward", "seed", "parted", "alarm", "lead"])
+    return record.astype({"parted": float, "alarm": float, "lead": float})
 
 
 def alarm_quality(record: pd.DataFrame) -> dict[str, float]:
