@@ -1,5 +1,5 @@
-"""Fail unless the package is what the notebooks export, the notebooks are clean and name their kernel, and
-every name that a notebook or a test imports from the package is there."""
+"""Fail unless the package is what the notebooks export, the notebooks are clean and name their kernel, no
+saved output is an error, and every name that a notebook or a test imports from the package is there."""
 
 import ast
 import importlib
@@ -81,6 +81,18 @@ def missing_names():
     return missing
 
 
+def saved_errors(folder=ROOT / "nbs"):
+    "Lines `notebook: cell` for every cell whose saved output is an error: a page that ended early."
+    found = []
+    for path in sorted(folder.rglob("*.ipynb")):
+        if ".ipynb_checkpoints" in path.parts:
+            continue
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if any(output["output_type"] == "error" for output in cell.get("outputs", [])):
+                found.append(f"{path.relative_to(folder.parent)}: cell {cell.get('id')}")
+    return found
+
+
 def main(fix=False):
     with tempfile.TemporaryDirectory() as d:
         copy = ROOT if fix else Path(d) / "valor"
@@ -110,6 +122,8 @@ def main(fix=False):
     if wrong and not fix:
         sys.exit("out of step (run `python tests/check_notebooks.py --fix`): " + ", ".join(wrong))
     sys.path.insert(0, str(ROOT))
+    if errors := saved_errors():
+        sys.exit("saved outputs that are errors: " + "; ".join(errors))
     missing = missing_names()
     if missing:
         sys.exit("imports of names that are not there: " + "; ".join(missing))
