@@ -83,14 +83,12 @@ def missing_names():
 
 def saved_errors(folder=ROOT / "nbs"):
     "Lines `notebook: cell` for every cell whose saved output is an error: a page that ended early."
-    found = []
-    for path in sorted(folder.rglob("*.ipynb")):
-        if ".ipynb_checkpoints" in path.parts:
-            continue
-        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-            if any(output["output_type"] == "error" for output in cell.get("outputs", [])):
-                found.append(f"{path.relative_to(folder.parent)}: cell {cell.get('id')}")
-    return found
+    return [
+        f"nbs/{name}: cell {cell.get('id')}"
+        for name, notebook in files(folder, "*.ipynb").items()
+        for cell in json.loads(notebook)["cells"]
+        if any(output["output_type"] == "error" for output in cell.get("outputs", []))
+    ]
 
 
 def main(fix=False):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GAUGED', 'METRICS', 'ROWS', 'VISUAL_CONTROLS', 'FAULTS', 'shown_metrics', 'finished', 'rows_of', 'control_rows',
-           'references_of', 'part_of', 'options_of', 'gauges_for', 'with_gauges', 'scored', 'counted', 'defined',
+           'references_of', 'part_of', 'options_of', 'gauges_for', 'with_gauges', 'scored', 'value_in', 'defined',
            'seeds_with', 'has_somewhere', 'compare', 'with_kept', 'by_leak', 'main_table', 'command_for', 'wide',
            'best_in_words', 'plot_systems']
 
@@ -198,18 +198,18 @@ def scored(
     return frames, why
 
 # %% ../../nbs/results/00_tables.ipynb #tabk0001
-def counted(frame: pd.DataFrame, metric: str) -> bool:
-    "Whether `frame` has the columns that `metric` is computed from."
+def value_in(frame: pd.DataFrame, metric: str) -> float | None:
+    "The value of `metric` in `frame`, NaN where it does not apply; None where `frame` lacks its columns."
     try:
-        values_of(frame, {metric: METRICS[metric]})
+        return values_of(frame, {metric: METRICS[metric]})[metric]
     except KeyError:
-        return False
-    return True
+        return None
 
 
 def defined(frame: pd.DataFrame, metric: str) -> bool:
     "Whether `frame` has what `metric` needs, and enough of it for a number."
-    return counted(frame, metric) and not np.isnan(values_of(frame, {metric: METRICS[metric]})[metric])
+    value = value_in(frame, metric)
+    return value is not None and not np.isnan(value)
 
 # %% ../../nbs/results/00_tables.ipynb #tabk0005
 def seeds_with(frames: Frames, metric: str) -> Frames:
@@ -217,9 +217,12 @@ def seeds_with(frames: Frames, metric: str) -> Frames:
     that have its columns; a row without them (all its seeds were kept without METEOR, say) is left out."""
     left = {}
     for row, by_seed in frames.items():
-        have = {seed: frame for seed, frame in by_seed.items() if counted(frame, metric)}
-        left[row] = {seed: frame for seed, frame in have.items() if defined(frame, metric)} or have
-    return {row: by_seed for row, by_seed in left.items() if by_seed}
+        values = {seed: value_in(frame, metric) for seed, frame in by_seed.items()}
+        have = [seed for seed, value in values.items() if value is not None]
+        seeds = [seed for seed in have if not np.isnan(values[seed])] or have
+        if seeds:
+            left[row] = {seed: by_seed[seed] for seed in seeds}
+    return left
 
 
 def has_somewhere(frames: Frames, metric: str) -> bool:
