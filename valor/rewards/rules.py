@@ -7,12 +7,12 @@ __all__ = ['ANSWER', 'SENTENCE_END', 'WORD', 'SPELLED', 'HEADING', 'LABEL_OF_A_L
            'NOT_RESOLVED', 'NOT_ON_THIS_VIEW', 'ALTERNATIVE', 'DOUBT_AFTER', 'DOUBT', 'NOT_NOW', 'DENIAL', 'NEGATION',
            'BREAK', 'CUES', 'CUE', 'ALTERNATIVES', 'Cue', 'OPENING', 'VERB', 'COMMA', 'JOINT', 'SECOND_VERB',
            'FIRST_VERB', 'NEW_ORGAN', 'PARTED', 'SIZES', 'LUNGS', 'DISEASES', 'DEVICES', 'PATTERNS', 'HINT_PHRASES',
-           'HINTS', 'STRENGTH', 'Said', 'ORGANS', 'NORMAL', 'SAYS', 'STATEMENT', 'ELSEWHERE', 'CHEST', 'LABEL_RULES',
-           'GRAPH_RULES', 'VALUE', 'ANATOMY', 'FUNCTION', 'PAIRS', 'ITEM_END', 'LABEL', 'ContentWord', 'any_of',
-           'alternatives', 'not_after', 'introduces', 'add_sentence', 'sentences', 'cues_of', 'cuts_of', 'scopes',
-           'is_alternative', 'is_past', 'status', 'mentioned', 'add_status', 'normal_organs', 'sentence_labels',
-           'abnormal_elsewhere', 'report_labels', 'RuleLabeler', 'items', 'located_at', 'sentence_graph', 'RuleGraph',
-           'set_f1']
+           'HINTS', 'STRENGTH', 'Said', 'ORGANS', 'NORMAL', 'SAYS', 'NOT_NORMAL', 'STATEMENT', 'ELSEWHERE', 'CHEST',
+           'LABEL_RULES', 'GRAPH_RULES', 'VALUE', 'ANATOMY', 'FUNCTION', 'PAIRS', 'ITEM_END', 'LABEL', 'ContentWord',
+           'any_of', 'alternatives', 'not_after', 'introduces', 'add_sentence', 'sentences', 'cues_of', 'cuts_of',
+           'scopes', 'is_alternative', 'is_past', 'status', 'mentioned', 'add_status', 'normal_organs',
+           'sentence_labels', 'abnormal_elsewhere', 'report_labels', 'RuleLabeler', 'items', 'located_at',
+           'sentence_graph', 'RuleGraph', 'set_f1']
 
 # %% ../../nbs/rewards/01_rules.ipynb #ff3c4825
 import re
@@ -511,6 +511,11 @@ ORGANS = {
 }
 NORMAL = re.compile(r"\b(?:normal|unremarkable)\b")
 SAYS = re.compile(rf"\b(?:{VERB}|normal|unremarkable)\b")
+_NOT = r"(?:not|never|no longer|other than|less than)(?: (?:\w+ly|quite|within|yet))?"
+NOT_NORMAL = re.compile(
+    rf"\b{_NOT} (?:normal|unremarkable)\b"
+    rf"|\b(?:lungs?|parenchyma|bases|angles?|spaces?)(?: fields?)? (?:is|are) {_NOT} clear\b"
+)
 STATEMENT = re.compile(
     r"\b(?:but|however|although|while)\b"
     r"|(?<=normal)(?:,| and) |(?<=unremarkable)(?:,| and) "
@@ -525,8 +530,9 @@ def normal_organs(sentence: str) -> Iterator[str]:
         text += part + " "
         if not SAYS.search(text):
             continue  # "heart size" and "mediastinal contours are normal" go together
+        is_normal = NORMAL.search(text) and not NOT_NORMAL.search(text)
         for observation, organ in ORGANS.items():
-            if NORMAL.search(text) and organ.search(text):
+            if is_normal and organ.search(text):
                 yield observation
         text = ""
 
@@ -560,7 +566,9 @@ ELSEWHERE = re.compile(rf"\b(?:{alternatives(_ELSEWHERE)})\b")
 
 @lru_cache(2**15)
 def abnormal_elsewhere(sentence: str) -> bool:
-    "Whether `sentence` says that something outside the 13 observations is abnormal."
+    "Whether `sentence` says that something outside the 13 observations is abnormal, or an organ not normal."
+    if NOT_NORMAL.search(sentence):
+        return True
     return any(status(sentence, *mention.span()) != "absent" for mention in ELSEWHERE.finditer(sentence))
 
 # %% ../../nbs/rewards/01_rules.ipynb #e380ceec
