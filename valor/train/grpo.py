@@ -154,6 +154,7 @@ class Rewards:
 
     def __post_init__(self, similarity: Callable | None, watch: Mapping[str, Callable] | None) -> None:
         self.k = 1  # the generation that is scored; the trainer sets it
+        self.where = None  # what is scored, for messages; None: generation k
         # {reward: studies whose score was replaced}: `_checked` fills it, `_warnings` empties it
         self.odd = {}
         # {name: scores of a `RewardThread`}: `RewardedRollout` fills it, `_unless_ahead` empties it
@@ -179,8 +180,8 @@ def _checked(
 
     `columns`: of the data; `wanted`: those that the scorer is given."""
     texts, studies = _texts(completions), columns.get("study_id")
-    step = f"k={rewards.k}"
-    scores, rewards.odd[name] = checked_scores(name, scorer, texts, report, step, studies, **wanted)
+    where = rewards.where or f"k={rewards.k}"
+    scores, rewards.odd[name] = checked_scores(name, scorer, texts, report, where, studies, **wanted)
     return scores
 
 # %% ../../nbs/train/00_grpo.ipynb #hh000004

@@ -95,7 +95,7 @@ def _tell_odd(rewards: Rewards) -> None:
     "Print a line for each reward that gave numbers that cannot be used, which were replaced; forget them."
     for name, studies in rewards.odd.items():
         if studies:
-            tqdm.write(odd_line(name, studies, "the drawing of samples"))
+            tqdm.write(odd_line(name, studies, rewards.where))
     rewards.odd = {}
 
 # %% ../../nbs/train/03_preference.ipynb #10579414
@@ -116,6 +116,7 @@ def _sampled(
     how = dict(seed=seed, asked=[question for question in asked for _ in range(G)])
     said = generate(*policy, images, cfg.max_new_tokens, cfg.temperature, len(images), **how)
     columns = {c: [v for v in studies[c] for _ in range(G)] for c in studies.column_names}
+    rewards.where = "the drawing of samples"
     scores = [round(s, 6) for s in text_rewards(said, columns, rewards, cfg).tolist()]
     _tell_odd(rewards)
     lines = []
