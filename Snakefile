@@ -142,6 +142,47 @@ def shown():
     ]
 
 
+# ---- what it will take, said before anything runs
+
+
+def phases_of(job):
+    "(phase, configuration, what for) of everything that `job`, a path of `runs_of`, makes."
+    from valor.runs.systems import phase_of, systems_on  # takes seconds, and every job reads this file
+
+    benchmark, seed, kind = re.fullmatch(rf"{re.escape(GRAPH)}/(\w+)/seed(\d+)/(.+)", job).groups()
+    basic = dict(benchmark=benchmark, seed=int(seed), threads=THREADS)
+    if kind == "systems":
+        cfg = configure(PRESET, **basic)
+        rows = [(*phase_of(system, cfg), system) for system in systems_on(benchmark)]
+        return [*rows, ("controls", cfg, "")]
+    setting = kind.removeprefix("progress/")
+    cfg = configure(PRESET, **basic | parse_settings(setting.split(",")))
+    wanted = ["progress_stage1", "progress_stage2"] if kind != setting else ["eval_stage2"]
+    return [(phase, cfg, setting) for phase in wanted]
+
+
+def forecast(cores):
+    "How many phases the graph makes, how long they take on `cores` cores, and where they lie."
+    from valor.runs.plan import device_name, estimates, plan_notes, steps_for
+
+    pages = [Path(path) for path in shown()]
+    jobs = {job for page in pages for job in runs_of(page.stem, page.parent.name)}
+    steps = steps_for(phase for job in sorted(jobs) for phase in phases_of(job))
+    expected = estimates(steps)
+    notes = plan_notes(steps, expected)
+    known = sum(estimate.seconds or 0 for estimate in expected.values())
+    if known:
+        notes.append(f"with {cores} jobs at a time about {known / 3600 / max(1, cores // THREADS):.1f} hours")
+    if any(estimate.seconds is None for estimate in expected.values()):
+        notes.append("a seed of preset `laptop` took about an hour of one core of an Intel Xeon, per benchmark")
+    return [*notes, f"on {device_name()}, {THREADS} thread(s) a job; runs in {runs_dir()}"]
+
+
+onstart:
+    for line in forecast(workflow.cores):
+        print(line, file=sys.stderr)
+
+
 # ---- jobs
 
 JOB = """import json, sys

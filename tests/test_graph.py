@@ -93,6 +93,10 @@ def test_every_page_is_planned_for_slurm_too(place):
 def test_only_what_changed_runs_again(place):
     done, jobs = graph(place)
     assert done.returncode == 0, done.stderr[-3000:]
+    said = re.search(
+        r"(\d+) phases, none finished; .*\n(?:.*\n)*?on .+, 1 thread\(s\) a job; runs in", done.stderr
+    )
+    assert int(said[1]) > 2 * 17, done.stderr[:2000]  # of two seeds
     assert (
         sum("papermill" in j for j in jobs) == 4 and len(jobs) == 4 + 2 + 2 * (5 + 7) + 2 * 5
     )  # pages, systems, settings, progress

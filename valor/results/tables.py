@@ -360,9 +360,10 @@ def wide(
 
 # %% ../../nbs/results/00_tables.ipynb #8f9ef6f2
 def best_in_words(tidy: pd.DataFrame, metrics: Sequence[str], among: Sequence[str] = ROWS[1:]) -> str:
-    """Which of the systems `among` has the best value of each metric, as a sentence: "Best: GRPO in BLEU-4
-    and ROUGE-L; VALOR in located F1". Where rows have differences from VALOR, on shared seeds, these
-    decide. Metrics of which neither direction is better are passed over."""
+    """Which of the systems `among` has the best value of each metric, as a sentence: "Best trained
+    system: GRPO in BLEU-4 and ROUGE-L; VALOR in F1 of findings in their place". Where rows have
+    differences from VALOR, on shared seeds, these decide. Metrics of which neither direction is better are
+    passed over."""
     won = {}
     for metric in metrics:
         here = tidy[(tidy.metric == metric) & tidy.system.isin(list(among)) & tidy.value.notna()]
@@ -370,11 +371,13 @@ def best_in_words(tidy: pd.DataFrame, metrics: Sequence[str], among: Sequence[st
         values = here.difference.fillna(0.0) if "difference" in here else here.value
         arrow = METRICS[metric][1] if metric in METRICS else ""
         if len(values) and arrow:
-            won.setdefault(values.idxmax() if arrow == "↑" else values.idxmin(), []).append(metric)
+            won.setdefault(values.idxmax() if arrow == "↑" else values.idxmin(), []).append(
+                ev.axis_name(metric)
+            )
     said = []
     for system, (*others, last) in won.items():
         said.append(f"{system} in {', '.join(others)} and {last}" if others else f"{system} in {last}")
-    return f"Best: {'; '.join(said)}" if said else ""
+    return f"Best trained system: {'; '.join(said)}" if said else ""
 
 # %% ../../nbs/results/00_tables.ipynb #bestwd01
 def plot_systems(tidy: pd.DataFrame, metrics: Sequence[str], title: str | None = None) -> plt.Figure:
