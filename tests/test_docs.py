@@ -104,12 +104,12 @@ def test_a_dead_link_is_noticed():
 
 # --- numbers: a table under `<!-- numbers: FILE; FORM; … -->` shows what FILE holds
 #
-# wide: a row a system, a column a metric; cells are "value [lo, hi]"
+# wide: a row a system, a column a metric; cells are "value [lo, hi]"; a column `seeds` says how many there are
 # rows: a row is the one row of FILE that has its words; further parts are `column=word`, which selects rows,
 #       and `header=column`, where a column of the table has another name in FILE ("lo,hi" is an interval)
 
 MARKED = re.compile(r"<!-- numbers: (.+?) -->\n\n((?:\|.*\n)+)")
-KEYS = ("system", "data", "metric", "name", "measure", "reading", "chosen by")
+KEYS = ("system", "data", "metric", "name", "measure", "reading", "chosen by", "variant")
 
 
 def three(value, column=""):
@@ -136,7 +136,9 @@ def one_row(frame, words):
 
 
 def wide_cell(frame, header, cells):
-    "The cell of the metric `header` for the system that `cells` name."
+    "The cell of the metric `header` (or `seeds`: how many) for the system that `cells` name."
+    if header == "seeds":
+        return str(frame[frame.system == cells["system"]].seeds.max())
     row = one_row(frame, dict(system=cells["system"], metric=header))
     return f"{three(row['value'])} {interval(row, 'lo', 'hi')}"
 
