@@ -265,13 +265,16 @@ def prediction_interval(values: np.ndarray, level: float = 0.95) -> tuple[Any, A
 # %% ../../nbs/metrics/03_seeds.ipynb #seed000x
 def seed_table(values: pd.DataFrame) -> pd.DataFrame:
     """One row per system and metric of `values` (from `seed_values`): `mean`, its 95 % interval `lo`, `hi`,
-    the 95 % interval of a single rerun `rerun_lo`, `rerun_hi`, and the number of `seeds`."""
+    the 95 % interval of one more seed `rerun_lo`, `rerun_hi`, the number of `seeds`, and `by_seed`, the value
+    of each ("0:0.31 1:0.28")."""
     rows = []
     for (system, metric), part in values.dropna().groupby(["system", "metric"], sort=False):
         each = part.value.to_numpy()
         (lo, hi), (rerun_lo, rerun_hi) = mean_interval(each), prediction_interval(each)
         intervals = dict(lo=lo, hi=hi, rerun_lo=rerun_lo, rerun_hi=rerun_hi)
-        rows.append(dict(system=system, metric=metric, mean=each.mean(), **intervals, seeds=len(each)))
+        by_seed = " ".join(f"{seed}:{value:.6g}" for seed, value in zip(part.seed, each))
+        row = dict(system=system, metric=metric, mean=each.mean(), **intervals)
+        rows.append(row | dict(seeds=len(each), by_seed=by_seed))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/metrics/03_seeds.ipynb #seed0010
