@@ -847,16 +847,23 @@ def _mark_onsets(ax: plt.Axes, log: pd.DataFrame, k_clin: int | None) -> list[tu
     return marks
 
 # %% ../../nbs/metrics/00_statistics.ipynb #cbf98758
-def _legend_of(fig: plt.Figure, systems: Sequence[str | None], marks: Sequence[tuple[str, str]]) -> None:
-    "A legend below the panels: a coloured line for each named system, then the vertical `marks`."
+def _legend_of(
+    fig: plt.Figure, systems: Sequence[str | None], marks: Sequence[tuple[str, str]], smooth: int
+) -> None:
+    "A legend below the panels: the systems, the mean of `smooth` updates, and the vertical `marks`."
     handles = [plt.Line2D([], [], color=COLOURS.get(s, "black"), lw=2, label=s) for s in systems if s]
+    line = f"line: mean of {smooth} updates, dot: one update"
+    handles.append(plt.Line2D([], [], color="#888888", marker=".", lw=2, label=line))
     handles += [plt.Line2D([], [], color="black", ls=style, label=text) for style, text in marks]
-    if handles:
-        fig.legend(handles=handles, loc="lower center", ncol=4)
+    fig.legend(handles=handles, loc="lower center", ncol=3)
 
 # %% ../../nbs/metrics/00_statistics.ipynb #cfdc1f59
 def plot_progression(
-    log: pd.DataFrame, quantities: Sequence[str] | None = None, k_clin: int | None = None, smooth: int = 5
+    log: pd.DataFrame,
+    quantities: Sequence[str] | None = None,
+    k_clin: int | None = None,
+    smooth: int = 5,
+    title: str | None = None,
 ) -> plt.Figure:
     """Panels over k for a log with columns `k`, `stage` and one per quantity (default: all others that
     are numbers).
@@ -877,7 +884,8 @@ def plot_progression(
         ax.tick_params(labelbottom=True)
     sns.despine()
     fig.tight_layout(rect=(0, 0.07, 1, 1))
-    _legend_of(fig, systems, marks)
+    _legend_of(fig, systems, marks, smooth)
+    fig.suptitle(title, y=1.02)
     return fig
 
 # %% ../../nbs/metrics/00_statistics.ipynb #635d2f57

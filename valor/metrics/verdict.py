@@ -7,6 +7,7 @@ __all__ = ['COMPARED', 'COLUMNS', 'DRAWN', 'verdict', 'sentence_of', 'verdict_te
 
 # %% ../../nbs/metrics/06_verdict.ipynb #vrd00003
 from collections.abc import Mapping
+from textwrap import wrap
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -81,7 +82,11 @@ def plot_verdict(frames: Mapping, benchmark: str, n_boot: int = 1000) -> plt.Fig
         _draw(ax, tidy.loc[system], f1, system)
     ax.set(xlabel="invented findings a report (lower is better)", ylabel=f"{f1} (higher is better)")
     ax.set(xlim=(0, None))
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    marks = "with 95 % intervals" + ("; small: seeds" if (tidy.seeds > 1).any() else "")
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1), title=marks, title_fontsize=7)
+    led = [system for system in ("VALOR, planted truth", "VALOR", "VALOR, placebo") if system in shown]
+    reached = "; ".join(f"{system} {tidy.loc[(system, f1), 'value']:.2f}" for system in led)
+    ax.set_title("\n".join(wrap(f"{f1}: {reached}", 60)))
     return figure
 
 
@@ -91,3 +96,6 @@ def _draw(ax: plt.Axes, numbers: pd.DataFrame, f1: str, system: str) -> None:
     spread = dict(xerr=[[x.value - x.lo], [x.hi - x.value]], yerr=[[y.value - y.lo], [y.hi - y.value]])
     look = dict(fmt="o", color=COLOURS[system], markersize=5, elinewidth=0.8, label=system)
     ax.errorbar(x.value, y.value, **spread, **look)
+    if x.seeds > 1:
+        seeds = [[float(one.split(":")[1]) for one in row.by_seed.split()] for row in (x, y)]
+        ax.plot(*seeds, "o", color=COLOURS[system], markersize=1.8, alpha=0.7)

@@ -243,7 +243,12 @@ class Results:
 def _keep_training(results: Results, stem: str, cfg: Config, log: pd.DataFrame) -> None:
     "Keeps the progression of training, the seconds of a step and, where text may be shown, cases."
     shown = shown_log(log)
-    results.keep(f"{stem}_progression", shown, ev.plot_progression(shown, k_clin=cfg.k_clin))
+    led = next(name for name in ("F1 against planted truth", "BLEU-4", "format") if name in shown)
+    last = shown[shown.k > shown.k.max() - 20].groupby("system")[led].mean()
+    reached = ", ".join(f"{value:.2f} {system}" for system, value in last.items())
+    title = f"{led} of the samples in the last 20 updates: {reached}"
+    figure = ev.plot_progression(shown, k_clin=cfg.k_clin, title=title)
+    results.keep(f"{stem}_progression", shown, figure)
     results.keep(f"{stem}_steps", step_profile(log))
     if benchmark_of(cfg.benchmark).text_shown:
         results.keep(f"{stem}_cases", *cases_of(cfg))
