@@ -776,8 +776,9 @@ def _draw_systems(ax: plt.Axes, tidy: pd.DataFrame, metric: str) -> None:
         ax.plot(seeds, [i + 0.32] * len(seeds), "o", color="#666666", ms=1.6)
     uneven = tidy.seeds.nunique() > 1  # then a row says how many seeds it has
     names = [f"{s} ({n:.0f} seed{'s' * (n > 1)})" if uneven else s for s, n in rows.seeds.items()]
-    fewer = rows.seeds.max() < tidy.seeds.max()  # of this metric than of the others
-    where = f"\n(of {rows.seeds.max():.0f} seed{'s' * (rows.seeds.max() > 1)})" if fewer else ""
+    most = int(rows.seeds.max())
+    fewer = most < tidy.seeds.max()  # of this metric than of the others
+    where = f"\n(of {most} seed{'s' * (most > 1)})" if fewer else ""
     ax.set(xlabel=axis_label(metric) + where, yticks=range(len(systems)), yticklabels=names)
     ax.set_ylim(-0.6, len(systems) - 0.4)
     ax.grid(axis="x", alpha=0.3)
