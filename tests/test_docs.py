@@ -109,14 +109,14 @@ def test_a_dead_link_is_noticed():
 #       and `header=column`, where a column of the table has another name in FILE ("lo,hi" is an interval)
 
 MARKED = re.compile(r"<!-- numbers: (.+?) -->\n\n((?:\|.*\n)+)")
-KEYS = ("system", "data", "metric", "name", "measure", "reading", "chosen by", "variant")
+KEYS = ("system", "data", "metric", "name", "measure", "reading", "chosen by", "variant", "expert")
 
 
 def three(value, column=""):
     "A number as the tables show it."
     if pd.isna(value):
         return ""
-    if column in ("n", "studies", "mentions", "tokens/s", "same_sign"):
+    if column in ("n", "studies", "mentions", "tokens/s", "same_sign", "seeds", "accepted"):
         return f"{int(value):,}"
     if column in ("p", "p_holm") and value < 0.001:
         return "< 0.001"
