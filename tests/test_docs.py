@@ -104,7 +104,7 @@ def test_a_dead_link_is_noticed():
 
 # --- numbers: a table under `<!-- numbers: FILE; FORM; … -->` shows what FILE holds
 #
-# wide: a row a system, a column a metric; cells are "value [lo, hi]"; a column `seeds` says how many there are
+# wide: a row a system, a column a metric; cells are "value [lo, hi]"; a column `seeds` has their number
 # rows: a row is the one row of FILE that has its words; further parts are `column=word`, which selects rows,
 #       and `header=column`, where a column of the table has another name in FILE ("lo,hi" is an interval)
 
