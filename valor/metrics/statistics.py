@@ -13,7 +13,8 @@ __all__ = ['BLEU_COLUMNS', 'PATHOLOGIES', 'FINDING_COLUMNS', 'DRAWN', 'STATISTIC
            'axis_label', 'measure', 'summarize', 'system_table', 'aggregate', 'paired_difference', 'digits_of', 'cell',
            'cells_of', 'result_table', 'as_completion', 'shuffled', 'blank_images', 'normal_template', 'random_reports',
            'perfect_findings', 'retrieval_by_true_codes', 'retrieval_by_expert', 'controls', 'fixed_scores',
-           'best_fixed_report', 'plot_results', 'running_mean', 'plot_progression', 'describe', 'plot_cases']
+           'best_fixed_report', 'seeds_in', 'plot_results', 'running_mean', 'plot_progression', 'describe',
+           'plot_cases']
 
 # %% ../../nbs/metrics/00_statistics.ipynb #9c760899
 import textwrap
@@ -764,6 +765,11 @@ def best_fixed_report(
     return [as_completion(candidates[int(scores.argmax())])] * n
 
 # %% ../../nbs/metrics/00_statistics.ipynb #494b5b21
+def seeds_in(by_seed: str) -> list[float]:
+    'The values in a column `by_seed` of `system_table`: those of "0:0.31 1:0.28".'
+    return [float(one.split(":")[1]) for one in by_seed.split()]
+
+
 def _draw_systems(ax: plt.Axes, tidy: pd.DataFrame, metric: str) -> None:
     "Every system's value of one metric with its interval and seeds, in the order of `tidy`."
     systems = list(tidy.system.drop_duplicates())
@@ -772,7 +778,7 @@ def _draw_systems(ax: plt.Axes, tidy: pd.DataFrame, metric: str) -> None:
         colour = COLOURS.get(row.Index, "black")
         ax.plot([row.lo, row.hi], [i, i], color=colour, lw=2)
         ax.plot(row.value, i, "o", color=colour, ms=4.5)
-        seeds = [float(one.split(":")[1]) for one in row.by_seed.split()] if row.seeds > 1 else []
+        seeds = seeds_in(row.by_seed) if row.seeds > 1 else []
         ax.plot(seeds, [i + 0.32] * len(seeds), "o", color="#666666", ms=1.6)
     uneven = tidy.seeds.nunique() > 1  # then a row says how many seeds it has
     names = [f"{s} ({n:.0f} seed{'s' * (n > 1)})" if uneven else s for s, n in rows.seeds.items()]

@@ -14,7 +14,14 @@ import pandas as pd
 
 from ..data.benchmarks import benchmark_of
 from ..figures import COLOURS, PAGE
-from .statistics import REGISTERED, aggregate, cell, digits_of, paired_difference
+from valor.metrics.statistics import (
+    REGISTERED,
+    aggregate,
+    cell,
+    digits_of,
+    paired_difference,
+    seeds_in,
+)
 
 # %% ../../nbs/metrics/06_verdict.ipynb #vrd00006
 COMPARED = (
@@ -97,5 +104,6 @@ def _draw(ax: plt.Axes, numbers: pd.DataFrame, f1: str, system: str) -> None:
     look = dict(fmt="o", color=COLOURS[system], markersize=5, elinewidth=0.8, label=system)
     ax.errorbar(x.value, y.value, **spread, **look)
     if x.seeds > 1:
-        seeds = [[float(one.split(":")[1]) for one in row.by_seed.split()] for row in (x, y)]
-        ax.plot(*seeds, "o", color=COLOURS[system], markersize=1.8, alpha=0.7)
+        ax.plot(
+            seeds_in(x.by_seed), seeds_in(y.by_seed), "o", color=COLOURS[system], markersize=1.8, alpha=0.7
+        )
