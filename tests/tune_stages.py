@@ -1,4 +1,4 @@
-"""Where a benchmark's settings of SFT, the stages, DPO and MMedPO come from: a grid, judged on the validation
+"""Where a benchmark's settings of SFT, the stages, GRPO, DPO and MMedPO come from: a grid, judged on the validation
 studies of one seed (never on the test set). By hand, minutes to hours; finished phases are used again. Writes
 figures/tune_BENCHMARK_PHASE_PARAMETERS.csv.
 
@@ -20,6 +20,7 @@ from valor.policy.prompt import asked_by, image_lists
 from valor.policy.tiny import generate
 from valor.runs.makers import labeler, note_of, policy_of
 from valor.runs.phases import ensure, load_data, phase_folder
+from valor.runs.systems import SYSTEMS
 
 SHOWN = ["BLEU-4", "ROUGE-L", "label micro F1", "label macro F1", "located F1", "hallucinated"]
 SHOWN += ["abnormal recall", "specificity", "words"]
@@ -51,19 +52,20 @@ def grid(words: list[str]) -> list[dict]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("phase", choices=["sft", "stage1", "stage2", "dpo", "mmedpo"])
+    parser.add_argument("phase", choices=["sft", "stage1", "stage2", "grpo", "dpo", "mmedpo"])
     parser.add_argument("grid", nargs="+", metavar="NAME=VALUE,VALUE")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     args = parser.parse_args()
-    base = parse_settings(args.set)
+    phase, baseline = ("stage2", SYSTEMS["GRPO"][1]) if args.phase == "grpo" else (args.phase, {})
+    base = parse_settings(args.set) | baseline
     tried = [(change, preset("laptop", **base | change)) for change in grid(args.grid)]
     rows = []
     for change, cfg in tried:
         name = ", ".join(f"{parameter} {value}" for parameter, value in change.items())
-        rows.append(dict(name=name) | change | on_validation(args.phase, cfg))
+        rows.append(dict(name=name) | change | on_validation(phase, cfg))
         print(rows[-1], flush=True)
     cfgs = [cfg for _, cfg in tried]
-    runs = [phase_folder(args.phase, cfg) for cfg in cfgs]
+    runs = [phase_folder(phase, cfg) for cfg in cfgs]
     stem = "_".join(["tune", cfgs[0].benchmark, args.phase, *tried[0][0]])
     save(stem, pd.DataFrame(rows), cfgs=cfgs, runs=runs, note=note_of(cfgs[0]), out=figures_dir())
     print(pd.DataFrame(rows).to_string(index=False, float_format="{:.4g}".format))

@@ -34,7 +34,7 @@ from ..data.restricted import kept
 from ..figures import COLOURS, PAGE, place_of, sidecar
 from ..files import DataError, whole
 from .bootstrap import Metrics, holm, interval, study_draws
-from .statistics import METRICS, axis_label, measure
+from .statistics import METRICS, axis_label, measure, seeds_text
 
 # %% ../../nbs/metrics/03_seeds.ipynb #seed0005
 Frames = Mapping[str, Mapping[int, pd.DataFrame]]  # {system: {seed: frame}}
@@ -272,7 +272,7 @@ def seed_table(values: pd.DataFrame) -> pd.DataFrame:
         each = part.value.to_numpy()
         (lo, hi), (rerun_lo, rerun_hi) = mean_interval(each), prediction_interval(each)
         intervals = dict(lo=lo, hi=hi, rerun_lo=rerun_lo, rerun_hi=rerun_hi)
-        by_seed = " ".join(f"{seed}:{value:.6g}" for seed, value in zip(part.seed, each))
+        by_seed = seeds_text(dict(zip(part.seed, each)))
         row = dict(system=system, metric=metric, mean=each.mean(), **intervals)
         rows.append(row | dict(seeds=len(each), by_seed=by_seed))
     return pd.DataFrame(rows)

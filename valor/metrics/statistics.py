@@ -10,11 +10,11 @@ __all__ = ['BLEU_COLUMNS', 'PATHOLOGIES', 'FINDING_COLUMNS', 'DRAWN', 'STATISTIC
            'fresh_columns', 'study_vectors', 'expert_columns', 'score_reports', 'read_with_texts', 'read_scores',
            'ratio', 'f1', 'share', 'fresh_bleu', 'micro_f1', 'macro_f1', 'micro5', 'macro5', 'false_labels', 'Metric',
            'register_metric', 'registered', 'finding_f1', 'located_f1', 'specificity', 'Live', 'heading', 'axis_name',
-           'axis_label', 'measure', 'summarize', 'system_table', 'aggregate', 'paired_difference', 'digits_of', 'cell',
-           'cells_of', 'result_table', 'as_completion', 'shuffled', 'blank_images', 'normal_template', 'random_reports',
-           'perfect_findings', 'retrieval_by_true_codes', 'retrieval_by_expert', 'controls', 'fixed_scores',
-           'best_fixed_report', 'seeds_in', 'plot_results', 'running_mean', 'plot_progression', 'describe',
-           'plot_cases']
+           'axis_label', 'measure', 'summarize', 'seeds_text', 'seeds_in', 'system_table', 'aggregate',
+           'paired_difference', 'digits_of', 'cell', 'cells_of', 'result_table', 'as_completion', 'shuffled',
+           'blank_images', 'normal_template', 'random_reports', 'perfect_findings', 'retrieval_by_true_codes',
+           'retrieval_by_expert', 'controls', 'fixed_scores', 'best_fixed_report', 'plot_results', 'running_mean',
+           'plot_progression', 'describe', 'plot_cases']
 
 # %% ../../nbs/metrics/00_statistics.ipynb #9c760899
 import textwrap
@@ -573,6 +573,16 @@ def _same_seeds(frames: Mapping, system: str, against: str) -> list[dict] | None
         return None
     return [{s: by_seed[s] for s in both} for by_seed in (mine, its)]
 
+# %% ../../nbs/metrics/00_statistics.ipynb #3c27bcc2
+def seeds_text(values: Mapping[int, float]) -> str:
+    'The column `by_seed` of a table, from {seed: value}: "0:0.31 1:0.28".'
+    return " ".join(f"{seed}:{value:.6g}" for seed, value in values.items())
+
+
+def seeds_in(by_seed: str) -> list[float]:
+    "The values that `seeds_text` wrote."
+    return [float(one.split(":")[1]) for one in by_seed.split()]
+
 # %% ../../nbs/metrics/00_statistics.ipynb #rod00003
 def system_table(
     frames: Mapping, metrics: Metrics, against: str | None = None, n: int = 1000, seed: int = 0
@@ -595,7 +605,7 @@ def system_table(
         for name in metrics:
             value, lo, hi = with_interval(seen[system][name])
             row = dict(system=system, metric=name, value=value, lo=lo, hi=hi, **size)
-            row["by_seed"] = " ".join(f"{one}:{values[name]:.6g}" for one, values in alone.items())
+            row["by_seed"] = seeds_text({one: values[name] for one, values in alone.items()})
             rows.append(row | (_difference(ours[name], theirs[name]) if theirs else {}))
     table = pd.DataFrame(rows)
     return table.assign(p_holm=holm(table.p)) if "p" in table else table
@@ -765,11 +775,6 @@ def best_fixed_report(
     return [as_completion(candidates[int(scores.argmax())])] * n
 
 # %% ../../nbs/metrics/00_statistics.ipynb #494b5b21
-def seeds_in(by_seed: str) -> list[float]:
-    'The values in a column `by_seed` of `system_table`: those of "0:0.31 1:0.28".'
-    return [float(one.split(":")[1]) for one in by_seed.split()]
-
-
 def _draw_systems(ax: plt.Axes, tidy: pd.DataFrame, metric: str) -> None:
     "Every system's value of one metric with its interval and seeds, in the order of `tidy`."
     systems = list(tidy.system.drop_duplicates())
