@@ -1,6 +1,6 @@
-"""Where a benchmark's settings of SFT, the stages, GRPO, DPO and MMedPO come from: a grid, judged on the validation
-studies of one seed (never on the test set). By hand, minutes to hours; finished phases are used again. Writes
-figures/tune_BENCHMARK_PHASE_PARAMETERS.csv.
+"""Where a benchmark's settings of SFT, the stages, GRPO, DPO and MMedPO come from: a grid, judged on the
+validation studies of one seed (never on the test set). By hand, minutes to hours; finished phases are used
+again. Writes figures/tune_BENCHMARK_PHASE_PARAMETERS.csv.
 
 `sight` is what label F1 loses when every study is shown another study's image: a policy that writes one
 report for all has none.
