@@ -115,7 +115,7 @@ def main():
     scorers = text_scorers(cfg) if args.rewards else {n: Free() for n in text_scorers(cfg)}
     rewards = Rewards(scorers, None, similarity=lambda texts, rows: [float(len(t)) for t in texts])
     naive = (
-        Rewards(scorers | dict(bertscore=Package()), None, similarity=rewards.extra["similarity"])
+        Rewards(scorers | dict(bertscore=Package()), None, similarity=rewards.row_functions["similarity"])
         if args.packages
         else rewards
     )

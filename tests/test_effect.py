@@ -116,7 +116,7 @@ def test_stage_2_is_rewarded_by_what_the_configuration_names(visual, monkeypatch
     cfg = preset("smoke", visual=visual)
     makers.make_stage(tmp_path, cfg, dict(expert=tmp_path, stage1=tmp_path), "stage2")
     rows, texts = list(train), train["report"][:]
-    scores = given["rewards"].extra["similarity"](texts, rows)
+    scores = given["rewards"].row_functions["similarity"](texts, rows)
     own = Bright().similarity(train["image"], texts).tolist()
     if visual == "expert":
         assert scores == own

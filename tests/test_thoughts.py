@@ -63,7 +63,7 @@ def test_a_thought_that_is_cut_off_is_told_in_one_line_with_the_count(policy, ca
 
 
 def test_valor_generate_says_it_once_for_all_batches(policy, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("valor.expert.frozen.fingerprint", lambda model: "w")
+    monkeypatch.setattr("valor.expert.frozen.weights_digest", lambda model: "w")
     films = []
     for i in range(5):
         film().save(tmp_path / f"{i}.png")

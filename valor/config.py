@@ -721,7 +721,7 @@ PRESETS["paper"] |= dict(
 )
 
 # %% ../nbs/00_config.ipynb #cfg17be1
-# long enough that planted truth and placebo part (docs/results.md)
+# long enough that runs on planted truth and on placebo diverge (docs/results.md)
 LONG = dict(batch_size=8, stage1_steps=100, stage2_steps=100, eval_steps=20)
 ON_BENCHMARK = {
     # the expert whose best of eight is the truer one on validation studies (runs/04_trust)

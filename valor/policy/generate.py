@@ -309,12 +309,12 @@ def write_reports(
 ) -> tuple[int, int]:
     """Append a line for each of `images` that is not in `out` yet. Returns how many reports were written and
     how many images could not be read. Raises ValueError as `begin_or_go_on` does."""
-    from valor.expert.frozen import fingerprint
+    from valor.expert.frozen import weights_digest
 
     out, size = Path(out), size or film_side(processor)
     cut, how = [], dict(max_new_tokens=max_new_tokens, batch_size=batch_size)  # cut: those without a report
     lines_of = _lines_of(model, processor, size, cut=cut, **how)
-    settings = dict(model=name, weights=fingerprint(model), max_new_tokens=max_new_tokens, size=size)
+    settings = dict(model=name, weights=weights_digest(model), max_new_tokens=max_new_tokens, size=size)
     done = begin_or_go_on(out, settings)
     todo = [film for film in (Film(*each) for each in images) if film.id not in done]
     with closed_to_others(), open(out, "a") as f:

@@ -6,7 +6,7 @@
 __all__ = ['LABELER', 'SAME_PHRASE', 'SAME_SENTENCE', 'SIDES', 'DEGREES', 'ADDED', 'DENIED', 'NORMAL', 'EDITS', 'HARMFUL',
            'split_sentences', 'positives', 'one_sentence', 'replaced', 'paraphrase', 'swap_sides', 'change_severity',
            'drop_finding', 'drop_other', 'add_finding', 'turned', 'flip_negation', 'repeat', 'truncate', 'gibberish',
-           'shuffle', 'as_completion']
+           'shuffle', 'written_as']
 
 # %% ../../nbs/rewards/07_behaviour.ipynb #4e79ce40
 import random
@@ -283,7 +283,7 @@ HARMFUL = (  # they make a true report false
 )
 
 # %% ../../nbs/rewards/07_behaviour.ipynb #c54a3d77
-def as_completion(name: str, text: str) -> str:
+def written_as(name: str, text: str) -> str:
     "What a policy would have written: a cut report lacks its closing tag, a copied prompt has no tags."
     if name == "prompt copied":
         return text

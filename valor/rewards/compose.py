@@ -67,7 +67,7 @@ def check_weight(name: str, value: float, upper: float = math.inf) -> float:
 def verifiable(
     bleu: Tensor, rouge: Tensor, bert: Tensor, lambda_lex: float = 0.5, lambda_sem: float = 0.5
 ) -> Tensor:
-    """Eq. 3: R_ver from BLEU-4, ROUGE-L and BERTScore, each in [0, 1], tensors of one shape.
+    """Eq. 3: R_ver from BLEU-4 and ROUGE-L in [0, 1] and BERTScore in [-1, 1], tensors of one shape.
 
     Raises ValueError unless both weights are in [0, 1] and sum to 1."""
     check_weight("lambda_lex", lambda_lex, 1)

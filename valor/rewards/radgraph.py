@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['REPO', 'TYPES', 'EMBEDDED', 'PAIRS', 'REWRITTEN', 'LEVELS', 'shims', 'unpacked', 'radgraph_folder', 'radgraph_state',
            'encoder_folder', 'load_radgraph', 'digest', 'packs', 'passes', 'own_pairs', 'relation_scores', 'segments',
-           'padded', 'starts', 'Wordpieces', 'moved', 'Answer', 'word_vectors', 'span_vectors', 'best_spans', 'Names',
-           'relations_of', 'entities_of', 'places', 'graph_of', 'adapt', 'names_of', 'package_and_key', 'RadGraph',
-           'words_read', 'kept_spans', 'labels_of', 'ask', 'decoded', 'annotate', 'graph_set', 'status_of',
-           'checked_level', 'EntityF1', 'graph_detail']
+           'padded', 'starts', 'Wordpieces', 'on_device', 'Answer', 'word_vectors', 'span_vectors', 'best_spans',
+           'Names', 'relations_of', 'entities_of', 'places', 'graph_of', 'adapt', 'names_of', 'package_and_key',
+           'RadGraph', 'words_read', 'kept_spans', 'labels_of', 'start_pack', 'decoded', 'annotate', 'graph_set',
+           'status_of', 'checked_level', 'EntityF1', 'graph_detail']
 
 # %% ../../nbs/rewards/03_radgraph.ipynb #78aa3c01
 import hashlib
@@ -318,7 +318,7 @@ def tables(self: Wordpieces, reports: list[list[list[int]]]) -> dict[str, Tensor
     )
 
 # %% ../../nbs/rewards/03_radgraph.ipynb #9b0f25df
-def moved(tables: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+def on_device(tables: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     "The `tables` of integers on `device`; on a GPU as parts of one tensor, copied while the host goes on."
     if device.type != "cuda":
         return {name: table.to(device) for name, table in tables.items()}
@@ -565,12 +565,12 @@ def labels_of(reader: RadGraph, tables: dict[str, Tensor], pieces: int, most: in
     return [labels, best, pairs.argmax(3)]
 
 # %% ../../nbs/rewards/03_radgraph.ipynb #read0004
-def ask(reader: RadGraph, words: list[list[str]], kept: list[int]) -> Answer:
+def start_pack(reader: RadGraph, words: list[list[str]], kept: list[int]) -> Answer:
     "Begin with a pack of reports, given each one's words and how many of its spans may be related."
     tables = reader.pieces.tables([reader.pieces.of(w) for w in words])
     pieces = int(tables["count"].max())
     tables |= dict(words=torch.tensor(list(map(len, words))), keep=torch.tensor(kept))
-    return Answer(labels_of(reader, moved(tables, reader.device), pieces, max(kept)))
+    return Answer(labels_of(reader, on_device(tables, reader.device), pieces, max(kept)))
 
 
 def decoded(reader: RadGraph, words: list[list[str]], kept: list[int], answer: Answer) -> list[dict]:
@@ -595,7 +595,7 @@ def annotate(reader: RadGraph, words: list[list[str]]) -> list[dict]:
         if rows:
             pack = [words[i] for i in rows]
             kept = [kept_spans(len(w), share) for w in pack]
-            asked = rows, pack, kept, ask(reader, pack, kept)
+            asked = rows, pack, kept, start_pack(reader, pack, kept)
         if before:
             for i, entities in zip(before[0], decoded(reader, *before[1:])):
                 found[i] = entities

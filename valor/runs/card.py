@@ -19,6 +19,7 @@ from ..data.benchmarks import benchmark_of
 from ..data.sources import terms_of
 from ..metrics import statistics as ev
 from ..policy import generate
+from ..rewards.compose import extras_of
 
 # %% ../../nbs/runs/08_card.ipynb #6008ffdb
 def origin(folder: Path | str) -> tuple[Path, Config]:
@@ -56,18 +57,29 @@ _FAILURES = """\
 - It knows films as it was trained on, and nothing of the patient but what `context` says."""
 
 
-def _rewards_of(cfg: Config) -> str:
-    "A line for each reward: its weight and the model behind it."
-    stand_in = "rules" in (cfg.chexbert, cfg.radgraph) or cfg.expert.startswith("embedded")
+_WITHOUT_REWARDS = {
+    "base": "- none: it was not fine-tuned",
+    "sft": "- none: supervised fine-tuning (Eq. 2)",
+    "dpo": "- none: it was trained on preference pairs",
+    "mmedpo": "- none: it was trained on weighted preference pairs",
+}
+
+
+def _rewards_of(cfg: Config, phase: str) -> str:
+    "A line for each reward of `phase` (such as stage2): its weight and the model behind it."
+    if phase in _WITHOUT_REWARDS:
+        return _WITHOUT_REWARDS[phase]
+    when = f"every {cfg.k_clin} batches" if cfg.k_clin else "never"
     lines = [
         f"- Eq. 3: BLEU and ROUGE × {cfg.lambda_lex}, BERTScore ({cfg.bertscore_model}) × {cfg.lambda_sem}",
-        f"- Eq. 4 and 5, × {cfg.lambda_clin}, every {cfg.k_clin} batches: labels ({cfg.chexbert}) × "
+        f"- Eq. 4 and 5, × {cfg.lambda_clin}, {when}: labels ({cfg.chexbert}) × "
         f"{cfg.lambda_cx}, entities ({cfg.radgraph}) × {cfg.lambda_rg}",
-        f"- Eq. 8: image ({cfg.visual}: {cfg.expert}) × {cfg.lambda_vis} in stage 2",
-        f"- format × {cfg.lambda_format}",
     ]
-    lines += [f"- own: {name}, equation {eq}, × {w}" for name, (eq, w) in cfg.extra_rewards.items()]
-    if stand_in:
+    if phase == "stage2":
+        lines.append(f"- Eq. 8: image ({cfg.visual}: {cfg.expert}) × {cfg.lambda_vis}")
+    lines.append(f"- format × {cfg.lambda_format}")
+    lines += [f"- added: {name}, equation {eq}, × {w}" for name, (eq, w) in extras_of(cfg).items()]
+    if "rules" in (cfg.chexbert, cfg.radgraph) or cfg.expert.startswith("embedded"):
         lines.append("- `rules` and `embedded` are stand-ins, and not the models that the paper names.")
     return "\n".join(lines)
 
@@ -124,7 +136,7 @@ def card_of(folder: Path | str, merged: bool = False) -> ModelCard:
         name=phase.name,
         base=cfg.base,
         data=f"{cfg.benchmark} ({terms.name}); terms: {terms.licence}{shared}",
-        rewards=_rewards_of(cfg),
+        rewards=_rewards_of(cfg, phase.name.split("-")[0]),
         measured=metrics_of(phase, cfg),
         failures=_FAILURES,
         load="PeftModel.from_pretrained(base, FOLDER)" if adapter else auto,

@@ -41,7 +41,7 @@ from .processes import is_first, processes
 from ..train.grpo import vllm_args
 
 # %% ../../nbs/runs/03_systems.ipynb #7d013393
-SYSTEMS = {  # name in the paper's Table 1: (evaluation phase, changes to the configuration)
+SYSTEMS = {  # name in our tables: (evaluation phase, changes to the configuration)
     "base": ("eval_base", {}),
     "SFT": ("eval_sft", {}),
     "DPO": ("eval_dpo", {}),

@@ -143,8 +143,10 @@ def _rows(columns: dict, n: int) -> list[dict]:
 # %% ../../nbs/train/00_grpo.ipynb #hh000003
 @dataclass(eq=False)
 class Rewards:
-    """Scorers as TRL reward functions over the columns `report` and `image` of the data, the columns of which
-    make up `rows`. Raises RewardError if a scorer fails on the trial texts."""
+    """Scorers as TRL reward functions. TRL gives each of them the columns of the data: `report` is the
+    reference, and `rows` are all columns, one row for each candidate.
+
+    Raises RewardError if a scorer fails on the trial texts."""
 
     scorers: dict[str, Any]  # objects with `.score(candidates, references)`
     k_clin: int | None  # clinical scorers score every k_clin-th generation; None: none
@@ -159,14 +161,14 @@ class Rewards:
         self.odd = {}
         # {name: scores of a `RewardThread`}: `RewardedRollout` fills it, `_unless_ahead` empties it
         self.ahead = {}
-        self.extra = {"similarity": similarity} if similarity else {}
-        self.extra |= {"distinct": distinct, **(watch or {})}
+        self.row_functions = {"similarity": similarity} if similarity else {}
+        self.row_functions |= {"distinct": distinct, **(watch or {})}
         probe(self.scorers)
 
     @property
     def names(self) -> list[str]:
         "The rewards' columns: scorers, then the similarity, then what is watched."
-        return [*self.scorers, *self.extra]
+        return [*self.scorers, *self.row_functions]
 
     def functions(self) -> list[Callable]:
         "A function for each of `names`, in their order, as `GRPOTrainer` takes them."
@@ -200,12 +202,12 @@ def _scorer(rewards: Rewards, name: str) -> Callable:
     return score
 
 # %% ../../nbs/train/00_grpo.ipynb #hh00004b
-def _extra(rewards: Rewards, name: str) -> Callable:
+def _row_function(rewards: Rewards, name: str) -> Callable:
     "TRL's reward function for the similarity (Eq. 6) or for a watched column, which is not checked."
 
     def score(completions: list, **columns: Any) -> list:
         rows = _rows(columns, len(completions))
-        function = rewards.extra[name]
+        function = rewards.row_functions[name]
         if name != "similarity":
             return function(_texts(completions), rows)
         report = columns.get("report", [""] * len(rows))
@@ -217,7 +219,8 @@ def _extra(rewards: Rewards, name: str) -> Callable:
 # %% ../../nbs/train/00_grpo.ipynb #1961ebdc
 def _computing(rewards: Rewards) -> list[Callable]:
     "A function for each of `rewards.names`, in their order, that computes the scores."
-    return [_scorer(rewards, n) for n in rewards.scorers] + [_extra(rewards, n) for n in rewards.extra]
+    scorers = [_scorer(rewards, name) for name in rewards.scorers]
+    return scorers + [_row_function(rewards, name) for name in rewards.row_functions]
 
 
 def _unless_ahead(rewards: Rewards, function: Callable) -> Callable:
@@ -508,7 +511,7 @@ def _record(
 
 # %% ../../nbs/train/00_grpo.ipynb #hh00015b
 def set_advantages(
-    trainer: WholeGeneration, output: dict, scores: dict[str, torch.Tensor], n: int
+    trainer: "ValorTrainer", output: dict, scores: dict[str, torch.Tensor], n: int
 ) -> torch.Tensor:
     """Put the advantages of Eq. 5-9 in the generation `output`, which has `n` candidates of this process, and
     return the composite rewards (N,) of all processes.
@@ -525,7 +528,7 @@ def set_advantages(
 
 # %% ../../nbs/train/00_grpo.ipynb #hh00014b
 def keep_generation(
-    trainer: WholeGeneration, inputs: list[dict], scores: dict[str, torch.Tensor], R: torch.Tensor
+    trainer: "ValorTrainer", inputs: list[dict], scores: dict[str, torch.Tensor], R: torch.Tensor
 ) -> None:
     """Add a generation to the trainer's table.
 
@@ -550,7 +553,7 @@ def keep_generation(
         trainer.table.add(trainer.state, trainer.k, group_size, columns)
 
 # %% ../../nbs/train/00_grpo.ipynb #hh000016
-def _warnings(trainer: WholeGeneration) -> dict[str, float]:
+def _warnings(trainer: "LoggedRollout") -> dict[str, float]:
     """Print new alarms and replaced scores, and return them as columns of the log.
 
     `odd` is emptied, so that a generation that is used for several updates is reported once."""

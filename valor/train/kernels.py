@@ -324,8 +324,8 @@ def _put(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
 
 # %% ../../nbs/train/00c_kernels.ipynb #ktrial01
 def _trial(*shape: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Random input of `shape` on which a kernel is tried. It has dice of its own: what a seed draws after
-    it must not depend on whether kernels were tried."""
+    """Random input of `shape` on which a kernel is tried. It comes from a generator of its own, so
+    that trying kernels leaves the global random state unchanged."""
     own = torch.Generator().manual_seed(0)
     return torch.randn(shape, generator=own).to(device, dtype)
 

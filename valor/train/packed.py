@@ -117,8 +117,8 @@ def packed_positions(of_prompts: torch.Tensor, group: int, length: int) -> torch
 
 # %% ../../nbs/train/00d_packed.ipynb #pk12
 def can_pack(policy: PreTrainedModel) -> bool:
-    """Whether the language model of `policy` takes its attention from transformers' interface, as `sdpa` at
-    present."""
+    """Whether every attention layer of the language model of `policy` is set to `sdpa` (or already to
+    `PACKED`), so that `use_packing` can replace it."""
     return all(config._attn_implementation in ("sdpa", PACKED) for config in attention_configs(policy))
 
 

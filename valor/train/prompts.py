@@ -63,7 +63,7 @@ def collate(prompts: list[dict], pad_token_id: int, device: torch.device | str) 
 
 # %% ../../nbs/train/00a_prompts.ipynb #pr0f
 def count_positions(mask: torch.Tensor) -> torch.Tensor:
-    "The place of every token among those that `mask` `(N, L)` does not hide."
+    "Position ids `(N, L)`: how many real tokens of `mask` stand before each token; 0 on left padding."
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 # %% ../../nbs/train/00a_prompts.ipynb #pr12

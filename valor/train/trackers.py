@@ -35,7 +35,7 @@ NAMES = {  # a name of TRL's log, or the part of it that names a reward: what it
     "similarity": "image-text similarity",
     "distinct": "distinct reports",
     "truth_f1": "F1 against planted truth",
-    "finding_recall": "abnormal recall",
+    "finding_recall": "finding recall",
 }
 
 # %% ../../nbs/train/05_trackers.ipynb #72a1e7d3
