@@ -34,7 +34,7 @@ def test_a_job_has_each_phase_once_and_in_order(runs):
     from valor.runs.systems import wanted_by_run
 
     steps = plan.steps_for(wanted_by_run(CFG))
-    assert len({s.folder for s in steps}) == len(steps) == 17
+    assert len({s.folder for s in steps}) == len(steps) == 18
     made = []
     for step in steps:
         assert all(before in made for before in phases.PHASES[step.phase].after), step.label
@@ -44,7 +44,7 @@ def test_a_job_has_each_phase_once_and_in_order(runs):
 def test_dry_run_makes_nothing(runs, capsys):
     main(["run", "--preset", "smoke", "--dry-run"])
     said = capsys.readouterr().out
-    assert "17 phases, none finished; how long the others take is unknown" in said and not runs.exists()
+    assert "18 phases, none finished; how long the others take is unknown" in said and not runs.exists()
     assert re.search(r"^7 +stage 1 +to do +4 +unknown", said, re.M)
 
 

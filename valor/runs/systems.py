@@ -38,6 +38,7 @@ from .makers import check_scorers, expert_note, note_of, policy_in, read_frame, 
 from .phases import MISTAKES, check_updates, ensure, load_data, phase_folder, phase_key
 from .plan import job, print_plan
 from .processes import is_first, processes
+from .trust import trust_note
 from ..train.grpo import vllm_args
 
 # %% ../../nbs/runs/03_systems.ipynb #7d013393
@@ -262,7 +263,8 @@ def main_job(cfgs: Sequence[Config], out: Path | str) -> tuple[pd.DataFrame, pd.
     use_style()
     frames = frames_of(cfgs)
     tidy, log = ev.aggregate(frames, n_boot=cfg.n_boot), log_of(cfgs)
-    note = f"{note_of(cfg)}; {expert_note(cfg, frames)}"
+    tested = [trust_note(cfg)] if benchmark_of(cfg.benchmark).truth is not None else []
+    note = "; ".join([note_of(cfg), expert_note(cfg, frames), *tested])
     results = Results(cfgs, note, Path(out))
     results.keep(stem, tidy)
     compared = verdict(frames, cfg.benchmark, cfg.n_boot)
@@ -317,7 +319,8 @@ def results_folder(cfg: Config) -> Path:
 def wanted_by_run(cfg: Config) -> list[tuple[str, Config, str]]:
     "The phases that `valor run` wants, as (phase, configuration, system)."
     systems = systems_on(cfg.benchmark, MAIN_SYSTEMS)
-    return [(*phase_of(system, cfg), system) for system in systems] + [("controls", cfg, "")]
+    tested = [("trust", cfg, "")] if benchmark_of(cfg.benchmark).truth is not None else []
+    return [(*phase_of(system, cfg), system) for system in systems] + [("controls", cfg, ""), *tested]
 
 
 def dry_run(args: Namespace, settings: dict, wanted_by: Callable) -> None:

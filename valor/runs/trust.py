@@ -152,7 +152,7 @@ def trust_note(cfg: Config) -> str:
     table = trust_of(cfg)
     best, verdict = table.loc["best by expert"], "accepted" if is_accepted(table) else "not accepted"
     return (
-        f"expert {cfg.expert}, {verdict}: on validation studies the best of {cfg.group_size} by it has F1 "
+        f"the expert is {verdict}: on validation studies the best of {cfg.group_size} by it has F1 "
         f"{best.f1:.3f} against the truth (greedy report {table.f1['greedy']:.3f}, difference "
         f"{best.gain:.3f} [{best.gain_lo:.3f}, {best.gain_hi:.3f}], best by the truth "
         f"{table.f1['best by truth_f1']:.3f}), invents {best.hallucinated:.2f} findings a report (greedy "
