@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ADDRESS', 'UNREADABLE', 'MEMBER', 'SURROGATE', 'LINE', 'REPORTS', 'one_line', 'whole', 'whole_folder',
-           'repository_of', 'DataError', 'opened', 'check_archive', 'archive_files', 'check_weights', 'json_value',
-           'json_lines', 'report_lines', 'value_in', 'id_in', 'own_lines']
+           'repository_of', 'DataError', 'opened', 'first_member', 'check_archive', 'archive_files', 'check_weights',
+           'json_value', 'json_lines', 'report_lines', 'value_in', 'id_in', 'own_lines']
 
 # %% ../nbs/00d_files.ipynb #79f64407
 import bz2
@@ -123,6 +123,23 @@ def opened(path: Path | str) -> BinaryIO:
     plain = gzip.open if str(path).endswith(".gz") else open
     unpack = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}.get(head[:2], plain)
     return unpack(path, "rb")
+
+# %% ../nbs/00d_files.ipynb #bf146ec6
+_CHUNK = 2**16  # bytes that are unpacked at a time
+
+
+def first_member(packed: memoryview) -> tuple[list[dict], int]:
+    """The JSON lines in the first gzip member of the bytes `packed`, and how many bytes the member takes.
+
+    Raises EOFError if the bytes end inside it, ValueError or zlib.error if it is damaged."""
+    unpack, parts, at = zlib.decompressobj(wbits=31), [], 0  # 31: with gzip's header and checksum
+    while not unpack.eof:
+        if at == len(packed):
+            raise EOFError
+        chunk = packed[at : at + _CHUNK]
+        parts.append(unpack.decompress(chunk))
+        at += len(chunk) - len(unpack.unused_data)
+    return [json.loads(line) for line in b"".join(parts).splitlines()], at
 
 # %% ../nbs/00d_files.ipynb #72caa9d1
 def _zeros_to_the_end(f: BinaryIO, members: int) -> None:

@@ -103,6 +103,7 @@ class VectorCache:
         return found
 
     def put(self, vectors: dict[str, Tensor]) -> None:
+        "Keep `{key: vector}` in memory and, if there is one, in the store."
         if self.store:
             self.store.put({key: vector.numpy().tobytes() for key, vector in vectors.items()})
         self._remember(vectors)
@@ -646,6 +647,7 @@ class TensorsOnly(pickle.Unpickler):
     "Reads tensors and containers. A model's classes become shells, and anything else is refused."
 
     def find_class(self, module: str, name: str) -> Any:
+        "The class `name` of `module` if it is `HARMLESS`, a shell for a model's class; else an error."
         if module.split(".")[0] == "torchxrayvision" or module.startswith("torch.nn."):
             return Shell
         if (module, name) in HARMLESS:
@@ -654,6 +656,7 @@ class TensorsOnly(pickle.Unpickler):
 
     @staticmethod
     def load_from(file: BinaryIO, **options: Any) -> Any:
+        "What the pickled `file` holds, as `pickle.load` would give it."
         return TensorsOnly(file, **options).load()
 
 # %% ../../nbs/expert/01_frozen.ipynb #frz5rea0

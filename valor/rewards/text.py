@@ -754,22 +754,26 @@ def embed(self: BertScore, texts: list[str]) -> tuple[list[Tensor], list[list[tu
 # %% ../../nbs/rewards/00_text.ipynb #c575ba05
 @patch
 def analyse(self: BertScore, texts: list[str]) -> list[Tensor]:
+    "The unit vectors (tokens, D) of each text."
     return self.embed(texts)[0]
 
 
 @patch
 @torch.inference_mode()
 def compare(self: BertScore, candidate: Tensor, reference: Tensor) -> float:
+    "F1 of the greedy matching of two texts' vectors, rescaled by the baseline."
     return round((greedy_f1(candidate, reference) - self.baseline) / (1 - self.baseline), 6)
 
 
 @patch
 def pack(self: BertScore, vectors: Tensor) -> bytes:
+    "Vectors as the store keeps them: their shape, then their numbers."
     return np.asarray(vectors.shape, np.int32).tobytes() + vectors.numpy().tobytes()
 
 
 @patch
 def unpack(self: BertScore, data: bytes) -> Tensor:
+    "The vectors that `pack` wrote."
     shape = np.frombuffer(data[:8], np.int32).tolist()
     return torch.frombuffer(bytearray(data[8:]), dtype=torch.float32).view(*shape)
 

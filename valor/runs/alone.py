@@ -128,7 +128,7 @@ def paid_column(name: str) -> str:
     "The column of a training log with the reward that the run `name` of `ALONE` is trained on."
     return "reward" if name == "composite" else "rewards/similarity/mean"
 
-
+# %% ../../nbs/runs/05_alone.ipynb #4aa57a68
 TRUTH = "rewards/truth_f1/mean"
 
 
@@ -152,7 +152,7 @@ def alarm_record(
     record = pd.DataFrame(rows, columns=["reward", "seed", "parted", "alarm", "lead"])
     return record.astype({"parted": float, "alarm": float, "lead": float})
 
-
+# %% ../../nbs/runs/05_alone.ipynb #3a3867ba
 def alarm_quality(record: pd.DataFrame) -> dict[str, float]:
     """Of `alarm_record`: hit rate (runs that parted, with an alarm), false-alarm rate (runs that did not,
     with one), mean lead in updates, and the numbers of both kinds of runs. NaN where there is no such run."""

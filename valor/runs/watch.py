@@ -29,7 +29,7 @@ import pandas as pd
 # %% ../../nbs/runs/07_watch.ipynb #f3adb7a6
 from ..config import runs_dir
 from ..data.restricted import kept
-from ..files import whole
+from ..files import first_member, whole
 from ..policy.prompt import side_by_side, study_images
 from ..rewards.rules import RuleLabeler
 from .phases import load_data
@@ -110,18 +110,6 @@ def headline(job: Mapping, states: Sequence[str], rows: Sequence[Mapping], spent
         line += f", {'at least ' if unknown else ''}{in_words(seconds)} left"
     return line
 
-# %% ../../nbs/runs/07_watch.ipynb #61c04b12
-def _first_member(data: bytes) -> tuple[list[dict], bytes] | None:
-    "The rows of the first gzip member of `data`, and the bytes after it; None if it is not whole."
-    member = zlib.decompressobj(wbits=31)
-    try:
-        text = member.decompress(data)
-    except zlib.error:
-        return None
-    if not member.eof:
-        return None  # half written; it is read again
-    return [json.loads(line) for line in text.splitlines()], member.unused_data
-
 # %% ../../nbs/runs/07_watch.ipynb #wat00013
 class Candidates:
     "Reads the table of candidates of a stage in `folder`, each time only what is new."
@@ -143,9 +131,13 @@ class Candidates:
 
     def _take(self, data: bytes) -> None:
         "Add the whole generations in `data`, which begins where reading stopped."
-        while data and (first := _first_member(data)):
-            rows, rest = first
-            self.at, data = self.at + len(data) - len(rest), rest
+        packed = memoryview(data)
+        while packed:
+            try:
+                rows, size = first_member(packed)
+            except (EOFError, ValueError, zlib.error):
+                return  # half written; it is read again
+            self.at, packed = self.at + size, packed[size:]
             if rows:
                 self.generations[rows[0]["k"]] = rows
 

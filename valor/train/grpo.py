@@ -48,6 +48,7 @@ from trl.data_utils import prepare_multimodal_messages
 # %% ../../nbs/train/00_grpo.ipynb #hh000001
 from ..config import Config, resolve_device
 from ..data.restricted import check_server
+from ..files import first_member
 from ..policy.adapter import ProjectorRate, adapters_on, hold
 from valor.policy.models import (
     all_modules,
@@ -309,6 +310,7 @@ class CompletionTable(TrainerCallback):
         self.path = Path(out) / "completions" / "generations.jsonl.gz"
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kw: Any) -> None:
+        "Cut the file back to what the checkpoint knows that training goes on from."
         if not state.is_world_process_zero:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -324,23 +326,6 @@ class CompletionTable(TrainerCallback):
         with self.path.open("ab") as file:
             file.write(_packed(candidate_rows(k, group_size, columns)))
             state.stateful_callbacks["completions"] = file.tell()
-
-# %% ../../nbs/train/00_grpo.ipynb #hh000006
-_CHUNK = 2**16  # bytes that are unpacked at a time
-
-
-def _first_generation(packed: memoryview) -> tuple[list[dict], int]:
-    """The rows of the first generation in the bytes `packed`, and how many bytes it takes there.
-
-    Raises EOFError if the bytes end inside it, ValueError or zlib.error if it is damaged."""
-    unpack, parts, at = zlib.decompressobj(wbits=31), [], 0  # 31: with gzip's header and checksum
-    while not unpack.eof:
-        if at == len(packed):
-            raise EOFError
-        chunk = packed[at : at + _CHUNK]
-        parts.append(unpack.decompress(chunk))
-        at += len(chunk) - len(unpack.unused_data)
-    return [json.loads(line) for line in b"".join(parts).splitlines()], at
 
 # %% ../../nbs/train/00_grpo.ipynb #grl00040
 def _stopped_line(path: Path, rows: list[dict], at: int, size: int, error: Exception) -> str:
@@ -368,7 +353,7 @@ def completions_of(folder: Path | str) -> pd.DataFrame:
     rows, packed, at = [], memoryview(path.read_bytes()), 0
     try:
         while at < len(packed):
-            generation, size = _first_generation(packed[at:])
+            generation, size = first_member(packed[at:])
             rows += generation
             at += size
     except (EOFError, ValueError, zlib.error) as error:
@@ -397,6 +382,7 @@ class TimedRollout(SharedRollout):
             return super()._generate(*args)
 
     def training_step(self, *args: Any, **kw: Any) -> torch.Tensor:
+        "TRL's step, timed."
         with self._timed("step"):
             return super().training_step(*args, **kw)
 
@@ -428,6 +414,7 @@ class CountedRollout(TimedRollout):
 
     @property
     def k(self) -> int:
+        "The generation that is made or was made last, over both stages, from 1 on."
         return self.state.stateful_callbacks.get("k", self.k_start)
 
     def _calculate_rewards(self, *args: Any) -> torch.Tensor:
@@ -582,6 +569,7 @@ class LoggedRollout(WholeGeneration):
         self.cfg, self._alarmed = cfg, set()
 
     def log(self, logs: dict, start_time: float | None = None) -> None:
+        "Log an update with its generation `k`, whether that was a clinical one, the seconds and the alarms."
         if "loss" in logs:
             logs |= _warnings(self)
             logs |= {"k": self.k, "clinical": is_clinical_step(self.k, self.cfg.k_clin)}
@@ -693,6 +681,7 @@ class Snapshots(TrainerCallback):
         self.trainer, self.folder, self.every = trainer, Path(folder), every
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kw: Any) -> None:
+        "Keep the adapter after every `every` updates, but not the last, which the stage keeps itself."
         if state.global_step % self.every == 0 and state.global_step < state.max_steps:
             self.trainer.save_model(str(self.folder / f"k{self.trainer.k:04d}"))
 
