@@ -577,7 +577,7 @@ def test_stage_2_and_its_evaluation_with(kind, runs, weights, own):
     note = makers.expert_note(cfg, {"VALOR": {0: frame}})
     assert (
         note.startswith(f"expert {cfg.expert}")
-        and "does not say what it cuts" in note
+        and "does not tell which reports it cut" in note
         and (kind == "own" or "12 observations count" in note)
     )
 

@@ -278,7 +278,7 @@ def expert_note(cfg: Config, frames: Mapping[str, Mapping[int, pd.DataFrame]]) -
         for system, by_seed in frames.items()
     }
     if all(f["cut"].isna().all() for by_seed in frames.values() for f in by_seed.values()):
-        beyond = "it does not say what it cuts"
+        beyond = "it does not tell which reports it cut"
     else:
         beyond = "beyond its context and cut: " + (
             ", ".join(f"{n:.0f} of {of} reports of {system}" for system, (n, of) in cut.items() if n)
