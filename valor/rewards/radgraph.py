@@ -31,7 +31,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..config import resolve_device
-from ..files import DataError, check_archive, check_weights
+from ..files import DataError, check_archive, check_weights, one_line
 from .rules import RuleGraph, set_f1
 from .text import ModelScorer, resolve_dtype, weights_path
 
@@ -116,11 +116,6 @@ def radgraph_folder(model: Path | str, model_type: str) -> Path:
     return folder
 
 # %% ../../nbs/rewards/03_radgraph.ipynb #00a99a6e
-def _one_line(error: Exception, most: int) -> str:
-    "Type and message of `error` in one line, of the message at most `most` characters."
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:most]}"
-
-
 def radgraph_state(path: Path) -> dict[str, Tensor]:
     "The tensors by name in the file `path`, on the CPU. Raises ValueError if they are no RadGraph's weights."
     check_weights(path)
@@ -129,8 +124,8 @@ def radgraph_state(path: Path) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in state.items() if not name.endswith("position_ids")}
     except Exception as e:
         raise ValueError(
-            f"{path}: not a RadGraph's weights ({_one_line(e, 120)}); expected weights.th of {REPO}, "
-            f"or give {EMBEDDED}"
+            f"{path}: not a RadGraph's weights ({one_line(e, kind=True, longest=120)}); expected weights.th "
+            f"of {REPO}, or give {EMBEDDED}"
         ) from None
 
 # %% ../../nbs/rewards/03_radgraph.ipynb #encoder1
@@ -196,8 +191,8 @@ def load_radgraph(
                 return Package(model_type=model_type, model_cache_dir=cache, cuda=-1).eval()
     except (RuntimeError, LookupError, TypeError, OSError, json.JSONDecodeError) as e:
         raise ValueError(
-            f"{folder}: not a {model_type} model ({_one_line(e, 300)}); expected {model_type}.tar.gz of "
-            f"{REPO}, or give {EMBEDDED}"
+            f"{folder}: not a {model_type} model ({one_line(e, kind=True, longest=300)}); expected "
+            f"{model_type}.tar.gz of {REPO}, or give {EMBEDDED}"
         ) from None
     finally:
         _forget_encoders()

@@ -11,8 +11,8 @@ __all__ = ['ANSWER', 'SENTENCE_END', 'WORD', 'SPELLED', 'HEADING', 'LABEL_OF_A_L
            'LABEL_RULES', 'GRAPH_RULES', 'VALUE', 'ANATOMY', 'FUNCTION', 'PAIRS', 'ITEM_END', 'LABEL', 'ContentWord',
            'any_of', 'alternatives', 'not_after', 'introduces', 'add_sentence', 'sentences', 'cues_of', 'cuts_of',
            'scopes', 'is_alternative', 'is_past', 'status', 'mentioned', 'add_status', 'normal_organs',
-           'sentence_labels', 'abnormal_elsewhere', 'report_labels', 'RuleLabeler', 'items', 'located_at',
-           'sentence_graph', 'RuleGraph', 'set_f1']
+           'sentence_labels', 'abnormal_elsewhere', 'report_labels', 'status_table', 'RuleLabeler', 'items',
+           'located_at', 'sentence_graph', 'RuleGraph', 'set_f1']
 
 # %% ../../nbs/rewards/01_rules.ipynb #ff3c4825
 import re
@@ -602,6 +602,12 @@ GRAPH_RULES = "5d1de87c4d"
 VALUE = {"present": 1.0, "absent": 0.0, "uncertain": -1.0}  # as in CheXpert's tables
 
 
+def status_table(statuses: list[Said]) -> pd.DataFrame:
+    "A row per report, a column per observation: 1 present, 0 absent, -1 uncertain, NaN not mentioned."
+    rows = [{name: VALUE[said] for name, said in found.items()} for found in statuses]
+    return pd.DataFrame(rows, columns=OBSERVATIONS, dtype=float)
+
+
 class RuleLabeler:
     "Labels reports with the 14 CheXpert observations by rules. Statuses are remembered by sentence."
 
@@ -613,10 +619,8 @@ class RuleLabeler:
         return [report_labels(report) for report in reports]
 
     def labels(self, reports: list[str]) -> pd.DataFrame:
-        "A row per report, a column per observation: 1 present, 0 absent, -1 uncertain, NaN not mentioned."
-        statuses = self.statuses([report_body(report) for report in reports])
-        rows = [{name: VALUE[said] for name, said in found.items()} for found in statuses]
-        return pd.DataFrame(rows, columns=OBSERVATIONS, dtype=float)
+        "The `status_table` of the `reports`, whose tags are taken off."
+        return status_table(self.statuses([report_body(report) for report in reports]))
 
 # %% ../../nbs/rewards/01_rules.ipynb #62f355fa
 _ANATOMY_WORDS = """
