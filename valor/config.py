@@ -421,6 +421,7 @@ class PreferenceSettings:
     dpo_margin: float = 0.1  # a study's best and worst sample are a pair if their rewards differ by this
     dpo_beta: float = 0.1  # weight of the KL divergence in DPO and MMedPO
     dpo_lr: float = 5e-5  # learning rate; tests/tune_stages.py tries others on validation studies
+    mmedpo_lr: float | None = None  # that of MMedPO; None: `dpo_lr`
     # the rejected image of an image pair: noise over the "lesions" that were drawn, "diffusion" noise
     # everywhere, or "none" (text pairs alone)
     mmedpo_noise: str = "lesions"
@@ -433,7 +434,7 @@ RULES["dpo_pairs"] = Rule(
     lambda value: value == "samples" or Path(value).expanduser().is_file(),
     "'samples' or a preference file that exists",
 )
-RULES.update(dpo_margin=at_least(0), dpo_beta=POSITIVE, dpo_lr=POSITIVE)
+RULES.update(dpo_margin=at_least(0), dpo_beta=POSITIVE, dpo_lr=POSITIVE, mmedpo_lr=POSITIVE)
 RULES.update(mmedpo_noise=one_of("lesions", "diffusion", "none"))
 RULES.update(mmedpo_scorer=one_of("chexbert", "radgraph"))
 
@@ -732,6 +733,7 @@ ON_BENCHMARK = {
         expert="embedded-labels",
         sft_lr=1e-3,
         sft_epochs=12,
+        mmedpo_lr=1e-5,
         **LONG,
     ),
     ("paper", "phantom"): dict(omit=0.4),

@@ -117,7 +117,10 @@ _BASELINES = {
     "dpo": Phase(("samples",), _fields("threads dpo_margin dpo_beta dpo_lr") + _ADAPTED, 1),
     "mmedpo": Phase(
         ("samples",),
-        _fields("threads dpo_beta dpo_lr mmedpo_noise mmedpo_scorer") + _ADAPTED + LABELER + _RADGRAPH,
+        _fields("threads dpo_beta dpo_lr mmedpo_lr mmedpo_noise mmedpo_scorer")
+        + _ADAPTED
+        + LABELER
+        + _RADGRAPH,
         1,
     ),
 }
@@ -157,7 +160,7 @@ NO_PATHS = ("embedded", "embedded-labels", "rules", "samples", "minilm")  # valu
 SEEDS = ("data_seed", "base_seed", "expert_seed")  # what may be derived from `seed`
 # fields that came later: at these values a phase is as it was
 LATER = dict(omit=0.0, visual="expert", tower="patches", prompt=PROMPT, context=[], reasoning="none")
-LATER |= dict(lr_projector=None)
+LATER |= dict(lr_projector=None, mmedpo_lr=None)
 
 # %% ../../nbs/runs/01_phases.ipynb #711c8199
 CHOICE = ("choose_by", "eval_studies", *LABELER)  # fields that decide which checkpoint is chosen
@@ -176,6 +179,8 @@ def _idle(name: str, cfg: Config) -> set[str]:
     trained = stages.get(name, f"{cfg.stage1_modules}+{cfg.stage2_modules}").split("+")
     if "projector" not in trained:
         idle.add("lr_projector")
+    if name == "mmedpo" and cfg.mmedpo_lr is not None:
+        idle.add("dpo_lr")
     if name in ("dpo", "mmedpo") and set(trained) == set(cfg.stage2_modules.split("+")):
         idle.add("stage1_modules")
     return idle

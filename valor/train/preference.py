@@ -454,18 +454,25 @@ class MMedPOTrainer(PairTrainer):
 
 # %% ../../nbs/train/03_preference.ipynb #c2d44de2
 def preference_settings(
-    out: Path | str, cfg: Config, steps: int, seed: int, per_device: int | None = None
+    out: Path | str,
+    cfg: Config,
+    steps: int,
+    seed: int,
+    per_device: int | None = None,
+    weighted: bool = False,
 ) -> dict[str, Any]:
-    """Settings of TRL's `DPOConfig` for `steps` updates; checkpoints go to `out/checkpoints`.
+    """Settings of TRL's `DPOConfig` for `steps` updates of DPO, or of MMedPO if `weighted`; checkpoints go to
+    `out/checkpoints`.
 
     One update sees `batch_size` × `group_size` reports, as an update of GRPO does. These are half as many
     pairs, `per_device` of them on each process (None: all on one)."""
     pairs_here = per_device or cfg.batch_size * cfg.group_size // 2
     parts = parts_in(cfg, pairs_here)
+    rate = cfg.mmedpo_lr if weighted and cfg.mmedpo_lr is not None else cfg.dpo_lr
     return dict(
         **trainer_args(Path(out) / "checkpoints", seed, cfg.save_steps, cfg.gradient_checkpointing),
         max_steps=steps,
-        learning_rate=cfg.dpo_lr,
+        learning_rate=rate,
         beta=cfg.dpo_beta,
         max_length=None,
         per_device_train_batch_size=pairs_here // parts,
@@ -536,7 +543,7 @@ def prefer(
             f"least one: lower dpo_margin or raise the temperature"
         )
     seed = 10 * cfg.seed + 3 + weighted
-    settings = preference_settings(out, cfg, updates_of(cfg, len(data)), seed, per_device)
+    settings = preference_settings(out, cfg, updates_of(cfg, len(data)), seed, per_device, weighted)
     trainer = preference_trainer(sft_folder, pairs, data, settings, cfg, weighted)
     return _trained(trainer, name, cfg, Path(out) / "adapter")
 
