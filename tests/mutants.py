@@ -233,8 +233,8 @@ MUTANTS = [
     Mutant(
         name="seeds are not drawn (runs, tables, attention: one bootstrap)",
         module="metrics/bootstrap",
-        before="taken = study_draws(len(each), n_boot, seed + 1) / len(",
-        after="taken = np.ones((n_boot, len(each))) / len(",
+        before="taken = study_draws(len(each), n_boot, seed + 1).astype(int)",
+        after="taken = np.ones((n_boot, len(each)), int)",
         test="test_exact.py::test_every_bootstrap_draws_the_seeds_anew",
     ),
     Mutant(

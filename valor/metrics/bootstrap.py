@@ -57,6 +57,19 @@ def holm(ps: Sequence[float]) -> np.ndarray:
     return adjusted
 
 # %% ../../nbs/metrics/00_bootstrap.ipynb #boot000c
+def _added(
+    frame: pd.DataFrame, metrics: Metrics, times: np.ndarray, seed: int, crossed: bool
+) -> dict[str, np.ndarray]:
+    """{metric: `(n_boot,)`}: what one trained seed with its `frame` adds to each draw, which takes it `times`
+    `(n_boot,)`. Crossed, a draw has one choice of studies; nested, each time has a choice of its own."""
+    if crossed:
+        values = values_of(frame, metrics, study_draws(len(frame), len(times), seed))
+        return {name: times * value for name, value in values.items()}
+    draw = np.repeat(np.arange(len(times)), times)  # the draw that each choice of studies belongs to
+    values = values_of(frame, metrics, study_draws(len(frame), len(draw), seed))
+    return {name: np.bincount(draw, value, len(times)) for name, value in values.items()}
+
+
 def drawn(
     by_seed: Mapping[int, pd.DataFrame], metrics: Metrics, n_boot: int = 1000, seed: int = 0
 ) -> dict[str, tuple[float, np.ndarray]]:
@@ -64,19 +77,16 @@ def drawn(
 
     `value` is the mean over seeds; each draw takes seeds and studies with replacement. Systems with as
     many seeds and the same number of studies are drawn alike, so that their draws may be subtracted.
-    Seeds with other studies than the first draw studies of their own."""
+    Seeds with other studies than the first draw studies of their own, anew each time they are taken."""
     each = list(by_seed.values())
     crossed = all(f.index.equals(each[0].index) for f in each)
-    draws = [study_draws(len(f), n_boot, seed + (0 if crossed else 1000 * i)) for i, f in enumerate(each)]
-    # (n_boot, seeds): each seed's share of a draw; 1 in every row
-    taken = study_draws(len(each), n_boot, seed + 1) / len(each)
-    values = [values_of(f, metrics) for f in each]
-    sums = [values_of(f, metrics, d) for f, d in zip(each, draws)]
-    out = {}
-    for m in metrics:
-        value = float(np.mean([v[m] for v in values]))
-        out[m] = (value, (taken * np.stack([s[m] for s in sums], 1)).sum(1))
-    return out
+    taken = study_draws(len(each), n_boot, seed + 1).astype(int)  # (n_boot, seeds)
+    values, added = [values_of(f, metrics) for f in each], []
+    for i, frame in enumerate(each):
+        chance = seed if crossed else seed + 1000 * i
+        added.append(_added(frame, metrics, taken[:, i], chance, crossed))
+    means = {name: float(np.mean([v[name] for v in values])) for name in metrics}
+    return {name: (means[name], sum(a[name] for a in added) / len(each)) for name in metrics}
 
 # %% ../../nbs/metrics/00_bootstrap.ipynb #boot000e
 def with_interval(one: tuple[float, np.ndarray]) -> tuple[float, float, float]:

@@ -155,14 +155,16 @@ def bertscore(options: dict) -> tuple[Gauge, str | None]:
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #add8a82c
 def chexbert(options: dict) -> tuple[Gauge, str]:
-    "Hits and misses of the labels, and false ones; see `statistics.label_columns`."
+    "True positives, false positives and false negatives of the labels; see `statistics.label_columns`."
     uncertain = options["chexbert_uncertain"]
     judge = scorer("chexbert", model=options["chexbert"], uncertain=uncertain)
 
     def gauge(pairs: Pairs) -> list[dict]:
         return ev.label_columns(*_texts(pairs), judge).astype(int).to_dict("records")
 
-    version = " 3" if uncertain == "class" else " 2"  # of these counts; by it old scores are put aside
+    version = (
+        " 3" if uncertain == "class" else " 2"
+    )  # version of these counts: scores kept under another one are computed anew
     return gauge, f"{judge.key} {uncertain}{version}"
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #c01bf81a
@@ -297,7 +299,7 @@ def radeval_gauge(m: RadEvalMetric, options: dict) -> tuple[Gauge, str]:
     if options["radeval"] is None:
         raise NotRun(f"--set radeval=FOLDER, which RadEval filled ({m.wants}), after `make scorers`")
     given = dict(metric=m.metric, key=m.key, weights=options["radeval"])
-    # all pairs are one answer: a day
+    # a whole set is scored in one request, which may take a day
     judge = scorer("radeval", **given, **(dict(whole_set=True, timeout=86400.0) if m.whole_set else {}))
 
     def gauge(pairs: Pairs) -> list[dict]:

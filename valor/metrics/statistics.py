@@ -563,13 +563,20 @@ def _difference(ours: tuple, theirs: tuple) -> dict[str, float]:
     return dict(difference=value, difference_lo=lo, difference_hi=hi, p=p_value(gaps))
 
 
+def _one_for_all(frames: Mapping, control: str, other: str) -> bool:
+    "Whether the untrained `control` has one seed for all seeds of `other`, which share their studies."
+    if control not in UNTRAINED or len(frames[control]) != 1:
+        return False
+    return len({tuple(frame.index) for frame in frames[other].values()}) == 1
+
+
 def _same_seeds(frames: Mapping, system: str, against: str) -> list[dict] | None:
     "The frames of both systems on the seeds that both have; None where no choice is needed or possible."
     mine, its = frames[system], frames.get(against, {})
     both = [s for s in mine if s in its]
-    same_studies = len({tuple(frame.index) for frame in its.values()}) == 1
-    one_for_all = system in UNTRAINED and len(mine) == 1 and same_studies
-    if not both or one_for_all or set(mine) == set(its):
+    if not both or set(mine) == set(its):
+        return None
+    if _one_for_all(frames, system, against) or _one_for_all(frames, against, system):
         return None
     return [{s: by_seed[s] for s in both} for by_seed in (mine, its)]
 
@@ -626,11 +633,12 @@ def paired_difference(
     metrics: Metrics = METRICS,
 ) -> tuple[float, float, float]:
     """(a − b, lo, hi) of one metric for two systems of `frames` (see `aggregate`), bootstrapped over the
-    same seeds and studies; a control has one seed for all."""
-    theirs = {s: frames[b].get(s, next(iter(frames[b].values()))) for s in frames[a]}
+    same studies and the seeds that both have; an untrained control of one seed stands beside all seeds
+    where these share their studies."""
+    pair = _same_seeds(frames, a, b) or [frames[a], frames[b]]
     chosen = {metric: metrics[metric]}
-    ours, others = (drawn(f, chosen, n_boot, seed)[metric] for f in (frames[a], theirs))
-    return with_interval(difference(ours, others))
+    ours, theirs = (drawn(f, chosen, n_boot, seed)[metric] for f in pair)
+    return with_interval(difference(ours, theirs))
 
 # %% ../../nbs/metrics/00_statistics.ipynb #cel00002
 def digits_of(metric: str) -> int:

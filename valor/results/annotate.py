@@ -33,9 +33,9 @@ from valor.results.gallery import (
     _licence,
     _restriction,
     check_page_place,
+    content_security_policy,
     data_url,
     embed,
-    policy,
     read_systems,
 )
 
@@ -66,7 +66,7 @@ def annotate_html(data: dict, title: str, terms: str | None = None) -> str:
     template = (files("valor.results") / "annotate.html").read_text(encoding="utf-8")
     given = {name: html.escape(text) for name, text in dict(title=title, note=NOTE).items()}
     restricted = f'<p class="restricted">{html.escape(terms)}</p>' if terms else ""
-    given |= dict(policy=policy(template), data=embed(data), terms=restricted)
+    given |= dict(policy=content_security_policy(template), data=embed(data), terms=restricted)
     return re.sub(r"{{(\w+)}}", lambda m: given[m[1]], template)
 
 

@@ -6,7 +6,8 @@
 __all__ = ['KINDS', 'HEADING', 'VERDICTS', 'Labeler', 'ABNORMAL', 'EVALUATION', 'OTHERS', 'BY_FINDINGS', 'BY_LABELS', 'outcomes',
            'segments', 'Judged', 'planted', 'labelled', 'System', 'run_record', 'config_of', 'data_of', 'row_name',
            'read_lines', 'read_system', 'read_systems', 'data_url', 'attention_map', 'attention_of', 'measures_of',
-           'per_study', 'judge', 'payload', 'embed', 'policy', 'to_html', 'check_page_place', 'gallery', 'run_gallery']
+           'per_study', 'judge', 'payload', 'embed', 'content_security_policy', 'to_html', 'check_page_place',
+           'gallery', 'run_gallery']
 
 # %% ../../nbs/results/03_gallery.ipynb #40f51349
 import argparse
@@ -489,7 +490,7 @@ def embed(obj: dict) -> str:
     )
 
 # %% ../../nbs/results/03_gallery.ipynb #gal0000c
-def policy(template: str) -> str:
+def content_security_policy(template: str) -> str:
     """Content-security policy for `template`: its own script and style by digest, images from `data:`
     URLs, and nothing else."""
 
@@ -508,7 +509,7 @@ def to_html(data: dict, title: str, note: str, judged: str, restricted: str | No
     template = (files("valor.results") / "gallery.html").read_text(encoding="utf-8")
     given = {k: html.escape(v) for k, v in dict(title=title, note=note, judged=judged).items()}
     terms = f'<p class="restricted">{html.escape(restricted)}</p>' if restricted else ""
-    given |= dict(policy=policy(template), data=embed(data), terms=terms)
+    given |= dict(policy=content_security_policy(template), data=embed(data), terms=terms)
     return re.sub(r"{{(\w+)}}", lambda m: given[m[1]], template)
 
 # %% ../../nbs/results/03_gallery.ipynb #82b0275f

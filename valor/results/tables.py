@@ -237,8 +237,9 @@ def compare(
     minus its), its interval, p and Holm-corrected p.
 
     `frames`: {row: {seed: frame}} as from `scored`. Where a row lacks a seed that `against` has, the two
-    are compared on the seeds that both have; a row of one seed, as the controls are, with the mean over
-    all. A metric is taken from the seeds that have it (`seeds_with`); a row that has none counts 0 seeds."""
+    are compared on the seeds that both have; an untrained control of one seed, where all seeds share their
+    studies, with the mean over all. A metric is taken from the seeds that have it (`seeds_with`); a row that
+    has none counts 0 seeds."""
     parts = {}  # {the seeds of every row: (frames, metrics that these seeds have)}
     for metric in metrics:
         left = seeds_with(frames, metric)

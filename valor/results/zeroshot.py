@@ -7,11 +7,11 @@ __all__ = ['ZERO_SHOT', 'STATUSES', 'FINISHES', 'REFUSAL', 'LONGEST', 'LONGEST_A
            'TEXT', 'SHOWN', 'GAUGED', 'PAPER_NAMES', 'SCORED', 'EndpointError', 'Endpoint', 'client_of',
            'http_client_of', 'proxy_of', 'named', 'Shown', 'images_of', 'settings_of', 'question_key', 'messages_of',
            'Malformed', 'Late', 'status_of', 'text_of', 'usage_of', 'outcome', 'tile_tokens', 'most_used', 'cost',
-           'Purse', 'retry_after', 'is_fatal', 'is_transient', 'once', 'refused_parameter', 'fatal_line', 'error_line',
-           'fate_unknown', 'without_key', 'within', 'answer_of', 'question', 'kept_answers', 'Questioning', 'collect',
-           'ask', 'written', 'estimate', 'Row', 'load_maira2', 'load_row', 'chat_report', 'plain_findings',
-           'maira2_report', 'run_open', 'run_flamingo', 'from_file', 'Result', 'Given', 'run_row', 'answered',
-           'how_to_run', 'score_rows', 'usable', 'table2', 'footnotes']
+           'Purse', 'retry_after', 'is_fatal', 'is_transient', 'with_retries', 'refused_parameter', 'fatal_line',
+           'error_line', 'fate_unknown', 'without_key', 'within', 'answer_of', 'question', 'kept_answers',
+           'Questioning', 'collect', 'ask', 'written', 'estimate', 'Row', 'load_maira2', 'load_row', 'chat_report',
+           'plain_findings', 'maira2_report', 'run_open', 'run_flamingo', 'from_file', 'Result', 'Given', 'run_row',
+           'answered', 'how_to_run', 'score_rows', 'usable', 'table2', 'footnotes']
 
 # %% ../../nbs/results/04_zeroshot.ipynb #70c4569f
 import base64
@@ -110,7 +110,7 @@ def client_of(endpoint: Endpoint) -> openai.OpenAI:
     return openai.OpenAI(
         api_key=key or "none",
         base_url=endpoint.base_url,
-        max_retries=0,  # `once` retries
+        max_retries=0,  # `with_retries` retries
         timeout=endpoint.timeout,
         http_client=http_client_of(endpoint.base_url),
     )
@@ -144,7 +144,7 @@ def named(endpoint: Endpoint, client: openai.OpenAI) -> Endpoint:
         return [model.id for model in within(endpoint.timeout, lambda: client.models.list().data)]
 
     try:
-        found, _ = once(listed, endpoint)
+        found, _ = with_retries(listed, endpoint)
     except EndpointError:
         raise
     except (openai.OpenAIError, Malformed, ValueError, TypeError, AttributeError) as error:
@@ -382,7 +382,7 @@ def is_transient(error: Exception) -> bool:
     return isinstance(error, (openai.APIConnectionError, Malformed))  # a time-out is a connection error
 
 # %% ../../nbs/results/04_zeroshot.ipynb #zsb00002
-def once(f: Callable, endpoint: Endpoint) -> tuple:
+def with_retries(f: Callable, endpoint: Endpoint) -> tuple:
     """`(f(), errors)`: what `f` returns, tried again after transient errors, and those errors.
 
     Raises the last error, with all of them in its attribute `errors`; `EndpointError` where none can
@@ -533,7 +533,7 @@ def question(client: openai.OpenAI, endpoint: Endpoint, images: list[Image.Image
     them is charged as `most`."""
     messages = messages_of(_asked(endpoint.prompt, images), images)
     try:
-        answer, errors = once(lambda: outcome(answer_of(client, endpoint, messages)), endpoint)
+        answer, errors = with_retries(lambda: outcome(answer_of(client, endpoint, messages)), endpoint)
     except (openai.OpenAIError, Malformed) as error:
         answer, errors = dict(status="error", candidate="", error=error_line(error)), error.errors
     answered = answer["status"] != "error"
