@@ -104,7 +104,7 @@ def positives(texts: Sequence[str], labeler: RuleLabeler) -> np.ndarray:
 def label_columns(candidates: Sequence[str], references: Sequence[str], labeler: RuleLabeler) -> pd.DataFrame:
     """True/false positives and false negatives of the 14 labels per pair, as 42 columns `tp Edema`, `fp
     Edema`, …, and the flags `abnormal`, `abnormal_found` and `normal_kept`: an observation is right
-    where it is the same in both (see `positives`). The only such count: runs and `valor evaluate` use it."""
+    where it is the same in both (see `positives`). Runs and `valor evaluate` both count by it."""
     said, true = (positives(texts, labeler) for texts in (candidates, references))
     right = (said == true) & (true > 0)
     counts = dict(tp=right, fp=(said > 0) & ~right, fn=(true > 0) & ~right)
