@@ -129,10 +129,13 @@ def _check_same(abouts: Mapping[Path, dict]) -> None:
                 )
 
 # %% ../../nbs/metrics/03_seeds.ipynb #seed003c
-def _origin(about: Mapping) -> str:
-    "What two sidecars must share before systems of both may stand side by side: settings, versions and CPU."
-    settings = {name: value for name, value in about["settings"].items() if name not in FREE}
-    return json.dumps([settings, about["versions"], about["computed_on"]], sort_keys=True)
+def _same_origin(one: Mapping, other: Mapping) -> bool:
+    """Whether systems of two sidecars may stand side by side: settings, versions and CPU are the same. A
+    setting that only one of them knows came later, and changes nothing of what was measured before it."""
+    one, other = (json.loads(json.dumps(about)) for about in (one, other))  # as both are read from a file
+    known = (one["settings"].keys() & other["settings"].keys()) - FREE
+    settings = all(one["settings"][name] == other["settings"][name] for name in known)
+    return settings and all(one[part] == other[part] for part in ("versions", "computed_on"))
 
 
 def _is_more(old: pd.DataFrame, new: pd.DataFrame) -> bool:
@@ -155,7 +158,7 @@ def kept_systems(frames: Mapping, about: dict, path: Path) -> dict[str, pd.DataF
         print(f"{path.name}: replaced; {error}")
         return {}
     more = {s: frame for s, frame in old.items() if s not in frames or _is_more(frame, frames[s])}
-    if more and _origin(beside) != _origin(about):
+    if more and not _same_origin(beside, about):
         if lost := [system for system in more if system not in frames]:
             print(f"{path.name}: {', '.join(lost)} left out, of another machine or other settings")
         return {}
