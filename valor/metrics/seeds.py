@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Frames', 'FREE', 'MOST_SEEDS', 'CONTRASTS', 'CONTRASTS_LATER', 'CONTRASTS_ON_FILMS', 'stacked', 'settings_of',
-           'commit_of', 'kept_systems', 'write_seed', 'read_seeds', 'kept_note', 'seed_values', 'mean_interval',
-           'prediction_interval', 'seed_table', 'smallest_p', 'sign_flip_test', 'paired_seeds', 'seed_differences',
-           'nested_draws', 'crossed_draws', 'hierarchical_interval', 'Contrast', 'contrasts_on', 'contrast_table',
-           'Noise', 'made_up_intervals', 'simulate', 'simulation_table', 'plot_simulation', 'plot_seeds']
+           'commit_of', 'kept_systems', 'write_seed', 'read_seeds', 'kept_note', 'kept_runs', 'seed_values',
+           'mean_interval', 'prediction_interval', 'seed_table', 'smallest_p', 'sign_flip_test', 'paired_seeds',
+           'seed_differences', 'nested_draws', 'crossed_draws', 'hierarchical_interval', 'Contrast', 'contrasts_on',
+           'contrast_table', 'Noise', 'made_up_intervals', 'simulate', 'simulation_table', 'plot_simulation',
+           'plot_seeds']
 
 # %% ../../nbs/metrics/03_seeds.ipynb #seed0002
 import dataclasses
@@ -221,6 +222,13 @@ def kept_note(name: str, folder: Path | str | None) -> str:
     "What made the numbers in the files `{name}_seed*` of `folder` (`makers.note_of`); empty without any."
     files = sorted(Path(folder).glob(f"{name}_seed*.json")) if folder else []
     return json.loads(files[0].read_text())["note"] if files else ""
+
+
+def kept_runs(name: str, folder: Path | str | None) -> list[str]:
+    "The names of the runs behind the numbers in the files `{name}_seed*` of `folder`, sorted."
+    files = Path(folder).glob(f"{name}_seed*.json") if folder else []
+    ours = [path for path in files if re.fullmatch(re.escape(name) + r"_seed\d+", path.stem)]
+    return sorted({run for path in ours for run in json.loads(path.read_text())["runs"]})
 
 # %% ../../nbs/metrics/03_seeds.ipynb #seed000s
 def _chosen(metrics: Sequence[str], known: Metrics) -> dict:

@@ -28,7 +28,7 @@ from ..files import one_line
 from ..metrics import evaluate as judging
 from ..metrics import statistics as ev
 from ..metrics.bootstrap import holm, values_of
-from ..metrics.seeds import Frames, read_seeds, write_seed
+from ..metrics.seeds import Frames, kept_runs, read_seeds, write_seed
 from ..rewards.guard import RewardError
 from ..rewards.text import report_body
 from ..runs.makers import note_of, read_frame, read_reports
@@ -303,10 +303,11 @@ def main_table(
     against: str = "VALOR",
     controls: bool = True,
     kept: Path | None = None,
-) -> tuple[pd.DataFrame, dict[str, pd.DataFrame], dict[str, str], list[Path]]:
+) -> tuple[pd.DataFrame, dict[str, pd.DataFrame], dict[str, str], list[str]]:
     """`(tidy, parts, why, runs)` of the runs `cfgs` (one per seed), and with a folder `kept` also of the
     seeds that lie there (`with_kept`): `compare` on all studies; the same on the leaked and on the other
-    studies (`by_leak`); {system or metric: why it has no number}; the folders of the evaluations."""
+    studies (`by_leak`); {system or metric: why it has no number}; the names of the evaluations,
+    also of kept ones."""
     metrics = list(metrics or shown_metrics(cfgs[0].benchmark))
     rows, why = rows_of(cfgs, systems, missing, controls)
     frames, lacking = scored(rows, cfgs, metrics, models) if rows else ({}, {})
@@ -321,7 +322,8 @@ def main_table(
         columns = ["system", "metric", "value", "lo", "hi", "seeds", "studies"]
         return pd.DataFrame(columns=columns), {}, why, []
     known = [m for m in metrics if m not in lacking and has_somewhere(frames, m)]
-    runs = sorted({folder for by_seed in rows.values() for folder, _ in by_seed.values()})
+    runs = {folder.name for by_seed in rows.values() for folder, _ in by_seed.values()}
+    runs = sorted(runs | set(kept_runs(cfgs[0].benchmark, kept)))
     return compare(frames, known, against, n), by_leak(frames, known, against, n), why | lacking, runs
 
 # %% ../../nbs/results/00_tables.ipynb #e326737b
