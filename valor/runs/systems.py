@@ -38,7 +38,7 @@ from .makers import check_scorers, expert_note, note_of, policy_in, read_frame, 
 from .phases import MISTAKES, check_updates, ensure, load_data, phase_folder, phase_key
 from .plan import job, print_plan
 from .processes import is_first, processes
-from .trust import trust_note
+from .trust import can_be_tested, trust_note
 from ..train.grpo import vllm_args
 
 # %% ../../nbs/runs/03_systems.ipynb #7d013393
@@ -263,7 +263,7 @@ def main_job(cfgs: Sequence[Config], out: Path | str) -> tuple[pd.DataFrame, pd.
     use_style()
     frames = frames_of(cfgs)
     tidy, log = ev.aggregate(frames, n_boot=cfg.n_boot), log_of(cfgs)
-    tested = [trust_note(cfg)] if benchmark_of(cfg.benchmark).truth is not None else []
+    tested = [trust_note(cfg)] if can_be_tested(cfg) else []
     note = "; ".join([note_of(cfg), expert_note(cfg, frames), *tested])
     results = Results(cfgs, note, Path(out))
     results.keep(stem, tidy)
@@ -319,7 +319,7 @@ def results_folder(cfg: Config) -> Path:
 def wanted_by_run(cfg: Config) -> list[tuple[str, Config, str]]:
     "The phases that `valor run` wants, as (phase, configuration, system)."
     systems = systems_on(cfg.benchmark, MAIN_SYSTEMS)
-    tested = [("trust", cfg, "")] if benchmark_of(cfg.benchmark).truth is not None else []
+    tested = [("trust", cfg, "")] if can_be_tested(cfg) else []
     return [(*phase_of(system, cfg), system) for system in systems] + [("controls", cfg, ""), *tested]
 
 

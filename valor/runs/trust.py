@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['JUDGES', 'truth_columns', 'judged', 'within_group', 'best_of', 'worth', 'gain_over_greedy', 'trust_table',
-           'is_accepted', 'candidates_of', 'make_trust', 'trust_of', 'trust_note', 'compare_experts', 'better_expert']
+           'is_accepted', 'candidates_of', 'make_trust', 'trust_of', 'can_be_tested', 'trust_note', 'compare_experts',
+           'better_expert']
 
 # %% ../../nbs/runs/04_trust.ipynb #tru00003
 import dataclasses
@@ -145,6 +146,12 @@ def trust_of(cfg: Config) -> pd.DataFrame:
     "The table of the phase `trust` of the run `cfg` (see `trust_table`), which is made where it is missing."
     frame = ev.read_with_texts(ensure("trust", cfg) / "judged.csv", ["study_id", "completion"])
     return trust_table(frame, cfg.benchmark, JUDGES)
+
+
+def can_be_tested(cfg: Config) -> bool:
+    """Whether the run `cfg` can test its expert: it is known what the images show, and there are two
+    validation studies at least (the placebo looks at another study's image)."""
+    return benchmark_of(cfg.benchmark).truth is not None and (cfg.n_val is None or cfg.n_val > 1)
 
 
 def trust_note(cfg: Config) -> str:
