@@ -162,9 +162,8 @@ def chexbert(options: dict) -> tuple[Gauge, str]:
     def gauge(pairs: Pairs) -> list[dict]:
         return ev.label_columns(*_texts(pairs), judge).astype(int).to_dict("records")
 
-    version = (
-        " 3" if uncertain == "class" else " 2"
-    )  # version of these counts: scores kept under another one are computed anew
+    # the version of these counts: scores that were kept under another one are computed anew
+    version = " 3" if uncertain == "class" else " 2"
     return gauge, f"{judge.key} {uncertain}{version}"
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #c01bf81a

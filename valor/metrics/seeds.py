@@ -116,27 +116,30 @@ FREE = {"seed", "threads", "eval_batch_size", "save_steps", "data_root", "keep_c
 FREE |= {field.name for field in dataclasses.fields(ComputeSettings)}
 
 
+def _differing(one: Mapping, other: Mapping) -> list[str]:
+    "The settings of two sidecars that are not in `FREE`, that both know, and that differ."
+    known = (one["settings"].keys() & other["settings"].keys()) - FREE
+    return sorted(name for name in known if one["settings"][name] != other["settings"][name])
+
+
 def _check_same(abouts: Mapping[Path, dict]) -> None:
     "Raises `DataError` if two files {path: sidecar} differ in a setting that is not in `FREE`."
     first, *others = abouts
-    one = abouts[first]["settings"]
     for path in others:
-        other = abouts[path]["settings"]
-        for name in sorted((one.keys() & other.keys()) - FREE):
-            if one[name] != other[name]:
-                raise DataError(
-                    f"{path}: {name}={other[name]!r}, but {first.name} has {one[name]!r}; only the seed may "
-                    f"differ, keep other configurations under another name"
-                )
+        for name in _differing(abouts[first], abouts[path]):
+            one, other = (abouts[file]["settings"][name] for file in (first, path))
+            raise DataError(
+                f"{path}: {name}={other!r}, but {first.name} has {one!r}; only the seed may differ, keep "
+                f"other configurations under another name"
+            )
 
 # %% ../../nbs/metrics/03_seeds.ipynb #seed003c
 def _same_origin(one: Mapping, other: Mapping) -> bool:
     """Whether systems of two sidecars may stand side by side: settings, versions and CPU are the same. A
     setting that only one of them knows came later, and changes nothing of what was measured before it."""
     one, other = (json.loads(json.dumps(about)) for about in (one, other))  # as both are read from a file
-    known = (one["settings"].keys() & other["settings"].keys()) - FREE
-    settings = all(one["settings"][name] == other["settings"][name] for name in known)
-    return settings and all(one[part] == other[part] for part in ("versions", "computed_on"))
+    same_machine = all(one[part] == other[part] for part in ("versions", "computed_on"))
+    return same_machine and not _differing(one, other)
 
 
 def _is_more(old: pd.DataFrame, new: pd.DataFrame) -> bool:
@@ -218,17 +221,20 @@ def read_seeds(name: str, folder: Path | str | None = None) -> dict[str, dict[in
     return frames
 
 # %% ../../nbs/metrics/03_seeds.ipynb #seed003e
+def _sidecars(name: str, folder: Path | str | None) -> list[Path]:
+    "The sidecars of the files `{name}_seed*` of `folder`, sorted; none without a folder."
+    return sorted(Path(folder).glob(f"{name}_seed*.json")) if folder else []
+
+
 def kept_note(name: str, folder: Path | str | None) -> str:
     "What made the numbers in the files `{name}_seed*` of `folder` (`makers.note_of`); empty without any."
-    files = sorted(Path(folder).glob(f"{name}_seed*.json")) if folder else []
+    files = _sidecars(name, folder)
     return json.loads(files[0].read_text())["note"] if files else ""
 
 
 def kept_runs(name: str, folder: Path | str | None) -> list[str]:
     "The names of the runs behind the numbers in the files `{name}_seed*` of `folder`, sorted."
-    files = Path(folder).glob(f"{name}_seed*.json") if folder else []
-    ours = [path for path in files if re.fullmatch(re.escape(name) + r"_seed\d+", path.stem)]
-    return sorted({run for path in ours for run in json.loads(path.read_text())["runs"]})
+    return sorted({run for path in _sidecars(name, folder) for run in json.loads(path.read_text())["runs"]})
 
 # %% ../../nbs/metrics/03_seeds.ipynb #seed000s
 def _chosen(metrics: Sequence[str], known: Metrics) -> dict:
