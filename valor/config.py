@@ -343,6 +343,8 @@ class VisualSettings:
     # "random" or "truth"; or one text reward in its place, "bleu4", "rouge_l", "bertscore", "chexbert" or
     # "radgraph"
     visual: str = "expert"
+    # whether stage 2 stops where the run's own test of the expert fails (runs/04_trust); else it is reported
+    require_accepted_expert: bool = False
     rank_norm: str = "centered"  # Eq. 9 does not define RankNorm: rewards/04_ranknorm has three readings
     # the text reward as it enters Eq. 8: "raw" is the paper's; "ranked" ranks it in its group by Eq. 7, so
     # that text and image count alike at lambda_vis = 0.5

@@ -113,6 +113,7 @@ def _read_seed(path: Path) -> tuple[dict[str, pd.DataFrame], dict]:
 # %% ../../nbs/metrics/03_seeds.ipynb #seed000n
 # may differ between seeds that are put together: they say where a run was computed, not what
 FREE = {"seed", "threads", "eval_batch_size", "save_steps", "data_root", "keep_completions"}
+FREE |= {"require_accepted_expert"}
 FREE |= {field.name for field in dataclasses.fields(ComputeSettings)}
 
 

@@ -7,10 +7,11 @@ __all__ = ['BY_OBSERVATION', 'TRIED', 'make_data', 'target', 'targets', 'check_s
            'scorers_note', 'note_of', 'cohort', 'fit_expert', 'make_expert', 'labelled_images', 'open_expert',
            'expert_note', 'renderings', 'stated', 'lay_findings', 'warm_up_targets', 'warm_base', 'lay_descriptions',
            'make_base', 'policy_in', 'make_sft', 'text_scorers', 'check_scorers', 'labeler', 'context_watch',
-           'truth_watch', 'rewards_of', 'start_after', 'make_stage', 'make_samples', 'pairs_for', 'make_preference',
-           'policy_of', 'policy_with', 'snapshots_of', 'check_choice', 'best_update', 'chosen_snapshot', 'score_frame',
-           'judge_form', 'save_reports', 'read_frame', 'read_reports', 'make_evaluation', 'erased_of', 'make_erased',
-           'make_controls', 'validation_studies', 'measure_snapshot', 'make_progress']
+           'truth_watch', 'rewards_of', 'start_after', 'check_accepted', 'make_stage', 'make_samples', 'pairs_for',
+           'make_preference', 'policy_of', 'policy_with', 'snapshots_of', 'check_choice', 'best_update',
+           'chosen_snapshot', 'score_frame', 'judge_form', 'save_reports', 'read_frame', 'read_reports',
+           'make_evaluation', 'erased_of', 'make_erased', 'make_controls', 'validation_studies', 'measure_snapshot',
+           'make_progress']
 
 # %% ../../nbs/runs/02_makers.ipynb #mak00002
 import csv
@@ -508,12 +509,29 @@ def start_after(folder: Path) -> dict:
     k_start = int(pd.read_csv(folder / "log.csv")["k"].max())
     return dict(adapter=folder / "adapter", k_start=k_start)
 
+# %% ../../nbs/runs/02_makers.ipynb #mkr19ac1
+def check_accepted(cfg: Config) -> None:
+    """Raise RunError where `cfg` requires an accepted expert and the test of its expert, the phase `trust`,
+    did not accept it. The controls of `visual`, and a run without visual reward, need no test."""
+    judged_by_expert = cfg.visual == "expert" and cfg.lambda_vis > 0
+    if not cfg.require_accepted_expert or not judged_by_expert:
+        return
+    folder = ensure("trust", cfg)
+    if not read_json(folder / "trust.json")["accepted"]:
+        raise RunError(
+            f"expert={cfg.expert!r} is not accepted: {folder / 'trust.csv'} compares the best of "
+            f"{cfg.group_size} by it with the greedy report; take another expert, train SFT longer, or set "
+            "require_accepted_expert=false"
+        )
+
 # %% ../../nbs/runs/02_makers.ipynb #s3run009
 @maker("stage1", "stage2")
 def make_stage(out: Path, cfg: Config, after: Mapping[str, Path], name: str) -> None:
     "GRPO updates with the rewards that `cfg` names; in `out`, the adapter and `log.csv`, a row an update."
     stage = int(name[-1])
     share(cfg.batch_size * cfg.group_size, "batch_size * group_size", parts_in(cfg, 1))
+    if stage == 2:
+        check_accepted(cfg)
     rewards = rewards_of(cfg, open_expert(after["expert"], cfg) if stage == 2 else None)
     before = start_after(after["stage1"]) if stage == 2 else {}
     policy = policy_in(phase_folder("sft", cfg))

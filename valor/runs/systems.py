@@ -38,7 +38,7 @@ from .makers import check_scorers, expert_note, note_of, policy_in, read_frame, 
 from .phases import MISTAKES, check_updates, ensure, load_data, phase_folder, phase_key
 from .plan import job, print_plan
 from .processes import is_first, processes
-from .trust import can_be_tested, trust_note
+from .trust import can_be_tested, check_testable, trust_note
 from ..train.grpo import vllm_args
 
 # %% ../../nbs/runs/03_systems.ipynb #7d013393
@@ -294,6 +294,7 @@ def start_run(args: Namespace, settings: dict) -> Config:
     try:
         cfg = preset(args.preset, **settings)
         check_packages(cfg)
+        check_testable(cfg)
         check_scorers([cfg])
         if cfg.base != "embedded":
             check_policy(cfg.base, cfg.trust_remote_code)
@@ -328,6 +329,7 @@ def dry_run(args: Namespace, settings: dict, wanted_by: Callable) -> None:
     try:
         cfg = preset(args.preset, **settings)
         check_packages(cfg)
+        check_testable(cfg)
         print_plan(wanted_by(cfg), processes())
     except (ValueError, *MISTAKES) as e:
         sys.exit(f"valor: {e}")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['JUDGES', 'truth_columns', 'judged', 'within_group', 'best_of', 'worth', 'gain_over_greedy', 'trust_table',
-           'is_accepted', 'candidates_of', 'make_trust', 'trust_of', 'can_be_tested', 'trust_note', 'compare_experts',
-           'better_expert']
+           'is_accepted', 'candidates_of', 'make_trust', 'trust_of', 'can_be_tested', 'check_testable', 'trust_note',
+           'compare_experts', 'better_expert']
 
 # %% ../../nbs/runs/04_trust.ipynb #tru00003
 import dataclasses
@@ -152,6 +152,15 @@ def can_be_tested(cfg: Config) -> bool:
     """Whether the run `cfg` can test its expert: it is known what the images show, and there are two
     validation studies at least (the placebo looks at another study's image)."""
     return benchmark_of(cfg.benchmark).truth is not None and (cfg.n_val is None or cfg.n_val > 1)
+
+
+def check_testable(cfg: Config) -> None:
+    "Raise ValueError where `cfg` requires an accepted expert and no run of it can test one."
+    if cfg.require_accepted_expert and not can_be_tested(cfg):
+        raise ValueError(
+            f"require_accepted_expert=True: on benchmark={cfg.benchmark!r} with n_val={cfg.n_val} the expert "
+            "cannot be tested; expected a benchmark whose truth is known and two validation studies at least"
+        )
 
 
 def trust_note(cfg: Config) -> str:
