@@ -296,7 +296,7 @@ MUTANTS = [
     Mutant(
         name="evaluate-on: the form of a thinking policy is not judged",
         module="runs/transfer",
-        before="judge_form(frame, written, changed.reasoning).to_csv",
+        before="judge_form(frame, written, cfg.reasoning).to_csv",
         after="frame.to_csv",
         test="test_thoughts.py::test_evaluate_on_judges_the_form_that_was_asked_for",
     ),

@@ -79,11 +79,7 @@ def test_valor_generate_says_it_once_for_all_batches(policy, tmp_path, capsys, m
 def test_evaluate_on_judges_the_form_that_was_asked_for(reasoning, formed, tmp_path, monkeypatch):
     test = make_phantom(3, 0, "test", size=64)
     written = [WELL, "<report> the heart is large. </report>", OPEN]
-    monkeypatch.setattr(transfer, "policy_of", lambda name, cfg: (torch.nn.Module(), None))
-    monkeypatch.setattr(
-        transfer, "asked_by", lambda processor: SimpleNamespace(questions=lambda d: [""] * len(d))
-    )
-    monkeypatch.setattr(transfer, "generate", lambda *a, **k: written)
+    monkeypatch.setattr(transfer, "written_abroad", lambda *a: dict(test=written))
     monkeypatch.setattr(transfer, "ensure", lambda name, cfg: tmp_path)
     monkeypatch.setattr(transfer, "load_data", lambda folder: dict(test=test, train=test))
     cfg = preset("smoke", reasoning=reasoning)

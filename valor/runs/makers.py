@@ -9,7 +9,7 @@ __all__ = ['BY_OBSERVATION', 'TRIED', 'make_data', 'target', 'targets', 'check_s
            'make_base', 'policy_in', 'make_sft', 'text_scorers', 'check_scorers', 'labeler', 'context_watch',
            'truth_watch', 'rewards_of', 'start_after', 'check_accepted', 'make_stage', 'make_samples', 'pairs_for',
            'make_preference', 'policy_of', 'policy_with', 'snapshots_of', 'check_choice', 'best_update',
-           'chosen_snapshot', 'score_frame', 'judge_form', 'save_reports', 'read_frame', 'read_reports',
+           'chosen_snapshot', 'score_frame', 'judge_form', 'save_reports', 'read_frame', 'read_reports', 'shown_images',
            'make_evaluation', 'erased_of', 'make_erased', 'make_controls', 'validation_studies', 'measure_snapshot',
            'make_progress']
 
@@ -719,6 +719,19 @@ def read_reports(folder: Path, condition: str) -> list[str]:
     return table["completion"].tolist()
 
 # %% ../../nbs/runs/02_makers.ipynb #73796d5e
+def shown_images(studies: datasets.Dataset, controls: bool) -> dict[str, list[list]]:
+    """The images that a policy is shown for each of `studies`, {condition: lists of images}: their own
+    ("test") and, with `controls`, those of another study and images that show nothing."""
+    own = image_lists(studies)
+    if not controls:
+        return dict(test=own)
+    return {
+        "test": own,
+        "shuffled images": [own[i] for i in ev.shuffled(len(studies))],
+        "blank image": [[blank] * len(row) for blank, row in zip(ev.blank_images(studies), own)],
+    }
+
+
 @maker("eval_base", "eval_sft", "eval_stage1", "eval_stage2", "eval_dpo", "eval_mmedpo")
 def make_evaluation(out: Path, cfg: Config, after: Mapping[str, Path], name: str) -> None:
     "Greedy reports on the test studies and their frames; for VALOR also with images shuffled and blank."
@@ -728,12 +741,7 @@ def make_evaluation(out: Path, cfg: Config, after: Mapping[str, Path], name: str
     model, processor = policy_of(name.removeprefix("eval_"), cfg)
     model.to(resolve_device())
     test, expert = load_data(phase_folder("data", cfg))["test"], open_expert(after["expert"], cfg)
-    images = dict(test=image_lists(test))
-    if name == "eval_stage2" and cfg.visual == "expert":
-        images |= {
-            "shuffled images": [images["test"][i] for i in ev.shuffled(len(test))],
-            "blank image": [[blank] * len(row) for blank, row in zip(ev.blank_images(test), images["test"])],
-        }
+    images = shown_images(test, controls=name == "eval_stage2" and cfg.visual == "expert")
     asked = asked_by(processor).questions(test)
     how = dict(batch_size=cfg.eval_batch_size, desc=name, asked=asked)
     for condition, shown in images.items():
