@@ -104,11 +104,13 @@ def test_a_dead_link_is_noticed():
 
 # --- numbers: a table under `<!-- numbers: FILE; FORM; … -->` shows what FILE holds
 #
-# wide: a row a system, a column a metric; cells are "value [lo, hi]"; a column `seeds` has their number
+# wide: a row a system (with a column `data`, on one data set), a column a metric; cells are "value [lo, hi]";
+#       a column `seeds` has their number
 # rows: a row is the one row of FILE that has its words; further parts are `column=word`, which selects rows,
 #       and `header=column`, where a column of the table has another name in FILE ("lo,hi" is an interval)
 
 MARKED = re.compile(r"<!-- numbers: (.+?) -->\n\n((?:\|.*\n)+)")
+WIDE_KEYS = ("data", "system")
 KEYS = ("system", "data", "metric", "name", "measure", "reading", "chosen by", "variant", "expert")
 
 
@@ -139,7 +141,8 @@ def wide_cell(frame, header, cells):
     "The cell of the metric `header` (or `seeds`: how many) for the system that `cells` name."
     if header == "seeds":
         return str(frame[frame.system == cells["system"]].seeds.max())
-    row = one_row(frame, dict(system=cells["system"], metric=header))
+    named = {column: cells[column] for column in WIDE_KEYS if column in cells}
+    row = one_row(frame, named | dict(metric=header))
     return f"{three(row['value'])} {interval(row, 'lo', 'hi')}"
 
 
@@ -183,7 +186,7 @@ def filled(match):
                 cells[header] = memory_cell(header, cells)
             elif rest[0] == "rows":
                 cells[header] = row_cell(frame, header, cells, aliases, chosen)
-            elif header != "system":
+            elif header not in WIDE_KEYS:
                 cells[header] = wide_cell(frame, header, cells)
         out.append(f"| {' | '.join(cells.values())} |".replace("  ", " "))
     return f"<!-- numbers: {match[1]} -->\n\n" + "\n".join(out) + "\n"
