@@ -330,7 +330,7 @@ class Parser(argparse.ArgumentParser):
         groups = [a.choices for a in self._actions if isinstance(a, argparse._SubParsersAction)]
         return [self, *(parser for commands in groups for parser in commands.values())]
 
-# %% ../nbs/07i_cli.ipynb #c11a0007
+# %% ../nbs/07i_cli.ipynb #02a5bfac
 _COMMANDS = (
     _add_run_and_train,
     _add_config,
@@ -347,7 +347,7 @@ _COMMANDS = (
     _add_push,
 )
 
-
+# %% ../nbs/07i_cli.ipynb #c11a0007
 def command_parser() -> argparse.ArgumentParser:
     "The parser of `valor`: the `args` of a command hold `run`, and `args.run(args, settings)` does its work."
     parser = Parser("valor", description="VALOR: align a vision-language model for chest X-ray reports")

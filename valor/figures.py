@@ -170,7 +170,7 @@ def place_of(cfgs: Iterable[Config] = ()) -> Path:
         return runs_dir() / "results" / "+".join(among_runs)
     return figures_dir()
 
-# %% ../nbs/00a_figures.ipynb #fig4sav1
+# %% ../nbs/00a_figures.ipynb #8a036944
 @contextlib.contextmanager
 def _guarded(out: Path, cfgs: Iterable[Config]) -> Iterator[None]:
     "Guards what is written to `out` by the terms of each benchmark (`valor.data.restricted.kept`)."
@@ -180,7 +180,7 @@ def _guarded(out: Path, cfgs: Iterable[Config]) -> Iterator[None]:
             stack.enter_context(kept(out, benchmark, remedy))
         yield
 
-
+# %% ../nbs/00a_figures.ipynb #fig4sav1
 def _saved(out: Path, stem: str, data: pd.DataFrame, figure: Figure | None, about: dict) -> list[Path]:
     "Writes the files of `save` into the folder `out`; `about` goes into the sidecar. Returns their paths."
     out.mkdir(parents=True, exist_ok=True)

@@ -141,7 +141,7 @@ def first_member(packed: memoryview) -> tuple[list[dict], int]:
         at += len(chunk) - len(unpack.unused_data)
     return [json.loads(line) for line in b"".join(parts).splitlines()], at
 
-# %% ../nbs/00d_files.ipynb #72caa9d1
+# %% ../nbs/00d_files.ipynb #d87a68ce
 def _zeros_to_the_end(f: BinaryIO, members: int) -> None:
     "Raises `TarError` unless only zeros, at least one block of them, are left of the open archive `f`."
     zeros = 0
@@ -152,7 +152,7 @@ def _zeros_to_the_end(f: BinaryIO, members: int) -> None:
     if zeros < tarfile.BLOCKSIZE:
         raise tarfile.TarError(f"its end is missing after member {members:,}")
 
-
+# %% ../nbs/00d_files.ipynb #72caa9d1
 def check_archive(path: Path | str) -> int:
     """The number of members of the tar archive `path`. Raises `DataError` unless its checksums are right and
     only zeros follow the last member."""

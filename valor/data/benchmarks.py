@@ -601,7 +601,7 @@ register_benchmark(
     )
 )
 
-# %% ../../nbs/data/01_benchmarks.ipynb #be0033
+# %% ../../nbs/data/01_benchmarks.ipynb #b0caf1d3
 TEXT_METRICS = ("BLEU-4", "ROUGE-L", "BLEU-4 unleaked")
 OPENI_METRICS = ("finding F1", "hallucinated", "missed")
 
@@ -615,7 +615,7 @@ def _openi_context(section: str) -> Callable:
 
     return told
 
-
+# %% ../../nbs/data/01_benchmarks.ipynb #be0033
 register_benchmark(
     Benchmark(
         "openi_rendered",

@@ -119,13 +119,13 @@ def erase(row: Mapping, which: int) -> dict:
     shown = dict(image=png_bytes(image), labels=labels(left), truth=to_truth(left, boxes))
     return same | shown | texts
 
-# %% ../../nbs/data/09_pairs.ipynb #pair0021
+# %% ../../nbs/data/09_pairs.ipynb #8ac19580
 def chosen(row: Mapping) -> int:
     "The number of the finding that is erased from the study `row`, drawn evenly by its name."
     rng = np.random.default_rng(zlib.crc32(row["study_id"].encode()))
     return int(rng.integers(len(row["truth"])))
 
-
+# %% ../../nbs/data/09_pairs.ipynb #pair0021
 def erased_pairs(studies: datasets.Dataset, n: int | None = None) -> datasets.Dataset:
     """Of the first `n` phantom `studies` that have a finding (None: all), the study without one of them.
 

@@ -306,7 +306,7 @@ def _anatomy(findings, rng):
         _reshape(a, f.name, sides, rng)
     return a
 
-# %% ../../nbs/data/00_phantom.ipynb #ph0023
+# %% ../../nbs/data/00_phantom.ipynb #ecbb5821
 # rows of the curves below: 0 is the apex of the lung, 1 its dome
 _KNOTS = np.array(
     [-0.3, 0, 0.15, 0.25, 0.33, 0.42, 0.50, 0.62, 0.75, 0.88, 1.0, 1.3]
@@ -320,7 +320,7 @@ _TABLE = np.linspace(-0.3, 1.3, 160)
 
 _TO_TABLE = CubicSpline(_KNOTS, np.eye(len(_KNOTS)))(_TABLE)
 
-
+# %% ../../nbs/data/00_phantom.ipynb #ph0023
 def _borders(a, y):
     """Distance of the mediastinal border and of the chest wall from the midline for each row: (left,
     right, wall)."""
@@ -1027,7 +1027,7 @@ _MEDIASTINUM = (
     "mediastinal contours are unremarkable.",
 )
 
-# %% ../../nbs/data/00_phantom.ipynb #ph0074
+# %% ../../nbs/data/00_phantom.ipynb #1f456c61
 _NEGATIVES = (  # (names that must be absent, ways to say so), in the order in which they are considered
     ({"cardiomegaly"}, _HEART_SIZE),
     (_LUNG, _CLEAR),
@@ -1043,7 +1043,7 @@ _NEGATIVES = (  # (names that must be absent, ways to say so), in the order in w
 _ORDER = {"cardiomegaly": 0, **dict.fromkeys(_LUNG, 1), "pneumothorax": 2, "effusion": 2}
 _ORDER |= {"fracture": 3, "device": 4}  # heart, lungs, pleura, bones, devices
 
-
+# %% ../../nbs/data/00_phantom.ipynb #ph0074
 def _negatives(findings, rng):
     """Sentences (organ, text) about absent findings: heart and pleura first, each name denied once, fewer
     when much is present."""

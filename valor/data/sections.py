@@ -199,7 +199,7 @@ def joined_lines(text: str) -> str:
 
     return LINE_BREAK.sub(blank, text)
 
-# %% ../../nbs/data/02_sections.ipynb #5d1e0a0d
+# %% ../../nbs/data/02_sections.ipynb #bcec35cf
 BULLETED = re.compile(r"(?m)^[ \t]*[-*][ \t].*")
 # a dash between blanks, unless an answer follows it ("pneumothorax - none")
 BULLET = re.compile(
@@ -211,7 +211,7 @@ BULLET = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 
-
+# %% ../../nbs/data/02_sections.ipynb #5d1e0a0d
 def _blanked(text: str, parts: list[tuple[int, int]]) -> str:
     "`text` with blanks in place of the `parts` (start, end); the length stays."
     edges = [0, *(place for part in parts for place in part), len(text)]  # read, unread, read, …

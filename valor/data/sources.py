@@ -380,11 +380,11 @@ def _check_characters(path: Path) -> None:
                 f"expected text"
             )
 
-# %% ../../nbs/data/04_sources.ipynb #e78ec239
+# %% ../../nbs/data/04_sources.ipynb #3f5985d1
 _DEEP = 100  # levels of brackets that an annotation file may have; R2Gen's have 4
 _LAYOUT = '{"train": [...], "val": [...], "test": [...]}'
 
-
+# %% ../../nbs/data/04_sources.ipynb #e78ec239
 def _entries(f: io.BufferedIOBase, path: Path) -> Iterator[tuple[str, int, Any]]:
     """`(split, index, entry)` of the JSON in the open file `f`. The parser reports events (a key, a value,
     a bracket); those at depth 2 and below make up one entry."""
@@ -463,7 +463,7 @@ def _r2gen_study(entry: Any, split: str, where: str, root: Path, credentialed: b
     images = [(str(root / "images" / p), "unknown") for p in paths]
     return Study(study, patient, where, report=entry["report"].strip(), images=images, split=name)
 
-# %% ../../nbs/data/04_sources.ipynb #e78ec241
+# %% ../../nbs/data/04_sources.ipynb #1d870b7a
 def read_r2gen(
     root: Path | str, credentialed: bool, annotation: str = "annotation.json"
 ) -> Iterator[Study | Fault]:
@@ -482,7 +482,7 @@ def read_r2gen(
             )
         yield _r2gen_study(entry, split, f"{path}:{split}[{index}]", root, credentialed)
 
-
+# %% ../../nbs/data/04_sources.ipynb #e78ec241
 def read_r2gen_iu(root: Path | str, **options: Any) -> Iterator[Study | Fault]:
     "R2Gen's IU X-Ray file (see `read_r2gen`)."
     return read_r2gen(root, False, **options)

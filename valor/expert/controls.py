@@ -65,10 +65,10 @@ def by_text(scorer: Any) -> Judge:
     "The score of `scorer.score(candidates, references)` for each candidate against its study's reference."
     return lambda texts, rows: scorer.score(list(texts), [row["report"] for row in rows])
 
-# %% ../../nbs/expert/02_controls.ipynb #ectl0013
+# %% ../../nbs/expert/02_controls.ipynb #085f5822
 TEXT_REWARDS = (*TEXT_SCORERS, *CLINICAL_SCORERS)
 
-
+# %% ../../nbs/expert/02_controls.ipynb #ectl0013
 def visual_judge(
     visual: str,
     expert: Any,

@@ -632,7 +632,7 @@ def tensors_of(shell: Shell, prefix: str = "") -> dict[str, Tensor]:
         found |= tensors_of(child, f"{prefix}{name}.")
     return found
 
-# %% ../../nbs/expert/01_frozen.ipynb #frz5unp0
+# %% ../../nbs/expert/01_frozen.ipynb #dd56dffd
 HARMLESS = {
     ("collections", "OrderedDict"),
     ("torch._utils", "_rebuild_tensor_v2"),
@@ -642,7 +642,7 @@ HARMLESS = {
     ("__builtin__", "set"),
 }
 
-
+# %% ../../nbs/expert/01_frozen.ipynb #frz5unp0
 class TensorsOnly(pickle.Unpickler):
     "Reads tensors and containers. A model's classes become shells, and anything else is refused."
 

@@ -56,7 +56,7 @@ def holm(ps: Sequence[float]) -> np.ndarray:
         adjusted[i] = worst
     return adjusted
 
-# %% ../../nbs/metrics/00_bootstrap.ipynb #boot000c
+# %% ../../nbs/metrics/00_bootstrap.ipynb #97262d1e
 def _added(
     frame: pd.DataFrame, metrics: Metrics, times: np.ndarray, seed: int, crossed: bool
 ) -> dict[str, np.ndarray]:
@@ -69,7 +69,7 @@ def _added(
     values = values_of(frame, metrics, study_draws(len(frame), len(draw), seed))
     return {name: np.bincount(draw, value, len(times)) for name, value in values.items()}
 
-
+# %% ../../nbs/metrics/00_bootstrap.ipynb #boot000c
 def drawn(
     by_seed: Mapping[int, pd.DataFrame], metrics: Metrics, n_boot: int = 1000, seed: int = 0
 ) -> dict[str, tuple[float, np.ndarray]]:

@@ -210,7 +210,7 @@ def rows_of(conventions: Sequence[Convention]) -> list[str]:
     "The names of the metrics that `conventions` show."
     return [row_name(c, average, size) for c in conventions for average, size in c.shown]
 
-# %% ../../nbs/metrics/05_conventions.ipynb #con0001b
+# %% ../../nbs/metrics/05_conventions.ipynb #101a115b
 def convention_table(
     labels: Mapping[str, pd.DataFrame], true: pd.DataFrame, n_boot: int = 1000
 ) -> pd.DataFrame:
@@ -231,7 +231,7 @@ def convention_table(
             rows.append(dict(system=system, **which, conventions=named, value=value, lo=lo, hi=hi))
     return pd.DataFrame(rows).assign(studies=len(true))
 
-
+# %% ../../nbs/metrics/05_conventions.ipynb #con0001b
 def printing(c: Convention, average: str, size: int) -> list[str]:
     "The registered conventions that print the same number as `c` with this average."
     same = [x for x in CONVENTIONS.values() if (x.uncertain, x.undefined) == (c.uncertain, c.undefined)]

@@ -134,7 +134,7 @@ def _check_same(abouts: Mapping[Path, dict]) -> None:
                 f"other configurations under another name"
             )
 
-# %% ../../nbs/metrics/03_seeds.ipynb #seed003c
+# %% ../../nbs/metrics/03_seeds.ipynb #484af9e4
 def _same_origin(one: Mapping, other: Mapping) -> bool:
     """Whether systems of two sidecars may stand side by side: settings, versions and CPU are the same. A
     setting that only one of them knows came later, and changes nothing of what was measured before it."""
@@ -149,7 +149,7 @@ def _is_more(old: pd.DataFrame, new: pd.DataFrame) -> bool:
         return False
     return old[list(new)].equals(new.astype(float))
 
-
+# %% ../../nbs/metrics/03_seeds.ipynb #seed003c
 def kept_systems(frames: Mapping, about: dict, path: Path) -> dict[str, pd.DataFrame]:
     """`{system: frame}` of the file `path` that may stand beside the new `frames` {system: frame}: those that
     these lack, or have with fewer columns, if the file was made with the settings, versions and CPU of the

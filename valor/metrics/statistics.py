@@ -117,7 +117,7 @@ def label_columns(candidates: Sequence[str], references: Sequence[str], labeler:
     flags = dict(abnormal=abnormal, abnormal_found=abnormal & found, normal_kept=~abnormal & ~found)
     return pd.DataFrame(columns | flags).astype(float)
 
-# %% ../../nbs/metrics/00_statistics.ipynb #328e22aa
+# %% ../../nbs/metrics/00_statistics.ipynb #d67d3a6e
 FINDING_COLUMNS = [
     "finding_tp",
     "hallucinated",
@@ -129,7 +129,7 @@ FINDING_COLUMNS = [
     "duplicates",
 ]
 
-
+# %% ../../nbs/metrics/00_statistics.ipynb #328e22aa
 def planted_columns(report: str, truth: list) -> list[float]:
     """`FINDING_COLUMNS` of one report against planted findings; a finding named right but put in the
     wrong place is a located error, not a hallucination."""
@@ -199,7 +199,7 @@ def retrieved(text_features: np.ndarray, image_features: np.ndarray, others: np.
     rest = (text_features[:, None] * image_features[others]).sum(-1)
     return (own > rest.max(1)).astype(float)
 
-# %% ../../nbs/metrics/00_statistics.ipynb #741ad639
+# %% ../../nbs/metrics/00_statistics.ipynb #ac873193
 STATISTICS = [
     *BLEU_COLUMNS,
     "rouge_l",
@@ -216,7 +216,7 @@ STATISTICS = [
     *FINDING_COLUMNS,
 ]
 
-
+# %% ../../nbs/metrics/00_statistics.ipynb #741ad639
 def truth_keys(dataset: Dataset) -> list:
     """What makes two studies different for retrieval: the set of drawn findings, or the report's text
     where no truth is known at all."""
@@ -317,7 +317,7 @@ def read_scores(path: Path | str) -> pd.DataFrame:
     "007", and "NA" is an id like any other."""
     return read_with_texts(path, ["study_id"]).set_index("study_id")
 
-# %% ../../nbs/metrics/00_statistics.ipynb #c804b8f6
+# %% ../../nbs/metrics/00_statistics.ipynb #4a083832
 Number = float | np.ndarray  # one number, or one per bootstrap draw
 
 
@@ -331,7 +331,7 @@ def f1(tp: Number, fp: Number, fn: Number) -> Number:
     "2·TP / (2·TP + FP + FN); NaN where all three are 0."
     return ratio(2 * tp, 2 * tp + fp + fn)
 
-
+# %% ../../nbs/metrics/00_statistics.ipynb #c804b8f6
 def share(column: str, of: str = "studies") -> Callable:
     "Metric: the sum of one column over the sum of another (NaN where that is 0)."
     return lambda sums: ratio(sums[column], sums[of])
@@ -373,12 +373,12 @@ def false_labels(s: Mapping) -> Number:
     "Pathologies that the labeler finds in the report and not in the reference, per study."
     return ratio(sum(s[f"fp {o}"] for o in PATHOLOGIES), s["studies"])
 
-# %% ../../nbs/metrics/00_statistics.ipynb #reg00005
+# %% ../../nbs/metrics/00_statistics.ipynb #aea19dad
 GAUGE_NAMES = [
     "lexical", "meteor", "cider", "bertscore", "chexbert", "radgraph", "ratescore", "green", "image", "f1",
 ]  # fmt: skip
 
-
+# %% ../../nbs/metrics/00_statistics.ipynb #reg00005
 @dataclass(frozen=True)
 class Metric:
     """A metric: a function of sums over studies, and how it is shown. `register_metric` makes it known.
@@ -492,7 +492,7 @@ register_metric(Metric("beyond the expert's context", share("cut"), False, **IMA
 register_metric(Metric("format", share("well_formed"), True, tables=RUN, axis="share of well-formed reports"))
 register_metric(Metric("words", share("words"), digits=1, gauge="lexical", axis="words a report"))
 
-# %% ../../nbs/metrics/00_statistics.ipynb #reg0000e
+# %% ../../nbs/metrics/00_statistics.ipynb #5f68d631
 class Live(Mapping):
     "A mapping that calls `make`, a function that returns a dictionary, each time that it is read."
 
@@ -514,7 +514,7 @@ class Live(Mapping):
 
 METRICS = Live(lambda: {m.name: m.pair for m in registered() if "run" in m.tables and not m.from_gauge})
 
-
+# %% ../../nbs/metrics/00_statistics.ipynb #reg0000e
 def heading(name: str) -> str:
     "How tables and figures call the metric `name`, with the arrow that says which way is better."
     metric = REGISTERED.get(name)
@@ -550,7 +550,7 @@ def summarize(
     found = drawn({0: frame}, METRICS, n_boot, seed)
     return {name: with_interval(one) for name, one in found.items()}
 
-# %% ../../nbs/metrics/00_statistics.ipynb #8d73aada
+# %% ../../nbs/metrics/00_statistics.ipynb #3fbcd3c1
 # rows that no seed trains: where all seeds have the same studies, one row stands beside the mean of all seeds
 UNTRAINED = ["normal template", "best fixed report", "random report", "perfect findings"]
 UNTRAINED += ["retrieval by true codes", "retrieval by expert"]
@@ -562,7 +562,7 @@ def _difference(ours: tuple, theirs: tuple) -> dict[str, float]:
     lo, hi = interval(gaps)
     return dict(difference=value, difference_lo=lo, difference_hi=hi, p=p_value(gaps))
 
-
+# %% ../../nbs/metrics/00_statistics.ipynb #8d73aada
 def _one_for_all(frames: Mapping, control: str, other: str) -> bool:
     "Whether the untrained `control` has one seed for all seeds of `other`, which share their studies."
     if control not in UNTRAINED or len(frames[control]) != 1:
@@ -782,7 +782,7 @@ def best_fixed_report(
     scores = fixed_scores(candidates, reports[sample:] or reports)
     return [as_completion(candidates[int(scores.argmax())])] * n
 
-# %% ../../nbs/metrics/00_statistics.ipynb #494b5b21
+# %% ../../nbs/metrics/00_statistics.ipynb #56732181
 def _draw_systems(ax: plt.Axes, tidy: pd.DataFrame, metric: str) -> None:
     "Every system's value of one metric with its interval and seeds, in the order of `tidy`."
     systems = list(tidy.system.drop_duplicates())
@@ -802,7 +802,7 @@ def _draw_systems(ax: plt.Axes, tidy: pd.DataFrame, metric: str) -> None:
     ax.set_ylim(-0.6, len(systems) - 0.4)
     ax.grid(axis="x", alpha=0.3)
 
-
+# %% ../../nbs/metrics/00_statistics.ipynb #494b5b21
 def _keys_of_systems() -> list[plt.Line2D]:
     "What the marks of `plot_results` mean."
     dark = dict(color="#444444")

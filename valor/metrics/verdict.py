@@ -23,7 +23,7 @@ from valor.metrics.statistics import (
     seeds_in,
 )
 
-# %% ../../nbs/metrics/06_verdict.ipynb #vrd00006
+# %% ../../nbs/metrics/06_verdict.ipynb #630f623b
 COMPARED = (
     ("VALOR, planted truth", "VALOR, placebo"),
     ("VALOR", "VALOR, placebo"),
@@ -34,7 +34,7 @@ COMPARED = (
 
 COLUMNS = ["a", "b", "metric", "seeds", "difference", "lo", "hi"]
 
-
+# %% ../../nbs/metrics/06_verdict.ipynb #vrd00006
 def verdict(frames: Mapping, benchmark: str, n_boot: int = 1000) -> pd.DataFrame:
     """One row for each of `COMPARED` and metric: systems `a` and `b`, `metric`, number of `seeds`,
     `difference` a − b, and its 95 % interval `lo`, `hi`. The metrics are the benchmark's F1 against the
@@ -73,7 +73,7 @@ def verdict_text(table: pd.DataFrame) -> str:
     lines = [f"This job {can} planted truth from a placebo ({first.metric}{one}).", ""]
     return "\n".join([*lines, *(f"- {sentence_of(row)}" for row in table.to_dict("records"))])
 
-# %% ../../nbs/metrics/06_verdict.ipynb #vrd00012
+# %% ../../nbs/metrics/06_verdict.ipynb #7fc73eea
 PLOTTED = ("SFT", "VALOR w/o visual", "VALOR, placebo", "VALOR", "VALOR, planted truth")
 
 
@@ -96,7 +96,7 @@ def plot_verdict(frames: Mapping, benchmark: str, n_boot: int = 1000) -> plt.Fig
     ax.set_title("\n".join(wrap(f"{f1}: {reached}", 60)))
     return figure
 
-
+# %% ../../nbs/metrics/06_verdict.ipynb #vrd00012
 def _draw(ax: plt.Axes, numbers: pd.DataFrame, f1: str, system: str) -> None:
     "A dot with both intervals for one system; `numbers`: its rows of `aggregate` by metric."
     x, y = numbers.loc["hallucinated"], numbers.loc[f1]

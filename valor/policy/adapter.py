@@ -154,7 +154,7 @@ def hold(layers: Iterable[BaseTunerLayer]) -> None:
         layer.set_adapter = partial(_set_held, layer)
         layer.set_adapter(layer.active_adapters)
 
-# %% ../../nbs/policy/03_adapter.ipynb #hold0fn2
+# %% ../../nbs/policy/03_adapter.ipynb #08f4e9fe
 def own_rate(optimizer: torch.optim.Optimizer, layers: Iterable[BaseTunerLayer], lr: float) -> None:
     "Give the parameters of the adapters of `layers` the learning rate `lr`, before a schedule is made."
     theirs = {id(p) for layer in layers for p in layer.parameters()}
@@ -166,7 +166,7 @@ def own_rate(optimizer: torch.optim.Optimizer, layers: Iterable[BaseTunerLayer],
             group["params"] = [p for p in group["params"] if id(p) not in theirs]
             optimizer.add_param_group(group | dict(params=moved, lr=lr))
 
-
+# %% ../../nbs/policy/03_adapter.ipynb #hold0fn2
 class ProjectorRate:
     "For trainers of transformers: the adapters of the layers `projector` learn at `lr_projector`."
 

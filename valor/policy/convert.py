@@ -165,7 +165,7 @@ class Shards:
         with safe_open(path, "pt") as f:
             return f.get_tensor(key)
 
-# %% ../../nbs/policy/02_convert.ipynb #b185f236
+# %% ../../nbs/policy/02_convert.ipynb #05907c24
 TOWER = "model.vision_tower.vision_tower.vision_model."
 # original → converted folder
 RENAME = [
@@ -184,7 +184,7 @@ MODULES = [
 ]
 BUFFERS = re.compile(r"\.(?:position_ids|rotary_emb\.inv_freq)$")
 
-
+# %% ../../nbs/policy/02_convert.ipynb #b185f236
 def rename(key: str, rules: list[tuple[str, str]]) -> str | None:
     "`key` by the first of `rules` (pattern of its beginning, replacement) that fits; None if none does."
     for old, new in rules:
@@ -576,7 +576,7 @@ def _tower_of(shards: Shards, kept: dict[str, str], vision_tower: Path | str) ->
         f"OpenAI's CLIP instead: --vision-tower openai"
     )
 
-# %% ../../nbs/policy/02_convert.ipynb #co000018
+# %% ../../nbs/policy/02_convert.ipynb #10874022
 Plan = list[list[Piece]]  # one list for each file to write
 
 
@@ -587,7 +587,7 @@ def _piece(shards: Shards, key: str, new: str) -> Piece:
         rows = 2
     return Piece(new, shards, key, (shape[0] + rows, *shape[1:]), rows)
 
-
+# %% ../../nbs/policy/02_convert.ipynb #co000018
 def make_plan(src: Path, vision_tower: Path | str = "own") -> tuple[dict, dict, Plan]:
     """(original configuration, tower's configuration, plan).
 

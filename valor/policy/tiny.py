@@ -46,10 +46,10 @@ WORD = (
     r" ?</?report>| ?\[/?INST\]| ?[\w'’-]+| ?[^\s\w]"  # a tag, a bracket of the template, a word, or a sign
 )
 
-# %% ../../nbs/policy/00_tiny.ipynb #9b0f0008
+# %% ../../nbs/policy/00_tiny.ipynb #e2b9e2b3
 SPECIALS = ["<pad>", "<unk>", "<s>", "</s>", "<image>"]
 
-
+# %% ../../nbs/policy/00_tiny.ipynb #9b0f0008
 def build_tokenizer(
     texts: list[str], min_count: int = 1, prompt: Prompt | None = None
 ) -> PreTrainedTokenizerFast:

@@ -57,7 +57,7 @@ def lesion_frames(
             frames.setdefault(system, {})[cfg.seed] = pair_frame(*reports, without)
     return frames
 
-# %% ../../nbs/results/06_lesion.ipynb #les0000a
+# %% ../../nbs/results/06_lesion.ipynb #511cec50
 def attention_on_pairs(
     policy: tuple, complete: Dataset, without: Dataset, tolerance: float = TOLERANCE, **how
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
@@ -79,7 +79,7 @@ def attention_on_pairs(
     boxes = [[erased[row]["box"]] for row in frame["pair"]]
     return frame.assign(**_in_boxes(maps, boxes, tolerance)), maps
 
-
+# %% ../../nbs/results/06_lesion.ipynb #les0000a
 def name_of(finding: Mapping) -> str:
     "The name by which reports call an entry of a study's truth: a device's kind, or else the name."
     return finding["kind"] or finding["name"]

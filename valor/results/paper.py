@@ -112,7 +112,7 @@ MMedPO|yes|no|as weights of pairs|by noised lesions|no
 VALOR w/o visual|no|no|every k_clin steps|no|no
 VALOR|no|no|every k_clin steps|by rank of similarity|yes""")
 
-# %% ../../nbs/results/01_paper.ipynb #2f4869bb
+# %% ../../nbs/results/01_paper.ipynb #bf2d1f71
 SYSTEM_NAMES = {
     "LLaVA-Med v1.5": "base",
     "+ SFT": "SFT",
@@ -132,7 +132,7 @@ METRIC_NAMES = {  # theirs: (ours, ours × this = theirs)
 }
 NOTHING = MappingProxyType({})
 
-
+# %% ../../nbs/results/01_paper.ipynb #2f4869bb
 def _as_printed(number: float, column: str, factor: float) -> str:
     "A number of the paper with as many decimals as it prints; −X for one that it leaves out."
     if pd.isna(number):

@@ -67,7 +67,7 @@ from ..rewards.rules import RuleLabeler
 from ..rewards.text import report_body
 from ..runs.phases import locked
 
-# %% ../../nbs/results/04_zeroshot.ipynb #7abdcbb5
+# %% ../../nbs/results/04_zeroshot.ipynb #ed43e783
 ZERO_SHOT = (
     "You are a radiologist. Write the report of this chest X-ray: the findings, then the impression, "
     "in full sentences of the kind that stands in a hospital's reports. Plain text alone: no headings, "
@@ -78,7 +78,7 @@ ZERO_SHOT = (
 class EndpointError(ValueError):
     "An endpoint cannot be asked; the message says which, why and what to do. Earlier answers are kept."
 
-
+# %% ../../nbs/results/04_zeroshot.ipynb #7abdcbb5
 @dataclass(frozen=True)
 class Endpoint:
     "A model behind an OpenAI-compatible chat endpoint."
@@ -154,7 +154,7 @@ def named(endpoint: Endpoint, client: openai.OpenAI) -> Endpoint:
         raise EndpointError(f"model=None: {endpoint.base_url} lists {', '.join(found) or 'none'}; name one")
     return replace(endpoint, model=found[0])
 
-# %% ../../nbs/results/04_zeroshot.ipynb #d575f011
+# %% ../../nbs/results/04_zeroshot.ipynb #6cd6aa7f
 class Shown(list):
     "The images of a study; `known`: what the column `context` says of it."
 
@@ -171,7 +171,7 @@ def images_of(row: dict) -> Shown:
     shown.known = {field: text for field, text in (row.get("context") or {}).items() if text}
     return shown
 
-
+# %% ../../nbs/results/04_zeroshot.ipynb #d575f011
 def settings_of(endpoint: Endpoint) -> dict:
     "What all questions to `endpoint` have in common, and their answers depend on."
     return dict(model=endpoint.model, prompt=endpoint.prompt, parameters=endpoint.parameters)
@@ -198,7 +198,7 @@ def messages_of(prompt: str, images: list[Image.Image]) -> list[dict]:
     content = [{"type": "image_url", "image_url": {"url": _png_url(image)}} for image in images]
     return [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
 
-# %% ../../nbs/results/04_zeroshot.ipynb #19412a3a
+# %% ../../nbs/results/04_zeroshot.ipynb #81ab0a28
 STATUSES = ("ok", "refusal", "empty", "error")
 FINISHES = ("stop", "length", "content_filter", "tool_calls", "function_call")
 REFUSAL = re.compile(
@@ -213,7 +213,7 @@ REFUSAL = re.compile(
     re.I | re.X,
 )
 
-
+# %% ../../nbs/results/04_zeroshot.ipynb #19412a3a
 class Malformed(ValueError):
     "The reply is no answer in the protocol's form."
 
@@ -229,7 +229,7 @@ def status_of(text: str) -> str:
         return "refusal"
     return "ok" if report else "empty"
 
-# %% ../../nbs/results/04_zeroshot.ipynb #zsa00009
+# %% ../../nbs/results/04_zeroshot.ipynb #00dc9fb8
 def text_of(content: str | list | None) -> str:
     "The text of a message's `content`; of a list, the parts of type text are joined. Raises `Malformed`."
     if content is None:
@@ -241,7 +241,7 @@ def text_of(content: str | list | None) -> str:
     # half a surrogate pair could not be written to a table
     return content.encode("utf-8", "replace").decode()
 
-
+# %% ../../nbs/results/04_zeroshot.ipynb #zsa00009
 def _texts_in(parts: list) -> list[str]:
     "The texts among `parts`: those that are texts, and the texts of objects of type text."
     texts = []
@@ -294,7 +294,7 @@ def outcome(answer: dict) -> dict:
         model=answer["model"] if isinstance(answer.get("model"), str) else None,
     )
 
-# %% ../../nbs/results/04_zeroshot.ipynb #419bd55c
+# %% ../../nbs/results/04_zeroshot.ipynb #8a908edc
 def tile_tokens(width: int, height: int) -> int:
     "Tokens of an image of `width` × `height` pixels by OpenAI's rule for tiles."
     scale = min(1, 2048 / max(width, height))
@@ -305,7 +305,7 @@ def tile_tokens(width: int, height: int) -> int:
 def _asked(prompt: str, images: list[Image.Image]) -> str:
     return images.ask(prompt) if isinstance(images, Shown) else prompt
 
-
+# %% ../../nbs/results/04_zeroshot.ipynb #419bd55c
 def most_used(endpoint: Endpoint, images: list[Image.Image]) -> dict:
     'The most tokens that one question may use: `{"input", "output"}`.'
     if endpoint.image_tokens is None:
@@ -543,10 +543,10 @@ def question(client: openai.OpenAI, endpoint: Endpoint, images: list[Image.Image
         counts = dict(attempts=len(errors) + answered, unknown=unknown, most=most_used(endpoint, images))
     return without_key(answer, client.api_key) | counts
 
-# %% ../../nbs/results/04_zeroshot.ipynb #46d52855
+# %% ../../nbs/results/04_zeroshot.ipynb #664001fc
 BEGINS = '{"settings": '  # each line that this program writes
 
-
+# %% ../../nbs/results/04_zeroshot.ipynb #46d52855
 def kept_answers(path: Path | str, settings: dict) -> tuple[dict, str]:
     """`({question key: line}, note)` of the answers in the file `path` to questions under `settings`.
 
@@ -943,7 +943,7 @@ def maira2_report(
     said = processor.decode(answer, skip_special_tokens=True).lstrip()
     return plain_findings(processor, said), "length" if len(answer) == max_new_tokens else "stop"
 
-# %% ../../nbs/results/04_zeroshot.ipynb #zsc0000c
+# %% ../../nbs/results/04_zeroshot.ipynb #9a09379d
 READERS = {"chat": chat_report, "maira-2": maira2_report}
 
 
@@ -952,7 +952,7 @@ def _line_of(text: str, finish: str) -> dict:
     status = status_of(text)
     return dict(status=status, candidate=text if status == "ok" else "", finish=finish)
 
-
+# %% ../../nbs/results/04_zeroshot.ipynb #zsc0000c
 def run_open(
     row: Row,
     name: str,
@@ -1038,7 +1038,7 @@ def _listed(some: list[str]) -> str:
     "How many `some` are, and the first five of them."
     return f"{len(some):,} ({', '.join(some[:5])}{', …' if len(some) > 5 else ''})"
 
-# %% ../../nbs/results/04_zeroshot.ipynb #50070d43
+# %% ../../nbs/results/04_zeroshot.ipynb #d74f0949
 @dataclass
 class Result:
     """What became of a row: `reports` (a frame with id, status, candidate) or None; `note`: why not, or
@@ -1047,7 +1047,7 @@ class Result:
     reports: pd.DataFrame | None
     note: str = ""
 
-
+# %% ../../nbs/results/04_zeroshot.ipynb #50070d43
 @dataclass
 class Given:
     "What a user gives to run rows, each by the row's name."
@@ -1069,7 +1069,7 @@ class Given:
             return Row("own", "transformers", name)
         return Row("own", "reports", name) if name in self.reports else None
 
-# %% ../../nbs/results/04_zeroshot.ipynb #zsc0000e
+# %% ../../nbs/results/04_zeroshot.ipynb #61f289b9
 def run_row(name: str, dataset: Dataset, folder: Path | str, benchmark: str, **given) -> Result:
     """The `Result` of the row `name` of `ROWS`, or of any name that `given` (the fields of `Given`) has
     something for. A row that cannot run says so in its note; nothing is raised."""
@@ -1082,7 +1082,7 @@ def run_row(name: str, dataset: Dataset, folder: Path | str, benchmark: str, **g
     except (ValueError, OSError, TypeError, ImportError, openai.OpenAIError) as error:
         return Result(None, one_line(error))
 
-
+# %% ../../nbs/results/04_zeroshot.ipynb #zsc0000e
 def _run(row: Row, name: str, dataset: Dataset, path: Path, benchmark: str, given: Given) -> Result:
     "The `Result` of `row` by what is given for it: reports first, then weights, then its endpoint."
     if name in given.reports:

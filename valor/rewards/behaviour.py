@@ -131,7 +131,7 @@ def paraphrase(report: str, rng: random.Random | None = None) -> str | None:
     out = " ".join(_said_otherwise(sentence) for sentence in split_sentences(report))
     return out if out != report else None
 
-# %% ../../nbs/rewards/07_behaviour.ipynb #0f4cc94f
+# %% ../../nbs/rewards/07_behaviour.ipynb #fd0edc34
 SIDES = {"left": "right", "right": "left", "left-sided": "right-sided", "right-sided": "left-sided"}
 DEGREES = {
     "small": "large",
@@ -148,7 +148,7 @@ DEGREES = {
     "moderate": "minimal",
 }
 
-
+# %% ../../nbs/rewards/07_behaviour.ipynb #0f4cc94f
 def swap_sides(report: str, rng: random.Random | None = None) -> str | None:
     "Left for right and right for left; None if no side is named."
     return replaced(report, SIDES)

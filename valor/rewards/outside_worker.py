@@ -37,7 +37,7 @@ def batches(lines: Iterable[str]) -> Iterator[list[dict]]:
     if batch:
         yield batch
 
-# %% ../../nbs/rewards/09_outside_worker.ipynb #9f6abe20
+# %% ../../nbs/rewards/09_outside_worker.ipynb #5bbc9f56
 Pairs = list[tuple[str, str]]  # (candidate, reference)
 PAIR = ("candidate", "reference")
 
@@ -53,7 +53,7 @@ def replies(score: Callable[[Pairs], list[dict]], pairs: Pairs) -> list[dict]:
         half = len(pairs) // 2
         return replies(score, pairs[:half]) + replies(score, pairs[half:])
 
-
+# %% ../../nbs/rewards/09_outside_worker.ipynb #9f6abe20
 def serve(
     lines: Iterable[str], say: Callable, score: Callable[[list[tuple]], list[dict]], fields: tuple = PAIR
 ) -> None:
@@ -306,7 +306,7 @@ def load_green(
 
     return scored
 
-# %% ../../nbs/rewards/09_outside_worker.ipynb #rad00001
+# %% ../../nbs/rewards/09_outside_worker.ipynb #9cbbc57b
 def stay_offline() -> None:
     "Let nltk and stanza take what is on disk: RadEval's metrics ask them to download each time."
     import nltk
@@ -320,7 +320,7 @@ def stay_offline() -> None:
     stanza.download = lambda *names, **options: None
     stanza.Pipeline = lambda *names, **options: pipeline(*names, **options | {"download_method": None})
 
-
+# %% ../../nbs/rewards/09_outside_worker.ipynb #rad00001
 def load_radeval(
     metric: str, key: str, options: dict, whole_set: bool = False
 ) -> Callable[[Pairs], list[dict]]:

@@ -495,7 +495,7 @@ def mentioned(sentence: str) -> tuple[tuple[str, str | None, int, int], ...]:
             found.append((observation, "uncertain", *hint.span()))
     return tuple(found)
 
-# %% ../../nbs/rewards/01_rules.ipynb #1ad7bcd1
+# %% ../../nbs/rewards/01_rules.ipynb #2d633ce0
 STRENGTH = ("absent", "uncertain", "present")  # of two mentions the stronger counts
 Said = dict[str, str]  # observation: status
 
@@ -504,7 +504,7 @@ def add_status(found: Said, observation: str, said: str) -> None:
     "Sets the status of `observation` in `found` to `said`, unless a stronger one is there."
     found[observation] = max(found.get(observation, "absent"), said, key=STRENGTH.index)
 
-
+# %% ../../nbs/rewards/01_rules.ipynb #1ad7bcd1
 ORGANS = {
     "Enlarged Cardiomediastinum": re.compile(rf"\b{_MEDIASTINUM}\b"),
     "Cardiomegaly": re.compile(r"\b(?:heart|cardiac|cardio ?mediastin\w+)\b"),
@@ -522,7 +522,7 @@ STATEMENT = re.compile(
     rf"|(?:,| and) (?=(?:[\w-]+ ){{1,3}}{VERB}\b)"
 )
 
-# %% ../../nbs/rewards/01_rules.ipynb #0034ac3b
+# %% ../../nbs/rewards/01_rules.ipynb #3c97ec5b
 def normal_organs(sentence: str) -> Iterator[str]:
     "The observations whose organ `sentence` calls normal."
     text = ""
@@ -536,7 +536,7 @@ def normal_organs(sentence: str) -> Iterator[str]:
                 yield observation
         text = ""
 
-
+# %% ../../nbs/rewards/01_rules.ipynb #0034ac3b
 @lru_cache(2**15)
 def sentence_labels(sentence: str) -> tuple[tuple[str, str], ...]:
     "The observations that `sentence` mentions, as (observation, status)."
@@ -593,7 +593,7 @@ def report_labels(report: str) -> Said:
         found["No Finding"] = "present"
     return found
 
-# %% ../../nbs/rewards/01_rules.ipynb #8d69a986
+# %% ../../nbs/rewards/01_rules.ipynb #df2d3ca1
 # The versions of the two kinds of rules. Stored scores are kept under them, so raise one whenever labels or
 # graphs of any report change: tests/test_rules.py compares what the rules say of some 4,000 reports with what
 # they said under these versions.
@@ -607,7 +607,7 @@ def status_table(statuses: list[Said]) -> pd.DataFrame:
     rows = [{name: VALUE[said] for name, said in found.items()} for found in statuses]
     return pd.DataFrame(rows, columns=OBSERVATIONS, dtype=float)
 
-
+# %% ../../nbs/rewards/01_rules.ipynb #8d69a986
 class RuleLabeler:
     "Labels reports with the 14 CheXpert observations by rules. Statuses are remembered by sentence."
 

@@ -70,7 +70,7 @@ def best_of_each(cfg: Config) -> pd.DataFrame:
         frame[name] = mixed(frame, judges)
     return trust_table(frame, cfg.benchmark, [*TEXT_REWARDS, *MIXTURES, "expert", "placebo", "random"])
 
-# %% ../../nbs/runs/05_alone.ipynb #aln00013
+# %% ../../nbs/runs/05_alone.ipynb #c629a756
 def smoothed(values: pd.Series, window: int = 10) -> pd.Series:
     "Mean over the last `window` values; the first ones are means over what there is."
     return values.rolling(window, min_periods=1).mean()
@@ -84,7 +84,7 @@ def falls_of_noise(truth: pd.Series, window: int = 10, shuffles: int = 200) -> n
     curves = [smoothed(pd.Series(rng.permutation(noise)), window).to_numpy() for _ in range(shuffles)]
     return np.array([curve[window - 1 :].max() - curve[-1] for curve in curves])
 
-
+# %% ../../nbs/runs/05_alone.ipynb #aln00013
 def parting(reward: pd.Series, truth: pd.Series, window: int = 10) -> int | None:
     """The update (its place in the series) from which the truth falls while the reward rises; None if never.
 

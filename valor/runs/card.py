@@ -49,7 +49,7 @@ def metrics_of(phase: Path, cfg: Config) -> str:
                 return f"On {studies}, with 95 % bootstrap intervals:\n\n{table}"
     return "Not evaluated when this card was written. `valor merge` and `valor push` write it anew."
 
-# %% ../../nbs/runs/08_card.ipynb #crd00008
+# %% ../../nbs/runs/08_card.ipynb #ab95b93a
 _FAILURES = """\
 - Not for clinical use. It leaves findings out, invents some, and may put them on the wrong side.
 - Trained on text rewards, a policy drifts towards "no finding": watch abnormal recall.
@@ -64,7 +64,7 @@ _WITHOUT_REWARDS = {
     "mmedpo": "- none: it was trained on weighted preference pairs",
 }
 
-
+# %% ../../nbs/runs/08_card.ipynb #crd00008
 def _rewards_of(cfg: Config, phase: str) -> str:
     "A line for each reward of `phase` (such as stage2): its weight and the model behind it."
     if phase in _WITHOUT_REWARDS:

@@ -421,7 +421,7 @@ def text_scorers(cfg: Config, keep: bool = True) -> dict[str, Any]:
         **{name: scorer(name) for name in extras_of(cfg)},
     }
 
-# %% ../../nbs/runs/02_makers.ipynb #158d9f5d
+# %% ../../nbs/runs/02_makers.ipynb #d890b2f2
 def check_scorers(cfgs: Sequence[Config]) -> None:
     """Make the scorers and the expert that the runs `cfgs` name and try them, so that missing weights and
     broken rewards show before anything is trained (ValueError, RewardError). Makes no folder of runs."""
@@ -447,7 +447,7 @@ def check_scorers(cfgs: Sequence[Config]) -> None:
         attempt()
         TRIED.add((runs_dir(), *key))
 
-
+# %% ../../nbs/runs/02_makers.ipynb #158d9f5d
 TRIED = set()  # what this process has tried: real scorers take minutes to load
 
 # %% ../../nbs/runs/02_makers.ipynb #0d673239
@@ -718,7 +718,7 @@ def read_reports(folder: Path, condition: str) -> list[str]:
             )
     return table["completion"].tolist()
 
-# %% ../../nbs/runs/02_makers.ipynb #73796d5e
+# %% ../../nbs/runs/02_makers.ipynb #00d47e39
 def shown_images(studies: datasets.Dataset, controls: bool) -> dict[str, list[list]]:
     """The images that a policy is shown for each of `studies`, {condition: lists of images}: their own
     ("test") and, with `controls`, those of another study and images that show nothing."""
@@ -731,7 +731,7 @@ def shown_images(studies: datasets.Dataset, controls: bool) -> dict[str, list[li
         "blank image": [[blank] * len(row) for blank, row in zip(ev.blank_images(studies), own)],
     }
 
-
+# %% ../../nbs/runs/02_makers.ipynb #73796d5e
 @maker("eval_base", "eval_sft", "eval_stage1", "eval_stage2", "eval_dpo", "eval_mmedpo")
 def make_evaluation(out: Path, cfg: Config, after: Mapping[str, Path], name: str) -> None:
     "Greedy reports on the test studies and their frames; for VALOR also with images shuffled and blank."

@@ -76,7 +76,7 @@ def share(n: int, name: str, parts: int = 1) -> int:
         raise RunError(f"{name} = {n} cannot be shared by {parted}; make it a multiple of {whole}")
     return n // processes()
 
-# %% ../../nbs/runs/00_processes.ipynb #prc00006
+# %% ../../nbs/runs/00_processes.ipynb #b03a866f
 @lru_cache
 def end_with_parent() -> None:
     """Where VALOR_ENDS_WITH names a process of this machine (the graph's, which started this one), end
@@ -94,7 +94,7 @@ def end_with_parent() -> None:
 
     threading.Thread(target=watch, daemon=True).start()
 
-
+# %% ../../nbs/runs/00_processes.ipynb #prc00006
 def setup(cfg: Config) -> None:
     """Set the number of threads that `cfg` declares, and silence the libraries: each phase shows one
     progress bar."""

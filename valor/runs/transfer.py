@@ -185,7 +185,7 @@ def rows_of(table: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd.Dat
     cells = ev.cells_of(shown).loc[metrics, list(shown.system.drop_duplicates())]
     return cells.rename(index=ev.heading).T
 
-# %% ../../nbs/runs/06_transfer.ipynb #trf00011
+# %% ../../nbs/runs/06_transfer.ipynb #52b51ba0
 # the systems that are tried unless others are named
 TRIED = ("SFT", "VALOR w/o visual", "VALOR", "VALOR, placebo")
 SHOWN = ("BLEU-4", "ROUGE-L", "label micro F1", "label macro F1", "finding F1", "hallucinated", "missed")
@@ -201,7 +201,7 @@ def rows_in(folder: Path, system: str) -> dict[str, pd.DataFrame]:
         frames[system if condition == "test" else named] = read_frame(folder, condition)
     return frames
 
-
+# %% ../../nbs/runs/06_transfer.ipynb #trf00011
 def transfer_job(
     cfg: Config, target: Config, systems: Sequence[str], out: Path | str
 ) -> tuple[pd.DataFrame, pd.DataFrame, list[Path]]:

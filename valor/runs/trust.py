@@ -141,7 +141,7 @@ def make_trust(out: Path, cfg: Config, after: Mapping[str, Path], name: str) -> 
     table.to_csv(out / "trust.csv")
     write_json(out / "trust.json", dict(expert=cfg.expert, accepted=is_accepted(table), studies=len(val)))
 
-# %% ../../nbs/runs/04_trust.ipynb #tru00021
+# %% ../../nbs/runs/04_trust.ipynb #6e9cb641
 def trust_of(cfg: Config) -> pd.DataFrame:
     "The table of the phase `trust` of the run `cfg` (see `trust_table`), which is made where it is missing."
     frame = ev.read_with_texts(ensure("trust", cfg) / "judged.csv", ["study_id", "completion"])
@@ -162,7 +162,7 @@ def check_testable(cfg: Config) -> None:
             "cannot be tested; expected a benchmark whose truth is known and two validation studies at least"
         )
 
-
+# %% ../../nbs/runs/04_trust.ipynb #tru00021
 def trust_note(cfg: Config) -> str:
     "One line about the expert of the run `cfg`: what the best candidate by it is worth, and its agreement."
     table = trust_of(cfg)
