@@ -170,6 +170,14 @@ def kept_systems(frames: Mapping, about: dict, path: Path) -> dict[str, pd.DataF
     about["runs"] = sorted({*about["runs"], *(beside["runs"] if more else ())})
     return more
 
+# %% ../../nbs/metrics/03_seeds.ipynb #5e56fc1c
+def _write_whole(files: Mapping[Path, bytes]) -> None:
+    "Writes `files` {path: content}, in folders that are made; none is ever left half written."
+    for path, content in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole(path) as temporary:
+            temporary.write_bytes(content)
+
 # %% ../../nbs/metrics/03_seeds.ipynb #seed000i
 def write_seed(
     frames: Mapping[str, pd.DataFrame],
@@ -196,10 +204,7 @@ def write_seed(
     written = json.dumps(about, indent=1, ensure_ascii=False)
     files = {folder / f"{stem}.json": f"{written}\n".encode(), folder / f"{stem}.csv.gz": data}
     with kept(folder, cfg.benchmark, "give out= a folder outside"):
-        folder.mkdir(parents=True, exist_ok=True)
-        for path, content in files.items():
-            with whole(path) as temporary:
-                temporary.write_bytes(content)
+        _write_whole(files)
     return list(files)
 
 # %% ../../nbs/metrics/03_seeds.ipynb #seed000p

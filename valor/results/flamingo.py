@@ -120,10 +120,10 @@ def weights_key(weights: FlamingoWeights) -> str:
     seen.update(json.dumps([weights.dtype, read_shots(weights.shots)]).encode())
     return seen.hexdigest()[:8]
 
-# %% ../../nbs/results/08_flamingo.ipynb #flc00021
+# %% ../../nbs/results/08_flamingo.ipynb #0a2b91bb
 PROGRAM = Path(find_spec("valor").origin).parent / "results" / "flamingo_worker.py"
 
-
+# %% ../../nbs/results/08_flamingo.ipynb #flc00021
 class MedFlamingo:
     "Med-Flamingo in its own Python. Use it in a `with` block, or `close` it."
 

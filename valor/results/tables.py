@@ -292,6 +292,13 @@ def by_leak(
         return {}
     return {name: compare(part, metrics, against, n) for name, part in parts.items()}
 
+# %% ../../nbs/results/00_tables.ipynb #4ee41909
+def _asked_for(frames: Frames, systems: Sequence[str], cfg: Config) -> Frames:
+    """Those of `frames` that a table of `systems` shows. Kept seeds also have numbers of other systems and of
+    page 08's settings ("lambda_vis 0.25")."""
+    elsewhere = {row for row in frames if row in SYSTEMS or row.split()[0] in sweeps(cfg)}
+    return {row: frames[row] for row in frames if row in systems or row not in elsewhere}
+
 # %% ../../nbs/results/00_tables.ipynb #d305a7cf
 def main_table(
     cfgs: Sequence[Config],
@@ -313,9 +320,7 @@ def main_table(
     frames, lacking = scored(rows, cfgs, metrics, models) if rows else ({}, {})
     if kept:
         frames = with_kept(frames, rows, cfgs, kept, note_of(cfgs[0]) if rows else "")
-        # of other systems and of page 08's settings ("lambda_vis 0.25") there are numbers too
-        elsewhere = {row for row in frames if row in SYSTEMS or row.split()[0] in sweeps(cfgs[0])}
-        frames = {row: frames[row] for row in frames if row in systems or row not in elsewhere}
+        frames = _asked_for(frames, systems, cfgs[0])
         there = {*frames, *(["controls"] if {*frames} & {*ev.UNTRAINED} else [])}
         why = {name: reason for name, reason in why.items() if name not in there}
     if not frames:

@@ -1130,13 +1130,13 @@ def how_to_run(name: str, benchmark: str, told: dict = MappingProxyType({})) -> 
     page = ", ".join(f"{n}: {v}" for n, v in dict(benchmark=benchmark, **told).items())
     return f"{key}papermill nbs/10_zero_shot.ipynb out.ipynb -y '{{{page}, rows: [{name}], {given}}}'"
 
-# %% ../../nbs/results/04_zeroshot.ipynb #133b3f28
+# %% ../../nbs/results/04_zeroshot.ipynb #fc6afda9
 TRUE = ["finding F1", "hallucinated", "missed"]  # against what is known to be in the images
 TEXT = ["BLEU-1", "BLEU-4", "ROUGE-L", "METEOR", "words"]
 SHOWN = [*TEXT, "label micro F1", "abnormal recall", "specificity", *TRUE]
 GAUGED = ("lexical", "meteor", "chexbert")
 
-
+# %% ../../nbs/results/04_zeroshot.ipynb #133b3f28
 def score_rows(
     reports: dict[str, dict[int, list[str]]],
     studies: Dataset,
