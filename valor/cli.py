@@ -139,7 +139,9 @@ def _add_evaluate_on(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--root", help="its folder or file, as data_root")
     p.add_argument("--options", metavar="JSON", help="how it is read, as data_options")
     p.add_argument("--n-test", type=int, metavar="N", help="N of its test studies (default: as the preset)")
-    p.add_argument("--systems", metavar="NAME[,NAME]", help="default: SFT, VALOR w/o visual and VALOR")
+    p.add_argument(
+        "--systems", metavar="NAME[,NAME]", help="default: SFT,VALOR w/o visual,VALOR,VALOR, placebo"
+    )
     _add_preset(p)
     _add_set(p, "a parameter of the trained run; may be repeated")
     p.set_defaults(run=_late("runs.transfer", "run_transfer"))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VERSION', 'CONTROLS', 'TRIED', 'SHOWN', 'target_of', 'policy_phase', 'made_from', 'transfer_config', 'written_abroad',
            'write_transfer', 'transferred', 'places_of', 'transfer_table', 'rows_of', 'rows_in', 'transfer_job',
-           'parse_options', 'run_transfer']
+           'parse_options', 'names_in', 'run_transfer']
 
 # %% ../../nbs/runs/06_transfer.ipynb #trf00003
 import json
@@ -225,7 +225,7 @@ def transfer_job(
     files = [save_page(stem, page, both, Path(out))]
     return rows, tidy, files + save(stem, tidy, None, both, runs, note, Path(out))
 
-# %% ../../nbs/runs/06_transfer.ipynb #trf00012
+# %% ../../nbs/runs/06_transfer.ipynb #d100befc
 def parse_options(text: str | None) -> dict:
     "The JSON object `text` (None: {}). Raises ValueError for anything else."
     try:
@@ -237,9 +237,20 @@ def parse_options(text: str | None) -> dict:
     return found
 
 
+def names_in(text: str) -> list[str]:
+    "The systems that `text` names, separated by commas; some have a comma in their name."
+    names = []
+    for part in text.split(","):
+        if names and f"{names[-1]},{part}" in SYSTEMS:
+            names[-1] += f",{part}"
+        else:
+            names.append(part.strip())
+    return names
+
+# %% ../../nbs/runs/06_transfer.ipynb #trf00012
 def run_transfer(args: Namespace, settings: dict) -> None:
     "Run `valor evaluate-on` with parsed arguments and `--set` settings, which are those of the trained run."
-    systems = args.systems.split(",") if args.systems else list(TRIED)
+    systems = names_in(args.systems) if args.systems else list(TRIED)
     try:
         cfg = start_run(args, settings)
         target = target_of(cfg, args.benchmark, args.root, parse_options(args.options), args.n_test)
