@@ -746,7 +746,9 @@ ON_BENCHMARK = {
         n_test=None,
         render_copies=4,
         warmup_epochs=5,
-        sft_epochs=2,
+        expert="embedded-labels",
+        sft_epochs=6,
+        **LONG,
     ),
 }
 
