@@ -72,7 +72,7 @@ _ALLOWED = dict(
     deidentified=DEIDENTIFIED,
     style=STYLES,
     lower=(True, False),
-    labels=("rules", "codes", "chexbert", "chexpert"),
+    labels=("rules", "codes", "chexpert"),
 )
 
 
@@ -400,7 +400,7 @@ def add_labels(rows: list[dict], studies: list[Study], how: dict[str, Any]) -> d
     return faults
 
 # %% ../../nbs/data/05_studies.ipynb #23ac4771
-VERSION = 5  # of what an index holds
+VERSION = 6  # of what an index holds
 
 
 def _splits_table(path: Path | str) -> dict[str, str]:

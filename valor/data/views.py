@@ -97,6 +97,7 @@ class KnownViews:
     def __init__(self, folder: Path | str) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.db = sqlite3.connect(Path(folder) / "views.sqlite", timeout=60, isolation_level=None)
+        (Path(folder) / "views.sqlite").chmod(0o600)  # paths may name patients
         self.db.execute("CREATE TABLE IF NOT EXISTS views (film TEXT PRIMARY KEY, view TEXT) WITHOUT ROWID")
 
     def get(self, paths: Iterable[str]) -> dict[str, str]:

@@ -32,6 +32,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from ..data.images import read_image, square
 from ..expert.two_images import study_features
 from ..files import own_lines, report_lines
 from . import statistics as ev
@@ -236,7 +237,8 @@ def ratescore(options: dict) -> tuple[Gauge, str | None]:
             "(FremyCompany/BioLORD-2023-C), after `make scorers`"
         )
     given = dict(embedder=embedder) if embedder else {}
-    return mean_of("ratescore", "ratescore", f"ratescore {folder}", model=folder, **given)
+    key = " ".join(["ratescore", str(folder), *map(str, given.values())])
+    return mean_of("ratescore", "ratescore", key, model=folder, **given)
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #81dbbdc9
 def green(options: dict) -> tuple[Gauge, str | None]:
@@ -458,12 +460,10 @@ def _image_paths(frame: pd.DataFrame, root: Path | str | None) -> list[list[Path
 # %% ../../nbs/metrics/01_evaluate.ipynb #20ce7d1b
 def _vectors_of(expert: Any, paths: Sequence[Sequence[Path]]) -> np.ndarray:
     "The expert's vectors (N, D) of studies with the images at `paths`, 32 studies at a time."
-    from PIL import Image
-
     parts = []
     for start in tqdm(range(0, len(paths), 32), desc="images", leave=False):
         some = paths[start : start + 32]
-        images = [[Image.open(path).convert("L") for path in study] for study in some]
+        images = [[square(read_image(path)) for path in study] for study in some]
         parts.append(np.asarray(study_features(expert, images)))
     return np.concatenate(parts)
 
@@ -564,6 +564,9 @@ def measured(request: Request) -> tuple[dict[str, pd.DataFrame], dict[str, tuple
             found |= shown_of(name, request.options)
         except NotRun as e:
             request.not_run[name] = str(e)
+    if not found:
+        wants = "; ".join(f"{name} wants {what}" for name, what in request.not_run.items())
+        raise ValueError(f"metrics: none of {', '.join(request.chosen)} can be run ({wants})")
     frames = {}
     for system, frame in request.systems.items():
         frames[system] = pd.concat(parts[system], axis=1).set_axis(frame.index)

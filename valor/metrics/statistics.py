@@ -570,6 +570,11 @@ def _one_for_all(frames: Mapping, control: str, other: str) -> bool:
     return len({tuple(frame.index) for frame in frames[other].values()}) == 1
 
 
+def _comparable(frames: Mapping, a: str, b: str) -> bool:
+    "Whether the systems `a` and `b` share a seed, or one is an untrained control that stands for all seeds."
+    return bool(set(frames[a]) & set(frames[b])) or _one_for_all(frames, a, b) or _one_for_all(frames, b, a)
+
+
 def _same_seeds(frames: Mapping, system: str, against: str) -> list[dict] | None:
     "The frames of both systems on the seeds that both have; None where no choice is needed or possible."
     mine, its = frames[system], frames.get(against, {})
@@ -600,11 +605,13 @@ def system_table(
 
     `frames`: {system: {seed: frame}}. `value` is the mean over seeds; the interval is a percentile
     bootstrap over seeds and studies, with `n` draws. Where a system lacks a seed that `against` has, the
-    two are compared on the seeds that both have; an untrained control with the mean over all where these
-    share their studies, as it has one seed for all."""
+    two are compared on the seeds that both have (and not at all where they share none); an untrained control
+    with the mean over all where these share their studies, as it has one seed for all."""
     rows, seen = [], {s: drawn(by_seed, metrics, n, seed) for s, by_seed in frames.items()}
     for system, by_seed in frames.items():
         ours, theirs = seen[system], seen.get(against) if system != against else None
+        if theirs and not _comparable(frames, system, against):
+            theirs = None
         if theirs and (same := _same_seeds(frames, system, against)):
             ours, theirs = [drawn(f, metrics, n, seed) for f in same]
         size = dict(seeds=len(by_seed), studies=len(next(iter(by_seed.values()))))
@@ -634,7 +641,9 @@ def paired_difference(
 ) -> tuple[float, float, float]:
     """(a − b, lo, hi) of one metric for two systems of `frames` (see `aggregate`), bootstrapped over the
     same studies and the seeds that both have; an untrained control of one seed stands beside all seeds
-    where these share their studies."""
+    where these share their studies. NaN where they share no seed."""
+    if not _comparable(frames, a, b):
+        return float("nan"), float("nan"), float("nan")
     pair = _same_seeds(frames, a, b) or [frames[a], frames[b]]
     chosen = {metric: metrics[metric]}
     ours, theirs = (drawn(f, chosen, n_boot, seed)[metric] for f in pair)

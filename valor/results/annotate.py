@@ -133,6 +133,8 @@ def read_marks(path: Path | str, key: Mapping) -> tuple[str, dict[str, str], dic
     """`(reader, marks, missing)` of a file that the page of `key` saved. ValueError for a file of another
     page, or one that marks a sentence which is not there."""
     found = read_json_object(path)
+    if lacks := [name for name in ("page", "marks", "missing") if name not in found]:
+        raise ValueError(f"{path}: no {lacks[0]!r} in it; expected marks that the page saved")
     if found.get("page") != key["page"]:
         raise ValueError(f"{path}: marks of another page; expected those saved from the page of this key")
     for place, mark in found["marks"].items():
@@ -206,6 +208,10 @@ def run_agreement(args: argparse.Namespace, settings: dict) -> None:
     "Run `valor agreement` with parsed arguments."
     try:
         key = read_json_object(args.key)
+        if lacks := [name for name in ("page", "systems", "orders", "sentences") if name not in key]:
+            raise ValueError(
+                f"{args.key}: no {lacks[0]!r} in it; expected the key beside the page (….key.json)"
+            )
         readers = [read_marks(path, key) for path in args.marks]
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         sys.exit(f"valor agreement: {e}")

@@ -19,7 +19,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -163,6 +163,7 @@ class System:
     references: dict  # {study_id: reference}, where its file has them
     data: Path  # the folder of the data phase
     frame: Path | None = None  # the scores that the run kept
+    run: Path | None = None  # the folder of its evaluation; None for a file of reports
 
 # %% ../../nbs/results/03_gallery.ipynb #1153cef0
 def run_record(folder: Path) -> dict:
@@ -190,7 +191,7 @@ def data_of(folder: Path) -> Path:
     if record["phase"] == "data":
         return folder
     after = record["after"]
-    nearest = next(after[phase] for phase in ("data", "expert", *after) if phase in after)
+    nearest = next(after[phase] for phase in ("studies", "data", "expert", *after) if phase in after)
     return data_of(folder.parent / nearest)
 
 # %% ../../nbs/results/03_gallery.ipynb #gal7row0
@@ -257,7 +258,8 @@ def _read_evaluation(name: str | None, path: Path, data: Path | str | None) -> S
     table = pd.read_csv(reports, keep_default_na=False, dtype=str)
     texts = dict(zip(table["study_id"], table["completion"]))
     name = name or (row_name(folder) if condition == "test" else condition)
-    return System(name, texts, {}, Path(data or data_of(folder)), frame if frame.exists() else None)
+    kept_frame = frame if frame.exists() else None
+    return System(name, texts, {}, Path(data or data_of(folder)), kept_frame, folder)
 
 # %% ../../nbs/results/03_gallery.ipynb #e6fb9363
 def read_systems(
@@ -277,7 +279,9 @@ def read_systems(
     test = load_data(systems[0].data)["test"]
     for spec, system in zip(specs, systems):
         _check_studies(spec, system, test)
-    return systems, test, cfgs[0]
+    own = config_of(systems[0].run or systems[0].data)  # the data phase may be another run's
+    labels = dict(chexbert=own.chexbert, chexbert_uncertain=own.chexbert_uncertain)
+    return systems, test, replace(cfgs[0], **labels)
 
 # %% ../../nbs/results/03_gallery.ipynb #gal7chk0
 def _check_names(specs: Sequence[str], systems: Sequence[System]) -> None:

@@ -360,7 +360,7 @@ def inspect_phase(folder: Path, expected: dict) -> str:
     """'new', 'interrupted' or 'finished'. Raises `RunError` if `folder` holds anything but this phase,
     undamaged."""
     if not folder.exists() or all(path.suffix == ".tmp" for path in folder.iterdir()):
-        return "new"  # a kill may leave half a config.json.tmp
+        return "new"  # a kill may leave a half-written file (see `files.whole`)
     if not (folder / "config.json").exists():
         what = "holds files but no config.json, so it is not a run of this program"
         raise RunError(f"{folder}: {what}; move it away and start again")

@@ -93,7 +93,7 @@ def studies_of(cfg: Config) -> dict[str, int]:
     if cfg.benchmark in BENCHMARKS:
         there = _in_openi()
     else:
-        how = dict(size=cfg.image_size, sections=cfg.sections) | cfg.data_options
+        how = dict(size=cfg.image_size, sections=cfg.sections, context=cfg.context) | cfg.data_options
         there = {
             split: len(rows) for split, rows in load_studies(cfg.benchmark, cfg.data_root, **how).items()
         }

@@ -60,7 +60,7 @@ def target_of(
         raise RunError(f"evaluate-on {benchmark}: the run was trained on it; `valor run` evaluates it there")
     given = dict(benchmark=benchmark, data_root=root, data_options=options or {}, n_train=1, n_val=1)
     found = preset(cfg.preset, **given, **({} if n_test is None else dict(n_test=n_test)))
-    same = ["seed", "data_seed", "image_size", "threads"]
+    same = ["seed", "data_seed", "image_size", "threads", "context"]  # told abroad what it was told at home
     if benchmark in BENCHMARKS:  # a real source says itself which sections its reports have
         same.append("sections")
     return replace(found, omit=0.0, **{name: getattr(cfg, name) for name in same})

@@ -8,6 +8,7 @@ __all__ = ['JUDGES', 'truth_columns', 'judged', 'within_group', 'best_of', 'wort
            'compare_experts', 'better_expert']
 
 # %% ../../nbs/runs/04_trust.ipynb #tru00003
+import csv
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -137,7 +138,8 @@ def make_trust(out: Path, cfg: Config, after: Mapping[str, Path], name: str) -> 
     judges = {visual: visual_judge(visual, expert, val, seed=cfg.seed) for visual in JUDGES}
     frame = judged(candidates_of(cfg, val), val, cfg.benchmark, judges)
     table = trust_table(frame, cfg.benchmark, JUDGES)
-    frame.to_csv(out / "judged.csv", index=False)
+    # a report may hold a carriage return, which without quotes would end its row
+    frame.to_csv(out / "judged.csv", index=False, quoting=csv.QUOTE_ALL)
     table.to_csv(out / "trust.csv")
     write_json(out / "trust.json", dict(expert=cfg.expert, accepted=is_accepted(table), studies=len(val)))
 
