@@ -139,11 +139,13 @@ def test_hostile_reports_are_text_and_nothing_is_requested(browser, page):
         (dict(page="other"), "marks of another page"),
         (dict(marks={"nobody/0/0": "right"}), "no such sentence"),
         (dict(marks=None), "valor agreement"),
+        (None, "no 'marks' in it; expected marks that the page saved"),
     ],
 )
 def test_marks_that_do_not_fit_are_one_line(page, tmp_path, change, says):
     good = dict(page=key_of(page)["page"], reader="Ann", marks={}, missing={})
-    (tmp_path / "marks.json").write_text(json.dumps(good | change))
+    wrong = dict(page=good["page"]) if change is None else good | change
+    (tmp_path / "marks.json").write_text(json.dumps(wrong))
     with pytest.raises(SystemExit, match=says) as end:
         main(["agreement", str(an.key_path(page)), str(tmp_path / "marks.json")])
     assert "\n" not in str(end.value)

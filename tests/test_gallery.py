@@ -123,6 +123,15 @@ def test_text_is_data_whatever_it_says(page, data):
     assert page.read_text() == text
 
 
+def test_the_labeler_is_that_of_the_run_and_not_that_of_the_data_phase(runs, tmp_path):
+    run = tmp_path / runs["SFT"].name
+    shutil.copytree(runs["SFT"], run)
+    record = json.loads((run / "config.json").read_text())
+    record["full"]["chexbert"] = "/models/chexbert.pth"
+    (run / "config.json").write_text(json.dumps(record))
+    assert g.read_systems([str(run)], data=g.data_of(runs["SFT"]))[2].chexbert == "/models/chexbert.pth"
+
+
 def test_restricted_studies_are_judged_by_labels_and_kept_out_of_repositories(runs, tmp_path):
     from datasets import DatasetDict
 

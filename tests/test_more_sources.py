@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 import trees
+from PIL import Image
 
 from valor.config import preset
 from valor.data.sources import DataError
@@ -128,3 +130,23 @@ def test_tables_by_view_sex_and_age(roots, tmp_path, monkeypatch):
     counts = table.set_index("part").studies
     assert counts["F"] + counts["M"] == len(test) and (table.value == 1).all()
     assert set(table.part) == {"AP", "PA", "F", "M"}
+
+
+def test_a_table_of_ones_own_may_state_view_sex_and_age(tmp_path):
+    rows = ["image,view,report,split,age,sex"]
+    for i, (view, age, sex) in enumerate([("AP", 30, "F"), ("PA", 70, "male"), ("frontal", "", "")]):
+        Image.fromarray(np.arange(32 * 32, dtype=np.uint8).reshape(32, 32) + i).save(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png,{view},The lungs are clear and the heart is normal.,test,{age},{sex}")
+    (tmp_path / "mine.csv").write_text("\n".join(rows))
+    _, studies = rows_of("table", tmp_path / "mine.csv", tmp_path)
+    test = studies["test"]
+    assert (test["age"], test["sex"], test["position"]) == (
+        [30, 70, None],
+        ["F", "M", None],
+        ["AP", "PA", None],
+    )
+
+
+def test_chexpert_plus_states_the_indication(roots, tmp_path):
+    rows, _ = rows_of("chexpert_plus", roots["chexpert_plus"], tmp_path, context=["indication"])
+    assert {row["context"]["indication"] for row in rows.values()} == {"cough.", None}

@@ -181,6 +181,7 @@ def chexpert_plus(root, n=12):
                 ap_pa=("AP", "PA")[i % 3 == 0] if j == 0 else "",
             )
             text = dict(section_findings=findings, section_impression=impression, report="x")
+            text |= dict(section_history="Cough." if i % 2 else "")
             rows.append(dict(path_to_image=path, frontal_lateral=view) | who | text)
             labels.append(
                 dict(path_to_image=path) | {o: None for o in OBSERVATIONS} | {"Pleural Effusion": 1.0}

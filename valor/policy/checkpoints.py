@@ -21,11 +21,17 @@ from ..files import whole
 SEAL = "sha256.json"  # in a checkpoint: the digest of every other file in it, written last
 
 
+def _sha256(path: Path) -> str:
+    "SHA-256 of the file `path`, read in pieces."
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _digests(folder: Path | str) -> dict[str, str]:
     "`{path below folder: SHA-256}` of its files, except the seal and half-written ones (`.tmp`)."
     files = [p for p in sorted(Path(folder).rglob("*")) if p.is_file()]
     files = [p for p in files if p.name != SEAL and p.suffix != ".tmp"]
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    return {str(p.relative_to(folder)): _sha256(p) for p in files}
 
 
 def seal(checkpoint: Path | str) -> None:

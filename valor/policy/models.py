@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MODULES', 'ORIGINAL_LLAVA', 'EXAMPLES', 'KEPT_WITH', 'LOADING', 'parts', 'groups', 'all_modules', 'lora_config',
            'freeze_vision', 'image_tokens', 'check_completions', 'ending', 'check_kind', 'check_files',
-           'load_processor', 'check_policy', 'check_image_token', 'own_generation', 'load_policy', 'frozen_weights',
-           'loading', 'save_policy', 'film_side', 'memory_line']
+           'load_processor', 'at_home', 'check_policy', 'check_image_token', 'own_generation', 'load_policy',
+           'frozen_weights', 'loading', 'save_policy', 'film_side', 'memory_line']
 
 # %% ../../nbs/policy/01_models.ipynb #f46b3b97
 import json
@@ -298,7 +298,9 @@ def check_files(path: Path | str) -> None:
     folder = Path(path)
     if not folder.is_dir():
         return
-    index = next(iter(folder.glob("*.index.json")), None)
+    single = (folder / "model.safetensors").is_file()  # transformers' first choice
+    names = () if single else ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+    index = next((folder / name for name in names if (folder / name).is_file()), None)
     listed = json.loads(index.read_text())["weight_map"] if index else {}  # tensor → name of its file
     unlisted = [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]
     files = sorted({folder / name for name in listed.values()} or unlisted)
@@ -355,10 +357,16 @@ def load_processor(path: Path | str, trust_remote_code: bool = False) -> Process
     return processor
 
 # %% ../../nbs/policy/01_models.ipynb #d0de1a42
+def at_home(path: Path | str) -> Path | str:
+    "`path`, in which `~` at the beginning is the user's home."
+    return Path(path).expanduser() if str(path).startswith("~") else path
+
+
 def check_policy(path: Path | str, trust_remote_code: bool = False) -> ProcessorMixin:
     """The processor at `path`.
 
     Raises `ValueError` for every fault of what `load_policy` would load that can be known beforehand."""
+    path = at_home(path)
     check_kind(path, trust_remote_code)
     check_files(path)
     return load_processor(path, trust_remote_code)
@@ -415,6 +423,7 @@ def load_policy(
     `trust_remote_code`: code from the checkpoint may run. `kw` goes to `from_pretrained` (see
     `frozen_weights`). Raises `ValueError`, one line that names folder or parameter and the remedy, if the
     model is of another kind, damaged, or cannot be loaded like this."""
+    path = at_home(path)
     processor = check_policy(path, trust_remote_code)
     if attention != "auto":
         kw["attn_implementation"] = attention

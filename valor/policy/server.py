@@ -166,6 +166,8 @@ def as_trained(turns: list[dict], known: dict | None, prompt: Prompt) -> list[di
     """The conversation `turns`, whose last turn, if it holds images and no text, asks what `prompt` asks of a
     study of which this is `known`. Raises RequestError for a context that cannot be told."""
     parts = turns[-1]["content"]
+    if not parts:
+        raise RequestError(400, "messages: the user's last turn is empty; expected images, a text, or both")
     if any(part["type"] == "text" for part in parts):
         if known:
             raise RequestError(

@@ -391,8 +391,8 @@ def radeval_caches(weights: Path | str) -> dict[str, str]:
 class RadEval(OutsideScorer):
     """A metric of RadEval 2.2. `weights`: the folder with what RadEval downloads, see above.
 
-    A pair with an empty report scores 0, whatever the metric would say of it. With `whole_set` RadEval gets
-    all pairs of a call together, the empty ones too, because its numbers depend on all references."""
+    A pair with an empty report scores 0 and is not sent. With `whole_set` all pairs of a call are sent
+    together, because the numbers depend on all references; then an empty report gets the metric's number."""
 
     name = "radeval"
 

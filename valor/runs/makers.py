@@ -61,7 +61,7 @@ from ..policy.generate import with_adapter
 from ..policy.models import load_policy, loading, save_policy
 from ..policy.prompt import asked_by, conversations, image_lists, prompt_of
 from ..policy.tiny import build_policy, finding_targets, generate, warm_up_vision
-from ..rewards.compose import extras_of
+from ..rewards.compose import PAPER_SCORERS, extras_of
 from ..rewards.guard import probe
 from ..rewards.text import is_well_formed, report_body, scorer
 
@@ -418,7 +418,7 @@ def text_scorers(cfg: Config, keep: bool = True) -> dict[str, Any]:
             cache=kept,
         ),
         "format": scorer("format", reasoning=cfg.reasoning),
-        **{name: scorer(name) for name in extras_of(cfg)},
+        **{name: scorer(name) for name in extras_of(cfg) if name not in PAPER_SCORERS},
     }
 
 # %% ../../nbs/runs/02_makers.ipynb #d890b2f2

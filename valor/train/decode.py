@@ -49,17 +49,17 @@ class RoomLayer(FixedLayer):
 
     def __init__(self, room: "Room", read: DynamicLayer):
         super().__init__()
-        heads, held, width = read.keys.shape[1:]
+        heads, _, width = read.keys.shape[1:]
         prompts, drawn = (room.prompts, heads, room.slots, width), (room.rows, heads, room.more, width)
         self.prompt_keys, self.prompt_values = (read.keys.new_zeros(prompts) for _ in range(2))
         self.keys, self.values = (read.keys.new_zeros(drawn) for _ in range(2))
-        self.room, self.held, self.is_initialized = room, held, True
+        self.room, self.is_initialized = room, True
 
     def fill(self, read: DynamicLayer) -> None:
         "Take the prompts' keys and values from `read`; a sliding window's layer holds only the last of them."
-        self.held = read.keys.shape[2]
+        held = read.keys.shape[2]
         for own, theirs in ((self.prompt_keys, read.keys), (self.prompt_values, read.values)):
-            own[:, :, self.room.slots - self.held :] = theirs
+            own[:, :, self.room.slots - held :] = theirs
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kw: Any) -> tuple:
         "Write the keys and values `(N, KV, 1, D)` of the newest token."
@@ -387,7 +387,8 @@ class Steps:
     def _draw(self, policy: PreTrainedModel, room: Room, given: torch.Tensor | None) -> int:
         "Draw until every row has ended; returns how many tokens the longest has."
         step = partial(self._step, policy, room)
-        if room.at.device.type == "cuda" and given is None and self.can_capture:
+        # the capture runs two steps first, for which a room of one place is too small
+        if room.at.device.type == "cuda" and given is None and self.can_capture and room.more > 1:
             if self.graph is None or self.graph_policy is not policy:
                 self._capture(policy, room, step)
             if self.graph is not None:

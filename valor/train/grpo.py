@@ -61,7 +61,7 @@ from valor.policy.models import (
 )
 from ..policy.prompt import asked_by, conversations
 from ..rewards.compose import CLINICAL_SCORERS, advantages, extras_of, is_clinical_step, needed
-from ..rewards.guard import alarms, checked_scores, distinct_share, odd_line, probe
+from ..rewards.guard import RewardError, alarms, checked_scores, distinct_share, odd_line, probe
 from ..rewards.ranknorm import group_ranks
 from .memory import choose_parts, shape_of
 from .rollout import SharedRollout
@@ -196,7 +196,11 @@ def _scorer(rewards: Rewards, name: str) -> Callable:
         if name not in needed(rewards.k, rewards.k_clin, rewards.extras):
             return [None] * len(completions)
         scorer = rewards.scorers[name]
-        wanted = {n: columns[n] for n in getattr(scorer, "needs", ()) if n != "reference"}
+        needs = [n for n in getattr(scorer, "needs", ()) if n != "reference"]
+        if absent := [n for n in needs if n not in columns]:
+            there = ", ".join(columns)
+            raise RewardError(f"reward {name!r} needs the column {absent[0]!r}; the data have {there}")
+        wanted = {n: columns[n] for n in needs}
         return _checked(rewards, name, scorer, completions, report, columns, **wanted)
 
     score.__name__ = name  # TRL names the column after the function
@@ -464,7 +468,7 @@ class RewardedRollout(CountedRollout):
 
 # %% ../../nbs/train/00_grpo.ipynb #de9197dd
 class WholeGeneration(RewardedRollout):
-    "Makes a generation whose reward thread has ended in any case, even if the reference fails."
+    "Makes a generation; its reward thread has finished the batch in any case, even if the reference fails."
 
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
         self._inputs = inputs
@@ -477,15 +481,17 @@ class WholeGeneration(RewardedRollout):
 
 # %% ../../nbs/train/00_grpo.ipynb #578649b1
 def _record(
-    trainer: WholeGeneration, scores: dict[str, torch.Tensor], R: torch.Tensor, A: torch.Tensor
+    trainer: WholeGeneration, scores: dict[str, torch.Tensor], R: torch.Tensor, A: torch.Tensor | None = None
 ) -> None:
-    """Replace TRL's rewards and advantages in the log with the composite reward `R` and our advantages `A`.
+    """Replace TRL's rewards and advantages in the log with the composite reward `R` and our advantages `A`
+    (None: TRL's stay).
     Add how each column agrees, inside the groups, with the composite, and with the truth if it is watched."""
     log = trainer._metrics["train" if trainer.model.training else "eval"]
-    logged = trainer._logs["advantages"]
-    recent = list(logged)[: -len(A)]
-    logged.clear()
-    logged.extend(recent + A.tolist())
+    if A is not None:
+        logged = trainer._logs["advantages"]
+        recent = list(logged)[: -len(A)]
+        logged.clear()
+        logged.extend(recent + A.tolist())
     group_size = trainer.num_generations
     log["reward"][-1] = R.mean().item()
     log["reward_std"][-1] = R.view(-1, group_size).std(1).mean().item()
@@ -506,7 +512,9 @@ def set_advantages(
     `scores`: {name: (N,)}. With `rank_norm='grpo'` TRL's advantages stay."""
     cfg = trainer.cfg
     if cfg.rank_norm == "grpo":
-        return (trainer.scores * trainer.reward_weights.to(trainer.scores)).nansum(1)
+        R = (trainer.scores * trainer.reward_weights.to(trainer.scores)).nansum(1)
+        _record(trainer, scores, R)
+        return R
     R, A = advantages(scores, trainer.rewards.k, trainer.num_generations, cfg, trainer.lambda_vis)
     start = trainer.accelerator.process_index * n
     output["advantages"] = A.to(output["advantages"])[start : start + n]
@@ -557,7 +565,9 @@ def _warnings(trainer: "LoggedRollout") -> dict[str, float]:
     for name, studies in odd.items():
         tqdm.write(odd_line(name, studies, f"k={trainer.k}"))
     columns = {f"alarm/{name}": last / first for name, (first, last) in raised.items()}
-    return columns | {f"odd/{name}": len(studies) for name, studies in odd.items()}
+    shares = gather_object([{name: len(studies) for name, studies in odd.items()}])
+    names = dict.fromkeys(name for share in shares for name in share)  # of all processes
+    return columns | {f"odd/{name}": sum(share.get(name, 0) for share in shares) for name in names}
 
 # %% ../../nbs/train/00_grpo.ipynb #fe85e36b
 class LoggedRollout(WholeGeneration):
@@ -710,7 +720,8 @@ def linear_weights(cfg: Config) -> dict[str, float]:
         format=cfg.lambda_format,
     )
     for name, (equation, weight) in extras_of(cfg).items():
-        weights[name] = weight * (cfg.lambda_clin if equation == 4 else 1)
+        # a second weight for a reward of the paper adds to the first
+        weights[name] = weights.get(name, 0.0) + weight * (cfg.lambda_clin if equation == 4 else 1)
     return weights
 
 # %% ../../nbs/train/00_grpo.ipynb #grl00021
@@ -767,8 +778,9 @@ def settle_parts(cfg: Config, policy: PreTrainedModel, prompt: int, per_device: 
     if device.type != "cuda" or os.environ.get("ACCELERATE_USE_FSDP") == "true":
         return replace(cfg, gradient_accumulation_steps=1)
     gpu = torch.cuda.get_device_properties(device).total_memory / 1e9
-    prompts = max(1, (per_device or cfg.batch_size * cfg.group_size) // cfg.group_size)
-    sizes = dict(prompts=prompts, group=cfg.group_size, prompt=prompt, new=cfg.max_new_tokens, r=cfg.lora_r)
+    rows = per_device or cfg.batch_size * cfg.group_size
+    group = math.gcd(rows, cfg.group_size)  # a process may hold a piece of a group
+    sizes = dict(prompts=rows // group, group=group, prompt=prompt, new=cfg.max_new_tokens, r=cfg.lora_r)
     decided = {"on": True, "off": False}.get(cfg.gradient_checkpointing)
     parts, recomputed = choose_parts(shape_of(policy.config), gpu, decided, held=cfg.policy_weights, **sizes)
     chosen = f"{parts} parts on this GPU of {gpu:.0f} GB"

@@ -416,8 +416,8 @@ def _fuse(undo: ExitStack, policy: PreTrainedModel, room: Any) -> None:
 @contextmanager
 def faster(policy: PreTrainedModel, room: Any) -> Iterator[None]:
     """Inside, the language model of `policy` computes its norms, rotations, gates and the products that
-    share an input with the kernels here, each only where it gives what transformers' own gives on random
-    input."""
+    share an input with the kernels here; norms, rotations and gates only where they give what those of
+    transformers give on random input."""
     room.fast = can_fuse(room)
     if not room.fast:
         yield

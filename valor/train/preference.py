@@ -28,6 +28,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from ..config import IMAGE_MARK, Config, parts_in
+from ..data.images import read_image, square
 from ..files import UNREADABLE, DataError, json_lines, json_value, one_line, opened, own_lines
 from ..metrics.statistics import as_completion
 from ..policy.adapter import ProjectorRate, adapters_on, beside
@@ -86,8 +87,11 @@ def whole_lines(path: Path, chunk: int) -> int:
 
     Creates an empty file if there is none."""
     whole = len(own_lines(path, '{"row": ')) // chunk * chunk
-    kept = path.read_bytes().split(b"\n")[:whole] if whole else []
-    path.write_bytes(b"".join(line + b"\n" for line in kept))
+    path.touch()
+    with path.open("r+b") as file:  # nothing that is whole is written again
+        for _ in range(whole):
+            file.readline()
+        file.truncate(file.tell())
     return whole
 
 # %% ../../nbs/train/03_preference.ipynb #odd00001
@@ -364,7 +368,8 @@ def clinical_pairs(samples: list[dict], data: Dataset, judge: Any, noise: str) -
 def _shown(p: dict, data: Dataset) -> tuple[list[Image.Image], list]:
     "The RGB images of the pair `p`, and the boxes of the findings that were drawn into them."
     if p["row"] < 0:
-        return [Image.open(p["image"]).convert("RGB")], []
+        size = data[0]["image"].width  # as the films of training studies
+        return [square(read_image(p["image"]), size).convert("RGB")], []
     study = data.select([p["row"]])
     return [im.convert("RGB") for im in image_lists(study)[0]], [t["box"] for t in study[0]["truth"]]
 

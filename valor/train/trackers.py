@@ -59,7 +59,11 @@ class _ClearNames:
         **kw: Any,
     ) -> None:
         "Pass on the row `logs` with clear names, without what was not computed (NaN)."
-        numbers = {clear_name(name): value for name, value in (logs or {}).items() if value == value}
+        numbers = {
+            clear_name(name): value
+            for name, value in (logs or {}).items()
+            if value is not None and value == value
+        }
         super().on_log(args, state, control, logs=numbers, **kw)
 
     def on_train_end(
