@@ -259,8 +259,9 @@ def open_expert(folder: Path | str, cfg: Config) -> FrozenExpert:
     """The expert of an `expert` phase; the features of images are kept for all runs. `RunError` where
     another model lies now where the phase found its own."""
     elsewhere = Path(folder) / "expert.json"
-    given = read_json(elsewhere) if elsewhere.exists() else dict(path=Path(folder) / "model")
-    expert = load_expert(given["path"], labeler(cfg), cache=runs_dir() / "scores")
+    given = read_json(elsewhere) if elsewhere.exists() else {}
+    path = cfg.expert if given else Path(folder) / "model"  # a real one may have moved since
+    expert = load_expert(path, labeler(cfg), cache=runs_dir() / "scores")
     if given.get("key") not in (None, expert.key):
         raise RunError(
             f"{elsewhere}: this run began with other weights ({given['key']}) than expert={cfg.expert!r} "
@@ -368,10 +369,11 @@ def make_base(out: Path, cfg: Config, after: Mapping[str, Path], name: str) -> N
     shutil.rmtree(out / "init")
 
 # %% ../../nbs/runs/02_makers.ipynb #a528a5b9
-def policy_in(folder: Path | str) -> Path | str:
-    "Where the policy of a `base` or `sft` phase is: its own folder, or the checkpoint that `base` named."
-    elsewhere = Path(folder) / "policy.json"
-    return read_json(elsewhere)["path"] if elsewhere.exists() else Path(folder) / "policy"
+def policy_in(name: str, cfg: Config) -> Path | str:
+    "Where the policy of the phase `name` (base or sft) lies: in its folder, or where `cfg.base` says."
+    if name == "base" and cfg.base != "embedded":
+        return cfg.base
+    return phase_folder(name, cfg) / "policy"
 
 # %% ../../nbs/runs/02_makers.ipynb #84838204
 @maker("sft")
@@ -384,7 +386,7 @@ def make_sft(out: Path, cfg: Config, after: Mapping[str, Path], name: str) -> No
     training = dict(epochs=cfg.sft_epochs, lr=cfg.sft_lr, seed=cfg.seed, save_steps=cfg.save_steps)
     training |= dict(lora_r=cfg.lora_r, lora_alpha=cfg.lora_alpha)
     log = sft(
-        policy_in(after["base"]),
+        policy_in("base", cfg),
         rows,
         out / "policy",
         cfg.sft_mode,
@@ -534,7 +536,7 @@ def make_stage(out: Path, cfg: Config, after: Mapping[str, Path], name: str) -> 
         check_accepted(cfg)
     rewards = rewards_of(cfg, open_expert(after["expert"], cfg) if stage == 2 else None)
     before = start_after(after["stage1"]) if stage == 2 else {}
-    policy = policy_in(phase_folder("sft", cfg))
+    policy = policy_in("sft", cfg)
     train = load_data(phase_folder("data", cfg))["train"]
     lambda_vis = cfg.lambda_vis if stage == 2 else 0.0
     log = align(policy, train, out, rewards, cfg, stage, lambda_vis, **before)
@@ -593,7 +595,7 @@ def make_preference(out: Path, cfg: Config, after: Mapping[str, Path], name: str
     train = load_data(phase_folder("data", cfg))["train"]
     pairs = pairs_for(name, cfg, after["samples"], train)
     log = prefer(
-        policy_in(phase_folder("sft", cfg)),
+        policy_in("sft", cfg),
         pairs,
         train,
         out,
@@ -623,7 +625,7 @@ def policy_with(weights: str, cfg: Config, adapter: Path | None = None) -> tuple
     """`(model, processor)` of phase `weights` (base or sft), with the adapter of folder `adapter` in or
     beside its weights (`with_adapter`). A base from elsewhere is asked what the run asks."""
     dtype = torch.float32 if cfg.policy_weights == "float32" else torch.bfloat16
-    model, processor = load_policy(policy_in(phase_folder(weights, cfg)), dtype, **loading(cfg))
+    model, processor = load_policy(policy_in(weights, cfg), dtype, **loading(cfg))
     if weights == "base":
         processor.prompt = prompt_of(cfg)
     return model if adapter is None else with_adapter(model, adapter), processor

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['LABELER', 'SCORING', 'PHASES', 'AT_PATHS', 'NO_PATHS', 'SEEDS', 'LATER', 'CHOICE', 'MAKERS', 'OUTSIDE', 'LISTENERS',
            'MISTAKES', 'Phase', 'comes_after', 'chooses', 'fields_reaching', 'sees_two', 'tells_by_report',
-           'phase_config', 'phase_key', 'phase_folder', 'looks_like_a_path', 'held_by', 'explain', 'read_json',
-           'write_json', 'inspect_phase', 'check_machine', 'locked', 'finish', 'drop_checkpoints', 'cost_of', 'maker',
-           'announced', 'ensure', 'begin', 'load_data', 'check_updates', 'alone', 'alone_here']
+           'phase_config', 'phase_key', 'phase_folder', 'looks_like_a_path', 'held_by', 'by_content', 'explain',
+           'read_json', 'write_json', 'inspect_phase', 'check_machine', 'locked', 'finish', 'drop_checkpoints',
+           'cost_of', 'maker', 'announced', 'ensure', 'note_paths', 'begin', 'load_data', 'check_updates', 'alone',
+           'alone_here']
 
 # %% ../../nbs/runs/01_phases.ipynb #phs00002
 import contextlib
@@ -210,17 +211,13 @@ def tells_by_report(cfg: Config) -> bool:
 
 # %% ../../nbs/runs/01_phases.ipynb #phs00062
 def phase_config(name: str, cfg: Config) -> dict:
-    """All that determines the phase `name` under `cfg`: its own fields, what the files and folders that
-    they name hold, the version of its code, and the keys of the phases before it."""
-    after, fields, version = PHASES[name]
-    holds = {}
-    for field in fields:
-        if field in AT_PATHS:
-            holds |= held_by(field, getattr(cfg, field))
+    """All that determines the phase `name` under `cfg`: its own fields (of files and folders what they hold,
+    `by_content`), the version of its code, and the keys of the phases before it."""
+    after, _, version = PHASES[name]
     found = dict(
         phase=name,
         version=version,
-        fields=fields_reaching(name, cfg),
+        fields={field: by_content(field, value) for field, value in fields_reaching(name, cfg).items()},
         after={before: phase_key(before, cfg) for before in after},
     )
     if name == "expert" and sees_two(cfg):
@@ -228,7 +225,7 @@ def phase_config(name: str, cfg: Config) -> dict:
         found["images"] = "all of a study"
     if name == "expert" and tells_by_report(cfg):
         found["apart"] = "by report"
-    return found | ({"holds": holds} if holds else {})
+    return found
 
 # %% ../../nbs/runs/01_phases.ipynb #b9274673
 def phase_key(name: str, cfg: Config) -> str:
@@ -250,6 +247,8 @@ def held_by(name: str, value: Any) -> dict[str, str]:
     """{path: what it holds} for the files and folders that the `value` of the parameter `name` names (see
     `fingerprint_once`). For a path that is gone: what it held when a phase in the runs folder began with
     it, so that finished runs stay readable."""
+    if name not in AT_PATHS:
+        return {}
     if isinstance(value, dict):
         return {path: state for each in value.values() for path, state in held_by(name, each).items()}
     if not isinstance(value, str) or value in NO_PATHS:
@@ -260,6 +259,15 @@ def held_by(name: str, value: Any) -> dict[str, str]:
         return {}
     state = fingerprint_once(value) or _noted().get(value)
     return {value: state} if state else {}
+
+
+def by_content(name: str, value: Any) -> Any:
+    """The `value` of the parameter `name` with what files and folders hold in place of their paths, so that a
+    run is found again when its data or weights have moved."""
+    if isinstance(value, dict):
+        return {key: by_content(name, each) for key, each in value.items()}
+    held = held_by(name, value)
+    return f"holds {held[value]}" if held else value
 
 
 def _noted() -> dict[str, str]:
@@ -279,8 +287,8 @@ def _why_in(field: str, name: str, cfg: Config) -> str | None:
     "Why `field` is in the key of the phase `name`; None where it is not."
     reaching = fields_reaching(name, cfg)
     if field in reaching:
-        named = list(held_by(field, reaching[field])) if field in AT_PATHS else []
-        holds = f", and what {' and '.join(named)} holds" if named else ""
+        named = list(held_by(field, reaching[field]))
+        holds = f"; what {' and '.join(named)} holds counts, not where it lies" if named else ""
         choice = "" if field in PHASES[name].fields else ", which decides the checkpoint that is read"
         return f"in: {reaching[field]!r}{holds}{choice}"
     before = [phase for phase in PHASES if phase in comes_after(name) - {name}]
@@ -532,6 +540,14 @@ def _note(holds: dict[str, str]) -> None:
     with locked(path):
         write_json(path, _noted() | holds)
 
+
+def note_paths(name: str, cfg: Config) -> None:
+    "Note what the files and folders hold that `cfg` names for the phase `name`, if it is one of `PHASES`."
+    fields = fields_reaching(name, cfg) if name in PHASES else {}
+    holds = [held_by(field, value) for field, value in fields.items()]
+    if any(holds):
+        _note({path: state for held in holds for path, state in held.items()})
+
 # %% ../../nbs/runs/01_phases.ipynb #df5ca8b6
 def begin(folder: Path, expected: dict, cfg: Config) -> str:
     "Inspect the phase in `folder` and, unless it is finished, declare it begun. Returns its status."
@@ -547,8 +563,7 @@ def begin(folder: Path, expected: dict, cfg: Config) -> str:
     if terms_of(cfg.benchmark).restricted:
         folder.chmod(0o700)  # also one that was begun before this was so
     if status == "new":
-        if expected.get("holds"):
-            _note(expected["holds"])
+        note_paths(expected["phase"], cfg)
         write_json(folder / "config.json", _record(expected, cfg))
     return status
 

@@ -388,6 +388,6 @@ def run_train(args: Namespace, settings: dict) -> None:
     print(f"{folder}")
     if args.until != "sft":
         print(
-            f"one folder of it: valor merge --base {policy_in(phase_folder('sft', cfg))} --adapter "
+            f"one folder of it: valor merge --base {policy_in('sft', cfg)} --adapter "
             f"{folder / 'adapter'} --out FOLDER"
         )
