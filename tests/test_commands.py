@@ -173,10 +173,8 @@ def desk(tmp_path_factory):
         )
     )
     (desk / "prompts.txt").write_text("Describe this chest X-ray.\nWrite a report of this film.\n")
-    (desk / "mylab.py").write_text(
-        "class Sides:\n    def score(self, candidates, references): return [float('left' in c) for c in "
-        "candidates]\n"
-    )
+    guide = (ROOT / "docs/adding-your-own.md").read_text()
+    (desk / "mylab.py").write_text(re.search(r"```python\n(# mylab\.py\n.*?)```", guide, re.S)[1])
     return desk
 
 
@@ -311,9 +309,12 @@ HOW = [  # (beginning of a command, how it is run at miniature size)
     ("valor gallery ", gallery),
     ("valor data-report kaggle_indiana ", plain("## Leakage")),
     ("valor run --set benchmark=kaggle_indiana ", run_to("data")),
-    ("valor run --preset paper --set benchmark=mimic_cxr_jpg ", run_to("data", **HUB)),
+    (
+        "valor run --preset paper --set base=llava-med-hf --set benchmark=mimic_cxr_jpg ",
+        run_to("data", **HUB),
+    ),
     ("valor run --set benchmark=table ", run_to("sft")),
-    ("valor run --preset paper --set chexbert=", run_to("data", expert=HUB["expert"])),
+    ("valor run --preset paper --set base=llava-med-hf --set chexbert=", run_to("data", **HUB)),
     ("valor run --set 'extra_rewards=", run_to("stage1")),
     (
         "valor evaluate ",
