@@ -75,7 +75,7 @@ def test_the_whole_way_with_context_two_views_and_reasoning(kind, tmp_path, monk
     monkeypatch.setattr(kind_of, "forward", reading)
     folder = ensure("eval_stage2", cfg)
     for text in texts:  # SFT, rollouts and evaluation asked the same
-        assert "View: frontal and lateral. See" in text and "Describe" not in text, text
+        assert "View: pa and lateral. See" in text and "Describe" not in text, text
     assert any("Indication: cough. View" in text for text in texts)
     assert any("<think>" in text and "impression: " in text for text in texts)  # what SFT taught
     assert (folder / "frame test.csv").exists() and (folder / "frame blank image.csv").exists()
