@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from .config import runs_dir
+from .files import sha256_of
 
 # %% ../nbs/00e_contents.ipynb #c0a1c005
 def cache_dir() -> Path:
@@ -72,8 +73,7 @@ class Digests:
         state = [stat.st_size, stat.st_mtime_ns]
         if path in self.known and self.known[path][0] == state:
             return self.known[path][1]
-        with open(path, "rb") as f:
-            digest = hashlib.file_digest(f, "sha256").hexdigest()[:32]
+        digest = sha256_of(path)[:32]
         if time.time_ns() - stat.st_mtime_ns > SETTLED:
             self.new.append((path, *state, digest))
         return digest

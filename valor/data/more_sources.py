@@ -298,19 +298,19 @@ def _rex_study(name: str, entry: Mapping, root: Path, split: str, where: str) ->
         why = "ImagePath and ImageViewPosition are no lists of one length"
         return Fault(name, "views do not fit", where, why)
     places = [str(root / str(path).removeprefix("../")) for path in paths]
-    stated = [rex_position(view) for view in views]
+    positions = [rex_position(view) for view in views]
     return Study(
         name,
         id_in(entry, "PatientID", name.split("_")[0]),
         where,
         str(entry.get("Findings") or ""),
         str(entry.get("Impression") or ""),
-        images=[(p, view_of(v)) for p, v in zip(places, stated)],
+        images=[(p, view_of(v)) for p, v in zip(places, positions)],
         split=split,
         age=age_of(entry.get("PatientAge")),
         sex=sex_of(entry.get("PatientSex")),
-        positions=dict(zip(places, stated)),
-        context={name.lower(): str(entry.get(name) or "") for name in ("Indication", "Comparison")},
+        positions=dict(zip(places, positions)),
+        context={name.lower(): stated(str(entry.get(name) or "")) for name in ("Indication", "Comparison")},
     )
 
 # %% ../../nbs/data/04a_more_sources.ipynb #mor00018

@@ -807,15 +807,13 @@ def _own(row: dict, where: str, base: Path, name: str) -> Study | Fault:
     report, findings, impression = (value_in(row, column).strip() for column in _TEXTS)
     images, views = _own_images(row)
     paths = [str(base / i) if isinstance(i, str) else i for i in images]
-    stated = [view_of(v) for v in views or ["unknown"] * len(images)]
+    sides = [view_of(v) for v in views or ["unknown"] * len(images)]
     patient = id_in(row, "patient_id", study)
     told = {column: _own_text(row, column) for column in _TOLD if value_in(row, column) != ""}
     known = dict(context=told, previous_patient=row.get("previous_patient"))
     known |= dict(age=age_of(told.get("age")), sex=sex_of(told.get("sex")))
     known |= dict(positions=_own_positions(paths, views))
-    return Study(
-        study, patient, where, findings, impression, report, list(zip(paths, stated)), split, **known
-    )
+    return Study(study, patient, where, findings, impression, report, list(zip(paths, sides)), split, **known)
 
 # %% ../../nbs/data/04_sources.ipynb #62291210
 def _kind(path: Path) -> str:

@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 
 from ..data.images import read_image, square
 from ..expert.two_images import study_features
-from ..files import own_lines, report_lines
+from ..files import own_lines, report_lines, sha256_of
 from . import statistics as ev
 from .conventions import chosen_conventions, convention_columns, rows_of
 from ..rewards.radgraph import LEVELS, graph_set
@@ -584,7 +584,7 @@ def provenance(request: Request, paths: Sequence[Path | str], n_boot: int, seed:
         options=request.options,
         backends={name: key for name, (_, key) in request.gauges.items()},
         not_run=request.not_run,
-        files={str(p): hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in paths},
+        files={str(p): sha256_of(p) for p in paths},
         empty={s: {c: int((f[c] == "").sum()) for c in columns} for s, f in systems.items()},
         distinct={s: f.candidate.nunique() / len(f) for s, f in systems.items()},
         versions={name: importlib.metadata.version(name) for name in packages},

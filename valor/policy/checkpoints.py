@@ -6,7 +6,6 @@
 __all__ = ['SEAL', 'seal', 'fault_of', 'last_complete_checkpoint', 'keep', 'restore']
 
 # %% ../../nbs/policy/06_checkpoints.ipynb #9b0f7002
-import hashlib
 import json
 import os
 import re
@@ -15,23 +14,17 @@ from pathlib import Path
 
 import torch
 
-from ..files import whole
+from ..files import sha256_of, whole
 
 # %% ../../nbs/policy/06_checkpoints.ipynb #9b0f7005
 SEAL = "sha256.json"  # in a checkpoint: the digest of every other file in it, written last
-
-
-def _sha256(path: Path) -> str:
-    "SHA-256 of the file `path`, read in pieces."
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digests(folder: Path | str) -> dict[str, str]:
     "`{path below folder: SHA-256}` of its files, except the seal and half-written ones (`.tmp`)."
     files = [p for p in sorted(Path(folder).rglob("*")) if p.is_file()]
     files = [p for p in files if p.name != SEAL and p.suffix != ".tmp"]
-    return {str(p.relative_to(folder)): _sha256(p) for p in files}
+    return {str(p.relative_to(folder)): sha256_of(p) for p in files}
 
 
 def seal(checkpoint: Path | str) -> None:

@@ -115,14 +115,17 @@ def annotate(
     return out
 
 # %% ../../nbs/results/07_annotate.ipynb #ann0000b
-def read_json_object(path: Path | str) -> dict:
-    "The JSON object in a file. Raises ValueError that names the file where there is none."
+def read_json_object(path: Path | str, names: Sequence[str], what: str) -> dict:
+    """The JSON object in the file `path`, which is `what` and has `names`. Raises ValueError that names the
+    file where it is anything else."""
     try:
         found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise ValueError(f"{path}: cannot be read ({e})") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected one JSON object")
+    if lacks := [name for name in names if name not in found]:
+        raise ValueError(f"{path}: no {lacks[0]!r} in it; expected {what}")
     return found
 
 # %% ../../nbs/results/07_annotate.ipynb #78ab8706
@@ -132,9 +135,7 @@ MARKS = ("right", "minor", "major")
 def read_marks(path: Path | str, key: Mapping) -> tuple[str, dict[str, str], dict[str, list]]:
     """`(reader, marks, missing)` of a file that the page of `key` saved. ValueError for a file of another
     page, or one that marks a sentence which is not there."""
-    found = read_json_object(path)
-    if lacks := [name for name in ("page", "marks", "missing") if name not in found]:
-        raise ValueError(f"{path}: no {lacks[0]!r} in it; expected marks that the page saved")
+    found = read_json_object(path, ("page", "marks", "missing"), "marks that the page saved")
     if found.get("page") != key["page"]:
         raise ValueError(f"{path}: marks of another page; expected those saved from the page of this key")
     for place, mark in found["marks"].items():
@@ -207,11 +208,8 @@ def run_annotate(args: argparse.Namespace, options: dict) -> None:
 def run_agreement(args: argparse.Namespace, settings: dict) -> None:
     "Run `valor agreement` with parsed arguments."
     try:
-        key = read_json_object(args.key)
-        if lacks := [name for name in ("page", "systems", "orders", "sentences") if name not in key]:
-            raise ValueError(
-                f"{args.key}: no {lacks[0]!r} in it; expected the key beside the page (….key.json)"
-            )
+        names = ("page", "systems", "orders", "sentences")
+        key = read_json_object(args.key, names, "the key beside the page (….key.json)")
         readers = [read_marks(path, key) for path in args.marks]
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         sys.exit(f"valor agreement: {e}")

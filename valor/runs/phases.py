@@ -14,7 +14,6 @@ __all__ = ['LABELER', 'SCORING', 'PHASES', 'AT_PATHS', 'NO_PATHS', 'SEEDS', 'LAT
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import json
 import os
 import resource
@@ -38,7 +37,7 @@ from ..data.benchmarks import benchmark_of
 from ..data.restricted import PlaceError, check_place, kept
 from ..data.sources import DataError, terms_of
 from ..data.studies import reading
-from ..files import whole
+from ..files import sha256_of, whole
 from ..policy.models import LOADING
 from ..rewards.guard import RewardError
 from ..rewards.text import StoreError
@@ -345,7 +344,7 @@ def _read_dict(path: Path, *keys: str) -> dict:
 @lru_cache(4096)
 def _sha256(path: str, size: int, mtime: int) -> str:
     "SHA-256 of a file, read once for every size and time of change (ns)."
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return sha256_of(path)
 
 
 def _digest(path: Path) -> str:

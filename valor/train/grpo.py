@@ -484,8 +484,8 @@ def _record(
     trainer: WholeGeneration, scores: dict[str, torch.Tensor], R: torch.Tensor, A: torch.Tensor | None = None
 ) -> None:
     """Replace TRL's rewards and advantages in the log with the composite reward `R` and our advantages `A`
-    (None: TRL's stay).
-    Add how each column agrees, inside the groups, with the composite, and with the truth if it is watched."""
+    (None: TRL's stay). Add how each column agrees, inside the groups, with the composite, and with the truth
+    if it is watched."""
     log = trainer._metrics["train" if trainer.model.training else "eval"]
     if A is not None:
         logged = trainer._logs["advantages"]
