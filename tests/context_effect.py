@@ -9,6 +9,7 @@ import sys
 import pandas as pd
 
 from valor.config import Config, preset
+from valor.expert.controls import partners
 from valor.figures import save
 from valor.metrics import statistics as ev
 from valor.policy.prompt import asked_by, image_lists
@@ -27,7 +28,7 @@ def with_others_questions(cfg: Config) -> pd.DataFrame:
     test = load_data(phase_folder("data", cfg))["test"]
     model, processor = policy_of("sft", cfg)
     questions = asked_by(processor).questions(test)
-    others = [questions[i] for i in ev.shuffled(len(test))]
+    others = [questions[i] for i in partners(len(test))]
     how = dict(batch_size=cfg.eval_batch_size, desc=CONTROL, asked=others)
     written = generate(model, processor, image_lists(test), cfg.max_new_tokens, **how)
     return ev.score_reports(written, test, cfg.benchmark, labeler=labeler(cfg))

@@ -134,18 +134,18 @@ def test_sft_in_parts(mode, tmp_path, one_thread):
 def test_vllm_arguments(monkeypatch):
     cfg = preset("smoke", vllm_server_url="http://host:8000", vllm_gpu_memory_utilization=0.4)
     with pytest.raises(ValueError, match="package vllm is not installed.*pip install 'trl\\[vllm\\]'"):
-        grpo.vllm_args("vllm_colocate", cfg, "<image>")
-    assert grpo.vllm_args("transformers", cfg, "<image>") == grpo.vllm_args("merged", cfg, "<image>") == {}
+        grpo.vllm_args("vllm_colocate", cfg, ["<image>"])
+    assert grpo.vllm_args("transformers", cfg, []) == grpo.vllm_args("merged", cfg, []) == {}
     monkeypatch.setattr(grpo, "find_spec", lambda name: name)
     with pytest.raises(ValueError, match="vllm_server_url=None"):
-        grpo.vllm_args("vllm_server", preset("smoke"), "<image>")
+        grpo.vllm_args("vllm_server", preset("smoke"), [])
     for rollout in ("vllm_colocate", "vllm_server"):
         args = GRPOConfig(
             output_dir="out",
             bf16=False,
             num_generations=4,
             per_device_train_batch_size=4,
-            **grpo.vllm_args(rollout, cfg, "<image>"),
+            **grpo.vllm_args(rollout, cfg, ["<image>", "<im_patch>"]),
         )
         assert (
             args.use_vllm
@@ -154,7 +154,7 @@ def test_vllm_arguments(monkeypatch):
             and args.vllm_gpu_memory_utilization == 0.4
         )
         assert args.vllm_importance_sampling_correction is False and args.generation_kwargs == {
-            "bad_words": ["<image>"]
+            "bad_words": ["<image>", "<im_patch>"]
         }
 
 

@@ -186,7 +186,7 @@ def test_a_damaged_store_is_named_and_a_frozen_one_is_read(tmp_path):
 
 
 def test_scorers_are_tried_once(runs):
-    makers.TRIED.clear()
+    makers.LOADED.clear()
     with patch.object(makers, "probe", wraps=makers.probe) as probe:
         for _ in range(2):
             makers.check_scorers([preset("smoke"), preset("smoke", seed=1)])

@@ -129,7 +129,7 @@ def test_retrieval_and_agreement_use_both_images(make, monkeypatch):
     wanted = [ev.as_completion(distinct[j]) for j in sums.argmax(1)]
     assert ev.retrieval_by_expert(data, data, expert) == wanted
     given = []
-    monkeypatch.setattr(ev, "truth_keys", lambda dataset: list(range(N)))
+    monkeypatch.setattr(ev, "study_keys", lambda dataset: list(range(N)))
     monkeypatch.setattr(ev, "retrieved", lambda texts, images, others: given.append(images) or 1.0)
     ev.expert_columns(TEXTS, data, expert, None, 0)
     products = given[0] @ np.asarray(expert.text_features(TEXTS)).T

@@ -14,6 +14,7 @@ import pandas as pd
 from datasets import Dataset
 
 from valor.config import Config, figures_dir, parse_settings, parse_value, preset
+from valor.expert.controls import partners
 from valor.figures import save
 from valor.metrics import statistics as ev
 from valor.policy.prompt import asked_by, image_lists
@@ -40,7 +41,7 @@ def on_validation(phase: str, cfg: Config) -> dict[str, float]:
     val = load_data(phase_folder("data", cfg))["val"]
     images = image_lists(val)
     own = measured(phase, cfg, val, images)
-    other = measured(phase, cfg, val, [images[i] for i in ev.shuffled(len(val))])
+    other = measured(phase, cfg, val, [images[i] for i in partners(len(val))])
     return dict(sight=own["label micro F1"] - other["label micro F1"]) | own[SHOWN].to_dict()
 
 

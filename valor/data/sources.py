@@ -124,7 +124,7 @@ _SPLITS = dict(train="train", training="train", test="test", testing="test") | d
 )
 
 
-def _split_name(name: str, where: Path | str) -> str:
+def _split_name(name: str) -> str:
     "The usual spellings of a split as `train`, `val` or `test`. Raises `ValueError` for other names."
     split = _SPLITS.get(str(name).strip().lower())
     if split is None:
@@ -422,8 +422,8 @@ def _annotation(path: Path) -> Iterator[tuple[str, int, Any]]:
         raise DataError(f"{path}: not readable as JSON ({one_line(e)})") from e
 
 # %% ../../nbs/data/04_sources.ipynb #e78ec23e
-def _entry_fault(entry: Any, split: str) -> tuple[str, str] | None:
-    "The `(kind, message)` of what is wrong with an `entry` of `split`, or None."
+def _entry_fault(entry: Any) -> tuple[str, str] | None:
+    "The `(kind, message)` of what is wrong with an `entry` of the annotation file, or None."
     if not isinstance(entry, dict):
         return "not an entry", f"{str(entry)[:40]!r}; expected an object with id, report and image_path"
     missing = [k for k in ("id", "report", "image_path") if k not in entry]
@@ -445,7 +445,7 @@ def _paths_of(entry: dict) -> list[str]:
 def _r2gen_study(entry: Any, split: str, where: str, root: Path, credentialed: bool) -> Study | Fault:
     "The study of one `entry` of the annotation file, or the fault that keeps it out."
     study = str(entry.get("id", "")) if isinstance(entry, dict) else ""
-    if wrong := _entry_fault(entry, split):
+    if wrong := _entry_fault(entry):
         kind, message = wrong
         return Fault(study, kind, where, message)
     paths = _paths_of(entry)
@@ -453,7 +453,7 @@ def _r2gen_study(entry: Any, split: str, where: str, root: Path, credentialed: b
         for name in (study, *paths):
             check_is_iu(name, where)
     try:
-        name = _split_name(split, where)
+        name = _split_name(split)
     except ValueError as e:
         return Fault(study, "unknown split", where, str(e))
     if entry.get("split") not in (None, split):
@@ -611,7 +611,7 @@ def _mimic_study(mimic: _Mimic, found: tuple) -> Study | Fault:
     if n_splits > 1:
         return fault("contradictory split", f"study {study} is in {n_splits} splits")
     try:
-        split = _split_name(split, where)
+        split = _split_name(split)
     except ValueError as e:
         return fault("unknown split", str(e))
     images = _mimic_images(mimic, subject, study)
@@ -801,7 +801,7 @@ def _own(row: dict, where: str, base: Path, name: str) -> Study | Fault:
         kind, message = wrong
         return Fault(study, kind, where, message)
     try:
-        split = _split_name(value_in(row, "split"), where) if value_in(row, "split") else None
+        split = _split_name(value_in(row, "split")) if value_in(row, "split") else None
     except ValueError as e:
         return Fault(study, "unknown split", where, str(e))
     report, findings, impression = (value_in(row, column).strip() for column in _TEXTS)

@@ -410,7 +410,7 @@ def _splits_table(path: Path | str) -> dict[str, str]:
         if r is None:
             raise DataError(f"{path}:{row}: {BROKEN_ROW}")
         try:
-            name = _split_name(r["split"], path)
+            name = _split_name(r["split"])
         except ValueError as e:
             raise DataError(f"{path}:{row}: {e}") from None
         before = out.setdefault(r["study_id"].strip(), name)

@@ -24,9 +24,7 @@ Judge = Callable[[Sequence[str], Sequence[Mapping]], list[float]]  # (candidates
 # %% ../../nbs/expert/02_controls.ipynb #ectl0006
 def partners(n: int, seed: int = 0) -> np.ndarray:
     """The number of another study for each of `n` studies, (n,). No study is its own partner, and each is the
-    partner of one other. Raises ValueError for fewer than two studies."""
-    if n < 2:
-        raise ValueError(f"n={n}: a placebo looks at another study's image; expected at least 2 studies")
+    partner of one other; one study alone has none but itself."""
     cycle, order = np.random.default_rng(seed).permutation(n), np.empty(n, int)
     order[cycle] = np.roll(cycle, -1)
     return order
@@ -40,8 +38,12 @@ def by_expert(expert: Any) -> Judge:
 
 def by_placebo(expert: Any, dataset: Dataset, seed: int = 0) -> Judge:
     """What the same expert gives each candidate and the images of the study's partner in `dataset` (see
-    `partners`). It has the expert's preferences among texts and sees nothing of the study."""
+    `partners`). It has the expert's preferences among texts and sees nothing of the study.
+
+    Raises ValueError for fewer than two studies."""
     ids = dataset["study_id"][:]
+    if len(ids) < 2:
+        raise ValueError(f"{len(ids)} study: a placebo looks at another's image; expected at least 2 studies")
     partner = dict(zip(ids, partners(len(ids), seed).tolist()))
 
     def judge(texts: Sequence[str], rows: Sequence[Mapping]) -> list[float]:

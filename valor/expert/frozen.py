@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXPERTS', 'OWN', 'own_kind', 'VOCABULARIES', 'STAND_INS', 'HARMLESS', 'image_key', 'weights_digest', 'ask',
            'VectorCache', 'KnownImages', 'FrozenExpert', 'ExpertKind', 'register_expert', 'with_methods', 'own_expert',
-           'read_config', 'check_tokenizer_name', 'part_of', 'overlay', 'CountingTokenizer', 'open_clip_expert',
+           'read_config', 'check_tokenizer_name', 'file_of_model', 'overlay', 'CountingTokenizer', 'open_clip_expert',
            'LabelExpert', 'build_classifier', 'fit_classifier', 'learnable', 'train_classifier', 'classifier_expert',
            'embedded_expert', 'xrv', 'xrv_columns', 'prepared', 'Shell', 'tensors_of', 'TensorsOnly', 'ShellPickle',
            'read_module', 'read_weights', 'parse_xrv', 'xrv_weights', 'xrv_model', 'xrv_expert', 'kind_of',
@@ -274,7 +274,7 @@ def check_tokenizer_name(name: str, text: dict) -> None:
         )
 
 # %% ../../nbs/expert/01_frozen.ipynb #frz3ove0
-def part_of(source: str, filename: str) -> Path | None:
+def file_of_model(source: str, filename: str) -> Path | None:
     """The path of a file of the model `source`, which is a folder or a hub repository (the file is downloaded
     if need be); None if it cannot be had."""
     if Path(source).is_dir():
@@ -291,7 +291,7 @@ def _link_missing(folder: Path, into: Path, source: str, files: list[str]) -> No
     """Links to those `files` of the text tower `source` that the folder `into` lacks. Raises ValueError if
     none of them can be had."""
     files = [file for file in files if not (into / file).exists()]
-    found = {file: path for file in files if (path := part_of(source, file))}
+    found = {file: path for file in files if (path := file_of_model(source, file))}
     if files and not found:
         raise ValueError(
             f"expert={str(folder)!r}: {files[0]} of the text tower {source} is missing; put it there: "

@@ -6,15 +6,15 @@
 __all__ = ['BLEU_COLUMNS', 'PATHOLOGIES', 'FINDING_COLUMNS', 'DRAWN', 'STATISTICS', 'Number', 'GAUGE_NAMES', 'REGISTERED', 'RUN',
            'MAIN', 'LEXICAL', 'GAUGED', 'LABELS', 'PLACES', 'PER_REPORT', 'IMAGE', 'ABNORMAL', 'NORMAL', 'METRICS',
            'BETTER', 'UNTRAINED', 'MENTIONS', 'bleu_statistics', 'corpus_bleu', 'positives', 'label_columns',
-           'planted_columns', 'drawn_columns', 'true_columns', 'distractors', 'retrieved', 'truth_keys', 'text_columns',
+           'planted_columns', 'drawn_columns', 'true_columns', 'distractors', 'retrieved', 'text_columns',
            'fresh_columns', 'study_vectors', 'expert_columns', 'score_reports', 'read_with_texts', 'read_scores',
            'ratio', 'f1', 'share', 'fresh_bleu', 'micro_f1', 'macro_f1', 'micro5', 'macro5', 'false_labels', 'Metric',
            'register_metric', 'registered', 'finding_f1', 'located_f1', 'specificity', 'Live', 'heading', 'axis_name',
            'axis_label', 'measure', 'summarize', 'seeds_text', 'seeds_in', 'system_table', 'aggregate',
-           'paired_difference', 'digits_of', 'cell', 'cells_of', 'result_table', 'as_completion', 'shuffled',
-           'blank_images', 'normal_template', 'random_reports', 'perfect_findings', 'retrieval_by_true_codes',
-           'retrieval_by_expert', 'controls', 'fixed_scores', 'best_fixed_report', 'plot_results', 'running_mean',
-           'plot_progression', 'describe', 'plot_cases']
+           'paired_difference', 'digits_of', 'cell', 'cells_of', 'result_table', 'as_completion', 'blank_images',
+           'normal_template', 'random_reports', 'perfect_findings', 'retrieval_by_true_codes', 'retrieval_by_expert',
+           'controls', 'fixed_scores', 'best_fixed_report', 'in_seeds', 'seeds_of_systems', 'plot_results',
+           'running_mean', 'plot_progression', 'describe', 'plot_cases']
 
 # %% ../../nbs/metrics/00_statistics.ipynb #9c760899
 import textwrap
@@ -35,6 +35,7 @@ from torch import Tensor
 from ..data import phantom
 from ..data.benchmarks import benchmark_of
 from ..data.phantom import compare, compose_report, from_truth, parse_report, write_report
+from ..expert.embedded import study_keys
 from ..expert.two_images import study_features
 from ..figures import COLOURS, MISPLACED, PAGE, RIGHT, WRONG, panels
 from ..files import DataError
@@ -216,16 +217,6 @@ STATISTICS = [
     *FINDING_COLUMNS,
 ]
 
-# %% ../../nbs/metrics/00_statistics.ipynb #741ad639
-def truth_keys(dataset: Dataset) -> list:
-    """What makes two studies different for retrieval: the set of drawn findings, or the report's text
-    where no truth is known at all."""
-    return (
-        [sorted(map(str, from_truth(t))) for t in dataset["truth"]]
-        if any(dataset["truth"])
-        else list(dataset["report"])
-    )
-
 # %% ../../nbs/metrics/00_statistics.ipynb #5b86c62a
 def text_columns(completions: Sequence[str], references: Sequence[str], tokenizer: str) -> pd.DataFrame:
     """What text alone says of each completion: BLEU's counts, `rouge_l`, `words` and `well_formed`.
@@ -267,8 +258,8 @@ def expert_columns(
     frame = pd.DataFrame(np.nan, range(len(reports)), ["retrieved", "cut"])
     if hasattr(expert, "cut"):
         frame["cut"] = np.array(expert.cut(reports), dtype=float)
-    keys = truth_keys(dataset)
-    most_alike = max(Counter(map(str, keys)).values())
+    keys = study_keys(dataset)
+    most_alike = max(Counter(keys).values())
     if expert is None or most_alike + 7 > len(keys):
         return frame
     if image_features is None:
@@ -685,13 +676,6 @@ def as_completion(report: str) -> str:
     "A report as a well-formed completion."
     return f"<report> {report} </report>"
 
-
-def shuffled(n: int, seed: int = 0) -> np.ndarray:
-    "A random order of `n` studies that leaves none in its place (one random cycle)."
-    cycle, order = np.random.default_rng(seed).permutation(n), np.empty(n, int)
-    order[cycle] = np.roll(cycle, -1)
-    return order
-
 # %% ../../nbs/metrics/00_statistics.ipynb #72b5055a
 def blank_images(dataset: Dataset) -> list:
     "For each study an image of its size that shows nothing: the mean grey of the test set."
@@ -792,6 +776,16 @@ def best_fixed_report(
     return [as_completion(candidates[int(scores.argmax())])] * n
 
 # %% ../../nbs/metrics/00_statistics.ipynb #56732181
+def in_seeds(n: float) -> str:
+    "'1 seed', '4 seeds'."
+    return "1 seed" if n == 1 else f"{n:.0f} seeds"
+
+
+def seeds_of_systems(tidy: pd.DataFrame) -> pd.Series:
+    "How many seeds each system has, in the order of `tidy`: those of the metric that most seeds have."
+    return tidy.groupby("system", sort=False).seeds.max()
+
+
 def _draw_systems(ax: plt.Axes, tidy: pd.DataFrame, metric: str) -> None:
     "Every system's value of one metric with its interval and seeds, in the order of `tidy`."
     systems = list(tidy.system.drop_duplicates())
@@ -802,12 +796,11 @@ def _draw_systems(ax: plt.Axes, tidy: pd.DataFrame, metric: str) -> None:
         ax.plot(row.value, i, "o", color=colour, ms=4.5)
         seeds = seeds_in(row.by_seed) if row.seeds > 1 else []
         ax.plot(seeds, [i + 0.32] * len(seeds), "o", color="#666666", ms=1.6)
-    uneven = tidy.seeds.nunique() > 1  # then a row says how many seeds it has
-    names = [f"{s} ({n:.0f} seed{'s' * (n > 1)})" if uneven else s for s, n in rows.seeds.items()]
-    most = int(rows.seeds.max())
-    fewer = most < tidy.seeds.max()  # of this metric than of the others
-    where = f"\n(of {most} seed{'s' * (most > 1)})" if fewer else ""
-    ax.set(xlabel=axis_label(metric) + where, yticks=range(len(systems)), yticklabels=names)
+    fewest, most = rows.seeds.min(), rows.seeds.max()
+    where = ""
+    if (rows.seeds < seeds_of_systems(tidy)).any():  # fewer than of another metric
+        where = f"\n(of {f'{fewest:.0f} to ' if fewest < most else ''}{in_seeds(most)})"
+    ax.set(xlabel=axis_label(metric) + where, yticks=range(len(systems)))
     ax.set_ylim(-0.6, len(systems) - 0.4)
     ax.grid(axis="x", alpha=0.3)
 
@@ -835,6 +828,10 @@ def plot_results(
         _draw_systems(ax, tidy, metric)
         ax.tick_params(axis="y", length=0)
     axes[0].invert_yaxis()
+    seeds = seeds_of_systems(tidy)
+    axes[0].set_yticklabels(
+        [f"{s} ({in_seeds(n)})" for s, n in seeds.items()] if seeds.nunique() > 1 else seeds.index
+    )
     keys = _keys_of_systems() if (tidy.seeds > 1).any() else _keys_of_systems()[:2]
     fig.legend(handles=keys, loc="outside lower center", ncol=3)
     fig.suptitle(title)

@@ -6,7 +6,7 @@
 __all__ = ['MODULES', 'ORIGINAL_LLAVA', 'EXAMPLES', 'KEPT_WITH', 'LOADING', 'parts', 'groups', 'all_modules', 'lora_config',
            'freeze_vision', 'image_tokens', 'check_completions', 'ending', 'check_kind', 'check_files',
            'load_processor', 'at_home', 'check_policy', 'check_image_token', 'own_generation', 'load_policy',
-           'frozen_weights', 'loading', 'save_policy', 'film_side', 'memory_line']
+           'frozen_weights', 'loading', 'save_policy', 'film_side', 'more_parts', 'memory_line']
 
 # %% ../../nbs/policy/01_models.ipynb #f46b3b97
 import json
@@ -31,6 +31,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     ProcessorMixin,
+    TrainingArguments,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT_MODELS,
@@ -507,19 +508,31 @@ def film_side(processor: ProcessorMixin) -> int | None:
         return None
     return size.get("height") or size.get("shortest_edge")
 
+# %% ../../nbs/policy/01_models.ipynb #gr20c003
+def more_parts(args: TrainingArguments) -> int | None:
+    """The next larger number of equal parts that a process's share of a batch can be cut into; None if each
+    part is a single candidate already."""
+    parts = args.gradient_accumulation_steps
+    rows = args.per_device_train_batch_size * parts
+    return next((n for n in range(parts + 1, rows + 1) if rows % n == 0), None)
+
 # %% ../../nbs/policy/01_models.ipynb #4a49831c
 @contextmanager
-def memory_line(what: str, more_parts: int | None = None, **parameters) -> Iterator[None]:
+def memory_line(what: str, args: TrainingArguments | None = None, **parameters) -> Iterator[None]:
     """Turn an out-of-memory error of torch into a `MemoryError` of one line.
 
-    `what` was being done; `more_parts`: the number of parts to try next; `parameters`: name → value of those
-    that can be lowered."""
+    `what` was being done. `parameters`: name → value of those that can be lowered. `args`: the trainer's,
+    where something is trained; then the number of parts to try next is named, too."""
     try:
         yield
     except torch.OutOfMemoryError as e:
         lower = ", ".join(f"{name}={value}" for name, value in parameters.items() if value is not None)
+        parts = more_parts(args) if args else None
+        ways = [
+            f"lower one of {lower}",
+            *([f"raise gradient_accumulation_steps to {parts}"] if parts else []),
+        ]
         raise MemoryError(
-            f"{what}: out of memory ({one_line(e)[:300].split('. ')[0]}); lower one of {lower}, raise "
-            f"gradient_accumulation_steps{f' to {more_parts}' if more_parts else ''}, or hold frozen weights "
-            "in policy_weights=bfloat16 or nf4; what is finished stays and is resumed"
+            f"{what}: out of memory ({one_line(e)[:300].split('. ')[0]}); {', '.join(ways)}, or hold frozen "
+            "weights in policy_weights=bfloat16 or nf4; what is finished stays and is resumed"
         ) from e

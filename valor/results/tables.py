@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GAUGED', 'METRICS', 'ROWS', 'VISUAL_CONTROLS', 'FAULTS', 'shown_metrics', 'finished', 'rows_of', 'control_rows',
-           'references_of', 'part_of', 'options_of', 'gauges_for', 'with_gauges', 'scored', 'value_in', 'defined',
-           'seeds_with', 'has_somewhere', 'compare', 'with_kept', 'by_leak', 'main_table', 'command_for', 'wide',
-           'best_in_words', 'plot_systems']
+           'references_of', 'options_of', 'gauges_for', 'with_gauges', 'scored', 'value_in', 'defined', 'seeds_with',
+           'has_somewhere', 'compare', 'with_kept', 'by_leak', 'main_table', 'command_for', 'wide', 'best_in_words',
+           'plot_systems']
 
 # %% ../../nbs/results/00_tables.ipynb #6ed219fc
 import shlex
@@ -28,6 +28,7 @@ from ..files import one_line
 from ..metrics import evaluate as judging
 from ..metrics import statistics as ev
 from ..metrics.bootstrap import holm, values_of
+from ..metrics.groups import is_fresh, part_of
 from ..metrics.seeds import Frames, kept_runs, read_seeds, write_seed
 from ..rewards.guard import RewardError
 from ..rewards.text import report_body
@@ -120,18 +121,6 @@ def references_of(cfgs: Sequence[Config]) -> dict[int | None, list[str]]:
     "{seed: the references of its test studies} of the runs `cfgs`; None stands for any other seed."
     by_seed = {c.seed: list(load_data(phase_folder("data", c))["test"]["report"]) for c in cfgs}
     return by_seed | {None: by_seed[cfgs[0].seed]}
-
-
-def part_of(
-    frames: Mapping[str, Mapping[int, pd.DataFrame]], leaked: bool
-) -> dict[str, dict[int, pd.DataFrame]] | None:
-    """`frames` with the leaked studies alone, or without them; None where some frame then has fewer than
-    two."""
-    parts = {
-        row: {seed: frame[(frame.fresh != 1) == leaked] for seed, frame in by_seed.items()}
-        for row, by_seed in frames.items()
-    }
-    return parts if min(len(f) for by_seed in parts.values() for f in by_seed.values()) > 1 else None
 
 # %% ../../nbs/results/00_tables.ipynb #b583d710
 # the settings of a run that say which models a gauge uses
@@ -287,8 +276,9 @@ def by_leak(
     """{"unleaked": table, "leaked": table}: `compare` on studies that are not leaked, and on those that are.
 
     {} where one of the two parts has fewer than two studies."""
-    parts = {name: part_of(frames, leaked) for name, leaked in (("unleaked", False), ("leaked", True))}
-    if not all(parts.values()):
+    parts = dict(unleaked=part_of(frames, is_fresh), leaked=part_of(frames, lambda frame: ~is_fresh(frame)))
+    sizes = [len(frame) for part in parts.values() for by_seed in part.values() for frame in by_seed.values()]
+    if min(sizes) < 2:
         return {}
     return {name: compare(part, metrics, against, n) for name, part in parts.items()}
 

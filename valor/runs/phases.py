@@ -7,8 +7,8 @@ __all__ = ['LABELER', 'SCORING', 'PHASES', 'AT_PATHS', 'NO_PATHS', 'SEEDS', 'LAT
            'MISTAKES', 'Phase', 'comes_after', 'chooses', 'fields_reaching', 'sees_two', 'tells_by_report',
            'phase_config', 'phase_key', 'phase_folder', 'looks_like_a_path', 'held_by', 'by_content', 'explain',
            'read_json', 'write_json', 'inspect_phase', 'check_machine', 'locked', 'finish', 'drop_checkpoints',
-           'cost_of', 'maker', 'announced', 'ensure', 'note_paths', 'begin', 'load_data', 'check_updates', 'alone',
-           'alone_here']
+           'cost_of', 'maker', 'announced', 'ensure', 'note_paths', 'begin', 'load_data', 'check_updates',
+           'in_own_process', 'own_job']
 
 # %% ../../nbs/runs/01_phases.ipynb #phs00002
 import contextlib
@@ -494,7 +494,7 @@ def ensure(name: str, cfg: Config) -> Path:
     where needed. A finished one is only read: that needs no lock, and the medium may be read-only."""
     end_with_parent()
     if processes() > 1 and name not in JOINT:
-        return together(lambda: alone(name, cfg))
+        return together(lambda: in_own_process(name, cfg))
     check_place(runs_dir(), cfg.benchmark, OUTSIDE)
     # where digests are kept, by paths
     check_place(cache_dir(), cfg.benchmark, "set VALOR_CACHE to a folder outside")
@@ -609,7 +609,7 @@ MISTAKES = (RunError, RewardError, DataError, TrainingError, StoreError, MemoryE
 _LAUNCHED = _fields(
     "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK MASTER_ADDR MASTER_PORT"
 )
-_JOB = "from valor.cli import in_one_line; from valor.runs.phases import alone_here; in_one_line(alone_here)"
+_JOB = "from valor.cli import in_one_line; from valor.runs.phases import own_job; in_one_line(own_job)"
 
 
 def _without_launcher(env: dict[str, str]) -> dict[str, str]:
@@ -618,7 +618,7 @@ def _without_launcher(env: dict[str, str]) -> dict[str, str]:
     return {key: value for key, value in env.items() if key not in _LAUNCHED and not key.startswith(own)}
 
 # %% ../../nbs/runs/01_phases.ipynb #05456397
-def alone(name: str, cfg: Config) -> Path:
+def in_own_process(name: str, cfg: Config) -> Path:
     "`ensure(name, cfg)` in a new process that knows nothing of the others. Raises `RunError` where it fails."
     arguments = [name, json.dumps(dataclasses.asdict(cfg))]
     finished = (phase_folder(name, cfg) / "done.json").exists()
@@ -629,8 +629,8 @@ def alone(name: str, cfg: Config) -> Path:
     return phase_folder(name, cfg)
 
 # %% ../../nbs/runs/01_phases.ipynb #01be7dd8
-def alone_here() -> None:
-    "What the process that `alone` starts does: the phase and the configuration are its arguments."
+def own_job() -> None:
+    "What the process that `in_own_process` starts does: the phase and the configuration are its arguments."
     try:
         ensure(sys.argv[1], Config(**json.loads(sys.argv[2])))
     except (ValueError, *MISTAKES) as e:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SYSTEMS', 'MAIN_SYSTEMS', 'PROGRESS', 'STAND_INS', 'phase_of', 'systems_on', 'frames_of', 'control_frames',
-           'controls_of', 'log_of', 'step_profile', 'progress_of', 'fresh_of', 'fresh_section', 'shown_log', 'cases_of',
+           'controls_of', 'log_of', 'step_profile', 'progress_of', 'fresh_section', 'shown_log', 'cases_of',
            'main_page', 'phases_behind', 'Results', 'main_job', 'check_packages', 'start_run', 'job_name',
            'results_folder', 'wanted_by_run', 'dry_run', 'stand_ins', 'run_main', 'run_train']
 
@@ -29,7 +29,7 @@ from ..contents import fingerprint_once
 from ..data.benchmarks import benchmark_of
 from ..figures import save, save_page, use_style
 from ..metrics import statistics as ev
-from ..metrics.groups import group_section
+from ..metrics.groups import group_section, is_fresh, part_of
 from ..metrics.seeds import Frames
 from ..metrics.verdict import plot_verdict, verdict, verdict_text
 from ..policy.models import check_policy, frozen_weights
@@ -166,17 +166,9 @@ def progress_of(cfg: Config) -> pd.DataFrame:
     )
 
 # %% ../../nbs/runs/03_systems.ipynb #s3sys001
-def fresh_of(frames: Frames) -> Frames:
-    "The same frames without the studies that are leaked (report word for word in train, or patient there)."
-    return {
-        system: {seed: frame[frame.fresh == 1] for seed, frame in by_seed.items()}
-        for system, by_seed in frames.items()
-    }
-
-
 def fresh_section(frames: Frames, cfg: Config) -> str:
     "The main table without leaked studies, in Markdown; empty if none is leaked or fewer than two are left."
-    fresh = fresh_of(frames)
+    fresh = part_of(frames, is_fresh)
     left, n = len(next(iter(fresh["VALOR"].values()))), len(frames["VALOR"][cfg.seed])
     if not 1 < left < n:
         return ""
@@ -285,7 +277,7 @@ def check_packages(cfg: Config) -> None:
     """Raise ValueError where `cfg` needs a package that is not installed (vLLM, bitsandbytes), before
     anything is trained."""
     frozen_weights(cfg.policy_weights)
-    vllm_args(cfg.rollout, cfg, image_token="")
+    vllm_args(cfg.rollout, cfg, never=[])
 
 # %% ../../nbs/runs/03_systems.ipynb #a6090860
 def start_run(args: Namespace, settings: dict) -> Config:

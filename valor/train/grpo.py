@@ -7,8 +7,8 @@ __all__ = ['MOST_SNAPSHOTS', 'grpo_loss', 'group_correlation', 'Similarity', 'di
            'candidate_rows', 'CompletionTable', 'completions_of', 'TimedRollout', 'time_columns', 'CountedRollout',
            'RewardedRollout', 'WholeGeneration', 'set_advantages', 'keep_generation', 'LoggedRollout', 'ValorTrainer',
            'check_references', 'vllm_args', 'whole_generations', 'steps_of', 'snapshot_every', 'Snapshots', 'Stage',
-           'linear_weights', 'grpo_args', 'prompt_length', 'settle_parts', 'more_parts', 'make_trainer',
-           'read_references', 'stage_of', 'align']
+           'linear_weights', 'grpo_args', 'prompt_length', 'settle_parts', 'make_trainer', 'read_references',
+           'stage_of', 'align']
 
 # %% ../../nbs/train/00_grpo.ipynb #e93ea962
 import gzip
@@ -17,7 +17,7 @@ import math
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import InitVar, dataclass, field, replace
@@ -54,6 +54,7 @@ from valor.policy.models import (
     all_modules,
     frozen_weights,
     groups,
+    image_tokens,
     load_policy,
     loading,
     lora_config,
@@ -642,13 +643,13 @@ def _check_vllm(rollout: str, cfg: Config) -> None:
         )
 
 # %% ../../nbs/train/00_grpo.ipynb #hh000019
-def vllm_args(rollout: str, cfg: Config, image_token: str) -> dict:
+def vllm_args(rollout: str, cfg: Config, never: Sequence[str]) -> dict:
     """Arguments of GRPOConfig for `rollout` = 'vllm_colocate' (vLLM on the GPUs that train) or 'vllm_server'
     (`trl vllm-serve` at `vllm_server_url`); none for any other.
 
     TRL would weight or mask reports by how far vLLM's probabilities are from the policy's own. Eq. 10 has no
-    such factor, so that is switched off. An image token is never sampled. This has not been run on a GPU yet.
-    Raises `ValueError` if the server's address or the package is missing."""
+    such factor, so that is switched off. The tokens `never` (those of images) are not sampled. This has not
+    been run on a GPU yet. Raises `ValueError` if the server's address or the package is missing."""
     if not rollout.startswith("vllm_"):
         return {}
     _check_vllm(rollout, cfg)
@@ -658,7 +659,7 @@ def vllm_args(rollout: str, cfg: Config, image_token: str) -> dict:
         vllm_server_base_url=cfg.vllm_server_url,
         vllm_gpu_memory_utilization=cfg.vllm_gpu_memory_utilization,
         vllm_importance_sampling_correction=False,
-        generation_kwargs=dict(bad_words=[image_token]),
+        generation_kwargs=dict(bad_words=list(never)),
     )
 
 # %% ../../nbs/train/00_grpo.ipynb #hh000022
@@ -789,14 +790,6 @@ def settle_parts(cfg: Config, policy: PreTrainedModel, prompt: int, per_device: 
     checkpointing = "on" if recomputed else "off"
     return replace(cfg, gradient_accumulation_steps=parts, gradient_checkpointing=checkpointing)
 
-# %% ../../nbs/train/00_grpo.ipynb #gr20c003
-def more_parts(args: GRPOConfig) -> int | None:
-    """The next larger number of equal parts that a process's share of a batch can be cut into; None if each
-    part is a single candidate already."""
-    parts = args.gradient_accumulation_steps
-    rows = args.per_device_train_batch_size * parts
-    return next((n for n in range(parts + 1, rows + 1) if rows % n == 0), None)
-
 # %% ../../nbs/train/00_grpo.ipynb #b5cd77e1
 def _policy_for(
     sft_folder: Path | str, data: Dataset, cfg: Config, seed: int, per_device: int | None
@@ -813,10 +806,11 @@ def _policy_for(
 
 # %% ../../nbs/train/00_grpo.ipynb #ab7d4bd9
 def _arguments(
-    out: Path | str, cfg: Config, stage: Stage, rewards: Rewards, per_device: int | None, image_token: str
+    out: Path | str, cfg: Config, stage: Stage, rewards: Rewards, per_device: int | None, never: Sequence[str]
 ) -> GRPOConfig:
-    "TRL's arguments of the trainer of `stage`, with a weight for each of the `rewards`."
-    settings = grpo_args(out, cfg, stage, per_device) | vllm_args(cfg.rollout, cfg, image_token)
+    """TRL's arguments of the trainer of `stage`, with a weight for each of the `rewards`. The tokens `never`
+    are not sampled."""
+    settings = grpo_args(out, cfg, stage, per_device) | vllm_args(cfg.rollout, cfg, never)
     weights = [linear_weights(cfg).get(name, 0.0) for name in rewards.names]
     return GRPOConfig(**settings, reward_weights=weights)
 
@@ -844,7 +838,8 @@ def make_trainer(
     check_references(data)
     model, processor, cfg = _policy_for(sft_folder, data, cfg, stage.seed, per_device)
     rows = conversations(data, prompt=asked_by(processor), seed=stage.seed)
-    args = _arguments(out, cfg, stage, rewards, per_device, processor.image_token)
+    never = list(filter(None, image_tokens(model, processor).values()))
+    args = _arguments(out, cfg, stage, rewards, per_device, never)
     given = dict(args=args, train_dataset=rows, processing_class=processor, k_start=stage.k_start)
     given |= dict(table=CompletionTable(out) if cfg.keep_completions else None)
     found, reached = groups(model), all_modules(stage.modules, stage.held)
@@ -906,7 +901,7 @@ def _train(trainer: ValorTrainer, name: str, cfg: Config, every: int) -> None:
     "Train to the last update with a bar called `name`; `every`: updates between two snapshots."
     trainer.add_callback(Progress(name))
     sizes = {n: getattr(cfg, n) for n in ("batch_size", "group_size", "max_new_tokens")}
-    with memory_line(name, more_parts(trainer.args), **sizes):
+    with memory_line(name, trainer.args, **sizes):
         train_to_end(trainer, name, copies=1 + (trainer.args.max_steps - 1) // every)
 
 # %% ../../nbs/train/00_grpo.ipynb #hh000032

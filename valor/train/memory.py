@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['GB', 'SCORERS', 'llava_med_7b', 'qwen25_vl_7b', 'Shape', 'shape_of', 'weight_bytes', 'adapter_parameters',
            'adapter_bytes', 'kv_bytes', 'room_bytes', 'layer_bytes', 'packed_attention_bytes', 'activation_bytes',
-           'part_of', 'rollout_bytes', 'fixed_bytes', 'memory', 'fewest_parts', 'fits', 'choose_parts', 'step_limit']
+           'sizes_of_part', 'rollout_bytes', 'fixed_bytes', 'memory', 'fewest_parts', 'fits', 'choose_parts',
+           'step_limit']
 
 # %% ../../nbs/train/02_memory.ipynb #b7ceb675
 from collections.abc import Sequence
@@ -141,7 +142,7 @@ def activation_bytes(
 GB, SCORERS = 1e9, 1.8e9
 
 
-def part_of(prompts: int, group: int, parts: int) -> tuple[int, int]:
+def sizes_of_part(prompts: int, group: int, parts: int) -> tuple[int, int]:
     "`(prompts, candidates of each)` in one of `parts` parts of a batch: whole groups, or a piece of one."
     rows = -(-prompts * group // parts)
     return (-(-rows // group), group) if rows >= group else (1, rows)
@@ -176,7 +177,7 @@ def memory(
     and adapter (FSDP2, ZeRO-3)."""
     fixed = fixed_bytes(s, held, r, room_bytes(s, prompts, group, prompt, new), shards)
     rollout = rollout_bytes(s, prompts, prompt)
-    rows, each = part_of(prompts, group, parts)
+    rows, each = sizes_of_part(prompts, group, parts)
     logits = 4 * 4 * s.vocab * rows * each * new
     update = activation_bytes(s, r, rows, each, prompt, new, checkpointing) + logits
     sizes = dict(fixed=fixed, rollout=rollout, update=update, peak=fixed + max(rollout, update))

@@ -557,7 +557,7 @@ def _trained(trainer: DPOTrainer, name: str, cfg: Config, folder: Path) -> list[
     "Train `trainer` to its last update, save the adapter to `folder` and return the log of the updates."
     trainer.add_callback(Progress(name))
     track(trainer, cfg, folder.parent.name)
-    with memory_line(name, batch_size=cfg.batch_size, group_size=cfg.group_size):
+    with memory_line(name, trainer.args, batch_size=cfg.batch_size, group_size=cfg.group_size):
         train_to_end(trainer, name)
     trainer.save_model(str(folder))
     return [line for line in trainer.state.log_history if "loss" in line]

@@ -399,7 +399,7 @@ def sft(
     model, processor, data = _loaded(base, data, prompt, tuning, loading)
     trainer = _sft_trainer(model, processor, data, Path(out) / "checkpoints", desc, tuning)
     trainer.loading, processor.film_side = loading, _side_of(data)
-    with memory_line(desc, sft_batch_size=tuning.batch_size):
+    with memory_line(desc, trainer.args, sft_batch_size=tuning.batch_size):
         train_to_end(trainer, desc)
     kept = torch.float32 if tuning.weights == "float32" else torch.bfloat16
     keep_sft(trainer, processor, base, out, mode, kept, **loading)
