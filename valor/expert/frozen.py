@@ -452,7 +452,7 @@ def build_classifier(size: int, classes: int, seed: int = 0, tower: str = "patch
 # %% ../../nbs/expert/01_frozen.ipynb #frz4fit0
 def fit_classifier(
     model: torch.nn.Module,
-    pixels: Tensor,
+    pixels: Callable[[np.ndarray], Tensor],
     target: Tensor,
     *,
     steps: int,
@@ -461,16 +461,18 @@ def fit_classifier(
     seed: int,
     move: bool = False,
 ) -> None:
-    """Trains `model` on `pixels` (N, 3, size, size) and `target` (N, C) of 0 and 1, in place.
+    """Trains `model` on N images and their `target` (N, C) of 0 and 1, in place and on its own device.
 
-    `move`: whether an image is shown a little `moved` each time."""
+    `pixels` makes the tensor (B, 3, size, size) of the images whose numbers it is given, so that no more than
+    a batch of them is held. `move`: whether an image is shown a little `moved` each time."""
+    device = next(model.parameters()).device
     rng = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, max(steps, 2), pct_start=0.1)
     for _ in tqdm(range(steps), desc="classifier"):
-        rows = rng.choice(len(pixels), min(batch_size, len(pixels)), replace=False)
-        shown = moved(pixels[rows], rng) if move else pixels[rows]
-        loss = F.binary_cross_entropy_with_logits(model(shown), target[rows])
+        rows = rng.choice(len(target), min(batch_size, len(target)), replace=False)
+        shown = moved(pixels(rows), rng) if move else pixels(rows)
+        loss = F.binary_cross_entropy_with_logits(model(shown.to(device)), target[rows].to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -498,17 +500,21 @@ def _fitted(
     batch_size: int = 32,
     lr: float = 1e-3,
 ) -> torch.nn.Module:
-    """A new classifier, trained on `images` and `target` (N, C) of 0 and 1.
+    """A new classifier, trained on `images` and `target` (N, C) of 0 and 1. It is trained on the GPU if there is
+    one, and returned on the CPU.
 
     With the `tower` "films" (see `build_classifier`), `lr` is doubled and images are `moved`."""
     size, films = images[0].size[0], tower == "films"
     model = build_classifier(size, target.shape[1], seed, tower).train()
-    pixels = torch.stack([as_batch([image], size)[0] for image in images])
+
+    def pixels(rows: np.ndarray) -> Tensor:
+        return as_batch([images[i] for i in rows], size).contiguous()
+
     how = dict(steps=steps, batch_size=batch_size, lr=2 * lr if films else lr, seed=seed, move=films)
-    with torch.random.fork_rng(devices=[]):  # the tower "films" has dropout
+    with torch.random.fork_rng():  # the tower "films" has dropout
         torch.manual_seed(seed)
-        fit_classifier(model, pixels, target, **how)
-    return model
+        fit_classifier(model.to(resolve_device()), pixels, target, **how)
+    return model.cpu()
 
 # %% ../../nbs/expert/01_frozen.ipynb #frz4trn0
 def train_classifier(

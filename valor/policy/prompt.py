@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONTEXT', 'context_text', 'question_of', 'Prompt', 'prompt_of', 'asked_by', 'prompt_to_json', 'prompt_from_json',
            'parts_of', 'as_prompt', 'render_prompt', 'one_or_two', 'image_lists', 'study_images', 'side_by_side',
-           'conversations', 'replace_completions']
+           'conversations', 'longest_asked', 'replace_completions']
 
 # %% ../../nbs/policy/00a_prompt.ipynb #9b0f1002
 import re
@@ -204,6 +204,15 @@ def _both(rows: dict[str, list], drop: bool) -> dict[str, list]:
     images = list(map(one_or_two, rows["image"], rows["second_image"]))
     gone = {"second_image", "image"} if drop else {"second_image"}
     return {name: column for name, column in rows.items() if name not in gone} | dict(images=images)
+
+# %% ../../nbs/policy/00a_prompt.ipynb #8f8fe1fe
+def longest_asked(rows: Dataset) -> dict:
+    """The row of `conversations` that has the longest prompt: two images before one, then by its characters.
+    It tells how much memory a batch can take."""
+    plain = rows.with_format(None)
+    views = plain["second_view"] if "second_view" in rows.column_names else [""] * len(rows)
+    sizes = [(bool(view), len(str(prompt))) for view, prompt in zip(views, plain["prompt"])]
+    return rows[sizes.index(max(sizes))]
 
 # %% ../../nbs/policy/00a_prompt.ipynb #9b0f1019
 def replace_completions(data: Dataset, texts: list[str]) -> Dataset:

@@ -60,7 +60,7 @@ from valor.policy.models import (
     lora_config,
     memory_line,
 )
-from ..policy.prompt import asked_by, conversations
+from ..policy.prompt import asked_by, conversations, longest_asked
 from ..rewards.compose import CLINICAL_SCORERS, advantages, extras_of, is_clinical_step, needed
 from ..rewards.guard import RewardError, alarms, checked_scores, distinct_share, odd_line, probe
 from ..rewards.ranknorm import group_ranks
@@ -799,8 +799,8 @@ def _policy_for(
     set_seed(seed)
     model, processor = load_policy(sft_folder, **frozen_weights(cfg.policy_weights), **loading(cfg))
     if cfg.gradient_accumulation_steps == "auto":
-        row = conversations(data.select([0]), prompt=asked_by(processor))[0]
-        cfg = settle_parts(cfg, model, prompt_length(processor, row), per_device)
+        longest = longest_asked(conversations(data, prompt=asked_by(processor), seed=seed))
+        cfg = settle_parts(cfg, model, prompt_length(processor, longest), per_device)
     shard_by_layer(model, cfg.gradient_accumulation_steps)
     return model, processor, cfg
 
