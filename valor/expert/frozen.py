@@ -500,8 +500,8 @@ def _fitted(
     batch_size: int = 32,
     lr: float = 1e-3,
 ) -> torch.nn.Module:
-    """A new classifier, trained on `images` and `target` (N, C) of 0 and 1. It is trained on the GPU if there is
-    one, and returned on the CPU.
+    """A new classifier, trained on `images` and `target` (N, C) of 0 and 1. It is trained on the GPU if there
+    is one, and returned on the CPU.
 
     With the `tower` "films" (see `build_classifier`), `lr` is doubled and images are `moved`."""
     size, films = images[0].size[0], tower == "films"
