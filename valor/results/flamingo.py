@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..files import one_line
+from ..files import DataError, json_lines, one_line
 from ..rewards.outside import DEVICES, OFFLINE, QUIET, Worker, model_source, one_of
 
 # %% ../../nbs/results/08_flamingo.ipynb #flc00006
@@ -36,19 +36,15 @@ def flamingo_prompt(question: str, images: int, shots: Sequence[tuple[int, str]]
 
 # %% ../../nbs/results/08_flamingo.ipynb #flc00009
 def read_shots(path: Path | str | None) -> list[tuple[list[str], str]]:
-    "Examples (images as base64, report) of a file of JSON lines. Raises ValueError naming file and line."
+    "Examples (images as base64, report) of a file of JSON lines. Raises DataError naming file and line."
     if path is None:
         return []
-    path, shots = Path(path).expanduser(), []
-    if not path.is_file():
-        raise ValueError(f"shots={str(path)!r}: no such file; expected JSON lines with image and report")
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    path, shots, expected = Path(path).expanduser(), [], '{"image": "FILE", "report": "…"} on each line'
+    for number, row in json_lines(path, expected):
         try:
-            row = json.loads(line)
             image, report = (path.parent / row["image"]).read_bytes(), " ".join(row["report"].split())
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            expected = 'expected {"image": "FILE", "report": "…"}'
-            raise ValueError(f"{path}:{number}: {expected} ({type(error).__name__}: {error})") from None
+        except (KeyError, TypeError, AttributeError, OSError) as error:
+            raise DataError(f"{path}:{number}: {one_line(error, kind=True)}; expected {expected}") from None
         shots.append(([base64.b64encode(image).decode()], report))
     return shots
 

@@ -50,7 +50,7 @@ from ..metrics import statistics as ev
 from ..policy.prompt import context_text, image_lists
 from ..rewards.rules import RuleLabeler, sentences
 from ..rewards.text import ModelScorer, report_body, thought_of
-from ..runs.makers import labeler
+from ..runs.makers import labeler, reports_table
 from ..runs.phases import load_data
 from ..runs.systems import SYSTEMS
 from ..vocabulary import OBSERVATIONS
@@ -255,7 +255,7 @@ def _read_evaluation(name: str | None, path: Path, data: Path | str | None) -> S
     if not reports.exists():
         what = f"no {reports.name!r}, so it is no evaluation"
         raise ValueError(f"{folder}: {what}; expected {EVALUATION}, or one of its 'reports ….csv'")
-    table = pd.read_csv(reports, keep_default_na=False, dtype=str)
+    table = reports_table(reports)
     texts = dict(zip(table["study_id"], table["completion"]))
     name = name or (row_name(folder) if condition == "test" else condition)
     kept_frame = frame if frame.exists() else None

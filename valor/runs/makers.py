@@ -9,9 +9,9 @@ __all__ = ['BY_OBSERVATION', 'LOADED', 'make_data', 'target', 'targets', 'check_
            'make_base', 'policy_in', 'make_sft', 'text_scorers', 'check_scorers', 'labeler', 'context_watch',
            'truth_watch', 'rewards_of', 'start_after', 'check_accepted', 'make_stage', 'make_samples', 'pairs_for',
            'make_preference', 'policy_of', 'policy_with', 'snapshots_of', 'check_choice', 'best_update',
-           'chosen_snapshot', 'score_frame', 'judge_form', 'save_reports', 'read_frame', 'read_reports', 'shown_images',
-           'make_evaluation', 'erased_of', 'make_erased', 'make_controls', 'validation_studies', 'measure_snapshot',
-           'make_progress']
+           'chosen_snapshot', 'score_frame', 'judge_form', 'save_reports', 'read_frame', 'reports_table',
+           'read_reports', 'shown_images', 'make_evaluation', 'erased_of', 'make_erased', 'make_controls',
+           'validation_studies', 'measure_snapshot', 'make_progress']
 
 # %% ../../nbs/runs/02_makers.ipynb #mak00002
 import csv
@@ -697,7 +697,7 @@ def read_frame(folder: Path, condition: str) -> pd.DataFrame:
     return ev.read_scores(folder / f"frame {condition}.csv")
 
 
-def _reports_table(path: Path) -> pd.DataFrame:
+def reports_table(path: Path) -> pd.DataFrame:
     """The columns study_id and completion, both text, of a file of `save_reports`. Earlier files have no
     quotes around a report with a carriage return: there only a line feed ends a row."""
     with path.open("rb") as file:
@@ -710,7 +710,7 @@ def read_reports(folder: Path, condition: str) -> list[str]:
     """The reports that were written under `condition`, from the finished phase in `folder`. Raises `RunError`
     if there is a frame of `condition` beside them and it is of other studies."""
     path = folder / f"reports {condition}.csv"
-    table, scored = _reports_table(path), path.with_name(f"frame {condition}.csv")
+    table, scored = reports_table(path), path.with_name(f"frame {condition}.csv")
     if scored.exists():
         ids = read_frame(folder, condition).index.tolist()
         if table["study_id"].tolist() != ids:
