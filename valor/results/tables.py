@@ -290,6 +290,12 @@ def _asked_for(frames: Frames, systems: Sequence[str], cfg: Config) -> Frames:
     return {row: frames[row] for row in frames if row in systems or row not in elsewhere}
 
 # %% ../../nbs/results/00_tables.ipynb #d305a7cf
+def _still_lacking(why: Mapping[str, str], frames: Frames) -> dict[str, str]:
+    "Those of the reasons `why` {row: reason} whose row is not in `frames`."
+    there = {*frames, *(["controls"] if {*frames} & {*ev.UNTRAINED} else [])}
+    return {name: reason for name, reason in why.items() if name not in there}
+
+# %% ../../nbs/results/00_tables.ipynb #361caa39
 def main_table(
     cfgs: Sequence[Config],
     systems: Sequence[str] = (*ROWS, *VISUAL_CONTROLS),
@@ -311,8 +317,7 @@ def main_table(
     if kept:
         frames = with_kept(frames, rows, cfgs, kept, note_of(cfgs[0]) if rows else "")
         frames = _asked_for(frames, systems, cfgs[0])
-        there = {*frames, *(["controls"] if {*frames} & {*ev.UNTRAINED} else [])}
-        why = {name: reason for name, reason in why.items() if name not in there}
+        why = _still_lacking(why, frames)
     if not frames:
         columns = ["system", "metric", "value", "lo", "hi", "seeds", "studies"]
         return pd.DataFrame(columns=columns), {}, why, []

@@ -259,7 +259,7 @@ def held_by(name: str, value: Any) -> dict[str, str]:
     state = fingerprint_once(value) or _noted().get(value)
     return {value: state} if state else {}
 
-
+# %% ../../nbs/runs/01_phases.ipynb #6a1b4417
 def by_content(name: str, value: Any) -> Any:
     """The `value` of the parameter `name` with what files and folders hold in place of their paths, so that a
     run is found again when its data or weights have moved."""
