@@ -91,7 +91,8 @@ class FilmTower(PreTrainedModel):
         return super().train(mode and any(p.requires_grad for p in self.parameters()))
 
     def forward(self, pixel_values: Tensor, **kw: Any) -> BaseModelOutput:
-        seen = self.out(self.layers(standardised(pixel_values)))  # (B, D, h, w)
+        pixels = standardised(pixel_values).to(self.out.weight.dtype)
+        seen = self.out(self.layers(pixels))  # (B, D, h, w)
         patches = seen.flatten(2).transpose(1, 2)
         states = torch.cat([patches.mean(1, keepdim=True), patches], 1)
         return BaseModelOutput(last_hidden_state=states, hidden_states=(states,))

@@ -9,6 +9,7 @@ __all__ = ['MERGED', 'ENDINGS', 'Listed', 'load_adapter', 'with_adapter', 'for_o
 # %% ../../nbs/policy/04_generate.ipynb #742cd723
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from ..config import resolve_device
 from ..data.images import ImageError, read_image, square
 from ..data.restricted import closed_to_others
-from ..files import id_in, json_lines, json_value, own_lines, repository_of, whole_folder
+from ..files import id_in, json_lines, json_value, own_lines, repository_of, whole, whole_folder
 from .adapter import add_in, merged_share, with_policy
 from .models import film_side, load_policy, save_policy
 from .prompt import asked_by
@@ -220,12 +221,57 @@ def _check_same(out: Path, then: dict, settings: dict) -> None:
             f"{settings['model']!r}); nothing was changed, choose another file or move it away"
         )
 
-# %% ../../nbs/policy/04_generate.ipynb #ge000016
-def begin_or_go_on(out: Path, settings: dict) -> set[str]:
-    """The ids of the images whose lines are in the JSONL file `out`; keeps `settings` beside a new file.
+# %% ../../nbs/policy/04_generate.ipynb #ge00000e
+def _read(film: Film, size: int | None) -> list[Image.Image] | str:
+    "The square images of `film`, or what is wrong with one of them."
+    try:
+        return [square(read_image(path), size) for path in film.paths()]
+    except ImageError as e:
+        return str(e)
 
-    Raises ValueError, and changes nothing, if `out` was made with other settings or holds a line that is
-    no report."""
+# %% ../../nbs/policy/04_generate.ipynb #ge000016
+def _image_of(film: Film) -> str | list[str]:
+    "What the line of `film` says of its image: a path, or two."
+    names = list(map(str, film.paths()))
+    return names[0] if film.second is None else names
+
+
+def _places(image: str | list[str]) -> list[str]:
+    "The absolute paths of what `_image_of` says."
+    return [os.path.abspath(path) for path in ([image] if isinstance(image, str) else image)]
+
+
+def _check_films(out: Path, lines: list[tuple[int, dict]], films: Listed) -> None:
+    "Raise ValueError if one of the `lines` of `out` has the id of one of `films` and is about another image."
+    now = {film.id: _image_of(film) for film in films}
+    for number, line in lines:
+        then, here = line.get("image"), now.get(line["id"])
+        if then and here and _places(then) != _places(here):
+            raise ValueError(
+                f"{out}:{number}: the report of {line['id']!r} is about {then}, and now this is {here}; "
+                f"nothing was changed, choose another file or move it away"
+            )
+
+
+def _mended(lines: list[tuple[int, dict]], films: Listed) -> set[str]:
+    "The ids of those `films` whose line says that they could not be read, and that can be read now."
+    failed = {line["id"] for _, line in lines if "error" in line}
+    return {film.id for film in films if film.id in failed and not isinstance(_read(film, None), str)}
+
+
+def _leave_out(out: Path, lines: list[tuple[int, dict]], ids: set[str]) -> None:
+    "Write the `lines` of `out` anew without those that have one of the `ids`."
+    if ids:
+        with whole(out) as new:
+            new.write_text("".join(json.dumps(line) + "\n" for _, line in lines if line["id"] not in ids))
+
+
+def begin_or_go_on(out: Path, settings: dict, films: Listed = ()) -> set[str]:
+    """The ids of the images whose reports are in the JSONL file `out`; keeps `settings` beside a new file.
+
+    The lines of those `films` that could not be read before, and can be now, are taken out.
+    Raises ValueError, and changes nothing, if `out` was made with other settings, if it holds a line that is
+    no report, or if its line with the id of one of `films` is about another image."""
     then = made_with(out)
     if then is None:
         _record_of(out).write_text(json.dumps(settings, indent=1) + "\n")
@@ -237,15 +283,10 @@ def begin_or_go_on(out: Path, settings: dict) -> set[str]:
         raise ValueError(
             f"{out}:{broken[0]}: no report of valor generate; choose another file or move it away"
         )
-    return {line["id"] for _, line in lines}
-
-# %% ../../nbs/policy/04_generate.ipynb #ge00000e
-def _read(film: Film, size: int | None) -> list[Image.Image] | str:
-    "The square images of `film`, or what is wrong with one of them."
-    try:
-        return [square(read_image(path), size) for path in film.paths()]
-    except ImageError as e:
-        return str(e)
+    _check_films(out, lines, films)
+    mended = _mended(lines, films)
+    _leave_out(out, lines, mended)
+    return {line["id"] for _, line in lines} - mended
 
 # %% ../../nbs/policy/04_generate.ipynb #50cc7d47
 def _report_lines(
@@ -259,8 +300,7 @@ def _report_lines(
     sound = [(images, film) for images, film in zip(read, films) if not isinstance(images, str)]
     written = iter(answer([images for images, _ in sound], [film for _, film in sound]))
     for film, images in zip(films, read):
-        names = list(map(str, film.paths()))
-        line = dict(id=film.id, image=names[0] if film.second is None else names)
+        line = dict(id=film.id, image=_image_of(film))
         if isinstance(images, str):
             yield line | dict(error=images)
         else:
@@ -315,10 +355,12 @@ def write_reports(
     cut, how = [], dict(max_new_tokens=max_new_tokens, batch_size=batch_size)  # cut: those without a report
     lines_of = _lines_of(model, processor, size, cut=cut, **how)
     settings = dict(model=name, weights=weights_digest(model), max_new_tokens=max_new_tokens, size=size)
-    done = begin_or_go_on(out, settings)
-    todo = [film for film in (Film(*each) for each in images) if film.id not in done]
-    with closed_to_others(), open(out, "a") as f:
-        failed = _append(f, todo, len(images) - len(todo), batch_size, lines_of)
+    films = [Film(*each) for each in images]
+    with closed_to_others():
+        done = begin_or_go_on(out, settings, films)
+        todo = [film for film in films if film.id not in done]
+        with open(out, "a") as f:
+            failed = _append(f, todo, len(films) - len(todo), batch_size, lines_of)
     if cut:
         print(cut_note(len(cut), len(todo) - failed, max_new_tokens, str(out)), file=sys.stderr)
     return len(todo) - failed, failed

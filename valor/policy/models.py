@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODULES', 'ORIGINAL_LLAVA', 'EXAMPLES', 'KEPT_WITH', 'LOADING', 'parts', 'groups', 'all_modules', 'lora_config',
-           'freeze_vision', 'image_tokens', 'check_completions', 'ending', 'check_kind', 'check_files',
+           'freeze_vision', 'image_tokens', 'never_written', 'check_completions', 'ending', 'check_kind', 'check_files',
            'load_processor', 'at_home', 'check_policy', 'check_image_token', 'own_generation', 'load_policy',
            'frozen_weights', 'loading', 'save_policy', 'film_side', 'more_parts', 'memory_line']
 
@@ -190,6 +190,11 @@ def image_tokens(model: PreTrainedModel, processor: ProcessorMixin) -> dict[int,
     return {
         id: tokenizer.convert_ids_to_tokens(id) for id in sorted((declared | added) - ends) if id in known
     }
+
+
+def never_written(model: PreTrainedModel, processor: ProcessorMixin) -> list[int]:
+    "The ids of the tokens that no report has: those of images, and those that the model itself suppresses."
+    return sorted({*image_tokens(model, processor), *(model.generation_config.suppress_tokens or [])})
 
 # %% ../../nbs/policy/01_models.ipynb #d0de1a22
 def check_completions(texts: list[str], model: PreTrainedModel, processor: ProcessorMixin) -> None:

@@ -33,7 +33,7 @@ from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 from ..data.images import read_image, square
 from .generate import load_trained
-from .models import film_side, image_tokens
+from .models import film_side, never_written
 from .prompt import Prompt, asked_by, parts_of
 
 # %% ../../nbs/policy/05_server.ipynb #16034909
@@ -77,7 +77,7 @@ def complete(
     sampling = dict(max_new_tokens=max_tokens, do_sample=bool(temperature))
     if temperature:
         sampling |= dict(temperature=temperature, top_k=0)
-    ids = model.generate(**inputs, suppress_tokens=list(image_tokens(model, processor)), **sampling)
+    ids = model.generate(**inputs, suppress_tokens=never_written(model, processor), **sampling)
     return _answer_in(model, processor, ids[0], inputs.input_ids.shape[1])
 
 # %% ../../nbs/policy/05_server.ipynb #0174354b

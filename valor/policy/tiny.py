@@ -37,7 +37,7 @@ from transformers import (
 
 from .checkpoints import keep, restore
 from .films import FilmTowerConfig, moved
-from .models import image_tokens, memory_line
+from .models import memory_line, never_written
 from .prompt import Prompt, render_prompt
 from ..rewards.text import is_unclosed
 
@@ -204,8 +204,7 @@ def _completions(
     """One completion for each of `rows`, of which this is `asked`, and whether it was cut off at the last
     token that `sampling`, as for `model.generate`, allows."""
     inputs = _inputs(processor, rows, model.device, asked)
-    never = list(image_tokens(model, processor))
-    ids = model.generate(**inputs, suppress_tokens=never, **sampling)
+    ids = model.generate(**inputs, suppress_tokens=never_written(model, processor), **sampling)
     new = ids[:, inputs.input_ids.shape[1] :]  # (rows, at most max_new_tokens)
     texts = processor.batch_decode(new, skip_special_tokens=True)
     ended = torch.isin(new, torch.tensor(endings(model, processor), device=new.device)).any(1)

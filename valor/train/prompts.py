@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from ..policy.adapter import adapted_layers
+
 # %% ../../nbs/train/00a_prompts.ipynb #pr06
 def distinct_prompts(prompts: list[list[dict]]) -> tuple[list[int], list[int]]:
     """`(first, of)`: where the distinct conversations of the list `prompts` first occur, and for each
@@ -151,13 +153,15 @@ class ImagesOnce(SeenImages):
     def __init__(self, policy: PreTrainedModel):
         super().__init__(getattr(policy.config, "vision_feature_layer", -1))
         self.tower = getattr(policy.base_model, "vision_tower", None)
+        # asked once: while the adapter is added to the weights, its layers are plain ones
+        self.adapted = self.tower is not None and bool(adapted_layers(self.tower))
         if self.tower is not None:
             self._own = self.tower.forward
             self.tower.forward = self._forward
 
     def _forward(self, pixel_values: torch.Tensor, *args: Any, **kw: Any) -> Any:
         "The tower's forward pass, which sees only the images that it has not seen."
-        frozen = not any(p.requires_grad for p in self.tower.parameters())
+        frozen = not self.adapted and not any(p.requires_grad for p in self.tower.parameters())
         if not frozen or self.coming is None or len(self.coming) != len(pixel_values):
             return self._own(pixel_values, *args, **kw)
         missing = [row for row, image in enumerate(self.coming) if image not in self.kept]
