@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -113,43 +113,62 @@ NEUTRAL = ["#222222", "#aa3377", "#8a8a00", "#777777"]
 RIGHT, WRONG, MISPLACED = COLOURS["VALOR"], "#c00000", "#d98200"
 
 # %% ../nbs/00a_figures.ipynb #096c3fd7
-def _record(run: Path | str) -> dict:
-    "The config.json of `run` (a phase folder, or its name); {} if it is not at hand."
-    record = runs_dir() / Path(run).name / "config.json"
-    return json.loads(record.read_text()) if record.exists() else {}
+def _kept_abouts(seeds: Path | None) -> list[dict]:
+    "What lies beside the numbers of kept seeds in the folder `seeds` (see `metrics.seeds.write_seed`)."
+    return [json.loads(path.read_text()) for path in sorted(seeds.glob("*.json"))] if seeds else []
 
 
-def _differing(run: Path | str, now: dict[str, str]) -> dict[str, str]:
-    "The versions that `run` was made with, as far as they differ from those of `now`."
-    made_with = _record(run).get("versions", {})
+def _records(run: Path | str, abouts: Sequence[dict] = ()) -> list[dict]:
+    """`{versions, threads, cpu}` of `run` (a phase folder, or its name), from its config.json. If it is not at
+    hand, from those of `abouts` (see `_kept_abouts`) that name it; [] if none does."""
+    name = Path(run).name
+    record = runs_dir() / name / "config.json"
+    if record.exists():
+        return [json.loads(record.read_text())]
+    return [
+        dict(machine, versions=about["versions"] | about["other_versions"].get(name, {}))
+        for about in abouts
+        if name in about["runs"]
+        for machine in about["computed_on"]
+    ]
+
+
+def _differing(records: Sequence[dict], now: dict[str, str]) -> dict[str, str]:
+    "The versions that the `records` of a run name, as far as they differ from those of `now`."
+    made_with = {name: made for record in records for name, made in record.get("versions", {}).items()}
     return {name: made for name, made in made_with.items() if now.get(name) != made}
 
 
-def _computed_on(runs: Iterable[Path | str]) -> list[dict]:
-    "On how many threads of which CPUs the `runs` were computed; on others their results may differ."
-    records = [_record(run) for run in runs]
+def _computed_on(records: Iterable[dict]) -> list[dict]:
+    "On how many threads of which CPUs runs with these `records` were computed; on others results may differ."
     known = {(r["threads"], r.get("cpu", "unknown")) for r in records if "threads" in r}
     return [dict(threads=threads, cpu=cpu) for threads, cpu in sorted(known)]
 
 # %% ../nbs/00a_figures.ipynb #fig2sid0
 def sidecar(
-    stem: str, cfgs: Iterable[Config] = (), runs: Iterable[Path | str] = (), note: str = ""
+    stem: str,
+    cfgs: Iterable[Config] = (),
+    runs: Iterable[Path | str] = (),
+    note: str = "",
+    seeds: Path | None = None,
 ) -> dict[str, Any]:
     """What the figure `stem` was made from: see `save`. `computed_on` says on how many threads of which
-    CPUs its runs were computed, `drawn_on` the same of the process that writes it."""
-    cfgs, runs = list(cfgs), list(runs)
+    CPUs its runs were computed, `drawn_on` the same of the process that writes it. Of runs that are not at
+    hand, the kept seeds in the folder `seeds` know it."""
+    cfgs, abouts = list(cfgs), _kept_abouts(seeds)
+    records = {Path(run).name: _records(run, abouts) for run in runs}
     now = versions() | {name: version(name) for name in ("matplotlib", "seaborn", "pandas")}
-    others = {Path(run).name: differing for run in runs if (differing := _differing(run, now))}
+    others = {name: differing for name, known in records.items() if (differing := _differing(known, now))}
     return dict(
         figure=stem,
         configuration=key_of([asdict(cfg) for cfg in cfgs]) if cfgs else None,
         seeds=sorted({cfg.seed for cfg in cfgs}),
         presets=sorted({cfg.preset for cfg in cfgs}),
         benchmarks=sorted({cfg.benchmark for cfg in cfgs}),
-        runs=sorted({Path(run).name for run in runs}),
+        runs=sorted(records),
         versions=now,
         other_versions=dict(sorted(others.items())),
-        computed_on=_computed_on(runs),
+        computed_on=_computed_on(record for known in records.values() for record in known),
         drawn_on=dict(threads=torch.get_num_threads(), cpu=cpu_model()),
         note=note,
     )
@@ -218,7 +237,7 @@ def save(
     cfgs = list(cfgs)
     out = Path(out or place_of(cfgs))
     with _guarded(out, cfgs):
-        return _saved(out, stem, data, figure, sidecar(stem, cfgs, runs, note))
+        return _saved(out, stem, data, figure, sidecar(stem, cfgs, runs, note, out / "seeds"))
 
 # %% ../nbs/00a_figures.ipynb #fig5pag0
 def save_page(stem: str, text: str, cfgs: Iterable[Config] = (), out: Path | str | None = None) -> Path:

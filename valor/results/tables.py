@@ -284,10 +284,11 @@ def by_leak(
 
 # %% ../../nbs/results/00_tables.ipynb #4ee41909
 def _asked_for(frames: Frames, systems: Sequence[str], cfg: Config) -> Frames:
-    """Those of `frames` that a table of `systems` shows. Kept seeds also have numbers of other systems and of
-    page 08's settings ("lambda_vis 0.25")."""
+    """Those of `frames` that a table of `systems` shows, in their order. Kept seeds also have numbers of
+    other systems and of page 08's settings ("lambda_vis 0.25")."""
     elsewhere = {row for row in frames if row in SYSTEMS or row.split()[0] in sweeps(cfg)}
-    return {row: frames[row] for row in frames if row in systems or row not in elsewhere}
+    order = [*(row for row in systems if row in frames), *(row for row in frames if row not in elsewhere)]
+    return {row: frames[row] for row in dict.fromkeys(order)}
 
 # %% ../../nbs/results/00_tables.ipynb #d305a7cf
 def _still_lacking(why: Mapping[str, str], frames: Frames) -> dict[str, str]:
