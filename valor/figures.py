@@ -119,8 +119,8 @@ def _kept_abouts(seeds: Path | None) -> list[dict]:
 
 
 def _records(run: Path | str, abouts: Sequence[dict] = ()) -> list[dict]:
-    """`{versions, threads, cpu}` of `run` (a phase folder, or its name), from its config.json. If it is not at
-    hand, from those of `abouts` (see `_kept_abouts`) that name it; [] if none does."""
+    """`{versions, threads, cpu}` of `run` (a phase folder, or its name), from its config.json. If it is not
+    at hand, from those of `abouts` (see `_kept_abouts`) that name it; [] if none does."""
     name = Path(run).name
     record = runs_dir() / name / "config.json"
     if record.exists():

@@ -77,8 +77,9 @@ def drawn(
 
     `value` is the mean over seeds; each draw takes seeds and studies with replacement. Systems with as
     many seeds and the same number of studies are drawn alike, so that their draws may be subtracted.
-    Seeds with other studies than the first draw studies of their own, anew each time they are taken."""
-    each = list(by_seed.values())
+    Seeds with other studies than the first draw studies of their own, anew each time they are taken. Where
+    a seed has no value, neither the mean nor a draw has one."""
+    each = [by_seed[number] for number in sorted(by_seed)]
     crossed = all(f.index.equals(each[0].index) for f in each)
     taken = study_draws(len(each), n_boot, seed + 1).astype(int)  # (n_boot, seeds)
     values, added = [values_of(f, metrics) for f in each], []
@@ -86,7 +87,9 @@ def drawn(
         chance = seed if crossed else seed + 1000 * i
         added.append(_added(frame, metrics, taken[:, i], chance, crossed))
     means = {name: float(np.mean([v[name] for v in values])) for name in metrics}
-    return {name: (means[name], sum(a[name] for a in added) / len(each)) for name in metrics}
+    draws = {name: sum(one[name] for one in added) / len(each) for name in metrics}
+    undefined = np.full(n_boot, np.nan)
+    return {name: (mean, undefined if np.isnan(mean) else draws[name]) for name, mean in means.items()}
 
 # %% ../../nbs/metrics/00_bootstrap.ipynb #boot000e
 def with_interval(one: tuple[float, np.ndarray]) -> tuple[float, float, float]:

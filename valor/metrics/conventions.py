@@ -42,7 +42,10 @@ class Convention:
     @property
     def says(self) -> str:
         "The convention in one line."
-        return f"uncertain is {self.uncertain}, 0/0 is {self.undefined} ({self.source})"
+        empty = f"0/0 is {self.undefined}"
+        if self.undefined == "skipped":
+            empty = "observations that no reference has are skipped"
+        return f"uncertain is {self.uncertain}, {empty} ({self.source})"
 
 # %% ../../nbs/metrics/05_conventions.ipynb #con00006
 def check_convention(convention: Convention) -> None:
@@ -239,10 +242,11 @@ def printing(c: Convention, average: str, size: int) -> list[str]:
 
 # %% ../../nbs/metrics/05_conventions.ipynb #con0001e
 def small_films(paths: Sequence[Path | str], side: int = 32) -> np.ndarray:
-    "Each film as `side` × `side` grey values with mean 0 and norm 1, `(N, side²)`."
+    "Each film as `side` × `side` grey values with mean 0 and norm 1, `(N, side²)`; a blank one as zeros."
     films = [np.asarray(Image.open(p).convert("L").resize((side, side)), dtype=float).ravel() for p in paths]
     centred = np.stack(films) - np.mean(films, axis=1, keepdims=True)
-    return centred / np.linalg.norm(centred, axis=1, keepdims=True)
+    norms = np.linalg.norm(centred, axis=1, keepdims=True)
+    return centred / np.where(norms > 0, norms, 1)
 
 
 def nearest_other(films: np.ndarray) -> np.ndarray:

@@ -37,12 +37,15 @@ def ends(log: pd.DataFrame, window: int = 10) -> pd.DataFrame:
 
     `log`: one row per update, with column `k`. One row per watched column that the log has."""
     log = log.sort_values("k")[[c for c in LIMITS if c in log]]
-    return pd.DataFrame(dict(first=log.head(window).mean(), last=log.tail(window).mean()))
+    parts = dict(first=log.head(window), last=log.tail(window))
+    # an update whose studies have no finding has no recall; any other value that is missing is a fault
+    means = {end: {c: part[c].mean(skipna=c == RECALL) for c in log} for end, part in parts.items()}
+    return pd.DataFrame(means, columns=list(parts))
 
 # %% ../../nbs/metrics/02_convergence.ipynb #51451c19
 def _fault(name: str, first: float, last: float) -> str | None:
     "Why column `name`, which moved from `first` to `last`, shows no convergence; None if it does."
-    if not np.isfinite(last):
+    if not np.isfinite(last) or (name != RECALL and not np.isfinite(first)):
         return f"{NAMES[name]} is not a number"
     value, share = last, ""
     if name in SHARES:

@@ -32,6 +32,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from ..contents import fingerprint
 from ..data.images import read_image, square
 from ..expert.two_images import study_features
 from ..files import own_lines, report_lines, sha256_of
@@ -237,7 +238,7 @@ def ratescore(options: dict) -> tuple[Gauge, str | None]:
             "(FremyCompany/BioLORD-2023-C), after `make scorers`"
         )
     given = dict(embedder=embedder) if embedder else {}
-    key = " ".join(["ratescore", str(folder), *map(str, given.values())])
+    key = " ".join(["ratescore", *(f"{name} {fingerprint(name)}" for name in (folder, *given.values()))])
     return mean_of("ratescore", "ratescore", key, model=folder, **given)
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #81dbbdc9
@@ -246,7 +247,7 @@ def green(options: dict) -> tuple[Gauge, str | None]:
     folder = options["green"]
     if folder is None:
         raise NotRun("--set green=FOLDER (StanfordAIMI/GREEN-radllama2-7b), after `make scorers`")
-    return mean_of("green", "green", f"green {folder}", model=folder)
+    return mean_of("green", "green", f"green {folder} {fingerprint(folder)}", model=folder)
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #01fd8abb
 GAUGES = {f.__name__: f for f in (lexical, meteor, bertscore, chexbert, radgraph, ratescore, green)}
@@ -306,7 +307,7 @@ def radeval_gauge(m: RadEvalMetric, options: dict) -> tuple[Gauge, str]:
     def gauge(pairs: Pairs) -> list[dict]:
         return [{m.name: value} for value in judge.score(*map(list, zip(*pairs)))]
 
-    return gauge, f"radeval {m.metric} {m.key} {options['radeval']}"
+    return gauge, f"radeval {m.metric} {m.key} {options['radeval']} {fingerprint(options['radeval'])}"
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #rad20003
 def register_radeval(m: RadEvalMetric) -> RadEvalMetric:
@@ -352,6 +353,8 @@ def scorer_gauge(name: str) -> tuple[Gauge, str]:
 
     Its key changes with its source file, so that after an edit scores are computed anew.
     Raises ValueError if there is no such reward, or if it needs more than the two texts."""
+    if name == "format":
+        raise ValueError("it reads the tags, which reports have lost here; `valor generate` says well_formed")
     judge = scorer(name)
     others = ", ".join(sorted(set(judge.needs) - {"reference"}))
     if others:

@@ -18,6 +18,7 @@ import io
 import itertools
 import json
 import re
+import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -150,22 +151,32 @@ def _is_more(old: pd.DataFrame, new: pd.DataFrame) -> bool:
     return old[list(new)].equals(new.astype(float))
 
 # %% ../../nbs/metrics/03_seeds.ipynb #seed003c
+def _put_aside(path: Path) -> None:
+    "Copy the seed's file `path` and its sidecar to `.old` beside them."
+    for file in (path, path.with_name(path.name.replace(".csv.gz", ".json"))):
+        if file.exists():
+            shutil.copy(file, file.with_name(f"{file.name}.old"))
+
+
 def kept_systems(frames: Mapping, about: dict, path: Path) -> dict[str, pd.DataFrame]:
     """`{system: frame}` of the file `path` that may stand beside the new `frames` {system: frame}: those that
     these lack, or have with fewer columns, if the file was made with the settings, versions and CPU of the
-    new sidecar `about`. The names of the runs behind them are added to `about`. Prints a line where systems
-    are left out."""
+    new sidecar `about`. The names of the runs behind them are added to `about`. Where systems are left out,
+    a line says so, and the file stays as `.old`."""
     if not path.exists():
         return {}
     try:
         old, beside = _read_seed(path)
     except DataError as error:
-        print(f"{path.name}: replaced; {error}")
+        _put_aside(path)
+        print(f"{path.name}: replaced, and kept as {path.name}.old; {error}")
         return {}
     more = {s: frame for s, frame in old.items() if s not in frames or _is_more(frame, frames[s])}
     if more and not _same_origin(beside, about):
         if lost := [system for system in more if system not in frames]:
-            print(f"{path.name}: {', '.join(lost)} left out, of another machine or other settings")
+            _put_aside(path)
+            said = "left out, of another machine or other settings; kept in"
+            print(f"{path.name}: {', '.join(lost)} {said} {path.name}.old")
         return {}
     about["runs"] = sorted({*about["runs"], *(beside["runs"] if more else ())})
     return more

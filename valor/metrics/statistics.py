@@ -184,13 +184,13 @@ def distractors(keys: Sequence, n: int = 7, seed: int = 0) -> np.ndarray:
     hashable), fixed by `seed`. ValueError where there are too few."""
     rng = np.random.default_rng(seed)
     ids = np.unique([str(k) for k in keys], return_inverse=True)[1]
-    different = [np.flatnonzero(ids != i) for i in ids]
-    if min(map(len, different)) < n:
+    most_alike = np.bincount(ids).max(initial=0)
+    if len(ids) - most_alike < n:
         raise ValueError(
-            f"n={n}: some study has only {min(map(len, different))} others with another truth among "
+            f"n={n}: some study has only {len(ids) - most_alike} others with another truth among "
             f"{len(keys)}; score more studies or ask for fewer"
         )
-    return np.stack([rng.choice(d, n, replace=False) for d in different])
+    return np.stack([rng.choice(np.flatnonzero(ids != i), n, replace=False) for i in ids])
 
 # %% ../../nbs/metrics/00_statistics.ipynb #cd9461fc
 def retrieved(text_features: np.ndarray, image_features: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from textwrap import wrap
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 
 from ..data.benchmarks import benchmark_of
@@ -47,13 +48,15 @@ def verdict(frames: Mapping, benchmark: str, n_boot: int = 1000) -> pd.DataFrame
             continue
         for metric in (f1, "hallucinated"):
             gap = paired_difference(frames, a, b, metric, n_boot)
-            rows.append((a, b, metric, len(frames[a]), *gap))
+            rows.append((a, b, metric, len({*frames[a]} & {*frames[b]}), *gap))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 # %% ../../nbs/metrics/06_verdict.ipynb #vrd00009
 def sentence_of(row: Mapping) -> str:
     "One comparison of `verdict` in words."
     higher = REGISTERED[row["metric"]].higher_is_better
+    if np.isnan(row["difference"]):
+        return f"{row['a']} − {row['b']}, {row['metric']}: not measured on a common seed"
     if row["lo"] <= 0 <= row["hi"]:
         says = "undecided"
     else:
@@ -63,14 +66,15 @@ def sentence_of(row: Mapping) -> str:
 
 
 def verdict_text(table: pd.DataFrame) -> str:
-    "The lines of `verdict`, under one that says whether the benchmark can tell; empty for an empty table."
+    """The lines of `verdict`, under one that says whether the benchmark can tell planted truth from a
+    placebo, where both were run; empty for an empty table."""
     if table.empty:
         return ""
-    first = table.iloc[0]
-    tells = (first.a, first.b) == COMPARED[0] and first.lo > 0
-    can = "can tell" if tells else "cannot tell"
-    one = "; one seed, so that the intervals are over studies alone" if first.seeds == 1 else ""
-    lines = [f"This job {can} planted truth from a placebo ({first.metric}{one}).", ""]
+    first, lines = table.iloc[0], []
+    if (first.a, first.b) == COMPARED[0] and not np.isnan(first.difference):
+        can = "can tell" if first.lo > 0 else "cannot tell"
+        one = "; one seed, so that the intervals are over studies alone" if first.seeds == 1 else ""
+        lines = [f"This job {can} planted truth from a placebo ({first.metric}{one}).", ""]
     return "\n".join([*lines, *(f"- {sentence_of(row)}" for row in table.to_dict("records"))])
 
 # %% ../../nbs/metrics/06_verdict.ipynb #7fc73eea

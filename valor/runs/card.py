@@ -13,6 +13,7 @@ from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
 
+import pandas as pd
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from ..config import Config
@@ -21,6 +22,7 @@ from ..data.sources import terms_of
 from ..metrics import statistics as ev
 from ..policy import generate
 from ..rewards.compose import extras_of
+from .phases import read_json
 
 # %% ../../nbs/runs/08_card.ipynb #6008ffdb
 def origin(folder: Path | str) -> tuple[Path, Config]:
@@ -37,10 +39,18 @@ def origin(folder: Path | str) -> tuple[Path, Config]:
     return phase, Config(**{name: value for name, value in full.items() if name in known})
 
 # %% ../../nbs/runs/08_card.ipynb #crd00006
+def _of_last_update(evaluation: Path, phase: Path) -> bool:
+    "Whether an evaluation is finished and of the last update of the `phase`; `choose_by` may take another."
+    chosen = evaluation / "chosen.json"
+    if not (evaluation / "done.json").exists():
+        return False
+    return not chosen.exists() or read_json(chosen)["k"] == pd.read_csv(phase / "log.csv")["k"].max()
+
+
 def metrics_of(phase: Path, cfg: Config) -> str:
     "The main measures with intervals from the evaluation of the `phase`, in Markdown; or that there is none."
     for folder in sorted(phase.parent.glob("eval_*")):
-        if (folder / "frame test.csv").exists():
+        if (folder / "frame test.csv").exists() and _of_last_update(folder, phase):
             after = json.loads((folder / "config.json").read_text())["config"]["after"]
             if phase.name in after.values():
                 frame = ev.read_scores(folder / "frame test.csv")

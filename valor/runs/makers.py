@@ -10,8 +10,8 @@ __all__ = ['BY_OBSERVATION', 'LOADED', 'make_data', 'target', 'targets', 'check_
            'truth_watch', 'rewards_of', 'start_after', 'check_accepted', 'make_stage', 'make_samples', 'pairs_for',
            'make_preference', 'policy_of', 'policy_with', 'snapshots_of', 'check_choice', 'best_update',
            'chosen_snapshot', 'score_frame', 'judge_form', 'save_reports', 'read_frame', 'reports_table',
-           'read_reports', 'shown_images', 'make_evaluation', 'erased_of', 'make_erased', 'make_controls',
-           'validation_studies', 'measure_snapshot', 'make_progress']
+           'read_reports', 'has_image_controls', 'shown_images', 'make_evaluation', 'erased_of', 'make_erased',
+           'make_controls', 'validation_studies', 'measure_snapshot', 'make_progress']
 
 # %% ../../nbs/runs/02_makers.ipynb #mak00002
 import csv
@@ -721,6 +721,11 @@ def read_reports(folder: Path, condition: str) -> list[str]:
     return table["completion"].tolist()
 
 # %% ../../nbs/runs/02_makers.ipynb #00d47e39
+def has_image_controls(evaluation: str, cfg: Config) -> bool:
+    "Whether a phase also shows the policy other images than a study's own: VALOR's, rewarded by the expert."
+    return evaluation == "eval_stage2" and cfg.visual == "expert"
+
+
 def shown_images(studies: datasets.Dataset, controls: bool) -> dict[str, list[list]]:
     """The images that a policy is shown for each of `studies`, {condition: lists of images}: their own
     ("test") and, with `controls`, those of another study and images that show nothing."""
@@ -743,7 +748,7 @@ def make_evaluation(out: Path, cfg: Config, after: Mapping[str, Path], name: str
     model, processor = policy_of(name.removeprefix("eval_"), cfg)
     model.to(resolve_device())
     test, expert = load_data(phase_folder("data", cfg))["test"], open_expert(after["expert"], cfg)
-    images = shown_images(test, controls=name == "eval_stage2" and cfg.visual == "expert")
+    images = shown_images(test, controls=has_image_controls(name, cfg))
     asked = asked_by(processor).questions(test)
     how = dict(batch_size=cfg.eval_batch_size, desc=name, asked=asked)
     for condition, shown in images.items():

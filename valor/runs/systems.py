@@ -34,7 +34,15 @@ from ..metrics.seeds import Frames
 from ..metrics.verdict import plot_verdict, verdict, verdict_text
 from ..policy.models import check_policy, frozen_weights
 from ..rewards.text import report_body
-from .makers import check_scorers, expert_note, note_of, policy_in, read_frame, read_reports
+from valor.runs.makers import (
+    check_scorers,
+    expert_note,
+    has_image_controls,
+    note_of,
+    policy_in,
+    read_frame,
+    read_reports,
+)
 from .phases import MISTAKES, check_updates, ensure, load_data, phase_folder, phase_key
 from .plan import job, print_plan
 from .processes import is_first, processes
@@ -98,7 +106,7 @@ def frames_of(cfgs: Sequence[Config], systems: Sequence[str] = MAIN_SYSTEMS) -> 
         for system in systems:
             folder = ensure(*phase_of(system, cfg))
             frames.setdefault(system, {})[cfg.seed] = read_frame(folder, "test")
-            if system == "VALOR":
+            if system == "VALOR" and has_image_controls("eval_stage2", cfg):
                 for condition in ("shuffled images", "blank image"):
                     frames.setdefault(f"VALOR, {condition}", {})[cfg.seed] = read_frame(folder, condition)
     return frames | controls_of(cfgs)
@@ -169,8 +177,9 @@ def progress_of(cfg: Config) -> pd.DataFrame:
 def fresh_section(frames: Frames, cfg: Config) -> str:
     "The main table without leaked studies, in Markdown; empty if none is leaked or fewer than two are left."
     fresh = part_of(frames, is_fresh)
-    left, n = len(next(iter(fresh["VALOR"].values()))), len(frames["VALOR"][cfg.seed])
-    if not 1 < left < n:
+    left, n = len(fresh["VALOR"][cfg.seed]), len(frames["VALOR"][cfg.seed])
+    fewest = min(len(frame) for by_seed in fresh.values() for frame in by_seed.values())
+    if fewest < 2 or left == n:
         return ""
     tidy = ev.aggregate(fresh, n_boot=cfg.n_boot)
     table = ev.result_table(tidy, benchmark_of(cfg.benchmark).main_metrics)

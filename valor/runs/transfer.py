@@ -29,6 +29,7 @@ from ..metrics.seeds import Frames
 from ..policy.prompt import asked_by
 from ..policy.tiny import generate
 from valor.runs.makers import (
+    has_image_controls,
     judge_form,
     labeler,
     note_of,
@@ -38,7 +39,18 @@ from valor.runs.makers import (
     save_reports,
     shown_images,
 )
-from .phases import CHOICE, MISTAKES, OUTSIDE, begin, ensure, finish, load_data, locked, phase_key
+from valor.runs.phases import (
+    CHOICE,
+    MISTAKES,
+    OUTSIDE,
+    begin,
+    by_content,
+    ensure,
+    finish,
+    load_data,
+    locked,
+    phase_key,
+)
 from .processes import RunError
 from .systems import SYSTEMS, phase_of, results_folder, stand_ins, start_run
 
@@ -96,7 +108,7 @@ def transfer_config(system: str, cfg: Config, target: Config) -> dict:
     return dict(
         phase=f"transfer_{name}",
         version=VERSION,
-        fields={field: getattr(changed, field) for field in fields},
+        fields={field: by_content(field, getattr(changed, field)) for field in fields},
         after=keys | dict(studies=phase_key("data", target)),
     )
 
@@ -117,7 +129,7 @@ def written_abroad(system: str, cfg: Config, target: Config, test: Dataset) -> d
     model.to(resolve_device())
     asked = asked_by(processor).questions(test)
     how = dict(batch_size=cfg.eval_batch_size, desc=f"{system} on {target.benchmark}", asked=asked)
-    images = shown_images(test, controls=system == "VALOR")
+    images = shown_images(test, controls=system == "VALOR" and has_image_controls("eval_stage2", changed))
     return {
         condition: generate(model, processor, shown, cfg.max_new_tokens, **how)
         for condition, shown in images.items()
