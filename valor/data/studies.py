@@ -516,6 +516,7 @@ def _saw(index: Index, study: Study, pictures: Pictures, sound: list[tuple], how
 def _count(seen: Counter, study: Study) -> None:
     "Count what the source states, before anything is set aside."
     seen["read"] += 1
+    seen["with a split"] += bool(study.split)
     for name in ("findings", "impression", "report"):
         seen[f"with {name}"] += bool(getattr(study, name))
     seen["without text"] += not (study.findings or study.impression or study.report)
@@ -621,6 +622,16 @@ def _in_batches(index: Index, pairs: Iterable[tuple[dict, Study]], how: dict[str
                 index.row(row)
 
 # %% ../../nbs/data/05_studies.ipynb #0ea8644e
+def _check_splits(plan: Plan, seen: Counter) -> None:
+    "Raise `DataError` if some studies state a split and others would be put into one by their patient."
+    stated, read = seen["with a split"], seen["read"]
+    if plan.splits is None and 0 < stated < read:
+        raise DataError(
+            f"{plan.root}: {stated:,} studies of {plan.source} state a split and {read - stated:,} state none: "
+            "a patient could be in two; expected a split for each study, for none, or splits=FILE.csv"
+        )
+
+
 def write_index(folder: Path, plan: Plan, strict: bool, known: KnownViews) -> Index:
     """Read the source and write its index to `folder`: `{split}.arrow`, `set_aside.csv`, `views.csv`
     (what pictures show), `info.json`. `known`: views that were read before."""
@@ -632,6 +643,7 @@ def write_index(folder: Path, plan: Plan, strict: bool, known: KnownViews) -> In
         _in_batches(index, _sound_rows(index, items, plan, known), plan.how)
     finally:
         index.close()
+    _check_splits(plan, index.seen)
     if index.seen["kept"]:
         check_context(source, fields, [field for field in fields if index.seen[f"told {field}"]])
     info = dict(source=source, root=str(plan.root), how=plan.how, size=plan.size, check=plan.check)
@@ -839,4 +851,8 @@ def store_images(
             faults += _store_shard(rows, paths[-1], size, pool)
             bar.update(len(rows))
     parts = [Dataset.from_file(str(p)) for p in paths if p.exists()]
+    if not parts:
+        raise DataError(
+            f"{desc}: no image can be used; the first fault is {faults[0] if faults else 'unknown'}"
+        )
     return datasets.concatenate_datasets(parts), faults

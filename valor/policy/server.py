@@ -31,7 +31,7 @@ from peft import PeftModel
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
-from ..data.images import read_image, square
+from ..data.images import dicom_size, read_image, square
 from .generate import load_trained
 from .models import film_side, never_written
 from .prompt import Prompt, asked_by, parts_of
@@ -100,7 +100,7 @@ def _check_pixels(data: bytes) -> None:
     "Raise RequestError if the image in `data` has too many pixels by its header, before it is decoded."
     try:
         with warnings.catch_warnings(action="ignore"):
-            width, height = Image.open(io.BytesIO(data)).size
+            width, height = dicom_size(data) or Image.open(io.BytesIO(data)).size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return  # Pillow cannot read the header; read_image decides then
     if width * height > MOST_PIXELS:

@@ -22,7 +22,7 @@ from ..data.sources import terms_of
 from ..metrics import statistics as ev
 from ..policy import generate
 from ..rewards.compose import extras_of
-from .phases import read_json
+from .phases import data_behind, read_json
 
 # %% ../../nbs/runs/08_card.ipynb #6008ffdb
 def origin(folder: Path | str) -> tuple[Path, Config]:
@@ -117,15 +117,16 @@ A policy that writes chest X-ray reports, trained with `valor`, an open implemen
 """
 
 # %% ../../nbs/runs/08_card.ipynb #crdbase1
-def benchmarks_of(cfg: Config) -> list[str]:
-    "The benchmarks that a policy of the run `cfg` was trained on: its own and, if known, those of its base."
-    base = Path(cfg.base).expanduser()
+def benchmarks_of(cfg: Config, phase: str = "") -> list[str]:
+    """The benchmarks that a policy of the `phase` of the run `cfg` was trained on: its own, that of its file
+    of preferences and, if known, those of its base."""
+    own, base = list(dict.fromkeys([cfg.benchmark, data_behind(phase, cfg)])), Path(cfg.base).expanduser()
     if cfg.base == "embedded" or not base.is_dir():
-        return [cfg.benchmark]
+        return own
     try:
-        return list(dict.fromkeys([cfg.benchmark, *trained_on(base)]))
+        return list(dict.fromkeys([*own, *trained_on(base)]))
     except ValueError:
-        return [cfg.benchmark]  # a base from elsewhere, such as LLaVA-Med
+        return own  # a base from elsewhere, such as LLaVA-Med
 
 
 def trained_on(folder: Path | str) -> list[str]:
@@ -133,7 +134,8 @@ def trained_on(folder: Path | str) -> list[str]:
     wrote. Raises ValueError where neither says it."""
     card = Path(folder) / "README.md"
     try:
-        return benchmarks_of(origin(folder)[1])
+        phase, cfg = origin(folder)
+        return benchmarks_of(cfg, phase.name.split("-")[0])
     except ValueError:
         known = ModelCard.load(card).data.to_dict().get("valor") if card.exists() else None
     if not known:
@@ -148,7 +150,9 @@ def _head_of(phase: Path, cfg: Config, adapter: bool) -> str:
         library_name="peft" if adapter else "transformers",
         pipeline_tag="image-text-to-text",
         tags=["radiology", "chest-x-ray", "report-generation", "grpo", "valor"],
-        valor=dict(benchmark=cfg.benchmark, benchmarks=benchmarks_of(cfg), phase=phase.name),
+        valor=dict(
+            benchmark=cfg.benchmark, benchmarks=benchmarks_of(cfg, phase.name.split("-")[0]), phase=phase.name
+        ),
     )
     return data.to_yaml()
 

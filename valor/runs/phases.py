@@ -7,8 +7,8 @@ __all__ = ['LABELER', 'SCORING', 'PHASES', 'AT_PATHS', 'NO_PATHS', 'SEEDS', 'LAT
            'MISTAKES', 'Phase', 'comes_after', 'chooses', 'fields_reaching', 'sees_two', 'tells_by_report',
            'phase_config', 'phase_key', 'phase_folder', 'looks_like_a_path', 'held_by', 'by_content', 'explain',
            'read_json', 'write_json', 'inspect_phase', 'check_machine', 'locked', 'finish', 'drop_checkpoints',
-           'cost_of', 'maker', 'announced', 'ensure', 'note_paths', 'begin', 'load_data', 'check_updates',
-           'in_own_process', 'own_job']
+           'cost_of', 'maker', 'announced', 'data_behind', 'ensure', 'note_paths', 'begin', 'load_data',
+           'check_updates', 'in_own_process', 'own_job']
 
 # %% ../../nbs/runs/01_phases.ipynb #phs00002
 import contextlib
@@ -489,17 +489,25 @@ def announced(name: str, cfg: Config) -> Iterator[None]:
     _tell("ends", name, cfg)
 
 # %% ../../nbs/runs/01_phases.ipynb #phs00025
+def data_behind(name: str, cfg: Config) -> str:
+    """The benchmark whose terms hold for what the phase `name` writes: that of `cfg` or, where it learns from
+    a file of preferences (`dpo_pairs`), "table", which stands for data of a user's own."""
+    own = cfg.dpo_pairs != "samples" and name in PHASES and "samples" in comes_after(name)
+    return "table" if own and not terms_of(cfg.benchmark).restricted else cfg.benchmark
+
+
 def ensure(name: str, cfg: Config) -> Path:
     """Folder of the finished phase `name` under `cfg`. The phase and those before it are made or resumed
     where needed. A finished one is only read: that needs no lock, and the medium may be read-only."""
     end_with_parent()
     if processes() > 1 and name not in JOINT:
         return together(lambda: in_own_process(name, cfg))
-    check_place(runs_dir(), cfg.benchmark, OUTSIDE)
+    source = data_behind(name, cfg)
+    check_place(runs_dir(), source, OUTSIDE)
     # where digests are kept, by paths
-    check_place(cache_dir(), cfg.benchmark, "set VALOR_CACHE to a folder outside")
+    check_place(cache_dir(), source, "set VALOR_CACHE to a folder outside")
     check_updates(name, cfg)
-    with kept(phase_folder(name, cfg), cfg.benchmark, OUTSIDE):
+    with kept(phase_folder(name, cfg), source, OUTSIDE):
         return _made(name, cfg)
 
 # %% ../../nbs/runs/01_phases.ipynb #phs00011
@@ -601,6 +609,12 @@ def check_updates(name: str, cfg: Config) -> None:
             f"batch_size = {cfg.batch_size}, but there are {len(train)} training studies: no rollout batch "
             f"would be whole and no update be made; lower batch_size to {len(train)} or less, or give more "
             f"studies"
+        )
+    pairs, parts = cfg.batch_size * cfg.group_size // 2, cfg.gradient_accumulation_steps
+    if comes_after(name) & {"dpo", "mmedpo"} and parts != "auto" and pairs % parts:
+        raise RunError(
+            f"gradient_accumulation_steps={parts} does not divide batch_size * group_size / 2 = {pairs}, the "
+            f"pairs of an update of DPO; expected a divisor of it"
         )
 
 # %% ../../nbs/runs/01_phases.ipynb #phs00015

@@ -139,9 +139,10 @@ class LiveLog(TrainerCallback):
         path = Path(args.output_dir) / LIVE
         path.parent.mkdir(parents=True, exist_ok=True)
         row = (logs or {}) | dict(step=state.global_step, of=state.max_steps)
-        torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")  # by a kill
-        with path.open("a") as file:
-            file.write("\n" * torn + json.dumps(row) + "\n")
+        with path.open("a+b") as file:
+            file.seek(max(0, file.tell() - 1))
+            torn = file.read() not in (b"", b"\n")  # by a kill
+            file.write(("\n" * torn + json.dumps(row) + "\n").encode())
 
 # %% ../../nbs/train/04_sft.ipynb #2733dc65
 def live_log(folder: Path | str) -> list[dict]:

@@ -179,12 +179,15 @@ def track(trainer: Trainer, cfg: Config, name: str) -> None:
         return
     trainer.args.run_name, trainer.args.project = name, "valor"
     os.environ.setdefault("WANDB_PROJECT", "valor")
+    restricted = terms_of(cfg.benchmark).restricted
+    if restricted:  # wandb would also send what the program prints and its arguments, which name studies
+        os.environ |= dict(WANDB_CONSOLE="off", WANDB_DISABLE_CODE="true", WANDB__DISABLE_META="true")
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(runs_dir() / "trackers" / name)
     trackers = {word: tracker(word) for word in names}
     for callback in trackers.values():
         trainer.add_callback(callback)
     shown = {n: t for n, t in trackers.items() if n in SAMPLE_WRITERS}
-    if terms_of(cfg.benchmark).restricted:
+    if restricted:
         shown = {n: t for n, t in shown.items() if n in LOCAL}
     if shown and hasattr(trainer, "newest_rewards"):
         trainer.add_callback(Samples(trainer, shown, cfg.sample_every))
