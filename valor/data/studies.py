@@ -624,11 +624,11 @@ def _in_batches(index: Index, pairs: Iterable[tuple[dict, Study]], how: dict[str
 # %% ../../nbs/data/05_studies.ipynb #0ea8644e
 def _check_splits(plan: Plan, seen: Counter) -> None:
     "Raise `DataError` if some studies state a split and others would be put into one by their patient."
-    stated, read = seen["with a split"], seen["read"]
-    if plan.splits is None and 0 < stated < read:
+    stated, silent = seen["with a split"], seen["read"] - seen["with a split"]
+    if plan.splits is None and stated and silent:
         raise DataError(
-            f"{plan.root}: {stated:,} studies of {plan.source} state a split and {read - stated:,} state none: "
-            "a patient could be in two; expected a split for each study, for none, or splits=FILE.csv"
+            f"{plan.root}: {stated:,} studies of {plan.source} state a split and {silent:,} state none; "
+            "a patient could be in two; expected a split for each, for none, or splits=FILE.csv"
         )
 
 
