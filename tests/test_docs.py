@@ -126,7 +126,7 @@ def three(value, column=""):
 
 
 def interval(row, low, high):
-    return f"[{three(row[low])}, {three(row[high])}]"
+    return "" if pd.isna(row[low]) else f"[{three(row[low])}, {three(row[high])}]"
 
 
 def one_row(frame, words):
