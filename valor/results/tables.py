@@ -74,11 +74,16 @@ def finished(phase: str, cfg: Config, missing: str) -> Path:
 
 # %% ../../nbs/results/00_tables.ipynb #6c351f4b
 def _wrong_images(row: Mapping[int, tuple[Path, str]]) -> dict[str, dict[int, tuple[Path, str]]]:
-    "The rows of VALOR on other studies' images and on blank ones, from its own row; both lie in its folders."
-    return {
-        f"VALOR, {condition}": {seed: (folder, condition) for seed, (folder, _) in row.items()}
-        for condition in ("shuffled images", "blank image")
-    }
+    """The rows of VALOR on other studies' images and on blank ones, from its own row. Both lie in its
+    folders, unless something else than the expert rewarded it (`makers.has_image_controls`)."""
+    rows = {}
+    for condition in ("shuffled images", "blank image"):
+        there = {
+            seed: folder for seed, (folder, _) in row.items() if (folder / f"frame {condition}.csv").exists()
+        }
+        if there:
+            rows[f"VALOR, {condition}"] = {seed: (folder, condition) for seed, folder in there.items()}
+    return rows
 
 # %% ../../nbs/results/00_tables.ipynb #1b6fa4ac
 def rows_of(
@@ -105,8 +110,18 @@ def rows_of(
 # %% ../../nbs/results/00_tables.ipynb #tab00101
 def control_rows(cfgs: Sequence[Config], missing: str = "run") -> dict[str, dict[int, tuple[Path, str]]]:
     """{control: {seed: (folder, condition)}} of the runs `cfgs`; seed 0 alone where several seeds share
-    studies and expert."""
-    folders = {cfg.seed: finished("controls", cfg, missing) for cfg in cfgs}
+    studies and expert. With `missing` = "skip", of those seeds whose controls are there; raises where no
+    seed's are."""
+    folders, why = {}, None
+    for cfg in cfgs:
+        try:
+            folders[cfg.seed] = finished("controls", cfg, missing)
+        except FAULTS as error:
+            if missing != "skip":
+                raise
+            why = error
+    if why and not folders:
+        raise why
     if len(folders) > 1 and len(set(folders.values())) == 1:
         folders = {0: folders[cfgs[0].seed]}
     rows = {}
