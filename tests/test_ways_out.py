@@ -69,6 +69,7 @@ WAYS_OUT = {
     "policy.generate.write_reports": "closed to others; whose films they are nobody has said, which valor "
     "generate says where it writes into a repository",
     "policy.generate.begin_or_go_on": "settings alone, for write_reports",
+    "policy.generate._leave_out": "in begin_or_go_on, for write_reports",
     "data.studies._opened": IN_INDEX,
     "data.studies._SplitFiles": IN_INDEX,
     "data.studies._Table": IN_INDEX,
