@@ -120,6 +120,19 @@ def said_one_at_a_time(package, reports):
         return [package([r])["0"]["entities"] for r in reports]
 
 
+def spans_in(entities):
+    "The entities of a report without their relations."
+    return [
+        {key: value for key, value in entity.items() if key != "relations"} for entity in entities.values()
+    ]
+
+
+def relations_in(reports):
+    "All relations of the entities of `reports`: (report, entity, label, other entity)."
+    found = ((i, k, e["relations"]) for i, entities in enumerate(reports) for k, e in entities.items())
+    return {(i, k, *relation) for i, k, relations in found for relation in relations}
+
+
 @pytest.mark.parametrize("blank", ["\x00", "\u200b", "\ufffd", "\u0301"])
 def test_words_without_a_wordpiece_are_read_alike_in_any_company(place, blank):
     """Spans of such words have equal scores; which of them may be related must not depend on the pack. Here
@@ -134,7 +147,12 @@ def test_words_without_a_wordpiece_are_read_alike_in_any_company(place, blank):
     reports += [" ".join(rng.choices([blank, rng.choice(WORDS)], k=k)) for k in (3, 5, 8, 12, 20, 30)]
     alone = said_one_at_a_time(package, reports)
     assert sum(len(e["relations"]) for entities in alone for e in entities.values()) > 100
-    assert ours.annotate(reports) == alone
+    in_company = ours.annotate(reports)
+    assert [spans_in(entities) for entities in in_company] == [spans_in(entities) for entities in alone]
+    theirs, mine = relations_in(alone), relations_in(in_company)
+    assert {(*ends, other) for *ends, _, other in theirs} == {(*ends, other) for *ends, _, other in mine}
+    # on some CPUs rounding decides for another label, where two of a pair have nearly the same score
+    assert len(theirs ^ mine) <= len(theirs) / 100
     assert [ours.annotate([r])[0] for r in reports] == alone
 
 

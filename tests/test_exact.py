@@ -96,6 +96,7 @@ def arguments(monkeypatch, tmp_path, **change):
         adapters_on=lambda model, modules: [],
         lora_config=lambda *a: None,
         shard_by_layer=lambda *a: None,
+        image_tokens=lambda *a: {},
         ValorTrainer=Recorder,
     ).items():
         monkeypatch.setattr(grpo, name, stub)
