@@ -97,3 +97,17 @@ def test_a_card_that_is_written_again_leaves_its_phase_whole(adapter):
     finish(folder.parent)
     card.write_card(folder)
     assert inspect_phase(folder.parent, expected) == "finished"
+
+
+def test_an_evaluation_of_another_checkpoint_is_not_on_the_card(tmp_path):
+    "With `choose_by`, an evaluation may be of an earlier update than the adapter that the card describes."
+    phase, evaluation = tmp_path / "stage2-1", tmp_path / "eval_stage2-1"
+    phase.mkdir()
+    evaluation.mkdir()
+    (phase / "log.csv").write_text("k\n1\n2\n3\n")
+    assert not card._of_last_update(evaluation, phase)  # not finished
+    (evaluation / "done.json").write_text("{}")
+    assert card._of_last_update(evaluation, phase)
+    for k, last in ((2, False), (3, True)):
+        (evaluation / "chosen.json").write_text(f'{{"by": "BLEU-4", "k": {k}}}')
+        assert card._of_last_update(evaluation, phase) == last
