@@ -155,8 +155,10 @@ def sidecar(
     """What the figure `stem` was made from: see `save`. `computed_on` says on how many threads of which
     CPUs its runs were computed, `drawn_on` the same of the process that writes it. Of runs that are not at
     hand, the kept seeds in the folder `seeds` know it."""
-    cfgs, abouts = list(cfgs), _kept_abouts(seeds)
-    records = {Path(run).name: _records(run, abouts) for run in runs}
+    cfgs, records = list(cfgs), {Path(run).name: _records(run) for run in runs}
+    if not all(records.values()):  # only then are the kept seeds read
+        abouts = _kept_abouts(seeds)
+        records = {name: known or _records(name, abouts) for name, known in records.items()}
     now = versions() | {name: version(name) for name in ("matplotlib", "seaborn", "pandas")}
     others = {name: differing for name, known in records.items() if (differing := _differing(known, now))}
     return dict(

@@ -532,11 +532,9 @@ def memory_line(what: str, args: TrainingArguments | None = None, **parameters) 
         yield
     except torch.OutOfMemoryError as e:
         lower = ", ".join(f"{name}={value}" for name, value in parameters.items() if value is not None)
-        parts = more_parts(args) if args else None
-        ways = [
-            f"lower one of {lower}",
-            *([f"raise gradient_accumulation_steps to {parts}"] if parts else []),
-        ]
+        ways = [f"lower one of {lower}"]
+        if args and (parts := more_parts(args)):
+            ways.append(f"raise gradient_accumulation_steps to {parts}")
         raise MemoryError(
             f"{what}: out of memory ({one_line(e)[:300].split('. ')[0]}); {', '.join(ways)}, or hold frozen "
             "weights in policy_weights=bfloat16 or nf4; what is finished stays and is resumed"

@@ -28,7 +28,7 @@ from ..files import one_line
 from ..metrics import evaluate as judging
 from ..metrics import statistics as ev
 from ..metrics.bootstrap import holm, values_of
-from ..metrics.groups import is_fresh, part_of
+from ..metrics.groups import fewest_studies, is_fresh, part_of
 from ..metrics.seeds import Frames, kept_runs, read_seeds, write_seed
 from ..rewards.guard import RewardError
 from ..rewards.text import report_body
@@ -292,8 +292,7 @@ def by_leak(
 
     {} where one of the two parts has fewer than two studies."""
     parts = dict(unleaked=part_of(frames, is_fresh), leaked=part_of(frames, lambda frame: ~is_fresh(frame)))
-    sizes = [len(frame) for part in parts.values() for by_seed in part.values() for frame in by_seed.values()]
-    if min(sizes) < 2:
+    if min(map(fewest_studies, parts.values())) < 2:
         return {}
     return {name: compare(part, metrics, against, n) for name, part in parts.items()}
 

@@ -29,7 +29,7 @@ from ..contents import fingerprint_once
 from ..data.benchmarks import benchmark_of
 from ..figures import save, save_page, use_style
 from ..metrics import statistics as ev
-from ..metrics.groups import group_section, is_fresh, part_of
+from ..metrics.groups import fewest_studies, group_section, is_fresh, part_of
 from ..metrics.seeds import Frames
 from ..metrics.verdict import plot_verdict, verdict, verdict_text
 from ..policy.models import check_policy, frozen_weights
@@ -178,8 +178,7 @@ def fresh_section(frames: Frames, cfg: Config) -> str:
     "The main table without leaked studies, in Markdown; empty if none is leaked or fewer than two are left."
     fresh = part_of(frames, is_fresh)
     left, n = len(fresh["VALOR"][cfg.seed]), len(frames["VALOR"][cfg.seed])
-    fewest = min(len(frame) for by_seed in fresh.values() for frame in by_seed.values())
-    if fewest < 2 or left == n:
+    if fewest_studies(fresh) < 2 or left == n:
         return ""
     tidy = ev.aggregate(fresh, n_boot=cfg.n_boot)
     table = ev.result_table(tidy, benchmark_of(cfg.benchmark).main_metrics)
