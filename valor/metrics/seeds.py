@@ -36,7 +36,7 @@ from ..data.restricted import kept
 from ..figures import COLOURS, PAGE, place_of, sidecar
 from ..files import DataError, whole
 from .bootstrap import Metrics, holm, interval, study_draws
-from .statistics import METRICS, axis_label, measure, seeds_text
+from .statistics import METRICS, axis_label, measure, seeds_text, within_limits
 
 # %% ../../nbs/metrics/03_seeds.ipynb #seed0005
 Frames = Mapping[str, Mapping[int, pd.DataFrame]]  # {system: {seed: frame}}
@@ -299,12 +299,13 @@ def prediction_interval(values: np.ndarray, level: float = 0.95) -> tuple[Any, A
 # %% ../../nbs/metrics/03_seeds.ipynb #seed000x
 def seed_table(values: pd.DataFrame) -> pd.DataFrame:
     """One row per system and metric of `values` (from `seed_values`): `mean`, its 95 % interval `lo`, `hi`,
-    the 95 % interval of one more seed `rerun_lo`, `rerun_hi`, the number of `seeds`, and `by_seed`, the value
-    of each ("0:0.31 1:0.28")."""
+    the 95 % interval of one more seed `rerun_lo`, `rerun_hi` (all cut where the metric ends), the number of
+    `seeds`, and `by_seed`, the value of each ("0:0.31 1:0.28")."""
     rows = []
     for (system, metric), part in values.dropna().groupby(["system", "metric"], sort=False):
         each = part.value.to_numpy()
-        (lo, hi), (rerun_lo, rerun_hi) = mean_interval(each), prediction_interval(each)
+        lo, hi = within_limits(metric, mean_interval(each))
+        rerun_lo, rerun_hi = within_limits(metric, prediction_interval(each))
         intervals = dict(lo=lo, hi=hi, rerun_lo=rerun_lo, rerun_hi=rerun_hi)
         by_seed = seeds_text(dict(zip(part.seed, each)))
         row = dict(system=system, metric=metric, mean=each.mean(), **intervals)
@@ -578,13 +579,14 @@ def plot_simulation(table: pd.DataFrame, title: str | None = None) -> plt.Figure
     return fig
 
 # %% ../../nbs/metrics/03_seeds.ipynb #seed001w
-def _draw_system(ax: plt.Axes, at: int, each: np.ndarray, colour: str) -> None:
-    "Draws a system at height `at`: a dot for `each` seed, the mean, and from three seeds on both intervals."
+def _draw_system(ax: plt.Axes, at: int, each: np.ndarray, metric: str, colour: str) -> None:
+    """Draws a system at height `at`: a dot for the `metric` of `each` seed, the mean, and from three seeds on
+    both intervals."""
     spread = np.linspace(-0.22, 0.22, len(each)) if len(each) > 1 else np.zeros(1)
     if len(each) > 2:
-        ax.plot(prediction_interval(each), [at, at], color=colour, lw=0.7, zorder=1)
+        ax.plot(within_limits(metric, prediction_interval(each)), [at, at], color=colour, lw=0.7, zorder=1)
         thick = dict(lw=3.5, alpha=0.45, solid_capstyle="butt")
-        ax.plot(mean_interval(each), [at, at], color=colour, zorder=2, **thick)
+        ax.plot(within_limits(metric, mean_interval(each)), [at, at], color=colour, zorder=2, **thick)
     ax.plot(each, at + spread, "o", color=colour, ms=2.6, mec="white", mew=0.3, zorder=4)
     ax.plot(each.mean(), at, "|", color="black", ms=9, mew=1.2, zorder=3)
 
@@ -608,7 +610,7 @@ def _draw_panel(ax: plt.Axes, values: pd.DataFrame, metric: str, systems: Sequen
     for at, system in enumerate(systems):
         each = here.value[here.system == system].to_numpy()
         if len(each):
-            _draw_system(ax, at, each, COLOURS.get(system, "#444444"))
+            _draw_system(ax, at, each, metric, COLOURS.get(system, "#444444"))
     ax.set(yticks=range(len(systems)), yticklabels=systems, ylim=(len(systems) - 0.5, -0.5))
     ax.grid(axis="x", alpha=0.3)
 

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['BLEU_COLUMNS', 'PATHOLOGIES', 'FINDING_COLUMNS', 'DRAWN', 'STATISTICS', 'Number', 'GAUGE_NAMES', 'REGISTERED', 'RUN',
-           'MAIN', 'LEXICAL', 'GAUGED', 'LABELS', 'PLACES', 'PER_REPORT', 'IMAGE', 'ABNORMAL', 'NORMAL', 'METRICS',
-           'BETTER', 'UNTRAINED', 'MENTIONS', 'bleu_statistics', 'corpus_bleu', 'positives', 'label_columns',
-           'planted_columns', 'drawn_columns', 'true_columns', 'distractors', 'retrieved', 'text_columns',
-           'fresh_columns', 'study_vectors', 'expert_columns', 'score_reports', 'read_with_texts', 'read_scores',
-           'ratio', 'f1', 'share', 'fresh_bleu', 'micro_f1', 'macro_f1', 'micro5', 'macro5', 'false_labels', 'Metric',
-           'register_metric', 'registered', 'finding_f1', 'located_f1', 'specificity', 'Live', 'heading', 'axis_name',
-           'axis_label', 'measure', 'summarize', 'seeds_text', 'seeds_in', 'system_table', 'aggregate',
-           'paired_difference', 'digits_of', 'cell', 'cells_of', 'result_table', 'as_completion', 'blank_images',
-           'normal_template', 'random_reports', 'perfect_findings', 'retrieval_by_true_codes', 'retrieval_by_expert',
-           'controls', 'fixed_scores', 'best_fixed_report', 'in_seeds', 'seeds_of_systems', 'plot_results',
-           'running_mean', 'plot_progression', 'describe', 'plot_cases']
+           'MAIN', 'SHARE', 'COUNT', 'LEXICAL', 'GAUGED', 'LABELS', 'PLACES', 'PER_REPORT', 'IMAGE', 'ABNORMAL',
+           'NORMAL', 'METRICS', 'BETTER', 'UNTRAINED', 'MENTIONS', 'bleu_statistics', 'corpus_bleu', 'positives',
+           'label_columns', 'planted_columns', 'drawn_columns', 'true_columns', 'distractors', 'retrieved',
+           'text_columns', 'fresh_columns', 'study_vectors', 'expert_columns', 'score_reports', 'read_with_texts',
+           'read_scores', 'ratio', 'f1', 'share', 'fresh_bleu', 'micro_f1', 'macro_f1', 'micro5', 'macro5',
+           'false_labels', 'Metric', 'register_metric', 'registered', 'finding_f1', 'located_f1', 'specificity', 'Live',
+           'heading', 'axis_name', 'within_limits', 'axis_label', 'measure', 'summarize', 'seeds_text', 'seeds_in',
+           'system_table', 'aggregate', 'paired_difference', 'digits_of', 'cell', 'cells_of', 'result_table',
+           'as_completion', 'blank_images', 'normal_template', 'random_reports', 'perfect_findings',
+           'retrieval_by_true_codes', 'retrieval_by_expert', 'controls', 'fixed_scores', 'best_fixed_report',
+           'in_seeds', 'seeds_of_systems', 'plot_results', 'running_mean', 'plot_progression', 'describe', 'plot_cases']
 
 # %% ../../nbs/metrics/00_statistics.ipynb #9c760899
 import textwrap
@@ -377,7 +377,8 @@ class Metric:
     `function` takes {column: sum, or array with a sum per bootstrap draw} with the number of `studies`,
     and returns a number or an array. `tables`: "run" for the tables of runs (`measure`, `aggregate`),
     "main" for the default rows of `main_table`. `gauge`: under which of `GAUGE_NAMES` `valor evaluate`
-    computes it; `from_gauge`: only that gauge has its columns, `score_reports` has not."""
+    computes it; `from_gauge`: only that gauge has its columns, `score_reports` has not. `limits`: the least
+    and the greatest value it can have."""
 
     name: str
     function: Callable[[Mapping], Number]
@@ -388,6 +389,7 @@ class Metric:
     gauge: str | None = None
     from_gauge: bool = False
     axis: str = ""  # how an axis of a figure, which has room, calls it; empty: as `words` say
+    limits: tuple[float, float] = (-np.inf, np.inf)
 
     @property
     def pair(self) -> tuple[Callable, str]:
@@ -418,20 +420,21 @@ def registered() -> list[Metric]:
 
 # %% ../../nbs/metrics/00_statistics.ipynb #6ebb5e96
 RUN, MAIN = ("run",), ("main",)
-LEXICAL = dict(higher_is_better=True, gauge="lexical")
+SHARE, COUNT = dict(limits=(0, 1)), dict(limits=(0, np.inf))
+LEXICAL = dict(higher_is_better=True, gauge="lexical", **SHARE)
 GAUGED = dict(higher_is_better=True, from_gauge=True)
 
 for n in (1, 2, 3, 4):
     register_metric(Metric(f"BLEU-{n}", lambda s, n=n: corpus_bleu(s, n), **LEXICAL))
 register_metric(Metric("METEOR", share("meteor"), tables=MAIN, gauge="meteor", **GAUGED))
 register_metric(Metric("ROUGE-L", share("rouge_l"), **LEXICAL))
-register_metric(Metric("BLEU-4 unleaked", fresh_bleu(4), True, tables=RUN))
-register_metric(Metric("ROUGE-L unleaked", share("fresh rouge_l", "fresh"), True, tables=RUN))
+register_metric(Metric("BLEU-4 unleaked", fresh_bleu(4), True, tables=RUN, **SHARE))
+register_metric(Metric("ROUGE-L unleaked", share("fresh rouge_l", "fresh"), True, tables=RUN, **SHARE))
 register_metric(Metric("CIDEr", share("cider"), tables=MAIN, gauge="cider", **GAUGED))
 register_metric(Metric("BERTScore", share("bertscore"), tables=MAIN, gauge="bertscore", **GAUGED))
 
 # %% ../../nbs/metrics/00_statistics.ipynb #reg0000a
-LABELS = dict(higher_is_better=True, gauge="chexbert")
+LABELS = dict(higher_is_better=True, gauge="chexbert", **SHARE)
 
 register_metric(Metric("label micro F1", micro_f1, **LABELS))
 register_metric(Metric("label macro F1", macro_f1, **LABELS))
@@ -459,10 +462,10 @@ def located_f1(s: Mapping) -> Number:
 PLACES = "F1 of findings in their place"
 PER_REPORT = dict(hallucinated="invented", missed="missed", mislocated="misplaced", duplicates="repeated")
 
-register_metric(Metric("finding F1", finding_f1, True, tables=RUN, axis="F1 of findings"))
-register_metric(Metric("located F1", located_f1, True, tables=RUN, axis=PLACES))
+register_metric(Metric("finding F1", finding_f1, True, tables=RUN, axis="F1 of findings", **SHARE))
+register_metric(Metric("located F1", located_f1, True, tables=RUN, axis=PLACES, **SHARE))
 for name, which in PER_REPORT.items():
-    shown = dict(digits=2, tables=RUN, axis=f"{which} findings a report")
+    shown = dict(digits=2, tables=RUN, axis=f"{which} findings a report", **COUNT)
     register_metric(Metric(name, share(name), False, **shown))
 
 # %% ../../nbs/metrics/00_statistics.ipynb #reg0000c
@@ -476,12 +479,14 @@ ABNORMAL, NORMAL = "share of abnormal studies called abnormal", "share of normal
 
 register_metric(Metric("abnormal recall", share("abnormal_found", "abnormal"), axis=ABNORMAL, **LABELS))
 register_metric(Metric("specificity", specificity, axis=NORMAL, **LABELS))
-register_metric(Metric("false labels", false_labels, False, digits=2, tables=MAIN))
+register_metric(Metric("false labels", false_labels, False, digits=2, tables=MAIN, **COUNT))
 register_metric(Metric("image similarity", share("similarity"), True, **IMAGE))
-register_metric(Metric("R@1 of 8", share("retrieved"), True, gauge="image"))
+register_metric(Metric("R@1 of 8", share("retrieved"), True, gauge="image", **SHARE))
 register_metric(Metric("beyond the expert's context", share("cut"), False, **IMAGE))
-register_metric(Metric("format", share("well_formed"), True, tables=RUN, axis="share of well-formed reports"))
-register_metric(Metric("words", share("words"), digits=1, gauge="lexical", axis="words a report"))
+register_metric(
+    Metric("format", share("well_formed"), True, tables=RUN, axis="share of well-formed reports", **SHARE)
+)
+register_metric(Metric("words", share("words"), digits=1, gauge="lexical", axis="words a report", **COUNT))
 
 # %% ../../nbs/metrics/00_statistics.ipynb #5f68d631
 class Live(Mapping):
@@ -516,6 +521,11 @@ def axis_name(name: str) -> str:
     "How the axis of a figure calls the metric `name`."
     metric = REGISTERED.get(name)
     return metric.axis or metric.words or name if metric else name
+
+
+def within_limits(name: str, values: np.ndarray | Sequence[float]) -> np.ndarray:
+    "`values`, such as the ends of an interval, cut at the least and the greatest that the metric can have."
+    return np.clip(values, *REGISTERED[name].limits) if name in REGISTERED else np.asarray(values)
 
 
 BETTER = {"↑": "higher is better", "↓": "lower is better"}
