@@ -1,6 +1,7 @@
 """CheXpert Plus, PadChest and ReXGradient in their distributors' layouts, and tables by view, sex and age."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -145,6 +146,18 @@ def test_a_table_of_ones_own_may_state_view_sex_and_age(tmp_path):
         ["F", "M", None],
         ["AP", "PA", None],
     )
+
+
+def test_an_image_that_was_missing_is_read_once_it_is_there(tmp_path):
+    rows = ["image,view,report,split"]
+    rows += [f"{i}.png,PA,The lungs are clear and the heart is normal.,test" for i in range(2)]
+    (tmp_path / "mine.csv").write_text("\n".join(rows))
+    Image.fromarray(np.arange(32 * 32, dtype=np.uint8).reshape(32, 32)).save(tmp_path / "0.png")
+    kept, studies = rows_of("table", tmp_path / "mine.csv", tmp_path)
+    assert len(kept) == 1 and list(studies.set_aside.kind) == ["missing image", "no image of the view"]
+    shutil.copy(tmp_path / "0.png", tmp_path / "1.png")
+    kept, studies = rows_of("table", tmp_path / "mine.csv", tmp_path)
+    assert len(kept) == 2 and studies.set_aside.empty
 
 
 def test_chexpert_plus_states_the_indication(roots, tmp_path):

@@ -53,19 +53,19 @@ WEIGHTS, MADE_UP, MEMORY = (
 )
 NUMBERS = "numbers under digests of texts, names of files"
 WAYS_OUT = {
-    "results.attention.write_maps": "guarded: kept",
-    "data.report.run_report": "guarded: kept",
-    "metrics.seeds.write_seed": "guarded: kept",
+    "results.attention.write_maps": "guarded: guarded_output",
+    "data.report.run_report": "guarded: guarded_output",
+    "metrics.seeds.write_seed": "guarded: guarded_output",
     "metrics.seeds._write_whole": "inside write_seed, which opens the guard",
     "figures.save_page": "guarded: _guarded",
     "figures._saved": "inside save, which opens the guard",
-    "results.gallery.gallery": "guarded: kept",
-    "runs.watch.write_page": "guarded: kept",
+    "results.gallery.gallery": "guarded: guarded_output",
+    "runs.watch.write_page": "guarded: guarded_output",
     "runs.watch.Studies": MEMORY,
     "train.sft.LiveLog": IN_RUN,
     "runs.card.write_card": "settings and measures, beside weights",
     "runs.card.run_push": "after check_push, which refuses what restricted data taught",
-    "results.annotate.annotate": "guarded: kept",
+    "results.annotate.annotate": "guarded: guarded_output",
     "policy.generate.write_reports": "closed to others; whose films they are nobody has said, which valor "
     "generate says where it writes into a repository",
     "policy.generate.begin_or_go_on": "settings alone, for write_reports",
@@ -183,7 +183,8 @@ def package():
 def test_every_way_out_is_known():
     found = package()
     assert set(found) - set(WAYS_OUT) == set(), (
-        "name it in WAYS_OUT; where it may carry restricted studies, put it inside valor.data.restricted.kept"
+        "name it in WAYS_OUT; where it may carry restricted studies, put it inside "
+        "valor.data.restricted.guarded_output"
     )
     assert set(WAYS_OUT) - set(found) == set(), "no longer there"
 
@@ -203,7 +204,7 @@ def test_what_is_called_guarded_opens_the_guard():
         source = (Path(valor.__file__).parent / f"{module}.py").read_text()
         body = next(n for n in ast.parse(source).body if getattr(n, "name", "") == function)
         assert any(isinstance(n, ast.With) for n in ast.walk(body)) and (
-            "kept(" in ast.unparse(body) or "_guarded(" in ast.unparse(body)
+            "guarded_output(" in ast.unparse(body) or "_guarded(" in ast.unparse(body)
         ), function
 
 

@@ -156,8 +156,8 @@ class DataSettings:
     n_val: int | None = 100  # validation studies; None is all
     n_test: int | None = 300  # test studies; None is all
     image_size: int = 96  # pixels, square
-    # what a report holds: "both" is findings and impression, as in the paper; "impression_first" turns them
-    # round, as MMedPO does on MIMIC. Real sources also have
+    # what a report holds: "both" is findings and impression, as in the paper; "impression_first" puts
+    # the impression first, as MMedPO does on MIMIC. Real sources also have
     # "impression", "report" (their only text) and "auto" (decided by the columns of a table)
     sections: str = "both"
     render_copies: int = 1  # drawings of each training study that SFT sees
@@ -380,7 +380,7 @@ class GrpoSettings:
     # projection module": what stage 1 has trained then stays as it is
     stage2_modules: str = "language+projector"
     # learning rate of the adapter on the projector, in both stages, DPO and MMedPO; None: as of the rest.
-    # MMedPO has 2e-5 beside 1e-7
+    # the MMedPO paper has 2e-5 here and 1e-7 elsewhere
     lr_projector: float | None = None
 
 # %% ../nbs/00_config.ipynb #7c83645a
@@ -478,7 +478,8 @@ class Config(
 
 # %% ../nbs/00_config.ipynb #cfg14che
 def _check_rewards(cfg: Config) -> None:
-    "The weights of Eq. 3 add up to 1, and TRL's own normalisation is used without an image."
+    """Raises ValueError unless the weights of Eq. 3 add up to 1, MiniLM has the layer, and TRL's own
+    normalisation is used without a visual reward."""
     if abs(cfg.lambda_lex + cfg.lambda_sem - 1) > 1e-9:
         total = cfg.lambda_lex + cfg.lambda_sem
         raise ValueError(
@@ -727,7 +728,7 @@ PRESETS["paper"] |= dict(
 # long enough that runs on planted truth and on placebo diverge (docs/results.md)
 LONG = dict(batch_size=8, stage1_steps=100, stage2_steps=100, eval_steps=20)
 ON_BENCHMARK = {
-    # the expert whose best of eight is the truer one on validation studies (runs/04_trust)
+    # the expert that picks the report with the higher truth F1 out of eight, on validation (runs/04_trust)
     ("smoke", "phantom"): dict(omit=0.4, expert="embedded-labels"),
     # SFT's epochs and learning rate by the F1 of validation studies (tests/tune_stages.py)
     ("laptop", "phantom"): dict(
@@ -957,7 +958,7 @@ def resolve_device(name: str = "auto") -> "torch.device":
 def parts_in(cfg: Config, sequences: int) -> int:
     """`gradient_accumulation_steps` as a number, for a phase without a memory model of its own (SFT, DPO).
 
-    "auto" is one of its `sequences` a part if there is a GPU, and all at once on a CPU."""
+    "auto": on a GPU each of its `sequences` is a part of its own; on a CPU all of them are one part."""
     if cfg.gradient_accumulation_steps != "auto":
         return cfg.gradient_accumulation_steps
     return sequences if resolve_device().type == "cuda" else 1

@@ -25,7 +25,7 @@ import torch
 from matplotlib.figure import Figure
 
 from .config import Config, cpu_model, figures_dir, key_of, runs_dir, versions
-from .data.restricted import kept
+from .data.restricted import guarded_output
 from .data.sources import terms_of
 from .files import whole
 
@@ -198,7 +198,7 @@ def _guarded(out: Path, cfgs: Iterable[Config]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for benchmark in sorted({cfg.benchmark for cfg in cfgs}):
             remedy = "give out= a folder outside, or set VALOR_FIGURES to one"
-            stack.enter_context(kept(out, benchmark, remedy))
+            stack.enter_context(guarded_output(out, benchmark, remedy))
         yield
 
 # %% ../nbs/00a_figures.ipynb #fig4sav1

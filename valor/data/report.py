@@ -19,7 +19,7 @@ import pandas as pd
 from datasets import Dataset, DatasetDict
 
 from .benchmarks import leaked
-from .restricted import check_place, kept
+from .restricted import check_place, guarded_output
 from .sources import SOURCES, terms_of
 from .studies import Studies, load_studies
 from .views import FIVE_FOLD
@@ -199,7 +199,7 @@ def run_report(args: argparse.Namespace, settings: dict[str, Any]) -> None:
     print(to_markdown(report))
     if not args.out:
         return
-    with kept(args.out, args.source):
+    with guarded_output(args.out, args.source):
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "report.md").write_text(to_markdown(report))
         studies.set_aside.to_csv(args.out / "set_aside.csv", index=False)

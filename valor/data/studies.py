@@ -34,7 +34,7 @@ from .benchmarks import code_labels, codes_to_findings, split_of
 from .context import check_context, context_features
 from .images import ImageError, XRay, check_image, read_image, to_png
 from .phantom import FEATURES, to_truth
-from .restricted import kept
+from .restricted import guarded_output
 from .sections import DEIDENTIFIED, SECTIONS, STYLES, clean_text, report_of
 from .sources import BROKEN_ROW, SOURCES, Fault, Study, _split_name, read_table, text_columns
 from .views import KnownViews, picture_view
@@ -728,6 +728,13 @@ def _nothing_left(plan: Plan, index: Index) -> str:
     return f"{plan.root}: no study of {plan.source} can be used ({why})"
 
 # %% ../../nbs/data/05_studies.ipynb #17fa99a3
+def _images_came(studies: Studies) -> bool:
+    "Whether an image that was missing when the index of `studies` was made is there now."
+    aside = studies.set_aside
+    missing = aside[aside.kind == "missing image"]["where"]
+    return any(os.path.isfile(name) for name in missing)
+
+
 def _opened(folder: Path, plan: Plan, strict: bool, refresh: bool) -> Studies:
     "The index in `folder`, made where it is not there. One process at a time; others wait."
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -736,7 +743,9 @@ def _opened(folder: Path, plan: Plan, strict: bool, refresh: bool) -> Studies:
         if refresh:
             shutil.rmtree(folder, ignore_errors=True)
         if folder.exists() and not strict:
-            return Studies.open(folder)
+            studies = Studies.open(folder)
+            if not _images_came(studies):
+                return studies
         with whole_folder(folder) as making:
             index = write_index(making, plan, strict, KnownViews(folder.parent))
             if not index.seen["kept"]:
@@ -778,7 +787,7 @@ def load_studies(
     how = _how(source, root, preset, changes)
     plan = Plan(source, root, how, size, check, splits, dict(options or {}))
     folder = Path(cache or cache_dir()).expanduser() / f"{source}-{_index_key(plan)}"
-    with kept(folder, source, "set VALOR_CACHE (or cache=) to a folder outside"):
+    with guarded_output(folder, source, "set VALOR_CACHE (or cache=) to a folder outside"):
         return _opened(folder, plan, strict, refresh)
 
 # %% ../../nbs/data/05_studies.ipynb #8945fa9b

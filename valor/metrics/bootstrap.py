@@ -60,8 +60,9 @@ def holm(ps: Sequence[float]) -> np.ndarray:
 def _added(
     frame: pd.DataFrame, metrics: Metrics, times: np.ndarray, seed: int, crossed: bool
 ) -> dict[str, np.ndarray]:
-    """{metric: `(n_boot,)`}: what one trained seed with its `frame` adds to each draw, which takes it `times`
-    `(n_boot,)`. Crossed, a draw has one choice of studies; nested, each time has a choice of its own."""
+    """{metric: `(n_boot,)`}: what one trained seed with its `frame` contributes to the sum of each draw.
+    `times` `(n_boot,)`: how often each draw picked this seed. `crossed`: all its picks in a draw share one
+    resample of the studies; otherwise each pick resamples them anew."""
     if crossed:
         values = values_of(frame, metrics, study_draws(len(frame), len(times), seed))
         return {name: times * value for name, value in values.items()}

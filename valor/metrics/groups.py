@@ -51,6 +51,12 @@ def is_fresh(frame: pd.DataFrame) -> pd.Series:
     "Which studies of a frame are not leaked: neither their report word for word in train, nor their patient."
     return frame["fresh"] == 1
 
+# %% ../../nbs/metrics/06_groups.ipynb #grp00011
+def _named(values: Sequence[str | None]) -> list[str]:
+    "The parts that occur among `values`: bands of age from young to old, others by the alphabet."
+    ages = [name for _, name in BANDS]
+    return sorted({v for v in values if v}, key=lambda v: (ages.index(v) if v in ages else 0, v))
+
 
 def group_table(
     frames: Frames, groups: Mapping[str, Sequence[str | None]], metrics: Sequence[str], n_boot: int = 1000
@@ -58,10 +64,8 @@ def group_table(
     """Rows (by, part, system, metric, value, lo, hi, studies) of all `frames` on the parts of `groups`
     (`groups_of` the studies that the rows of the frames are about); parts of one study are left out."""
     chosen, tables = {name: ev.METRICS[name] for name in metrics}, []
-    order = [name for _, name in BANDS]
     for by, values in groups.items():
-        named = sorted({v for v in values if v}, key=lambda v: (order.index(v) if v in order else 0, v))
-        for part in named:
+        for part in _named(values):
             mine = np.array([v == part for v in values])
             if mine.sum() > 1:
                 table = ev.system_table(part_of(frames, lambda frame: mine), chosen, n=n_boot)

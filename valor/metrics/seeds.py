@@ -32,7 +32,7 @@ from scipy import stats
 
 from ..config import ComputeSettings, Config, figures_dir, repo_root
 from ..data.benchmarks import benchmark_of
-from ..data.restricted import kept
+from ..data.restricted import guarded_output
 from ..figures import COLOURS, PAGE, place_of, sidecar
 from ..files import DataError, whole
 from .bootstrap import Metrics, holm, interval, study_draws
@@ -214,7 +214,7 @@ def write_seed(
     about |= dict(systems=systems, sha256=hashlib.sha256(data).hexdigest())
     written = json.dumps(about, indent=1, ensure_ascii=False)
     files = {folder / f"{stem}.json": f"{written}\n".encode(), folder / f"{stem}.csv.gz": data}
-    with kept(folder, cfg.benchmark, "give out= a folder outside"):
+    with guarded_output(folder, cfg.benchmark, "give out= a folder outside"):
         _write_whole(files)
     return list(files)
 

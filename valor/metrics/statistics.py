@@ -552,7 +552,7 @@ def summarize(
     return {name: with_interval(one) for name, one in found.items()}
 
 # %% ../../nbs/metrics/00_statistics.ipynb #3fbcd3c1
-# rows that no seed trains: where all seeds have the same studies, one row stands beside the mean of all seeds
+# rows without training: where all seeds have the same test studies, one such row is compared with their mean
 UNTRAINED = ["normal template", "best fixed report", "random report", "perfect findings"]
 UNTRAINED += ["retrieval by true codes", "retrieval by expert"]
 
@@ -601,13 +601,13 @@ def system_table(
     frames: Mapping, metrics: Metrics, against: str | None = None, n: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
     """Tidy table: system, metric, value, lo, hi, seeds, studies and `by_seed`, the value of every seed
-    ("0:0.31 1:0.28"); where the system `against` is among the `frames` also the difference to it (theirs
-    minus its), its interval, p and Holm-corrected p.
+    ("0:0.31 1:0.28"); where the system `against` is among the `frames` also the difference (this system
+    minus `against`), its interval, p and Holm-corrected p.
 
     `frames`: {system: {seed: frame}}. `value` is the mean over seeds; the interval is a percentile
-    bootstrap over seeds and studies, with `n` draws. Where a system lacks a seed that `against` has, the
-    two are compared on the seeds that both have (and not at all where they share none); an untrained control
-    with the mean over all where these share their studies, as it has one seed for all."""
+    bootstrap over seeds and studies, with `n` draws. Two systems are compared on the seeds that both
+    have, and not at all if they share none. A control without training has one row for all seeds; if all
+    seeds have the same test studies, it is compared with the mean over them."""
     rows, seen = [], {s: drawn(by_seed, metrics, n, seed) for s, by_seed in frames.items()}
     for system, by_seed in frames.items():
         ours, theirs = seen[system], seen.get(against) if system != against else None
@@ -641,8 +641,8 @@ def paired_difference(
     metrics: Metrics = METRICS,
 ) -> tuple[float, float, float]:
     """(a − b, lo, hi) of one metric for two systems of `frames` (see `aggregate`), bootstrapped over the
-    same studies and the seeds that both have; an untrained control of one seed stands beside all seeds
-    where these share their studies. NaN where they share no seed."""
+    same studies and the seeds that both have; a control without training is compared as in `system_table`.
+    NaN where they share no seed."""
     if not _comparable(frames, a, b):
         return float("nan"), float("nan"), float("nan")
     pair = _same_seeds(frames, a, b) or [frames[a], frames[b]]

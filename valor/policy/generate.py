@@ -252,7 +252,7 @@ def _check_films(out: Path, lines: list[tuple[int, dict]], films: Listed) -> Non
                 f"nothing was changed, choose another file or move it away"
             )
 
-
+# %% ../../nbs/policy/04_generate.ipynb #ge00001a
 def _mended(lines: list[tuple[int, dict]], films: Listed) -> set[str]:
     "The ids of those `films` whose line says that they could not be read, and that can be read now."
     failed = {line["id"] for _, line in lines if "error" in line}
@@ -265,7 +265,7 @@ def _leave_out(out: Path, lines: list[tuple[int, dict]], ids: set[str]) -> None:
         with whole(out) as new:
             new.write_text("".join(json.dumps(line) + "\n" for _, line in lines if line["id"] not in ids))
 
-
+# %% ../../nbs/policy/04_generate.ipynb #ge000019
 def begin_or_go_on(out: Path, settings: dict, films: Listed = ()) -> set[str]:
     """The ids of the images whose reports are in the JSONL file `out`; keeps `settings` beside a new file.
 

@@ -6,7 +6,7 @@
 __all__ = ['MODULES', 'ORIGINAL_LLAVA', 'EXAMPLES', 'KEPT_WITH', 'LOADING', 'parts', 'groups', 'all_modules', 'lora_config',
            'freeze_vision', 'image_tokens', 'never_written', 'check_completions', 'ending', 'check_kind', 'check_files',
            'load_processor', 'at_home', 'check_policy', 'check_image_token', 'own_generation', 'load_policy',
-           'frozen_weights', 'loading', 'save_policy', 'film_side', 'more_parts', 'memory_line']
+           'frozen_weights', 'loading', 'save_policy', 'film_side', 'more_parts', 'explain_out_of_memory']
 
 # %% ../../nbs/policy/01_models.ipynb #f46b3b97
 import json
@@ -523,7 +523,7 @@ def more_parts(args: TrainingArguments) -> int | None:
 
 # %% ../../nbs/policy/01_models.ipynb #4a49831c
 @contextmanager
-def memory_line(what: str, args: TrainingArguments | None = None, **parameters) -> Iterator[None]:
+def explain_out_of_memory(what: str, args: TrainingArguments | None = None, **parameters) -> Iterator[None]:
     """Turn an out-of-memory error of torch into a `MemoryError` of one line.
 
     `what` was being done. `parameters`: name → value of those that can be lowered. `args`: the trainer's,

@@ -42,7 +42,7 @@ def context_text(known: Mapping[str, str | None], fields: Sequence[str] = CONTEX
 
 # %% ../../nbs/policy/00a_prompt.ipynb #b0f10a05
 def question_of(text: str, about: str = "") -> str:
-    """What is asked with the prompt `text` of a study of which `about` is told (`context_text`).
+    """The question: the prompt `text` with `about`, the context of the study (`context_text`), put in.
 
     `<image>` is left in it only if something stands before the images."""
     if CONTEXT_MARK not in text:
@@ -72,13 +72,13 @@ class Prompt:
     reasoning: str = "none"
 
     def question(self, known: Mapping[str, str | None] | None = None, text: int = 0) -> str:
-        "What is asked of a study of which this is `known`, with the text number `text`."
+        "The question about one study: the text number `text`, with the context that is `known` of the study."
         return question_of(self.texts[text], context_text(known or {}, self.context))
 
     def questions(self, studies: Dataset, seed: int | None = None) -> list[str]:
-        """What is asked of each of `studies`, whose column `context` says what is known.
+        """One question for each of `studies`, with the context in its column `context`.
 
-        With a `seed`, each is asked one of the texts, drawn; without, the first."""
+        With a `seed`, one of the texts is drawn for each study; without, all have the first."""
         n = len(studies)
         drawn = np.zeros(n, int) if seed is None else _draws(len(self.texts), n, seed)
         known = studies["context"] if self.context and "context" in studies.column_names else [{}] * n

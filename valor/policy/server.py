@@ -163,8 +163,9 @@ def conversation(body: dict, size: int | None = None) -> tuple[list[dict], list[
 
 # %% ../../nbs/policy/05_server.ipynb #ctx50002
 def as_trained(turns: list[dict], known: dict | None, prompt: Prompt) -> list[dict]:
-    """The conversation `turns`, whose last turn, if it holds images and no text, asks what `prompt` asks of a
-    study of which this is `known`. Raises RequestError for a context that cannot be told."""
+    """The conversation `turns`. If its last turn holds only images, the policy's own question (`prompt`, with
+    the context that is `known`) is put into it. Raises RequestError for a context that the policy does
+    not take."""
     parts = turns[-1]["content"]
     if not parts:
         raise RequestError(400, "messages: the user's last turn is empty; expected images, a text, or both")

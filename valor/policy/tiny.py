@@ -37,7 +37,7 @@ from transformers import (
 
 from .checkpoints import keep, restore
 from .films import FilmTowerConfig, moved
-from .models import memory_line, never_written
+from .models import explain_out_of_memory, never_written
 from .prompt import Prompt, render_prompt
 from ..rewards.text import is_unclosed
 
@@ -187,7 +187,8 @@ Rows = list[Image] | list[list[Image]]
 def _inputs(
     processor: ProcessorMixin, rows: Rows, device: torch.device | str, asked: Sequence[str | None] = ()
 ) -> BatchFeature:
-    "The padded input of the model for `rows`, of each of which something is `asked` (see `generate`)."
+    """The padded input of the model for `rows`. `asked`: one question for each row, None for the policy's own
+    (see `generate`)."""
     lists = [row if isinstance(row, list) else [row] for row in rows]
     images = [[image.convert("RGB") for image in row] for row in lists]
     asked = asked or [None] * len(images)
@@ -201,8 +202,8 @@ def _inputs(
 def _completions(
     model: nn.Module, processor: ProcessorMixin, rows: Rows, asked: Sequence[str | None], sampling: dict
 ) -> tuple[list[str], list[bool]]:
-    """One completion for each of `rows`, of which this is `asked`, and whether it was cut off at the last
-    token that `sampling`, as for `model.generate`, allows."""
+    """One completion for each of `rows`, and whether it was cut off at the last token that `sampling`, the
+    arguments of `model.generate`, allows. `asked`: the question for each row."""
     inputs = _inputs(processor, rows, model.device, asked)
     ids = model.generate(**inputs, suppress_tokens=never_written(model, processor), **sampling)
     new = ids[:, inputs.input_ids.shape[1] :]  # (rows, at most max_new_tokens)
@@ -255,7 +256,7 @@ def _in_batches(
     was_training, completions, thoughts = model.training, [], []
     model.eval()
     for part in _batch_slices(len(rows), batch_size, desc):
-        with memory_line(desc, batch_size=batch_size, max_new_tokens=sampling["max_new_tokens"]):
+        with explain_out_of_memory(desc, batch_size=batch_size, max_new_tokens=sampling["max_new_tokens"]):
             texts, cut_off = _completions(model, processor, rows[part], asked[part], sampling)
         completions += texts
         thoughts += [text for text, off in zip(texts, cut_off) if off and is_unclosed(text)]
@@ -368,17 +369,18 @@ def _fit(
     targets: Tensor,
     save_steps: int,
     kept: Path | str | None,
-    drawn: int | None = None,
+    moving_seed: int | None = None,
 ) -> float | None:
-    """An update for each batch of `order`, a checkpoint in folder `kept` after `save_steps`. The last loss.
-
-    `drawn`: the seed by which images are `moved`; None leaves them as they are."""
+    """Train on the batches of `order`, with a checkpoint in folder `kept` every `save_steps` updates. Returns
+    the last loss. `moving_seed`: the seed by which images are `moved`; None leaves them as they are."""
     done, last = restore(kept, parts) if kept else (0, None)
     steps = range(done, len(order))
     for step in tqdm(steps, initial=done, total=len(order), desc="vision warm-up", leave=False):
         shown = pixels[order[step]]
-        if drawn is not None:
-            shown = moved(shown, np.random.default_rng([drawn, step]))  # a resumed warm-up draws the same
+        if moving_seed is not None:
+            shown = moved(
+                shown, np.random.default_rng([moving_seed, step])
+            )  # a resumed warm-up draws the same
         last = _update(parts, shown, targets[order[step]])
         if kept and (step + 1) % save_steps == 0:
             keep(kept, step + 1, parts, last)

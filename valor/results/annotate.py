@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 # %% ../../nbs/results/07_annotate.ipynb #ade6d317
 from ..config import key_of
-from ..data.restricted import kept
+from ..data.restricted import guarded_output
 from ..files import whole
 from ..policy.prompt import image_lists
 from valor.results.gallery import (
@@ -109,7 +109,7 @@ def annotate(
     title = title or f"Marking reports: {_licence(cfg.benchmark)}"
     text = annotate_html(shown, title, _restriction(cfg.benchmark))
     out = Path(out).expanduser()
-    with kept(out, cfg.benchmark), whole(out) as temporary, whole(key_path(out)) as beside:
+    with guarded_output(out, cfg.benchmark), whole(out) as temporary, whole(key_path(out)) as beside:
         temporary.write_text(text, encoding="utf-8")
         beside.write_text(json.dumps(key))
     return out

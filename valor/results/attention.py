@@ -34,7 +34,7 @@ from ..config import Config, resolve_device
 from ..data import phantom
 from ..data.benchmarks import benchmark_of
 from ..data.phantom import FINDINGS
-from ..data.restricted import kept, safe_name
+from ..data.restricted import guarded_output, safe_name
 from ..metrics import bootstrap
 from ..metrics import statistics as ev
 from ..policy.prompt import asked_by, image_lists, render_prompt
@@ -591,7 +591,7 @@ def write_maps(
     A file holds the mean over the mentions of the report, float32 `(s, s)`, sum 1. If a study id is no good
     file name, the file is named by `safe_name`."""
     folder, paths = Path(folder), []
-    with kept(folder, benchmark):
+    with guarded_output(folder, benchmark):
         folder.mkdir(parents=True, exist_ok=True)
         for row, its_mentions in frame.groupby("row").indices.items():
             paths.append(folder / f"{safe_name(studies[row])}.npy")

@@ -42,7 +42,7 @@ from valor.data.phantom import (
     parse_report,
     spans,
 )
-from ..data.restricted import check_place, kept, safe_name
+from ..data.restricted import check_place, guarded_output, safe_name
 from ..data.sources import terms_of
 from ..figures import COLOURS
 from ..files import report_lines, whole
@@ -568,7 +568,7 @@ def gallery(
     shown = payload(systems, test, cfg, attention, side)
     page = to_html(shown, title or f"Reading room: {cfg.benchmark}", *_remarks(shown, cfg))
     out = Path(out).expanduser()
-    with kept(out, cfg.benchmark), whole(out) as temporary:
+    with guarded_output(out, cfg.benchmark), whole(out) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return out
 

@@ -237,12 +237,11 @@ def has_somewhere(frames: Frames, metric: str) -> bool:
 def compare(
     frames: Mapping, metrics: Sequence[str], against: str = "VALOR", n: int = 20_000, seed: int = 0
 ) -> pd.DataFrame:
-    """Tidy table: system, metric, value, lo, hi, seeds, studies, and difference to `against` (theirs
-    minus its), its interval, p and Holm-corrected p.
+    """Tidy table: system, metric, value, lo, hi, seeds, studies, and difference (this row
+    minus `against`), its interval, p and Holm-corrected p.
 
-    `frames`: {row: {seed: frame}} as from `scored`. Where a row lacks a seed that `against` has, the two
-    are compared on the seeds that both have; an untrained control of one seed, where all seeds share their
-    studies, with the mean over all. A metric is taken from the seeds that have it (`seeds_with`); a row that
+    `frames`: {row: {seed: frame}} as from `scored`; which rows and seeds are compared says `system_table`.
+    A metric is taken from the seeds that have it (`seeds_with`); a row that
     has none counts 0 seeds."""
     parts = {}  # {the seeds of every row: (frames, metrics that these seeds have)}
     for metric in metrics:

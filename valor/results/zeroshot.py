@@ -50,7 +50,7 @@ from tqdm.auto import tqdm
 
 from ..config import key_of, resolve_device
 from ..data.benchmarks import benchmark_of
-from ..data.restricted import check_place, kept
+from ..data.restricted import check_place, guarded_output
 from ..data.sources import check_endpoint, is_local
 from ..figures import slug
 from ..files import one_line, own_lines, report_lines
@@ -674,7 +674,7 @@ def run(self: _AskAll) -> None:
 # %% ../../nbs/results/04_zeroshot.ipynb #zsd00005
 @patch
 def _start(self: _AskAll, pool: ThreadPoolExecutor, todo: deque, running: set, bar: tqdm) -> None:
-    "Start questions while there are threads and the purse allows it; what runs may cost less than it holds."
+    "Start questions while threads and the purse allow it. One that runs may cost less than is held for it."
     while todo and len(running) < self.asking.workers and not self.end:
         images = images_of(self.dataset[todo[0]])
         limit = self.asking.limit_of(images)
@@ -721,7 +721,7 @@ def ask(
     endpoint = named(endpoint, client)
     asking, answered = _resumed(_hosted(endpoint, client, give_up), path, budget)
     print(estimate(endpoint, dataset, answered, asking))
-    with kept(path, benchmark):
+    with guarded_output(path, benchmark):
         answers = collect(dataset, path, asking)
     print(_summary(endpoint, answers, asking.purse))
     return answers
@@ -1088,7 +1088,7 @@ def _run(row: Row, name: str, dataset: Dataset, path: Path, benchmark: str, give
     if name in given.reports:
         return Result(*from_file(given.reports[name], list(dataset["study_id"])))
     if weights := given.weights.get(name):
-        with kept(path, benchmark):
+        with guarded_output(path, benchmark):
             if row.way == "flamingo":
                 return answered(run_flamingo(row, name, weights, dataset, path))
             return answered(run_open(row, name, weights, dataset, path, given.trust_remote_code))

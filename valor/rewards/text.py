@@ -446,7 +446,7 @@ class Store:
 # %% ../../nbs/rewards/00_text.ipynb #0554266b
 @patch
 def _open(self: Store) -> None:
-    "Connect to the file. If the folder is writable, what is missing of folder, file and table is made."
+    "Connect to the file. If the folder is writable, creates folder, file and table where they are absent."
     options = {"timeout": 60, "isolation_level": None, "check_same_thread": False}
     with _usable(self.file):
         if self.read_only:

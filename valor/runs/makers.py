@@ -424,30 +424,27 @@ def text_scorers(cfg: Config, keep: bool = True) -> dict[str, Any]:
     }
 
 # %% ../../nbs/runs/02_makers.ipynb #d890b2f2
+def _try_once(attempt: Callable[[], None], what: str, settings: list) -> None:
+    "Call `attempt`, unless this process has done so for the same `settings` of `what`."
+    key = (runs_dir(), what, key_of(settings))
+    if key not in LOADED:
+        attempt()
+        LOADED.add(key)
+
+
 def check_scorers(cfgs: Sequence[Config]) -> None:
     """Make the scorers and the expert that the runs `cfgs` name and try them, so that missing weights and
     broken rewards show before anything is trained (ValueError, RewardError). Makes no folder of runs."""
     for cfg in cfgs:
         check_choice(cfg)
     keep = (runs_dir() / "scores").exists()
-    given = {
-        ("scorers", key_of([getattr(cfg, f) for f in (*SCORING, "lambda_length", "lambda_repetition")])): (
-            lambda cfg=cfg: probe(text_scorers(cfg, keep))
-        )
-        for cfg in cfgs
-    }
-    given |= {
-        ("expert", key_of([getattr(cfg, f) for f in ("expert", *LABELER)])): (
-            lambda cfg=cfg: try_expert(load_expert(cfg.expert, labeler(cfg)))
-        )
-        for cfg in cfgs
-        if not cfg.expert.startswith("embedded")
-    }
-    for key, attempt in given.items():
-        if (runs_dir(), *key) in LOADED:
-            continue
-        attempt()
-        LOADED.add((runs_dir(), *key))
+    for cfg in cfgs:
+        settings = [getattr(cfg, field) for field in (*SCORING, "lambda_length", "lambda_repetition")]
+        _try_once(lambda: probe(text_scorers(cfg, keep)), "scorers", settings)
+    for cfg in cfgs:
+        if not cfg.expert.startswith("embedded"):
+            settings = [getattr(cfg, field) for field in ("expert", *LABELER)]
+            _try_once(lambda: try_expert(load_expert(cfg.expert, labeler(cfg))), "expert", settings)
 
 # %% ../../nbs/runs/02_makers.ipynb #158d9f5d
 LOADED = set()  # what this process has tried: real scorers take minutes to load
@@ -632,8 +629,8 @@ def policy_with(weights: str, cfg: Config, adapter: Path | None = None) -> tuple
 
 # %% ../../nbs/runs/02_makers.ipynb #a15222ba
 def snapshots_of(stage: str, cfg: Config) -> dict[int, Path | None]:
-    """{k: folder of the adapter} after update k of a finished stage, in order; stage 1 begins with {0:
-    None}, the SFT policy."""
+    """{k: folder of the adapter} of a finished stage, in order: the adapter after the update on generation k
+    (the k-th time that the policy sampled). Stage 1 begins with {0: None}, the SFT policy."""
     folder = phase_folder(stage, cfg)
     kept = {int(p.name[1:]): p for p in (folder / "snapshots").glob("k*")}
     kept[int(pd.read_csv(folder / "log.csv")["k"].max())] = folder / "adapter"
@@ -648,7 +645,7 @@ def check_choice(cfg: Config) -> None:
 
 # %% ../../nbs/runs/02_makers.ipynb #cho00002
 def best_update(progress: pd.DataFrame, metric: str) -> int:
-    """The update `k` with the best value of `metric` in a table of `make_progress`, the first of equals.
+    """The generation `k` with the best value of `metric` in a table of `make_progress`, the first of equals.
     Raises `RunError` where the validation studies give it no value."""
     if metric not in progress or progress[metric].isna().all():
         raise RunError(

@@ -34,14 +34,22 @@ from datasets import DatasetDict, load_from_disk
 from ..config import BENCHMARKS, Config, cpu_model, is_prompt_file, key_of, runs_dir, seed_of, versions
 from ..contents import cache_dir, fingerprint_once
 from ..data.benchmarks import benchmark_of
-from ..data.restricted import PlaceError, check_place, kept
+from ..data.restricted import PlaceError, check_place, guarded_output
 from ..data.sources import DataError, terms_of
 from ..data.studies import reading
 from ..files import sha256_of, whole
 from ..policy.models import LOADING
 from ..rewards.guard import RewardError
 from ..rewards.text import StoreError
-from .processes import JOINT, RunError, end_with_parent, is_first, processes, setup, together
+from valor.runs.processes import (
+    JOINT,
+    RunError,
+    end_with_parent,
+    is_first,
+    on_first_process,
+    processes,
+    setup,
+)
 from ..train.sft import TrainingError
 from ..vocabulary import PROMPT
 
@@ -501,13 +509,13 @@ def ensure(name: str, cfg: Config) -> Path:
     where needed. A finished one is only read: that needs no lock, and the medium may be read-only."""
     end_with_parent()
     if processes() > 1 and name not in JOINT:
-        return together(lambda: in_own_process(name, cfg))
+        return on_first_process(lambda: in_own_process(name, cfg))
     source = data_behind(name, cfg)
     check_place(runs_dir(), source, OUTSIDE)
     # where digests are kept, by paths
     check_place(cache_dir(), source, "set VALOR_CACHE to a folder outside")
     check_updates(name, cfg)
-    with kept(phase_folder(name, cfg), source, OUTSIDE):
+    with guarded_output(phase_folder(name, cfg), source, OUTSIDE):
         return _made(name, cfg)
 
 # %% ../../nbs/runs/01_phases.ipynb #phs00011
@@ -520,10 +528,10 @@ def _made(name: str, cfg: Config) -> Path:
     "The folder of the finished phase `name`, which is made or resumed under its lock where needed."
     after = {before: ensure(before, cfg) for before in PHASES[name].after}
     folder, expected = phase_folder(name, cfg), phase_config(name, cfg)
-    if together(lambda: _status_of_finished(folder, expected, cfg)) == "finished":
+    if on_first_process(lambda: _status_of_finished(folder, expected, cfg)) == "finished":
         return folder
     with locked(folder) if is_first() else contextlib.nullcontext():
-        status = together(lambda: begin(folder, expected, cfg))
+        status = on_first_process(lambda: begin(folder, expected, cfg))
         if status == "finished":
             return folder
         _make(name, cfg, folder, after, resumed=status == "interrupted")
@@ -538,7 +546,7 @@ def _make(name: str, cfg: Config, folder: Path, after: dict[str, Path], resumed:
     with announced(name, cfg):
         began = time.perf_counter()
         MAKERS[name](folder, cfg, after, name)
-        together(lambda: finish(folder, cost_of(began, resumed)))
+        on_first_process(lambda: finish(folder, cost_of(began, resumed)))
 
 # %% ../../nbs/runs/01_phases.ipynb #phsnt001
 def _note(holds: dict[str, str]) -> None:

@@ -21,7 +21,7 @@ from datasets import Dataset
 
 from ..config import BENCHMARKS, Config, key_of, preset, resolve_device, runs_dir
 from ..data.benchmarks import leaked
-from ..data.restricted import check_place, kept
+from ..data.restricted import check_place, guarded_output
 from ..data.sources import terms_of
 from ..figures import save, save_page
 from ..metrics import statistics as ev
@@ -156,7 +156,11 @@ def transferred(system: str, cfg: Config, target: Config) -> Path:
     folder = runs_dir() / f"{expected['phase']}-{key_of(expected)}"
     careful = target if terms_of(target.benchmark).restricted else cfg
     check_place(runs_dir(), target.benchmark, OUTSIDE)
-    with kept(folder, cfg.benchmark, OUTSIDE), kept(folder, target.benchmark, OUTSIDE), locked(folder):
+    with (
+        guarded_output(folder, cfg.benchmark, OUTSIDE),
+        guarded_output(folder, target.benchmark, OUTSIDE),
+        locked(folder),
+    ):
         if begin(folder, expected, careful) != "finished":
             write_transfer(folder, system, cfg, target)
             finish(folder)

@@ -28,7 +28,7 @@ import pandas as pd
 
 # %% ../../nbs/runs/07_watch.ipynb #f3adb7a6
 from ..config import runs_dir
-from ..data.restricted import kept
+from ..data.restricted import guarded_output
 from ..files import first_member, whole
 from ..policy.prompt import side_by_side, study_images
 from ..rewards.rules import RuleLabeler
@@ -430,7 +430,10 @@ def as_page(view: View, every: float) -> str:
 # %% ../../nbs/runs/07_watch.ipynb #wat00038
 def write_page(view: View, path: Path, every: float) -> None:
     "Write the page of `view` to `path`. Raises `PlaceError` for restricted studies in a repository."
-    with kept(path, view.benchmark or "phantom", "choose a --page outside"), whole(path) as temporary:
+    with (
+        guarded_output(path, view.benchmark or "phantom", "choose a --page outside"),
+        whole(path) as temporary,
+    ):
         temporary.write_text(as_page(view, every), encoding="utf-8")
 
 

@@ -52,13 +52,13 @@ from ..files import first_member
 from ..policy.adapter import ProjectorRate, adapters_on, hold
 from valor.policy.models import (
     all_modules,
+    explain_out_of_memory,
     frozen_weights,
     groups,
     image_tokens,
     load_policy,
     loading,
     lora_config,
-    memory_line,
 )
 from ..policy.prompt import asked_by, conversations, longest_asked
 from ..rewards.compose import CLINICAL_SCORERS, advantages, extras_of, is_clinical_step, needed
@@ -77,7 +77,7 @@ def grpo_loss(
     advantages: torch.Tensor,
     mask: torch.Tensor,
     epsilon: float = 0.2,
-    beta: float = 0.04,
+    beta: float = 0.02,
 ) -> torch.Tensor:
     """Eq. 10: the loss of N reports of at most T tokens, a scalar to minimise.
 
@@ -901,7 +901,7 @@ def _train(trainer: ValorTrainer, name: str, cfg: Config, every: int) -> None:
     "Train to the last update with a bar called `name`; `every`: updates between two snapshots."
     trainer.add_callback(Progress(name))
     sizes = {n: getattr(cfg, n) for n in ("batch_size", "group_size", "max_new_tokens")}
-    with memory_line(name, trainer.args, **sizes):
+    with explain_out_of_memory(name, trainer.args, **sizes):
         train_to_end(trainer, name, copies=1 + (trainer.args.max_steps - 1) // every)
 
 # %% ../../nbs/train/00_grpo.ipynb #hh000032

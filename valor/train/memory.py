@@ -210,7 +210,8 @@ def fits(
             found = fewest_parts(
                 s, gpu, held=held, prompts=n, group=group, checkpointing=checkpointing, **settings
             )
-            n = n if found else n // 2
+            if not found:
+                n = n // 2
         parts, m = found or ("–", dict.fromkeys(("fixed", "rollout", "update", "peak"), float("nan")))
         row = {"GPU (GB)": gpu, "weights": held, "checkpointing": "on" if checkpointing else "off"}
         row["prompts × G"] = f"{n} × {group}" if found else "does not fit"

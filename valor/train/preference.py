@@ -38,12 +38,12 @@ from valor.policy.models import (
     all_modules,
     check_completions,
     ending,
+    explain_out_of_memory,
     frozen_weights,
     groups,
     load_policy,
     loading,
     lora_config,
-    memory_line,
 )
 from ..policy.prompt import PROMPT, as_prompt, asked_by, image_lists
 from ..policy.tiny import generate
@@ -502,8 +502,8 @@ def preference_trainer(
 ) -> DPOTrainer:
     """A trainer of `pairs` that starts from the policy in `sft_folder`, which is also the reference.
 
-    It is TRL's `DPOTrainer`, or an `MMedPOTrainer` if `weighted`. It trains what both stages of VALOR
-    together do. `settings`: as `preference_settings` returns."""
+    It is TRL's `DPOTrainer`, or an `MMedPOTrainer` if `weighted`. It trains the modules that VALOR
+    trains in stage 1 and stage 2 together. `settings`: as `preference_settings` returns."""
     set_seed(settings["seed"])
     model, processor = load_policy(sft_folder, **frozen_weights(cfg.policy_weights), **loading(cfg))
     pairs = _with_ending(pairs, model, processor)
@@ -557,7 +557,7 @@ def _trained(trainer: DPOTrainer, name: str, cfg: Config, folder: Path) -> list[
     "Train `trainer` to its last update, save the adapter to `folder` and return the log of the updates."
     trainer.add_callback(Progress(name))
     track(trainer, cfg, folder.parent.name)
-    with memory_line(name, trainer.args, batch_size=cfg.batch_size, group_size=cfg.group_size):
+    with explain_out_of_memory(name, trainer.args, batch_size=cfg.batch_size, group_size=cfg.group_size):
         train_to_end(trainer, name)
     trainer.save_model(str(folder))
     return [line for line in trainer.state.log_history if "loss" in line]

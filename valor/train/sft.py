@@ -42,11 +42,11 @@ from ..policy.checkpoints import last_complete_checkpoint, seal
 from valor.policy.models import (
     check_completions,
     ending,
+    explain_out_of_memory,
     freeze_vision,
     frozen_weights,
     load_policy,
     lora_config,
-    memory_line,
     save_policy,
 )
 from ..policy.prompt import Prompt, asked_by, replace_completions
@@ -400,7 +400,7 @@ def sft(
     model, processor, data = _loaded(base, data, prompt, tuning, loading)
     trainer = _sft_trainer(model, processor, data, Path(out) / "checkpoints", desc, tuning)
     trainer.loading, processor.film_side = loading, _side_of(data)
-    with memory_line(desc, trainer.args, sft_batch_size=tuning.batch_size):
+    with explain_out_of_memory(desc, trainer.args, sft_batch_size=tuning.batch_size):
         train_to_end(trainer, desc)
     kept = torch.float32 if tuning.weights == "float32" else torch.bfloat16
     keep_sft(trainer, processor, base, out, mode, kept, **loading)
