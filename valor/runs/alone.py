@@ -133,18 +133,18 @@ TRUTH = "rewards/truth_f1/mean"
 
 
 def alarm_record(
-    runs: Mapping[tuple[str, int], pd.DataFrame], blind: Mapping[int, pd.DataFrame] | None = None
+    runs: Mapping[tuple[str, int], pd.DataFrame], text_only: Mapping[int, pd.DataFrame] | None = None
 ) -> pd.DataFrame:
     """One row for each run `{(reward, seed): log of stage 2}`: the update at which reward and truth parted,
     that of the alarm, and its lead (updates before the parting; negative: after it). NaN: never.
 
-    `blind`: {seed: log of stage 2 without vision}. The truth of a run is then that above its seed's blind
-    run, which reads the same studies in the same order: which studies these are no longer moves it."""
+    `text_only`: {seed: log of stage 2 without the visual reward}. The truth is then counted above that of
+    the seed's text-only run, which reads the same studies in the same order: which studies these are no longer moves it."""
     rows = []
     for (name, seed), log in runs.items():
         trained, truth = paid_column(name), log[TRUTH]
-        if blind is not None:
-            truth = truth - blind[seed][TRUTH]
+        if text_only is not None:
+            truth = truth - text_only[seed][TRUTH]
         at = parting(log[trained], truth)
         warned = alarm(log, trained)
         lead = at - warned if at is not None and warned is not None else np.nan

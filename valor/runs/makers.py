@@ -465,14 +465,8 @@ def context_watch(expert: FrozenExpert) -> dict[str, Callable]:
 def truth_watch(cfg: Config) -> dict[str, Callable]:
     """What training is watched by but never rewarded with: F1 against the planted truth, and the share of
     true findings that are named."""
-    truth = benchmark_of(cfg.benchmark).truth
-    if truth is None:
+    if benchmark_of(cfg.benchmark).truth is None:
         return {}
-    names = (
-        ("located_tp", "located_fp", "located_fn")
-        if truth == "findings"
-        else ("finding_tp", "hallucinated", "missed")
-    )
     rules = ev.RuleLabeler()
 
     def counts(texts: list[str], rows: list[dict]) -> pd.DataFrame:
@@ -480,9 +474,7 @@ def truth_watch(cfg: Config) -> dict[str, Callable]:
         return ev.true_columns([report_body(t) for t in texts], columns, cfg.benchmark, rules)
 
     def truth_f1(texts: list[str], rows: list[dict]) -> list[float]:
-        c = counts(texts, rows)
-        tp, fp, fn = (c[n] for n in names)
-        return (2 * tp / (2 * tp + fp + fn)).fillna(1.0).tolist()
+        return ev.truth_f1(counts(texts, rows), cfg.benchmark).tolist()
 
     def finding_recall(texts: list[str], rows: list[dict]) -> list[float | None]:
         c = counts(texts, rows)

@@ -38,8 +38,7 @@ def truth_columns(benchmark: str) -> tuple[str, str, str]:
         raise RunError(
             f"{benchmark}: nobody planted what its images show, so no expert can be examined on it"
         )
-    located = ("located_tp", "located_fp", "located_fn")
-    return located if truth == "findings" else ("finding_tp", "hallucinated", "missed")
+    return ev.TRUTH_COLUMNS[truth]
 
 # %% ../../nbs/runs/04_trust.ipynb #tru00006
 def judged(
@@ -50,11 +49,10 @@ def judged(
     frames, rows, rules = [], list(dataset), ev.RuleLabeler()
     for candidate, texts in reports.items():
         counts = ev.true_columns([report_body(t) for t in texts], dataset[:], benchmark, rules)
-        tp, fp, fn = (counts[name] for name in truth_columns(benchmark))
         frame = pd.DataFrame(dict(study_id=dataset["study_id"][:], candidate=candidate, completion=texts))
         scores = {name: judge(texts, rows) for name, judge in judges.items()}
-        truth_f1 = (2 * tp / (2 * tp + fp + fn)).fillna(1.0)
-        frames.append(pd.concat([frame, counts], axis=1).assign(truth_f1=truth_f1, **scores))
+        truth = ev.truth_f1(counts, benchmark)
+        frames.append(pd.concat([frame, counts], axis=1).assign(truth_f1=truth, **scores))
     return pd.concat(frames, ignore_index=True)
 
 # %% ../../nbs/runs/04_trust.ipynb #tru00010
