@@ -117,6 +117,11 @@ A policy that writes chest X-ray reports, trained with `valor`, an open implemen
 """
 
 # %% ../../nbs/runs/08_card.ipynb #crdbase1
+def _phase_in(folder: Path) -> str:
+    "The phase that made `folder`: `stage2` for `runs/stage2-1a2b3c`."
+    return folder.name.split("-")[0]
+
+
 def benchmarks_of(cfg: Config, phase: str = "") -> list[str]:
     """The benchmarks that a policy of the `phase` of the run `cfg` was trained on: its own, that of its file
     of preferences and, if known, those of its base."""
@@ -135,7 +140,7 @@ def trained_on(folder: Path | str) -> list[str]:
     card = Path(folder) / "README.md"
     try:
         phase, cfg = origin(folder)
-        return benchmarks_of(cfg, phase.name.split("-")[0])
+        return benchmarks_of(cfg, _phase_in(phase))
     except ValueError:
         known = ModelCard.load(card).data.to_dict().get("valor") if card.exists() else None
     if not known:
@@ -151,7 +156,7 @@ def _head_of(phase: Path, cfg: Config, adapter: bool) -> str:
         pipeline_tag="image-text-to-text",
         tags=["radiology", "chest-x-ray", "report-generation", "grpo", "valor"],
         valor=dict(
-            benchmark=cfg.benchmark, benchmarks=benchmarks_of(cfg, phase.name.split("-")[0]), phase=phase.name
+            benchmark=cfg.benchmark, benchmarks=benchmarks_of(cfg, _phase_in(phase)), phase=phase.name
         ),
     )
     return data.to_yaml()
@@ -176,7 +181,7 @@ def card_of(folder: Path | str, merged: bool = False) -> ModelCard:
         name=phase.name,
         base=cfg.base,
         data=f"{cfg.benchmark} ({terms.name}); terms: {terms.licence}{shared}",
-        rewards=_rewards_of(cfg, phase.name.split("-")[0]),
+        rewards=_rewards_of(cfg, _phase_in(phase)),
         measured=metrics_of(phase, cfg),
         failures=_FAILURES,
         load="PeftModel.from_pretrained(base, FOLDER)" if adapter else auto,

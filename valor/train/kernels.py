@@ -88,9 +88,7 @@ if find_spec("triton"):
         tl.store(to + HALF, second.to(kind))
 
 # %% ../../nbs/train/00c_kernels.ipynb #ke0e
-def rotate(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
-) -> tuple:
+def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple:
     "Rotary positions on the newest token's `q` `(N, H, 1, D)` and `k` `(N, KV, 1, D)`; cos, sin `(N, 1, D)`."
     cos, sin = cos.expand(len(q), -1, -1).contiguous(), sin.expand(len(q), -1, -1).contiguous()
     turned = []
