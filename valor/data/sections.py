@@ -263,7 +263,7 @@ def parse_sections(text: str, study_id: str | None = None) -> dict[str, str]:
 def _plain(text: str) -> str:
     "The style `plain`: regular spaces and punctuation, and no list numbers."
     text = re.sub(r"\(\s*\)", " ", text)
-    text = re.sub(r"\s+([.,;:)])", r"\1", " ".join(text.split()))
+    text = re.sub(r"\s+([.,;:)])(?!\d)", r"\1", " ".join(text.split()))
     text = re.sub(r"([.,;:])[.,;:]+", r"\1", text)
     # list numbers: "1. no effusion. 2. clear."
     text = re.sub(r"(^|[.:;] )\(?\d{1,2}[.)] (?=[a-zA-Z])", r"\1", text)

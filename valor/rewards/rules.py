@@ -130,8 +130,8 @@ _STILL_THERE = any_of(
 )
 NO_CHANGE = rf"""
     no (?:{_LITTLE} )*{_CHANGE}(?! n?or\b)
-    no (?:{_LITTLE} )*enlargement (?=of the (?:effusion|pneumothorax|nodule|mass|opacit))
-    no (?:\w+ )?evidence that(?= (?:the|this) .*\b(?:has|have|is|are) (?:\w+ )?{_CHANGED}\b)
+    no (?:{_LITTLE} )*enlargement(?= of the (?:effusion|pneumothorax|nodule|mass|opacit))
+    no (?:\w+ )?evidence that(?= (?:the|this) (?!heart|cardi|mediast).*\b(?:has|have|is|are) (?:\w+ )?{_CHANGED}\b)
     not only
     not {_NOT_MUCH}{_STILL_THERE}
     (?:has|have|does|do|did) not (?:yet )?(?:\w+ly )?(?:resolved?|cleared?|changed?|improved?|gone?)
@@ -161,12 +161,13 @@ NOT_RESOLVED = rf"""
 _EARLIER = (
     r"(?:previously|before|earlier|(?:on|in) (?:the |any )?(?:prior|previous|earlier|old|xxxx))(?: \w+)?"
 )
-_TIP = r"(?:tip|end|side-?hole|side port|portion) (?:[a-z]+ ){0,5}?(?:is|are|was)"
+_TIP = r"(?:tip|end|side-?hole|side port|portion) (?:[a-z]+ ){0,5}?(?:(?:is|are|was) )?"
 NOT_ON_THIS_VIEW = rf"""
     (?:was |were )?not (?:definitely )?{_SEEN} {_EARLIER}
     (?:is |are |was |were )?not {_CLEARLY}{_SEEN} (?:on|in) {_ONE_VIEW}
     not entirely (?:new|certain)
-    {_TIP} (?:not|no longer) {_CLEARLY}{_SEEN}"""
+    not (?:entirely |fully |completely )?(?:included|imaged) (?:on|in) (?:this|the) {_VIEW}
+    {_TIP}(?:not|no longer) {_CLEARLY}{_SEEN}"""
 
 # %% ../../nbs/rewards/01_rules.ipynb #75126976
 ALTERNATIVE = r"""
@@ -208,7 +209,8 @@ DOUBT = rf"""
     equivocal|borderline|perhaps|presumed|presumably|appears? to represent
     to exclude|rule out|r/o
     either|if
-    less likely (?!(?:given|but|due|in|on|than|however|because|as)\b)(?=[a-z])"""
+    less likely(?= (?!(?:given|but|due|in|on|than|however|because|as)\b)[a-z])
+    favou?red(?= to .* over )"""
 
 # %% ../../nbs/rewards/01_rules.ipynb #496b2246
 NOT_NOW = "history of|h/o|(?:evaluate|evaluation|assess|assessment|check|look|looking) for"
@@ -219,10 +221,10 @@ DENIAL = rf"""
     (?:can ?not|can't|can no longer|could not|could no longer) be {_CLEARLY}{_SEEN}
     (?:has|have) (?:been )?{_BY_NOW}(?:resolved|cleared|removed|excluded|drained|evacuated)
     (?:(?:is|are) )?(?:(?:completely|now|essentially|interval) )*(?:resolved|absent|gone|excluded|ruled out)
-    unlikely|less likely|none|nil
+    unlikely(?! that)|less likely|none|nil
     (?:no|negative)$"""
 NEGATION = r"""
-    no (?:\w+ )?evidence that there (?:is|are)
+    no (?:\w+ )?evidence that there (?:is|are)|unlikely that
     no|not|without|denies|negative(?: for)?
     free of|clear of|cleared of|devoid of|absence of
     (?:interval )?(?:resolution|clearing) of
@@ -285,10 +287,15 @@ _OPENING_WORDS = any_of(
     questionable old cardiac cardiomegaly heart lungs? mediastin\w+ cardiomediastin\w+ bon[ey]s? osseous"""
 )
 OPENING = rf"{_OPENING_WORDS}\b"
-_SIZED = any_of("an? the mild moderate small severe minimal stable increased left right bilateral")
+_SIZED = any_of(
+    """an? the mild moderate small severe minimal stable increased left right bilateral bibasilar persistent
+    residual unchanged new"""
+)
+_ALSO = any_of("new persistent residual bilateral left right")  # after a comma
 VERB = any_of("is are has have was were appears? remains?")
 
-COMMA = re.compile(rf", (?=(?:and )?{OPENING})(?!.*\bn?or\b)")  # "no a , small b or c" is one list
+# "no a , small b or c" is one list
+COMMA = re.compile(rf", (?=(?:and )?(?:{OPENING}|{_ALSO}\b))(?!.*\bn?or\b)")
 JOINT = re.compile(rf"\band (?={OPENING})|\bwith (?={_SIZED}\b)")
 SECOND_VERB = re.compile(rf"(?:\band|,) (?=(?:[\w-]+ ){{1,4}}{VERB}\b)")
 FIRST_VERB = re.compile(
@@ -303,7 +310,8 @@ _ORGAN = alternatives(r"""
     mediastinum
     (?:cardio)?mediastinal (?:silhouette|contours?)""")
 # "no effusion the heart is enlarged": a full stop was left out
-NEW_ORGAN = re.compile(rf"(?<=[a-z] )(?<!\bthe )(?<!\band )(?<!\bof )(?:the )?(?=(?:{_ORGAN}) {VERB}\b)")
+_APART = r"(?<!\bthe )(?<!\band )(?<!\bof )(?<!\bthat )(?<!\bnor )(?<!\bneither )"
+NEW_ORGAN = re.compile(rf"(?<=[a-z] ){_APART}(?:the )?(?=(?:{_ORGAN}) {VERB}\b)")
 _ANY_VERB = re.compile(rf"\b{VERB}\b")
 
 # %% ../../nbs/rewards/01_rules.ipynb #1f1785f7
@@ -597,8 +605,8 @@ def report_labels(report: str) -> Said:
 # The versions of the two kinds of rules. Stored scores are kept under them, so raise one whenever labels or
 # graphs of any report change: tests/test_rules.py compares what the rules say of some 4,000 reports with what
 # they said under these versions.
-LABEL_RULES = "c57ca60894"
-GRAPH_RULES = "5d1de87c4d"
+LABEL_RULES = "c57ca60895"
+GRAPH_RULES = "5d1de87c4e"
 VALUE = {"present": 1.0, "absent": 0.0, "uncertain": -1.0}  # as in CheXpert's tables
 
 
