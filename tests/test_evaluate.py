@@ -5,6 +5,7 @@ import json
 import random
 import re
 
+import pandas as pd
 import pytest
 from kills import finish, kill_at
 
@@ -77,3 +78,33 @@ def test_bad_input_is_one_line_and_nothing_written_is_lost(tmp_path):
             main(["evaluate", *map(str, arguments), "--out", str(tmp_path / "out")])
         assert "\n" not in str(end.value)
     assert (tmp_path / "out/table.csv").read_bytes() == before
+
+
+def test_intervals_are_drawn_over_patients_where_one_has_several_studies(tmp_path, capsys):
+    write(tmp_path / "mine.jsonl", n=40)
+    rows = [json.loads(line) for line in (tmp_path / "mine.jsonl").read_text().splitlines()]
+    # every report four times: 40 studies say no more than the ten patients that they are of
+    tens = [rows[i // 4] | dict(id=i, patient=f"p{i // 4}") for i in range(40)]
+    (tmp_path / "tens.jsonl").write_text("".join(json.dumps(r) + "\n" for r in tens))
+    alone = [{k: v for k, v in r.items() if k != "patient"} for r in tens]
+    (tmp_path / "alone.jsonl").write_text("".join(json.dumps(r) + "\n" for r in alone))
+    width, shown = {}, {}
+    for name in ("tens", "alone"):
+        out = tmp_path / name
+        main(
+            [
+                "evaluate",
+                f"{tmp_path}/{name}.jsonl",
+                "--out",
+                str(out),
+                "--metrics",
+                "lexical",
+                "--n-boot",
+                "400",
+            ]
+        )
+        shown[name] = capsys.readouterr().out
+        table = pd.read_csv(out / "table.csv").set_index("metric")
+        width[name] = table.hi["ROUGE-L"] - table.lo["ROUGE-L"]
+    assert "draws over patients" in shown["tens"] and "draws over studies" in shown["alone"]
+    assert 1.5 < width["tens"] / width["alone"] < 2.7  # √4 = 2

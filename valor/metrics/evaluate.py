@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 from ..contents import fingerprint
 from ..data.images import read_image, square
 from ..expert.two_images import study_features
-from ..files import own_lines, report_lines, sha256_of
+from ..files import own_lines, report_lines, sha256_of, value_in
 from . import statistics as ev
 from .conventions import chosen_conventions, convention_columns, rows_of
 from ..rewards.radgraph import LEVELS, graph_set
@@ -44,8 +44,8 @@ from ..rewards.text import load_attribute, report_body, scorer, tokenize
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #f4472d97
 def read_reports(path: Path | str) -> pd.DataFrame:
-    """DataFrame of a JSONL file: columns `id`, `candidate`, `reference` and, where given, `image` and
-    `system`; tags are taken off. Without a field `system`, the system is called as the file.
+    """DataFrame of a JSONL file: columns `id`, `candidate`, `reference` and, where given, `image`, `patient`
+    and `system`; tags are taken off. Without a field `system`, the system is called as the file.
 
     Raises ValueError naming file, line and what was expected."""
     path, rows, seen = Path(path), [], {}
@@ -59,7 +59,7 @@ def read_reports(path: Path | str) -> pd.DataFrame:
             raise ValueError(f"{path}:{number}: {before}; expected each id once for a system")
         seen[study] = number
         rows.append(row | {field: report_body(row[field]) for field in ("candidate", "reference")})
-    fields = ("id", "candidate", "reference", "image", "system")
+    fields = ("id", "candidate", "reference", "image", "patient", "system")
     return pd.DataFrame(rows, columns=[c for c in fields if any(c in r for r in rows)])
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #372a2ce7
@@ -554,6 +554,11 @@ class Request:
         return counts_of_both(numbers) if name == "f1" else numbers
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #16118dd4
+def _patients_in(frame: pd.DataFrame) -> list[str]:
+    "The patient of each line of a file, empty where it names none; [] if no line names one."
+    return [str(value_in(row, "patient")) for row in frame.to_dict("records")] if "patient" in frame else []
+
+
 def measured(request: Request) -> tuple[dict[str, pd.DataFrame], dict[str, tuple]]:
     """`({system: frame of additive statistics}, {metric: (function of sums, which way is better)})` of what
     could be measured; what could not is added to `request.not_run`."""
@@ -572,16 +577,19 @@ def measured(request: Request) -> tuple[dict[str, pd.DataFrame], dict[str, tuple
         raise ValueError(f"metrics: none of {', '.join(request.chosen)} can be run ({wants})")
     frames = {}
     for system, frame in request.systems.items():
-        frames[system] = pd.concat(parts[system], axis=1).set_axis(frame.index)
+        scores = pd.concat(parts[system], axis=1).set_axis(frame.index)
+        frames[system] = ev.with_patients(scores, _patients_in(frame))
     return frames, found
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #0532e135
 def provenance(request: Request, paths: Sequence[Path | str], n_boot: int, seed: int) -> dict:
     "What a table was measured with and on: models, files by their SHA-256, empty reports, versions."
     systems, columns = request.systems, ("candidate", "reference")
+    first = next(iter(systems.values()))
     packages = ("valor", "torch", "transformers", "pycocoevalcap", "numpy")
     return dict(
-        studies=len(next(iter(systems.values()))),
+        studies=len(first),
+        drawn="patients" if "patient" in ev.with_patients(first[[]], _patients_in(first)) else "studies",
         n_boot=n_boot,
         seed=seed,
         options=request.options,
@@ -632,7 +640,7 @@ def formatted(table: pd.DataFrame, not_run: Mapping[str, str]) -> pd.DataFrame:
 # %% ../../nbs/metrics/01_evaluate.ipynb #36d85113
 def footnotes(info: dict) -> str:
     "What the numbers were measured with, in a few lines."
-    draws = f"{info['n_boot']} bootstrap draws over studies, seed {info['seed']}"
+    draws = f"{info['n_boot']} bootstrap draws over {info['drawn']}, seed {info['seed']}"
     models = ", ".join(f"{n}={info['options'][n]}" for n in ("chexbert", "radgraph", "bertscore_model"))
     lines = [f"{info['studies']} studies; 95 % intervals from {draws}"]
     lines += [f'{models} ("rules" and "minilm" are embedded stand-ins)']

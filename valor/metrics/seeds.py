@@ -35,7 +35,7 @@ from ..data.benchmarks import benchmark_of
 from ..data.restricted import guarded_output
 from ..figures import COLOURS, PAGE, place_of, sidecar
 from ..files import DataError, whole
-from .bootstrap import Metrics, holm, interval, study_draws
+from .bootstrap import Metrics, draws_for, holm, interval
 from .statistics import METRICS, axis_label, measure, seeds_text, within_limits
 
 # %% ../../nbs/metrics/03_seeds.ipynb #seed0005
@@ -377,7 +377,7 @@ def nested_draws(
     gaps = np.empty(taken.shape)
     for i, pair in enumerate(pairs):
         places = taken == i  # where seed i was taken; each place draws its studies anew
-        gaps[places] = _gap(pair, study_draws(len(pair[0]), int(places.sum()), seed + 1 + i), one)
+        gaps[places] = _gap(pair, draws_for(pair[0], int(places.sum()), seed + 1 + i), one)
     return gaps.mean(1)
 
 # %% ../../nbs/metrics/03_seeds.ipynb #seed002c
@@ -386,7 +386,7 @@ def crossed_draws(
 ) -> np.ndarray:
     "As `nested_draws`, for seeds that share their studies: a draw takes the same studies for all its seeds."
     taken = np.random.default_rng(seed).integers(len(pairs), size=(n_boot, len(pairs)))
-    draws = study_draws(len(pairs[0][0]), n_boot, seed + 1)
+    draws = draws_for(pairs[0][0], n_boot, seed + 1)
     gaps = np.stack([_gap(pair, draws, one) for pair in pairs], 1)  # (n_boot, seeds)
     return np.take_along_axis(gaps, taken, 1).mean(1)
 

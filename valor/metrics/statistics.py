@@ -8,14 +8,14 @@ __all__ = ['BLEU_COLUMNS', 'PATHOLOGIES', 'FINDING_COLUMNS', 'DRAWN', 'TRUTH_COL
            'IMAGE', 'ABNORMAL', 'NORMAL', 'METRICS', 'BETTER', 'UNTRAINED', 'MENTIONS', 'bleu_statistics',
            'corpus_bleu', 'positives', 'label_columns', 'planted_columns', 'drawn_columns', 'true_columns', 'truth_f1',
            'distractors', 'retrieved', 'text_columns', 'fresh_columns', 'study_vectors', 'expert_columns',
-           'score_reports', 'read_with_texts', 'read_scores', 'ratio', 'f1', 'share', 'fresh_bleu', 'micro_f1',
-           'macro_f1', 'micro5', 'macro5', 'false_labels', 'Metric', 'register_metric', 'registered', 'finding_f1',
-           'located_f1', 'specificity', 'Live', 'heading', 'axis_name', 'within_limits', 'axis_label', 'measure',
-           'summarize', 'seeds_text', 'seeds_in', 'system_table', 'aggregate', 'paired_difference', 'digits_of', 'cell',
-           'cells_of', 'result_table', 'as_completion', 'blank_images', 'normal_template', 'random_reports',
-           'perfect_findings', 'retrieval_by_true_codes', 'retrieval_by_expert', 'controls', 'fixed_scores',
-           'best_fixed_report', 'in_seeds', 'seeds_of_systems', 'plot_results', 'running_mean', 'plot_progression',
-           'describe', 'plot_cases']
+           'with_patients', 'score_reports', 'read_with_texts', 'read_scores', 'ratio', 'f1', 'share', 'fresh_bleu',
+           'micro_f1', 'macro_f1', 'micro5', 'macro5', 'false_labels', 'Metric', 'register_metric', 'registered',
+           'finding_f1', 'located_f1', 'specificity', 'Live', 'heading', 'axis_name', 'within_limits', 'axis_label',
+           'measure', 'summarize', 'seeds_text', 'seeds_in', 'system_table', 'aggregate', 'paired_difference',
+           'digits_of', 'cell', 'cells_of', 'result_table', 'as_completion', 'blank_images', 'normal_template',
+           'random_reports', 'perfect_findings', 'retrieval_by_true_codes', 'retrieval_by_expert', 'controls',
+           'fixed_scores', 'best_fixed_report', 'in_seeds', 'seeds_of_systems', 'plot_results', 'running_mean',
+           'plot_progression', 'describe', 'plot_cases']
 
 # %% ../../nbs/metrics/00_statistics.ipynb #9c760899
 import textwrap
@@ -282,6 +282,17 @@ def expert_columns(
     frame["retrieved"] = retrieved(texts, np.asarray(image_features), others)
     return frame
 
+# %% ../../nbs/metrics/00_statistics.ipynb #patient5
+def with_patients(frame: pd.DataFrame, patients: Sequence[str | None]) -> pd.DataFrame:
+    """`frame` with a column `patient`, the number of the patient of each study, where one of `patients` has
+    several studies; otherwise `frame` itself. A study whose patient is None or "" has one of its own."""
+    known = [patient for patient in patients if patient]
+    if len(set(known)) == len(known):
+        return frame
+    names = [patient or ("", place) for place, patient in enumerate(patients)]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return frame.assign(patient=[float(numbers[name]) for name in names])
+
 # %% ../../nbs/metrics/00_statistics.ipynb #007feae7
 def score_reports(
     completions: Sequence[str],
@@ -294,7 +305,8 @@ def score_reports(
     tokenizer: str = "field",
     seed: int = 0,
 ) -> pd.DataFrame:
-    """One row of additive statistics (columns `STATISTICS`) per study, for `summarize` and `aggregate`.
+    """One row of additive statistics (columns `STATISTICS`) per study, for `summarize` and `aggregate`, and
+    the number of its `patient` where patients have several studies.
 
     `completions`: raw text with its tags, one for each row of `dataset` (schema of `valor.data.benchmarks`).
     `leaked`: which studies are (`data.leaked`), where that is known. `expert`, `image_features`: see
@@ -307,7 +319,9 @@ def score_reports(
     parts += [expert_columns(reports, dataset, expert, image_features, seed)]
     parts += [label_columns(reports, dataset["report"], labeler)]
     parts += [true_columns(reports, dataset, benchmark, labeler)]
-    return pd.concat(parts, axis=1)[STATISTICS].set_index(pd.Index(dataset["study_id"], name="study_id"))
+    frame = pd.concat(parts, axis=1)[STATISTICS].set_index(pd.Index(dataset["study_id"], name="study_id"))
+    patients = dataset["patient_id"] if "patient_id" in dataset.column_names else []
+    return with_patients(frame, patients)
 
 # %% ../../nbs/metrics/00_statistics.ipynb #readsc02
 def read_with_texts(path: Path | str, texts: Sequence[str]) -> pd.DataFrame:
