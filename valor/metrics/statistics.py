@@ -11,11 +11,11 @@ __all__ = ['BLEU_COLUMNS', 'PATHOLOGIES', 'FINDING_COLUMNS', 'DRAWN', 'TRUTH_COL
            'with_patients', 'score_reports', 'read_with_texts', 'read_scores', 'ratio', 'f1', 'share', 'fresh_bleu',
            'micro_f1', 'macro_f1', 'micro5', 'macro5', 'false_labels', 'Metric', 'register_metric', 'registered',
            'finding_f1', 'located_f1', 'specificity', 'Live', 'heading', 'axis_name', 'within_limits', 'axis_label',
-           'measure', 'summarize', 'seeds_text', 'seeds_in', 'system_table', 'aggregate', 'paired_difference',
-           'digits_of', 'cell', 'cells_of', 'result_table', 'as_completion', 'blank_images', 'normal_template',
-           'random_reports', 'perfect_findings', 'retrieval_by_true_codes', 'retrieval_by_expert', 'controls',
-           'fixed_scores', 'best_fixed_report', 'in_seeds', 'seeds_of_systems', 'plot_results', 'running_mean',
-           'plot_progression', 'describe', 'plot_cases']
+           'measure', 'summarize', 'seeds_text', 'values_by_seed', 'seeds_in', 'system_table', 'aggregate',
+           'paired_difference', 'digits_of', 'cell', 'cells_of', 'result_table', 'as_completion', 'blank_images',
+           'normal_template', 'random_reports', 'perfect_findings', 'retrieval_by_true_codes', 'retrieval_by_expert',
+           'controls', 'fixed_scores', 'best_fixed_report', 'in_seeds', 'seeds_of_systems', 'plot_results',
+           'running_mean', 'plot_progression', 'describe', 'plot_cases']
 
 # %% ../../nbs/metrics/00_statistics.ipynb #9c760899
 import textwrap
@@ -620,9 +620,15 @@ def seeds_text(values: Mapping[int, float]) -> str:
     return " ".join(f"{seed}:{value:.6g}" for seed, value in values.items())
 
 
+def values_by_seed(text: str) -> dict[int, float]:
+    "{seed: value}, as `seeds_text` wrote it."
+    pairs = (one.split(":") for one in text.split())
+    return {int(seed): float(value) for seed, value in pairs}
+
+
 def seeds_in(by_seed: str) -> list[float]:
     "The values that `seeds_text` wrote."
-    return [float(one.split(":")[1]) for one in by_seed.split()]
+    return list(values_by_seed(by_seed).values())
 
 # %% ../../nbs/metrics/00_statistics.ipynb #rod00003
 def system_table(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GAUGED', 'METRICS', 'ROWS', 'VISUAL_CONTROLS', 'FAULTS', 'shown_metrics', 'finished', 'rows_of', 'control_rows',
-           'references_of', 'options_of', 'gauges_for', 'with_gauges', 'scored', 'value_in', 'defined', 'seeds_with',
-           'has_somewhere', 'compare', 'with_kept', 'by_leak', 'main_table', 'command_for', 'wide', 'best_in_words',
-           'plot_systems']
+           'references_of', 'options_of', 'unknown_metric', 'gauges_for', 'with_gauges', 'scored', 'value_in',
+           'defined', 'seeds_with', 'has_somewhere', 'compare', 'with_kept', 'by_leak', 'main_table', 'command_for',
+           'wide', 'best_in_words', 'plot_systems']
 
 # %% ../../nbs/results/00_tables.ipynb #6ed219fc
 import shlex
@@ -151,10 +151,14 @@ def options_of(cfg: Config, models: Mapping) -> dict:
     return judging.DEFAULTS | {name: getattr(cfg, name) for name in _OWN} | models
 
 # %% ../../nbs/results/00_tables.ipynb #3ad26c3d
+def unknown_metric() -> str:
+    "What a table says of a metric that does not exist."
+    return f"unknown metric; known are {', '.join(METRICS)}"
+
+
 def gauges_for(metrics: Sequence[str], options: dict) -> tuple[dict, dict]:
     "`({gauge: (function, key)}, {metric: why it cannot be had})` of what `metrics` need."
-    unknown = f"unknown metric; known are {', '.join(METRICS)}"
-    gauges, why = {}, {m: unknown for m in metrics if m not in METRICS}
+    gauges, why = {}, {m: unknown_metric() for m in metrics if m not in METRICS}
     for gauge in dict.fromkeys(GAUGED[m] for m in metrics if m in GAUGED and GAUGED[m] != "cider"):
         try:
             gauges[gauge] = judging.GAUGES[gauge](options)
@@ -326,6 +330,8 @@ def main_table(
     studies (`by_leak`); {system or metric: why it has no number}; the names of the evaluations,
     also of kept ones."""
     metrics = list(metrics or shown_metrics(cfgs[0].benchmark))
+    if not set(metrics) & set(METRICS):
+        raise ValueError(f"metrics: {', '.join(metrics)}: {unknown_metric()}")
     rows, why = rows_of(cfgs, systems, missing, controls)
     frames, lacking = scored(rows, cfgs, metrics, models) if rows else ({}, {})
     if kept:
@@ -376,16 +382,23 @@ def wide(
     return table.rename(index=ev.heading).rename_axis(None).rename_axis(None, axis=1)
 
 # %% ../../nbs/results/00_tables.ipynb #8f9ef6f2
+def _on_shared_seeds(here: pd.DataFrame) -> pd.Series:
+    "{system: value} of one metric, on the seeds that all its rows have; where they share none, on their own."
+    by_seed = {row.system: ev.values_by_seed(row.by_seed) for row in here.itertuples()}
+    shared = set.intersection(*map(set, by_seed.values())) if by_seed else set()
+    if not shared:
+        return here.set_index("system").value
+    return pd.Series({system: np.mean([values[s] for s in shared]) for system, values in by_seed.items()})
+
+
 def best_in_words(tidy: pd.DataFrame, metrics: Sequence[str], among: Sequence[str] = ROWS[1:]) -> str:
     """Which of the systems `among` has the best value of each metric, as a sentence: "Best trained
-    system: GRPO in BLEU-4 and ROUGE-L; VALOR in F1 of findings in their place". Where rows have
-    differences from VALOR, on shared seeds, these decide. Metrics of which neither direction is better are
-    passed over."""
+    system: GRPO in BLEU-4 and ROUGE-L; VALOR in F1 of findings in their place". Systems are compared on the
+    seeds that all of them have. Metrics of which neither direction is better are passed over."""
     won = {}
     for metric in metrics:
         here = tidy[(tidy.metric == metric) & tidy.system.isin(list(among)) & tidy.value.notna()]
-        here = here.set_index("system")
-        values = here.difference.fillna(0.0) if "difference" in here else here.value
+        values = _on_shared_seeds(here) if "by_seed" in here else here.set_index("system").value
         arrow = METRICS[metric][1] if metric in METRICS else ""
         if len(values) and arrow:
             won.setdefault(values.idxmax() if arrow == "↑" else values.idxmin(), []).append(

@@ -128,10 +128,11 @@ _STILL_THERE = any_of(
     """changed improved increased decreased worsened resolved cleared clear normal without absent gone free
     bigger larger smaller better worse"""
 )
+_NO_HEART = "(?!heart|cardi|mediast)"  # an enlarged heart is a finding, an enlarged effusion has changed
 NO_CHANGE = rf"""
     no (?:{_LITTLE} )*{_CHANGE}(?! n?or\b)
     no (?:{_LITTLE} )*enlargement(?= of the (?:effusion|pneumothorax|nodule|mass|opacit))
-    no (?:\w+ )?evidence that(?= (?:the|this) (?!heart|cardi|mediast).*\b(?:has|have|is|are) (?:\w+ )?{_CHANGED}\b)
+    no (?:\w+ )?evidence that(?= (?:the|this) {_NO_HEART}.*\b(?:has|have|is|are) (?:\w+ )?{_CHANGED}\b)
     not only
     not {_NOT_MUCH}{_STILL_THERE}
     (?:has|have|does|do|did) not (?:yet )?(?:\w+ly )?(?:resolved?|cleared?|changed?|improved?|gone?)

@@ -139,7 +139,8 @@ def alarm_record(
     that of the alarm, and its lead (updates before the parting; negative: after it). NaN: never.
 
     `text_only`: {seed: log of stage 2 without the visual reward}. The truth is then counted above that of
-    the seed's text-only run, which reads the same studies in the same order: which studies these are no longer moves it."""
+    the seed's text-only run. Both read the same studies in the same order, so which studies these are no
+    longer moves it."""
     rows = []
     for (name, seed), log in runs.items():
         trained, truth = paid_column(name), log[TRUTH]

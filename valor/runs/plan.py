@@ -26,7 +26,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from ..config import BENCHMARKS, Config, cpu_model, figures_dir, repo_root, resolve_device, runs_dir
 from ..data.benchmarks import clean_openi, read_openi
 from ..data.studies import load_studies
-from .phases import LISTENERS, PHASES, load_data, phase_folder, read_json, write_json
+from .phases import LISTENERS, PHASES, chooses, load_data, phase_folder, read_json, write_json
 from .processes import is_first
 from ..train.grpo import snapshot_every, steps_of, whole_generations
 from ..train.memory import adapter_parameters, fewest_parts, llava_med_7b, shape_of, step_limit
@@ -66,6 +66,8 @@ def steps_for(wanted: Iterable[tuple[str, Config, str]]) -> list[Step]:
     def visit(phase: str, cfg: Config, system: str) -> None:
         for before in PHASES[phase].after:
             visit(before, cfg, system)
+        if chooses(phase, cfg):
+            visit(f"progress_{phase.split('_')[1]}", cfg, system)
         folder = phase_folder(phase, cfg)
         label = f"{label_of(phase)} ({system})" if system else label_of(phase)
         found.setdefault(folder, Step(phase, cfg, label, folder))
@@ -117,7 +119,7 @@ def work_of(phase: str, cfg: Config, studies: dict[str, int]) -> float:
         data=sum(studies.values()),
         expert=cfg.expert_steps,
         base=cfg.warmup_epochs * shown + 4 * cfg.base_epochs * min(cfg.base_studies, shown),
-        sft=cfg.sft_epochs * train,
+        sft=cfg.sft_epochs * shown,
     )
     if phase in fixed:
         return fixed[phase]
@@ -133,9 +135,12 @@ KIND = ("base", "tower", "expert", "image_size", "max_new_tokens", "threads", "p
 KIND += ("chexbert", "radgraph", "bertscore_model")
 
 
-def _kind(values: dict, device: str, processes: int) -> tuple:
+def _kind(phase: str, values: dict, device: str, processes: int) -> tuple:
     "What must be equal for one phase to tell how long another takes."
-    return (*(values.get(name) for name in KIND), device, processes)
+    source = (
+        values.get("benchmark") if phase == "data" else None
+    )  # drawing images tells nothing of reading films
+    return (*(values.get(name) for name in KIND), source, device, processes)
 
 
 def _alike(phase: str) -> str:
@@ -169,7 +174,7 @@ def _read_past(folder: Path, when: float) -> Past | None:
         cfg = Config(**{name: v for name, v in record["full"].items() if name in known})
         phase = record["config"]["phase"]
         work = work_of(phase, cfg, studies_of(cfg))
-        kind = _kind(record["full"], cost["device"], cost["processes"])
+        kind = _kind(phase, record["full"], cost["device"], cost["processes"])
     except (RuntimeError, ValueError, KeyError, TypeError, OSError):
         return None  # of another version
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -205,7 +210,7 @@ def device_name() -> str:
 # %% ../../nbs/runs/06_plan.ipynb #84314f81
 def by_past(step: Step, past: Sequence[Past], studies: dict[str, int], processes: int = 1) -> Estimate:
     "What `step` takes by the newest phase of `past` that tells about it."
-    kind = _kind(dataclasses.asdict(step.cfg), device_name(), processes)
+    kind = _kind(step.phase, dataclasses.asdict(step.cfg), device_name(), processes)
     alike = [p for p in past if p.kind == kind and _alike(p.phase) == _alike(step.phase)]
     same = [p for p in alike if p.phase == step.phase] or alike
     if not same:

@@ -35,6 +35,7 @@ from ..metrics.verdict import plot_verdict, verdict, verdict_text
 from ..policy.models import check_policy, frozen_weights
 from ..rewards.text import report_body
 from valor.runs.makers import (
+    check_choice,
     check_scorers,
     expert_note,
     has_image_controls,
@@ -330,6 +331,9 @@ def dry_run(args: Namespace, settings: dict, wanted_by: Callable) -> None:
         cfg = preset(args.preset, **settings)
         check_packages(cfg)
         check_testable(cfg)
+        check_choice(cfg)
+        if cfg.data_root is not None and not Path(cfg.data_root).expanduser().exists():
+            raise ValueError(f"data_root={cfg.data_root!r}: no such folder or file")
         print_plan(wanted_by(cfg), processes())
     except (ValueError, *MISTAKES) as e:
         sys.exit(f"valor: {e}")
@@ -370,6 +374,9 @@ def run_main(args: Namespace, settings: dict) -> None:
     print(files[0].read_text().rsplit("\n\n", 1)[-1])
     print(stand_ins(cfg), end="\n\n")
     print("\n".join(map(str, files)))
+    # four systems have a stage 2: whoever merges or reads VALOR must know which is VALOR's
+    print(f"\nVALOR's adapter: {phase_folder('stage2', cfg) / 'adapter'}")
+    print(f"VALOR's reports: {phase_folder('eval_stage2', cfg)}")
 
 # %% ../../nbs/runs/03_systems.ipynb #6cc6cc83
 def run_train(args: Namespace, settings: dict) -> None:

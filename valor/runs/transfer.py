@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VERSION', 'CONTROLS', 'TESTED', 'SHOWN', 'target_of', 'policy_phase', 'made_from', 'transfer_config',
            'written_abroad', 'write_transfer', 'transferred', 'places_of', 'transfer_table', 'rows_of', 'rows_in',
-           'transfer_job', 'parse_options', 'names_in', 'run_transfer']
+           'transfer_name', 'transfer_job', 'parse_options', 'names_in', 'run_transfer']
 
 # %% ../../nbs/runs/06_transfer.ipynb #trf00003
 import json
@@ -23,7 +23,7 @@ from ..config import BENCHMARKS, Config, key_of, preset, resolve_device, runs_di
 from ..data.benchmarks import leaked
 from ..data.restricted import check_place, guarded_output
 from ..data.sources import terms_of
-from ..figures import save, save_page
+from ..figures import save, save_page, slug
 from ..metrics import statistics as ev
 from ..metrics.seeds import Frames
 from ..policy.prompt import asked_by
@@ -51,8 +51,9 @@ from valor.runs.phases import (
     locked,
     phase_key,
 )
+from .plan import job
 from .processes import RunError
-from .systems import SYSTEMS, phase_of, results_folder, stand_ins, start_run
+from .systems import SYSTEMS, job_name, phase_of, results_folder, stand_ins, start_run
 
 # %% ../../nbs/runs/06_transfer.ipynb #trf00006
 def target_of(
@@ -218,6 +219,17 @@ def rows_in(folder: Path, system: str) -> dict[str, pd.DataFrame]:
     return frames
 
 # %% ../../nbs/runs/06_transfer.ipynb #trf00011
+def transfer_name(cfg: Config, target: Config, systems: Sequence[str]) -> str:
+    """The name of the files of a transfer: the benchmarks, where the studies lie if that is a place of one's
+    own, and the systems if these are others than `TESTED`."""
+    parts = ["transfer", cfg.benchmark, "to", target.benchmark]
+    if target.data_root is not None:
+        parts.append(slug(Path(target.data_root).stem))
+    if tuple(systems) != TESTED:
+        parts += map(slug, systems)
+    return "_".join(parts)
+
+
 def transfer_job(
     cfg: Config, target: Config, systems: Sequence[str], out: Path | str
 ) -> tuple[pd.DataFrame, pd.DataFrame, list[Path]]:
@@ -225,6 +237,7 @@ def transfer_job(
     to `out`.
 
     Returns `(rows, tidy, files)`: the table for the eye, the numbers behind it, and the paths written."""
+    ensure("data", target)  # before anything is trained: a wrong place shows at once
     home, abroad, runs = {}, {}, []
     for system in (*systems, CONTROLS):
         evaluated = ("controls", cfg) if system == CONTROLS else phase_of(system, cfg)
@@ -236,7 +249,7 @@ def transfer_job(
     tidy = transfer_table(places_of(home, abroad, cfg, target), cfg.n_boot)
     rows, both = rows_of(tidy, SHOWN), [cfg, target]
     note = f"policies trained on {note_of(cfg)}; tried on {note_of(target)}"
-    stem = f"transfer_{cfg.benchmark}_to_{target.benchmark}"
+    stem = transfer_name(cfg, target, systems)
     page = f"{rows.to_markdown()}\n\nAll measures:\n\n{rows_of(tidy).T.to_markdown()}\n\n{note}\n"
     files = [save_page(stem, page, both, Path(out))]
     return rows, tidy, files + save(stem, tidy, None, both, runs, note, Path(out))
@@ -272,7 +285,9 @@ def run_transfer(args: Namespace, settings: dict) -> None:
         target = target_of(cfg, args.benchmark, args.root, parse_options(args.options), args.n_test)
         for system in systems:
             policy_phase(system, cfg)
-        rows, _, files = transfer_job(cfg, target, systems, results_folder(cfg))
+        wanted = [("data", target, ""), *((*phase_of(system, cfg), system) for system in systems)]
+        with job([*wanted, ("controls", cfg, "")], f"evaluate-on-{job_name(cfg)}"):
+            rows, _, files = transfer_job(cfg, target, systems, results_folder(cfg))
     except (ValueError, *MISTAKES) as e:
         sys.exit(f"valor: {e}")
     print(f"\n{rows.to_string()}\n", stand_ins(cfg), *files, sep="\n")
