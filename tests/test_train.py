@@ -19,7 +19,11 @@ TRAIN = [
     "--set",
     "threads=1",
     "--set",
-    "n_train=24",
+    "n_train=8",
+    "--set",
+    "sft_batch_size=4",
+    "--set",
+    "stage1_steps=7",
     "--set",
     "expert_steps=2",
     "--set",
@@ -59,6 +63,7 @@ def adapter(runs):
 
 
 def test_killed_pair_resumes(tmp_path):
+    "An epoch has four updates; the pair is killed in the second epoch."
     out, _ = finish_pair(code(), tmp_path / "whole", 29531, 400)
     (folder,) = [p for p in (tmp_path / "whole").glob("stage1-*") if p.is_dir()]
     assert json.loads((folder / "config.json").read_text())["processes"] == 2
@@ -68,7 +73,7 @@ def test_killed_pair_resumes(tmp_path):
     )  # to save time: what comes before is the same
     killed = launch(tmp_path / "killed", 29532)
     deadline = time.time() + 300
-    while not list((tmp_path / "killed").glob("stage1-*/checkpoints/checkpoint-2/trainer_state.json")):
+    while not list((tmp_path / "killed").glob("stage1-*/checkpoints/checkpoint-5/trainer_state.json")):
         assert time.time() < deadline and killed.poll() is None, killed.stderr.read()[-3000:]
         time.sleep(0.02)
     os.kill(

@@ -958,7 +958,9 @@ def resolve_device(name: str = "auto") -> "torch.device":
 def parts_in(cfg: Config, sequences: int) -> int:
     """`gradient_accumulation_steps` as a number, for a phase without a memory model of its own (SFT, DPO).
 
-    "auto": on a GPU each of its `sequences` is a part of its own; on a CPU all of them are one part."""
+    "auto": on a GPU each of its `sequences` is a part of its own; on a CPU, and under FSDP, which does not
+    allow parts, all of them are one part."""
     if cfg.gradient_accumulation_steps != "auto":
         return cfg.gradient_accumulation_steps
-    return sequences if resolve_device().type == "cuda" else 1
+    whole = resolve_device().type != "cuda" or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    return 1 if whole else sequences

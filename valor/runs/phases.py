@@ -7,13 +7,14 @@ __all__ = ['LABELER', 'SCORING', 'PHASES', 'AT_PATHS', 'NO_PATHS', 'SEEDS', 'LAT
            'MISTAKES', 'Phase', 'comes_after', 'chooses', 'fields_reaching', 'sees_two', 'tells_by_report',
            'phase_config', 'phase_key', 'phase_folder', 'looks_like_a_path', 'held_by', 'by_content', 'explain',
            'read_json', 'write_json', 'inspect_phase', 'check_machine', 'locked', 'finish', 'drop_checkpoints',
-           'cost_of', 'maker', 'announced', 'data_behind', 'ensure', 'note_paths', 'begin', 'load_data',
-           'check_updates', 'in_own_process', 'own_job']
+           'cost_of', 'maker', 'announced', 'data_behind', 'ensure', 'give_memory_back', 'note_paths', 'begin',
+           'load_data', 'check_updates', 'in_own_process', 'own_job']
 
 # %% ../../nbs/runs/01_phases.ipynb #phs00002
 import contextlib
 import dataclasses
 import fcntl
+import gc
 import json
 import os
 import resource
@@ -540,6 +541,14 @@ def _made(name: str, cfg: Config) -> Path:
     return folder
 
 # %% ../../nbs/runs/01_phases.ipynb #d73e5761
+def give_memory_back() -> None:
+    """Free what a finished phase held. Trainers and their models refer to each other, so Python frees them
+    only when it looks for such circles; a GPU's memory is then still reserved for this process."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def _make(name: str, cfg: Config, folder: Path, after: dict[str, Path], resumed: bool) -> None:
     "Let the maker of the phase `name` fill its `folder`, and declare it finished."
     setup(cfg)
@@ -548,6 +557,7 @@ def _make(name: str, cfg: Config, folder: Path, after: dict[str, Path], resumed:
     with announced(name, cfg):
         began = time.perf_counter()
         MAKERS[name](folder, cfg, after, name)
+        give_memory_back()
         on_first_process(lambda: finish(folder, cost_of(began, resumed)))
 
 # %% ../../nbs/runs/01_phases.ipynb #phsnt001

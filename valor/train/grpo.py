@@ -49,7 +49,7 @@ from trl.data_utils import prepare_multimodal_messages
 from ..config import Config, resolve_device
 from ..data.restricted import check_server
 from ..files import first_member
-from ..policy.adapter import ProjectorRate, adapters_on, hold
+from ..policy.adapter import ProjectorRate, adapter_in_float32, adapters_on, hold
 from valor.policy.models import (
     all_modules,
     explain_out_of_memory,
@@ -782,6 +782,8 @@ def settle_parts(cfg: Config, policy: PreTrainedModel, prompt: int, per_device: 
     rows = per_device or cfg.batch_size * cfg.group_size
     group = math.gcd(rows, cfg.group_size)  # a process may hold a piece of a group
     sizes = dict(prompts=rows // group, group=group, prompt=prompt, new=cfg.max_new_tokens, r=cfg.lora_r)
+    if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+        sizes["shards"] = int(os.environ.get("WORLD_SIZE", 1))
     decided = {"on": True, "off": False}.get(cfg.gradient_checkpointing)
     parts, recomputed = choose_parts(shape_of(policy.config), gpu, decided, held=cfg.policy_weights, **sizes)
     chosen = f"{parts} parts on this GPU of {gpu:.0f} GB"
@@ -846,6 +848,7 @@ def make_trainer(
     given |= dict(peft_config=lora_config(model, reached, cfg.lora_r, cfg.lora_alpha))
     trainer = ValorTrainer(model, rewards, cfg, stage.lambda_vis, **given)
     trainer.remove_callback(PrinterCallback)
+    adapter_in_float32(trainer)
     _go_on_from(trainer, stage, found)
     trainer.projector, trainer.lr_projector = adapters_on(trainer.model, found["projector"]), cfg.lr_projector
     return trainer

@@ -184,13 +184,19 @@ def memory(
     return {name: size / GB for name, size in sizes.items()}
 
 # %% ../../nbs/train/02_memory.ipynb #me200009
+def _keeps_groups(rows: int, group: int) -> bool:
+    "Whether `rows` candidates are whole groups, or equal pieces of one."
+    return rows % group == 0 or group % rows == 0
+
+
 def fewest_parts(
     s: Shape, gpu: float, prompts: int = 8, group: int = 8, **settings: Any
 ) -> tuple[int, dict[str, float]] | None:
-    """The fewest parts (a divisor of prompts × `group`) in which an update fits on `gpu` GB, a tenth of
-    it left free, with the memory it takes; None where the rollout or a single sequence does not."""
+    """The fewest parts in which an update fits on `gpu` GB, a tenth of it left free, with the memory it
+    takes; None where the rollout or a single sequence does not. A part holds whole groups, or an equal
+    piece of one: candidates whose group is cut elsewhere are not packed (`by_prompt`)."""
     rows = prompts * group
-    for parts in (n for n in range(1, rows + 1) if rows % n == 0):
+    for parts in (n for n in range(1, rows + 1) if rows % n == 0 and _keeps_groups(rows // n, group)):
         m = memory(s, prompts=prompts, group=group, parts=parts, **settings)
         if m["peak"] <= 0.9 * gpu:
             return parts, m

@@ -31,7 +31,7 @@ from ..config import IMAGE_MARK, Config, parts_in
 from ..data.images import read_image, square
 from ..files import UNREADABLE, DataError, json_lines, json_value, one_line, opened, own_lines
 from ..metrics.statistics import as_completion
-from ..policy.adapter import ProjectorRate, adapters_on, beside
+from ..policy.adapter import ProjectorRate, adapter_in_float32, adapters_on, beside
 
 # %% ../../nbs/train/03_preference.ipynb #cd9f0516
 from valor.policy.models import (
@@ -51,7 +51,7 @@ from ..rewards.compose import advantages
 from ..rewards.guard import odd_line
 from ..rewards.text import TAG
 from .grpo import Rewards, steps_of
-from .sft import Progress, train_to_end, trainer_args
+from .sft import Progress, shard_by_layer, train_to_end, trainer_args
 from .trackers import track
 
 # %% ../../nbs/train/03_preference.ipynb #0237bf34
@@ -118,7 +118,10 @@ def _sampled(
     G = cfg.group_size
     images = [shown for shown in image_lists(studies) for _ in range(G)]
     how = dict(seed=seed, asked=[question for question in asked for _ in range(G)])
-    said = generate(*policy, images, cfg.max_new_tokens, cfg.temperature, len(images), **how)
+    at_once = min(len(images), cfg.eval_batch_size)
+    said = generate(*policy, images, cfg.max_new_tokens, cfg.temperature, at_once, **how)
+    # a template's blank before the report would tell a sampled report from a reference
+    said = [report.strip() for report in said]
     columns = {c: [v for v in studies[c] for _ in range(G)] for c in studies.column_names}
     rewards.where = "the drawing of samples"
     scores = [round(s, 6) for s in text_rewards(said, columns, rewards, cfg).tolist()]
@@ -506,6 +509,7 @@ def preference_trainer(
     trains in stage 1 and stage 2 together. `settings`: as `preference_settings` returns."""
     set_seed(settings["seed"])
     model, processor = load_policy(sft_folder, **frozen_weights(cfg.policy_weights), **loading(cfg))
+    shard_by_layer(model, settings["gradient_accumulation_steps"])
     pairs = _with_ending(pairs, model, processor)
     projector, reached = groups(model)["projector"], all_modules(cfg.stage1_modules, cfg.stage2_modules)
     trainer = (MMedPOTrainer if weighted else PairTrainer)(
@@ -518,6 +522,7 @@ def preference_trainer(
     )
     trainer.projector, trainer.lr_projector = adapters_on(trainer.model, projector), cfg.lr_projector
     trainer.remove_callback(PrinterCallback)
+    adapter_in_float32(trainer)
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         beside(trainer.model)
     return trainer

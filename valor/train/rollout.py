@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
@@ -197,6 +198,14 @@ class PolicyTrainer(GRPOTrainer):
         given = super()._get_train_sampler(*args)
         names = ("mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed")
         return EpochSampler(given.data_source, **{name: getattr(given, name) for name in names})
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        shard = loader.batch_sampler
+        if hasattr(shard, "batch_sampler"):
+            # accelerate's loader looks for `set_epoch` here when a resumed epoch skips its first batches
+            shard.sampler = shard.batch_sampler.sampler
+        return loader
 
     def _say(self, line: str) -> None:
         "Print `line` on the first process, above the progress bar."

@@ -37,7 +37,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 # %% ../../nbs/train/04_sft.ipynb #785c7c78
-from ..policy.adapter import KEPT, beside, merged_share
+from ..policy.adapter import KEPT, adapter_in_float32, beside, merged_share
 from ..policy.checkpoints import last_complete_checkpoint, seal
 from valor.policy.models import (
     check_completions,
@@ -107,7 +107,16 @@ class Progress(TrainerCallback):
 
 # %% ../../nbs/train/04_sft.ipynb #9b0f4009
 class SealCheckpoints(TrainerCallback):
-    "Seals every checkpoint of a trainer when all processes have written their part of it."
+    """Seals every checkpoint of a trainer when all processes have written their part of it.
+
+    The last update has no checkpoint: whoever went on from there would make one update too many."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
+    ) -> None:
+        "Leave out the checkpoint of the last update."
+        if state.global_step >= state.max_steps:
+            control.should_save = False
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
@@ -281,7 +290,7 @@ def keep_sft(
             adapted = PeftModel.from_pretrained(load_policy(base, **loading)[0], str(folder))
             save_policy(_merged(adapted, out, dtype), processor, out)
         return
-    state = trainer.accelerator.get_state_dict(trainer.model)
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if first:
         save_policy(trainer.model, processor, out, state_dict=state)
 
@@ -357,6 +366,7 @@ def _sft_trainer(model, processor, data: Dataset, folder: Path, desc: str, tunin
         peft_config=lora,
     )
     trainer.remove_callback(PrinterCallback)
+    adapter_in_float32(trainer)
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         beside(trainer.model)
     return trainer
