@@ -75,6 +75,8 @@ def test_composite_reward_by_hand(k, lambda_vis):
 class Recorder:
     "Stands for the trainer: keeps what it is made with."
 
+    is_deepspeed_enabled = True  # there is no adapter to cast
+
     def __init__(self, model, rewards, cfg, lambda_vis, k_start, args, **kw):
         self.args, self.model = args, model
 
