@@ -379,7 +379,7 @@ def _of_the_machine(error: Exception) -> str | None:
     if number in NO_SUCH_PLACE:
         return f"{where}{os.strerror(number).lower()}; give another place"
     if {"TransportError", "ConnectionError"} & {kind.__name__ for kind in type(error).__mro__}:
-        return f"no connection ({error}); nothing was sent"
+        return f"no connection ({error})"
     return None
 
 # %% ../nbs/07i_cli.ipynb #c11a0009

@@ -194,7 +194,7 @@ def place_of(cfgs: Iterable[Config] = ()) -> Path:
 # %% ../nbs/00a_figures.ipynb #8a036944
 @contextlib.contextmanager
 def _guarded(out: Path, cfgs: Iterable[Config]) -> Iterator[None]:
-    "Guards what is written to `out` by the terms of each benchmark (`valor.data.restricted.kept`)."
+    "Guards what is written to `out` by the terms of each benchmark (`valor.data.restricted.guarded_output`)."
     with contextlib.ExitStack() as stack:
         for benchmark in sorted({cfg.benchmark for cfg in cfgs}):
             remedy = "give out= a folder outside, or set VALOR_FIGURES to one"

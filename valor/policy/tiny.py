@@ -378,9 +378,8 @@ def _fit(
     for step in tqdm(steps, initial=done, total=len(order), desc="vision warm-up", leave=False):
         shown = pixels[order[step]]
         if moving_seed is not None:
-            shown = moved(
-                shown, np.random.default_rng([moving_seed, step])
-            )  # a resumed warm-up draws the same
+            # by the step, so that a resumed warm-up draws the same
+            shown = moved(shown, np.random.default_rng([moving_seed, step]))
         last = _update(parts, shown, targets[order[step]])
         if kept and (step + 1) % save_steps == 0:
             keep(kept, step + 1, parts, last)

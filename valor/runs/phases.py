@@ -528,8 +528,6 @@ def _status_of_finished(folder: Path, expected: dict, cfg: Config) -> str | None
 def _made(name: str, cfg: Config) -> Path:
     "The folder of the finished phase `name`, which is made or resumed under its lock where needed."
     after = {before: ensure(before, cfg) for before in PHASES[name].after}
-    if chooses(name, cfg):
-        ensure(f"progress_{name.split('_')[1]}", cfg)  # a phase of its own, whose time is not this one's
     folder, expected = phase_folder(name, cfg), phase_config(name, cfg)
     if on_first_process(lambda: _status_of_finished(folder, expected, cfg)) == "finished":
         return folder
@@ -554,6 +552,8 @@ def _make(name: str, cfg: Config, folder: Path, after: dict[str, Path], resumed:
     setup(cfg)
     for module in ("makers", "trust"):  # there the makers register
         import_module(f"valor.runs.{module}")
+    if chooses(name, cfg):
+        ensure(f"progress_{name.split('_')[1]}", cfg)  # a phase of its own, whose time is not this one's
     with announced(name, cfg):
         began = time.perf_counter()
         MAKERS[name](folder, cfg, after, name)

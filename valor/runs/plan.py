@@ -137,9 +137,8 @@ KIND += ("chexbert", "radgraph", "bertscore_model")
 
 def _kind(phase: str, values: dict, device: str, processes: int) -> tuple:
     "What must be equal for one phase to tell how long another takes."
-    source = (
-        values.get("benchmark") if phase == "data" else None
-    )  # drawing images tells nothing of reading films
+    # drawing images tells nothing of reading films
+    source = values.get("benchmark") if phase == "data" else None
     return (*(values.get(name) for name in KIND), source, device, processes)
 
 
