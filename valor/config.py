@@ -10,7 +10,7 @@ __all__ = ['RULES', 'PARTS', 'POSITIVE', 'UNIT', 'SEED', 'MODEL', 'BENCHMARKS', 
            'ScorerSettings', 'VisualSettings', 'GrpoSettings', 'ComputeSettings', 'PreferenceSettings',
            'EvaluationSettings', 'Config', 'validate', 'preset', 'Reading', 'parse_value', 'parse_settings', 'seed_of',
            'sweeps', 'key_of', 'repo_root', 'runs_dir', 'figures_dir', 'cpu_model', 'versions', 'resolve_device',
-           'parts_in']
+           'under_fsdp', 'parts_in']
 
 # %% ../nbs/00_config.ipynb #0322eea5
 import configparser
@@ -955,6 +955,11 @@ def resolve_device(name: str = "auto") -> "torch.device":
     return torch.device("cpu")
 
 # %% ../nbs/00_config.ipynb #cfg10pt1
+def under_fsdp() -> bool:
+    "Whether accelerate spreads this process's weights over several GPUs (FSDP)."
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
 def parts_in(cfg: Config, sequences: int) -> int:
     """`gradient_accumulation_steps` as a number, for a phase without a memory model of its own (SFT, DPO).
 
@@ -962,5 +967,5 @@ def parts_in(cfg: Config, sequences: int) -> int:
     allow parts, all of them are one part."""
     if cfg.gradient_accumulation_steps != "auto":
         return cfg.gradient_accumulation_steps
-    whole = resolve_device().type != "cuda" or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    whole = resolve_device().type != "cuda" or under_fsdp()
     return 1 if whole else sequences

@@ -46,7 +46,7 @@ from trl import GRPOConfig
 from trl.data_utils import prepare_multimodal_messages
 
 # %% ../../nbs/train/00_grpo.ipynb #hh000001
-from ..config import Config, resolve_device
+from ..config import Config, resolve_device, under_fsdp
 from ..data.restricted import check_server
 from ..files import first_member
 from ..policy.adapter import ProjectorRate, adapter_in_float32, adapters_on, hold
@@ -776,7 +776,7 @@ def settle_parts(cfg: Config, policy: PreTrainedModel, prompt: int, per_device: 
     if cfg.gradient_accumulation_steps != "auto":
         return cfg
     device = resolve_device()
-    if device.type != "cuda" or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    if device.type != "cuda" or under_fsdp():
         return replace(cfg, gradient_accumulation_steps=1)
     gpu = torch.cuda.get_device_properties(device).total_memory / 1e9
     rows = per_device or cfg.batch_size * cfg.group_size

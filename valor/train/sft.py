@@ -37,6 +37,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 # %% ../../nbs/train/04_sft.ipynb #785c7c78
+from ..config import under_fsdp
 from ..policy.adapter import KEPT, adapter_in_float32, beside, merged_share
 from ..policy.checkpoints import last_complete_checkpoint, seal
 from valor.policy.models import (
@@ -237,7 +238,7 @@ def shard_by_layer(model: torch.nn.Module, parts: int = 1) -> None:
     `fsdp_transformer_layer_cls_to_wrap` of the user's is kept. Raises `ValueError` for an update in `parts`
     under FSDP: on two CPU processes it differed from the update as a whole (torch 2.15, accelerate 1.15,
     adapter on the projector)."""
-    if os.environ.get("ACCELERATE_USE_FSDP") != "true":
+    if not under_fsdp():
         return  # the environment stays as it is for the next model
     if parts > 1:
         raise ValueError(
