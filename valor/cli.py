@@ -49,6 +49,13 @@ def _add_preset(parser: argparse.ArgumentParser, default: str | None = "laptop")
     parser.add_argument("--preset", default=default, metavar="|".join(ABOUT_PRESETS), help=about)
 
 
+def _count(text: str) -> int:
+    "The whole number of at least 1 that `text` states; for another text argparse names the option."
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number of at least 1")
+    return int(text)
+
+
 def _required(parser: argparse.ArgumentParser, **options: str) -> None:
     "Add options that must be given: {name: help}."
     for name, text in options.items():
@@ -138,7 +145,9 @@ def _add_evaluate_on(commands: argparse._SubParsersAction) -> None:
     p.add_argument("benchmark", help=f"the other data set: {', '.join([*BENCHMARKS, *REAL_SOURCES])}")
     p.add_argument("--root", help="its folder or file, as data_root")
     p.add_argument("--options", metavar="JSON", help="how it is read, as data_options")
-    p.add_argument("--n-test", type=int, metavar="N", help="N of its test studies (default: as the preset)")
+    p.add_argument(
+        "--n-test", type=_count, metavar="N", help="N of its test studies (default: as the preset)"
+    )
     p.add_argument(
         "--systems", metavar="NAME[,NAME]", help="default: SFT,VALOR w/o visual,VALOR,VALOR, placebo"
     )
@@ -203,8 +212,8 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         out="the .jsonl to write or to go on with",
     )
     p.add_argument("--adapter", help="the adapter that was trained on it")
-    p.add_argument("--max-new-tokens", type=int, default=256)
-    p.add_argument("--batch-size", type=int, default=8)
+    p.add_argument("--max-new-tokens", type=_count, default=256)
+    p.add_argument("--batch-size", type=_count, default=8)
     p.set_defaults(run=_late("policy.generate", "run_generate", *USERS))
 
 # %% ../nbs/07i_cli.ipynb #c11a0006
@@ -241,9 +250,9 @@ def _add_gallery(commands: argparse._SubParsersAction) -> None:
     maps = "a folder of {study_id}.npy maps for a system; may be repeated"
     p.add_argument("--attention", action="append", default=[], metavar="NAME=FOLDER", help=maps)
     p.add_argument("--title")
-    p.add_argument("--first", type=int, metavar="N", help="the first N studies only")
+    p.add_argument("--first", type=_count, metavar="N", help="the first N studies only")
     side = "images are shrunk to this (384)"
-    p.add_argument("--image-side", type=int, default=384, metavar="PIXELS", help=side)
+    p.add_argument("--image-side", type=_count, default=384, metavar="PIXELS", help=side)
     marking = "a page on which readers mark every sentence instead, and its key for `valor agreement`"
     p.add_argument("--annotate", action="store_true", help=marking)
     p.set_defaults(run=_late("results.gallery", "run_gallery"))

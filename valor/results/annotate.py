@@ -128,21 +128,41 @@ def read_json_object(path: Path | str, names: Sequence[str], what: str) -> dict:
         raise ValueError(f"{path}: no {lacks[0]!r} in it; expected {what}")
     return found
 
-# %% ../../nbs/results/07_annotate.ipynb #78ab8706
+# %% ../../nbs/results/07_annotate.ipynb #78ab8705
 MARKS = ("right", "minor", "major")
 
 
+def _is_sentence(place: str, key: Mapping) -> bool:
+    "Whether `place`, `study/report/sentence`, is a sentence of the page of `key`."
+    study, *numbers = place.rsplit("/", 2)
+    if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
+        return False
+    report, sentence = map(int, numbers)
+    counts = key["sentences"].get(study, [])
+    return report < len(counts) and sentence < counts[report]
+
+
+def _is_missing(entry: object) -> bool:
+    "Whether `entry` is what the page saves of a report that lacks something: pairs (what, minor or major)."
+    pairs = entry if isinstance(entry, list) else [None]
+    return all(isinstance(pair, list) and len(pair) == 2 and pair[1] in MARKS for pair in pairs)
+
+# %% ../../nbs/results/07_annotate.ipynb #78ab8706
 def read_marks(path: Path | str, key: Mapping) -> tuple[str, dict[str, str], dict[str, list]]:
     """`(reader, marks, missing)` of a file that the page of `key` saved. ValueError for a file of another
     page, or one that marks a sentence which is not there."""
     found = read_json_object(path, ("page", "marks", "missing"), "marks that the page saved")
     if found.get("page") != key["page"]:
         raise ValueError(f"{path}: marks of another page; expected those saved from the page of this key")
+    for name in ("marks", "missing"):
+        if not isinstance(found[name], dict):
+            raise ValueError(f"{path}: {name!r} is no object; expected marks that the page saved")
     for place, mark in found["marks"].items():
-        study, report, sentence = place.rsplit("/", 2)
-        counts = key["sentences"].get(study, [])
-        if mark not in MARKS or int(report) >= len(counts) or int(sentence) >= counts[int(report)]:
+        if mark not in MARKS or not _is_sentence(place, key):
             raise ValueError(f"{path}: {place!r} is marked {mark!r}; no such sentence or mark on this page")
+    for report, entry in found["missing"].items():
+        if not _is_missing(entry):
+            raise ValueError(f"{path}: what {report!r} lacks is {entry!r}; expected pairs (what, severity)")
     return str(found.get("reader") or Path(path).stem), found["marks"], found["missing"]
 
 # %% ../../nbs/results/07_annotate.ipynb #ann0000e

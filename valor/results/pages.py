@@ -24,8 +24,9 @@ def check_parameters(names: Mapping, declared: set[str], **kinds: type) -> None:
         if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
             expected = f"expected a {kind.__name__}"
             raise ValueError(f"{name}={value!r} is a {type(value).__name__}; {expected}")
-    if "draws" in kinds and names["draws"] < 1000:
-        raise ValueError(f"draws={names['draws']}: expected a whole number of at least 1000")
+        least = 1000 if name == "draws" else 1
+        if kind is int and value < least:
+            raise ValueError(f"{name}={value}: expected a whole number of at least {least}")
 
 # %% ../../nbs/results/05_pages.ipynb #pag00008
 def configurations(name: str, seeds: Sequence[int], **settings) -> list[Config]:
