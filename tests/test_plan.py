@@ -5,6 +5,7 @@ import json
 import re
 import time
 
+import pandas as pd
 import pytest
 
 from valor.cli import main
@@ -18,6 +19,7 @@ CFG = preset("smoke", threads=1)
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
     monkeypatch.setenv("VALOR_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(plan, "times_elsewhere", lambda: [])
     return tmp_path / "runs"
 
 
@@ -78,6 +80,24 @@ def test_time_is_that_of_the_newest_run_of_the_same_kind(runs, capsys):
     assert (
         "4 phases, none finished; about 60 s to go, and 3 phases of unknown length" in capsys.readouterr().out
     )
+
+
+def test_somebody_who_has_run_nothing_yet_is_told_the_times_of_another_machine(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("VALOR_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("VALOR_FIGURES", str(tmp_path))
+    steps = plan.steps_for([("stage1", CFG, "")])
+    studies = plan.studies_of(CFG)
+    *kind, _, processes = plan._kind("stage1", dataclasses.asdict(CFG), "another CPU", 1)
+    row = dict(phase="stage1", seconds=30.0, memory=10**9, disk=10**6)
+    row |= dict(work=plan.work_of("stage1", CFG, studies) / 2, kind=json.dumps([*kind, "", processes]))
+    pd.DataFrame([row]).to_csv(tmp_path / "phase_times.csv", index=False)
+    found = plan.estimates(steps)[steps[-1].folder]
+    assert found.seconds == 60 and found.elsewhere
+    plan.print_plan([("stage1", CFG, "")])
+    assert "as on another machine (figures/phase_times.csv)" in capsys.readouterr().out
+    finished(steps[-1], 5)
+    other = plan.steps_for([("stage1", dataclasses.replace(CFG, seed=1), "")])
+    assert plan.estimates(other)[other[-1].folder][:1] == (5,)  # what ended here tells more
 
 
 def test_a_resumed_phase_tells_nothing(runs):

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['KIND', 'H200', 'Step', 'label_of', 'steps_for', 'studies_of', 'updates_in', 'work_of', 'Past', 'past_phases',
-           'Estimate', 'device_name', 'by_past', 'measured_step', 'policy_config', 'by_measurement', 'estimates',
-           'in_words', 'bytes_in_words', 'plan_table', 'plan_notes', 'print_plan', 'Job', 'job', 'time_left',
-           'closing_line']
+           'Estimate', 'device_name', 'by_past', 'times_elsewhere', 'measured_step', 'policy_config', 'by_measurement',
+           'estimates', 'in_words', 'bytes_in_words', 'plan_table', 'plan_notes', 'print_plan', 'Job', 'job',
+           'time_left', 'closing_line']
 
 # %% ../../nbs/runs/06_plan.ipynb #pla00003
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
 import time
@@ -195,6 +196,7 @@ class Estimate(NamedTuple):
     disk: float | None = None
     gpu: bool = False
     measured: bool = False  # by the step that was measured on an H200, and not by an earlier run
+    elsewhere: bool = False  # by a run on the machine of the committed results, and not by one here
 
 
 def device_name() -> str:
@@ -218,6 +220,26 @@ def by_past(step: Step, past: Sequence[Past], studies: dict[str, int], processes
     disk = same[0].disk * (share if step.phase == "data" else max(1, share))
     return Estimate(same[0].seconds * share, same[0].memory, disk, same[0].gpu)
 
+# %% ../../nbs/runs/06_plan.ipynb #plael002
+def _committed(name: str) -> Path | None:
+    "The table `name` in the folder of figures, or else in the repository's; None where neither has it."
+    places = [folder / name for folder in (figures_dir(), repo_root() / "figures")]
+    return next((place for place in places if place.exists()), None)
+
+
+def times_elsewhere() -> list[Past]:
+    """What phases of the embedded policy took on the machine of the committed results, told as if it were this
+    one. Empty on a GPU, and where the table is not at hand."""
+    table = _committed("phase_times.csv")
+    if table is None or resolve_device().type != "cpu":
+        return []
+    found = []
+    for row in pd.read_csv(table).itertuples():
+        *kind, _, processes = json.loads(row.kind)
+        as_here = (*kind, device_name(), processes)
+        found.append(Past(row.phase, as_here, row.seconds, row.memory, row.disk, row.work, False, 0.0))
+    return found
+
 # %% ../../nbs/runs/06_plan.ipynb #pla00020
 H200 = dict(bandwidth=4.8e12, flops=9.9e14)
 _MEASURED_ROW = "one graph a token, packed rows, 2 parts, checkpointing"
@@ -225,8 +247,7 @@ _MEASURED_ROW = "one graph a token, packed rows, 2 parts, checkpointing"
 
 def measured_step(policy: PreTrainedConfig, cfg: Config) -> float | None:
     "Seconds of a GRPO step of `policy` under `cfg` on an H200; None where the measurement is not at hand."
-    tables = [folder / "bench_gpu.csv" for folder in (figures_dir(), repo_root() / "figures")]
-    table = next((t for t in tables if t.exists()), None)
+    table = _committed("bench_gpu.csv")
     if table is None:
         return None
     seconds = float(pd.read_csv(table, index_col="system").loc[_MEASURED_ROW, "step (s)"])
@@ -262,12 +283,15 @@ def by_measurement(step: Step, policy: PreTrainedConfig, studies: dict[str, int]
 # %% ../../nbs/runs/06_plan.ipynb #c726d7e9
 def estimates(steps: Sequence[Step], processes: int = 1) -> dict[Path, Estimate]:
     "{folder: what it is expected to take} for the `steps` that are not finished."
-    past, found = past_phases(), {}
+    past, others, found = past_phases(), times_elsewhere(), {}
     for step in steps:
         if step.state == "finished":
             continue
         studies, policy = studies_of(step.cfg), policy_config(step.cfg.base)
         estimate = by_past(step, past, studies, processes)
+        if estimate.seconds is None:
+            estimate = by_past(step, others, studies, processes)
+            estimate = estimate._replace(elsewhere=estimate.seconds is not None)
         if estimate.seconds is None and policy is not None:
             estimate = by_measurement(step, policy, studies)
         found[step.folder] = estimate
@@ -338,6 +362,10 @@ def plan_notes(steps: Sequence[Step], expected: dict[Path, Estimate], processes:
     if any(e.measured and e.seconds is not None for e in known):
         by = "stages by the step measured on an H200 (figures/bench_gpu.csv)"
         lines.append(f"{by}, without real reward models")
+    if any(e.elsewhere for e in known):
+        lines.append(
+            "until phases of this kind have ended here: as on another machine (figures/phase_times.csv)"
+        )
     return lines
 
 # %% ../../nbs/runs/06_plan.ipynb #pla00031
