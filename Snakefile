@@ -1,4 +1,4 @@
-"""Every table and figure as one graph: the runs, then the notebooks that show them.
+"""The tables and figures of pages 08 to 16 as one graph: the runs, then the notebooks that show them.
 
     snakemake -j 2                              # all of it at `laptop` size; what `make figures` calls
     snakemake -j 8 --config preset=smoke seeds=0,1 benchmarks=phantom   # small, on eight cores
