@@ -281,6 +281,7 @@ def options_only(words, monkeypatch, said):
 
 HOW = [  # (beginning of a command, how it is run at miniature size)
     ("make ", makes),
+    ("papermill ", options_only),  # their parameters are checked above; tests/test_papermill.py runs pages
     ("valor --version", options_only),  # it ends the process: tests/test_settings.py
     ("valor config", plain(r"lr = ")),
     ("valor convert-llava-med ", plain("all equal to the original's")),
