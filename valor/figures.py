@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMN', 'PAGE', 'TEXT_STYLE', 'LINE_STYLE', 'PAGE_STYLE', 'COLOURS', 'NEUTRAL', 'RIGHT', 'WRONG', 'MISPLACED',
-           'use_style', 'panels', 'sidecar', 'slug', 'place_of', 'save', 'save_page']
+           'DASHES', 'use_style', 'panels', 'line_of', 'sidecar', 'slug', 'place_of', 'save', 'save_page']
 
 # %% ../nbs/00a_figures.ipynb #5b9333d9
 import contextlib
@@ -93,7 +93,7 @@ COLOURS = {
     "VALOR w/o visual": "#cc79a7",
     "VALOR": "#009e73",
     # controls and ceilings
-    "VALOR, placebo": "#857a66",
+    "VALOR, placebo": "#332b1f",
     "VALOR, random numbers": "#958a9c",
     "VALOR, planted truth": "#566656",
     "VALOR, shuffled images": "#707070",
@@ -111,6 +111,14 @@ COLOURS = {
 NEUTRAL = ["#222222", "#aa3377", "#8a8a00", "#777777"]
 # mentions in a report; WRONG ones are bold too, MISPLACED ones italic
 RIGHT, WRONG, MISPLACED = COLOURS["VALOR"], "#c00000", "#d98200"
+
+# %% ../nbs/00a_figures.ipynb #fig1lin1
+DASHES = {"VALOR, placebo": (0, (4, 1.5)), "VALOR, planted truth": (0, (1.5, 1))}
+
+
+def line_of(system: str) -> dict:
+    "How the line of `system` is drawn: its colour, and dashes for controls that stand beside VALOR."
+    return dict(color=COLOURS[system], linestyle=DASHES.get(system, "-"))
 
 # %% ../nbs/00a_figures.ipynb #096c3fd7
 def _kept_abouts(seeds: Path | None) -> list[dict]:
