@@ -765,6 +765,8 @@ ON_FILMS = dict(
     sft_epochs=16,
     lr=3e-4,
     beta=0.1,
+    dpo_lr=1e-5,  # this and the next: the best of three rates on validation studies of seed 1
+    mmedpo_lr=1e-5,
     **LONG,
 )
 
