@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['MOST_SNAPSHOTS', 'grpo_loss', 'group_correlation', 'Similarity', 'distinct', 'Rewards', 'RewardThread',
            'candidate_rows', 'CompletionTable', 'completions_of', 'TimedRollout', 'time_columns', 'CountedRollout',
-           'RewardedRollout', 'WholeGeneration', 'set_advantages', 'keep_generation', 'LoggedRollout', 'ValorTrainer',
-           'check_references', 'vllm_args', 'whole_generations', 'steps_of', 'snapshot_every', 'Snapshots', 'Stage',
-           'linear_weights', 'grpo_args', 'prompt_length', 'settle_parts', 'make_trainer', 'read_references',
-           'stage_of', 'align']
+           'RewardedRollout', 'set_advantages', 'keep_generation', 'LoggedRollout', 'ValorTrainer', 'check_references',
+           'vllm_args', 'whole_generations', 'steps_of', 'snapshot_every', 'Snapshots', 'Stage', 'linear_weights',
+           'grpo_args', 'prompt_length', 'settle_parts', 'make_trainer', 'read_references', 'stage_of', 'align']
 
 # %% ../../nbs/train/00_grpo.ipynb #e93ea962
 import gzip
@@ -441,9 +440,11 @@ def _given_to_rewards(inputs: list[dict], prompts: list, generated: tuple) -> di
 # %% ../../nbs/train/00_grpo.ipynb #ovl00012
 class RewardedRollout(CountedRollout):
     """A `CountedRollout` that can compute the rewards while the reference is scored: if `overlap_rewards` is
-    "on", or "auto" and a GPU trains."""
+    "on", or "auto" and a GPU trains. The thread has finished the batch in any case, even if the reference
+    fails."""
 
     _thread = None
+    _inputs = None  # the rows of the generation that is made
 
     def __init__(
         self, model: PreTrainedModel, rewards: Rewards, overlap_rewards: str = "off", **kw: Any
@@ -452,6 +453,15 @@ class RewardedRollout(CountedRollout):
         device = self.accelerator.device
         if overlap_rewards == "on" or (overlap_rewards == "auto" and device.type == "cuda"):
             self._thread = RewardThread(rewards, device)
+
+    def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
+        self._inputs = inputs
+        try:
+            with self._timed("rollout and rewards"):
+                return super()._generate_and_score_completions(inputs)
+        finally:
+            if self._thread is not None:
+                self._thread.abandon()
 
     def _generate(self, prompts: list) -> tuple:
         generated = super()._generate(prompts)
@@ -467,22 +477,9 @@ class RewardedRollout(CountedRollout):
             self._times["overlap"] = self._times.get("overlap", 0) + hidden
         return super()._calculate_rewards(*args)
 
-# %% ../../nbs/train/00_grpo.ipynb #de9197dd
-class WholeGeneration(RewardedRollout):
-    "Makes a generation; its reward thread has finished the batch in any case, even if the reference fails."
-
-    def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
-        self._inputs = inputs
-        try:
-            with self._timed("rollout and rewards"):
-                return super()._generate_and_score_completions(inputs)
-        finally:
-            if self._thread is not None:
-                self._thread.abandon()
-
 # %% ../../nbs/train/00_grpo.ipynb #578649b1
 def _record(
-    trainer: WholeGeneration, scores: dict[str, torch.Tensor], R: torch.Tensor, A: torch.Tensor | None = None
+    trainer: RewardedRollout, scores: dict[str, torch.Tensor], R: torch.Tensor, A: torch.Tensor | None = None
 ) -> None:
     """Replace TRL's rewards and advantages in the log with the composite reward `R` and our advantages `A`
     (None: TRL's stay). Add how each column agrees, inside the groups, with the composite, and with the truth
@@ -571,7 +568,7 @@ def _warnings(trainer: "LoggedRollout") -> dict[str, float]:
     return columns | {f"odd/{name}": sum(share.get(name, 0) for share in shares) for name in names}
 
 # %% ../../nbs/train/00_grpo.ipynb #fe85e36b
-class LoggedRollout(WholeGeneration):
+class LoggedRollout(RewardedRollout):
     "Adds k, the seconds of each part and the warnings to every line of the log."
 
     def __init__(self, model: PreTrainedModel, rewards: Rewards, cfg: Config, **kw: Any) -> None:
