@@ -35,7 +35,7 @@ from transformers import (
     set_seed,
 )
 
-from .checkpoints import keep, restore
+from .checkpoints import load_checkpoint, save_checkpoint
 from .films import FilmTowerConfig, moved
 from .models import explain_out_of_memory, never_written
 from .prompt import Prompt, render_prompt
@@ -373,7 +373,7 @@ def _fit(
 ) -> float | None:
     """Train on the batches of `order`, with a checkpoint in folder `kept` every `save_steps` updates. Returns
     the last loss. `moving_seed`: the seed by which images are `moved`; None leaves them as they are."""
-    done, last = restore(kept, parts) if kept else (0, None)
+    done, last = load_checkpoint(kept, parts) if kept else (0, None)
     steps = range(done, len(order))
     for step in tqdm(steps, initial=done, total=len(order), desc="vision warm-up", leave=False):
         shown = pixels[order[step]]
@@ -382,7 +382,7 @@ def _fit(
             shown = moved(shown, np.random.default_rng([moving_seed, step]))
         last = _update(parts, shown, targets[order[step]])
         if kept and (step + 1) % save_steps == 0:
-            keep(kept, step + 1, parts, last)
+            save_checkpoint(kept, step + 1, parts, last)
     return last
 
 # %% ../../nbs/policy/00_tiny.ipynb #9b0f0048
