@@ -7,13 +7,13 @@ __all__ = ['SEAL', 'seal', 'fault_of', 'last_complete_checkpoint', 'save_checkpo
 
 # %% ../../nbs/policy/06_checkpoints.ipynb #9b0f7002
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 
 import torch
 
+from ..config import is_first
 from ..files import sha256_of, whole
 
 # %% ../../nbs/policy/06_checkpoints.ipynb #9b0f7005
@@ -62,7 +62,7 @@ def last_complete_checkpoint(folder: Path | str) -> str | None:
             newest = checkpoint
             break
         skipped.append(f"skipping {checkpoint}: {fault}")
-    if skipped and int(os.environ.get("RANK", 0)) == 0:
+    if skipped and is_first():
         then = f"resuming from {newest.name}" if newest else "no older one is whole: starting anew"
         print("; ".join([*skipped, then]), flush=True)
     return str(newest) if newest else None

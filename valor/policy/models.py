@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MODULES', 'ORIGINAL_LLAVA', 'EXAMPLES', 'KEPT_WITH', 'LOADING', 'part_paths', 'groups', 'all_modules', 'lora_config',
-           'freeze_vision', 'image_tokens', 'never_written', 'check_completions', 'ending', 'check_kind', 'check_files',
-           'load_processor', 'at_home', 'check_policy', 'check_image_token', 'own_generation', 'load_policy',
-           'frozen_weights', 'loading', 'save_policy', 'film_side', 'more_parts', 'explain_out_of_memory']
+           'freeze_vision', 'token_ids', 'image_tokens', 'never_written', 'check_completions', 'ending', 'check_kind',
+           'check_files', 'load_processor', 'at_home', 'check_policy', 'check_image_token', 'own_generation',
+           'load_policy', 'frozen_weights', 'loading', 'save_policy', 'film_side', 'more_parts',
+           'explain_out_of_memory']
 
 # %% ../../nbs/policy/01_models.ipynb #f46b3b97
 import json
@@ -15,7 +16,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from peft import LoraConfig
@@ -37,6 +37,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT_MODELS,
 )
 
+from ..config import Config
 from ..files import one_line
 from .prompt import asked_by, prompt_from_json, prompt_to_json, render_prompt
 
@@ -168,7 +169,7 @@ _IMAGE_ID = re.compile(
 )
 
 
-def _ids(ids: int | list[int] | None) -> list[int]:
+def token_ids(ids: int | list[int] | None) -> list[int]:
     "Token ids, which configurations state as a number, a list or not at all, as a list."
     if ids is None:
         return []
@@ -185,7 +186,7 @@ def image_tokens(model: PreTrainedModel, processor: ProcessorMixin) -> dict[int,
         for id, token in tokenizer.added_tokens_decoder.items()
         if re.search(r"image|img|video|vision|audio", token.content)
     }
-    ends = {*_ids(model.generation_config.eos_token_id), tokenizer.pad_token_id}
+    ends = {*token_ids(model.generation_config.eos_token_id), tokenizer.pad_token_id}
     known = range(model.config.get_text_config().vocab_size)
     return {
         id: tokenizer.convert_ids_to_tokens(id) for id in sorted((declared | added) - ends) if id in known
@@ -229,7 +230,7 @@ def ending(model: PreTrainedModel, processor: ProcessorMixin) -> str:
 
     '' if the chat template sees to that, otherwise the end-of-text token."""
     tokenizer = processor.tokenizer
-    written = tokenizer.convert_ids_to_tokens(_ids(model.generation_config.eos_token_id))
+    written = tokenizer.convert_ids_to_tokens(token_ids(model.generation_config.eos_token_id))
     after = render_prompt(processor, answer="xyzzy").rpartition("xyzzy")[2]
     return "" if any(stop in after for stop in [tokenizer.eos_token, *written]) else tokenizer.eos_token
 
@@ -480,7 +481,7 @@ def frozen_weights(held: str) -> dict:
 LOADING = ("attention", "trust_remote_code")
 
 
-def loading(cfg: SimpleNamespace) -> dict:
+def loading(cfg: Config) -> dict:
     "The parameters of the configuration `cfg` that `load_policy` takes, by name."
     return {name: getattr(cfg, name) for name in LOADING}
 
