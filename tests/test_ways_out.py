@@ -103,7 +103,7 @@ WAYS_OUT = {
     "runs.transfer.transfer_job": "through figures.save",
     "runs.transfer.write_transfer": "inside transferred, which opens the guard",
     "train.grpo.CompletionTable": IN_RUN,
-    "policy.checkpoints.keep": WEIGHTS,
+    "policy.checkpoints.save_checkpoint": WEIGHTS,
     "policy.checkpoints.seal": NUMBERS,
     "files.own_lines": "cuts a torn line off what this program wrote",
     "train.preference.whole_lines": IN_RUN,

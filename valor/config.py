@@ -10,7 +10,7 @@ __all__ = ['RULES', 'PARTS', 'POSITIVE', 'UNIT', 'SEED', 'MODEL', 'BENCHMARKS', 
            'ScorerSettings', 'VisualSettings', 'GrpoSettings', 'ComputeSettings', 'PreferenceSettings',
            'EvaluationSettings', 'Config', 'validate', 'preset', 'Reading', 'parse_value', 'parse_settings', 'seed_of',
            'sweeps', 'key_of', 'repo_root', 'runs_dir', 'figures_dir', 'cpu_model', 'versions', 'resolve_device',
-           'under_fsdp', 'parts_in']
+           'under_fsdp', 'processes', 'is_first', 'parts_in']
 
 # %% ../nbs/00_config.ipynb #0322eea5
 import configparser
@@ -956,12 +956,22 @@ def resolve_device(name: str = "auto") -> "torch.device":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
-# %% ../nbs/00_config.ipynb #cfg10pt1
+# %% ../nbs/00_config.ipynb #cfgproc1
 def under_fsdp() -> bool:
     "Whether accelerate spreads this process's weights over several GPUs (FSDP)."
     return os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
+def processes() -> int:
+    "How many processes were started together."
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_first() -> bool:
+    "Whether this is the first of them."
+    return int(os.environ.get("RANK", 0)) == 0
+
+# %% ../nbs/00_config.ipynb #cfg10pt1
 def parts_in(cfg: Config, sequences: int) -> int:
     """`gradient_accumulation_steps` as a number, for a phase without a memory model of its own (SFT, DPO).
 

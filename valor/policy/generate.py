@@ -75,14 +75,12 @@ def load_adapter(model: PreTrainedModel, adapter: Path | str) -> PeftModel:
     return PeftModel.from_pretrained(model, str(adapter))
 
 # %% ../../nbs/policy/04_generate.ipynb #783b9a30
-def with_adapter(
-    model: PreTrainedModel, adapter: Path | str, said: Callable[[str], object] = print
-) -> PreTrainedModel | PeftModel:
+def with_adapter(model: PreTrainedModel, adapter: Path | str) -> PreTrainedModel | PeftModel:
     """`model` as the policy that was trained with the adapter in the folder `adapter`: merged if its
     weights keep the adapter, otherwise beside them (`valor.policy.adapter.with_policy`).
 
-    `said` is told, in one line, if it stays beside them. Raises ValueError as `load_adapter` does."""
-    return with_policy(load_adapter(model, adapter), said)
+    A line is printed if it stays beside them. Raises ValueError as `load_adapter` does."""
+    return with_policy(load_adapter(model, adapter))
 
 # %% ../../nbs/policy/04_generate.ipynb #ge000004
 def for_older_readers(folder: Path) -> None:

@@ -12,7 +12,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 from datasets import Dataset
@@ -21,7 +20,7 @@ from PIL.Image import Image
 from PIL.Image import fromarray as as_image
 from transformers import ProcessorMixin
 
-from ..config import CONTEXT_MARK, IMAGE_MARK, prompt_texts
+from ..config import CONTEXT_MARK, IMAGE_MARK, Config, prompt_texts
 from ..vocabulary import CONTEXT_FIELDS, PROMPT
 
 # %% ../../nbs/policy/00a_prompt.ipynb #b0f10a02
@@ -89,7 +88,7 @@ class Prompt:
         return [*map(question_of, self.texts), *(CONTEXT[field].format("") for field in self.context)]
 
 # %% ../../nbs/policy/00a_prompt.ipynb #b0f10a11
-def prompt_of(cfg: SimpleNamespace) -> Prompt:
+def prompt_of(cfg: Config) -> Prompt:
     "What the run with the configuration `cfg` asks. Raises ValueError as `prompt_texts` does."
     told = tuple(field for field in CONTEXT_FIELDS if field in cfg.context)
     return Prompt(prompt_texts(cfg.prompt), told, cfg.reasoning)

@@ -33,8 +33,9 @@ from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 from ..data.images import dicom_size, read_image, square
 from .generate import load_trained
-from .models import film_side, never_written
+from .models import film_side, never_written, token_ids
 from .prompt import Prompt, asked_by, parts_of
+from .tiny import sampling_args
 
 # %% ../../nbs/policy/05_server.ipynb #16034909
 def _inputs(
@@ -51,7 +52,7 @@ def _answer_in(
 ) -> tuple[str, str, dict]:
     "`(text, finish_reason, usage)` of the token `ids`, of which the first `read` are the conversation."
     written = ids[read:]
-    ends = set(torch.tensor(model.generation_config.eos_token_id).flatten().tolist())
+    ends = set(token_ids(model.generation_config.eos_token_id))
     reason = "stop" if ends & set(written.tolist()) else "length"
     usage = dict(prompt_tokens=read, completion_tokens=len(written), total_tokens=len(ids))
     return processor.batch_decode([written], skip_special_tokens=True)[0], reason, usage
@@ -74,9 +75,7 @@ def complete(
     set_seed(seed)
     model.eval()
     inputs = _inputs(processor, messages, images).to(model.device)
-    sampling = dict(max_new_tokens=max_tokens, do_sample=bool(temperature))
-    if temperature:
-        sampling |= dict(temperature=temperature, top_k=0)
+    sampling = sampling_args(max_tokens, temperature or None)
     ids = model.generate(**inputs, suppress_tokens=never_written(model, processor), **sampling)
     return _answer_in(model, processor, ids[0], inputs.input_ids.shape[1])
 

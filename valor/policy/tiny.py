@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['WORD', 'SPECIALS', 'TEMPLATE', 'INITIAL_SCALE', 'Rows', 'build_tokenizer', 'build_processor', 'build_policy',
-           'endings', 'cut_note', 'generate', 'finding_targets', 'QueryHead', 'settle_projector', 'warm_up_vision']
+           'endings', 'cut_note', 'sampling_args', 'generate', 'finding_targets', 'QueryHead', 'settle_projector',
+           'warm_up_vision']
 
 # %% ../../nbs/policy/00_tiny.ipynb #9b0f0002
 import re
@@ -35,9 +36,9 @@ from transformers import (
     set_seed,
 )
 
-from .checkpoints import keep, restore
+from .checkpoints import load_checkpoint, save_checkpoint
 from .films import FilmTowerConfig, moved
-from .models import explain_out_of_memory, never_written
+from .models import explain_out_of_memory, never_written, token_ids
 from .prompt import Prompt, render_prompt
 from ..rewards.text import is_unclosed
 
@@ -214,9 +215,7 @@ def _completions(
 
 def endings(model: nn.Module, processor: ProcessorMixin) -> list[int]:
     "The tokens that end a completion or fill up the place after its end."
-    stops = model.generation_config.eos_token_id
-    stops = stops if isinstance(stops, list) else [stops]
-    tokenizer = processor.tokenizer
+    stops, tokenizer = token_ids(model.generation_config.eos_token_id), processor.tokenizer
     return [t for t in (*stops, tokenizer.eos_token_id, tokenizer.pad_token_id) if t is not None]
 
 # %% ../../nbs/policy/00_tiny.ipynb #twim0302
@@ -228,7 +227,7 @@ def cut_note(cut: int, n: int, max_new_tokens: int, desc: str) -> str:
     )
 
 # %% ../../nbs/policy/00_tiny.ipynb #9b0f0028
-def _sampling(max_new_tokens: int, temperature: float | None) -> dict:
+def sampling_args(max_new_tokens: int, temperature: float | None) -> dict:
     "What `model.generate` is told: greedy without a `temperature`, else sampling from the whole vocabulary."
     if temperature is None:
         return dict(max_new_tokens=max_new_tokens, do_sample=False)
@@ -280,7 +279,7 @@ def generate(
     """One completion per row, tags included: greedy, or sampled at `temperature`. Without `cut`, the number
     of completions that were cut off inside a thought is printed to stderr."""
     set_seed(seed)
-    sampling = _sampling(max_new_tokens, temperature)
+    sampling = sampling_args(max_new_tokens, temperature)
     completions, thoughts = _in_batches(model, processor, images, asked, sampling, batch_size, desc)
     if cut is not None:
         cut += thoughts
@@ -373,7 +372,7 @@ def _fit(
 ) -> float | None:
     """Train on the batches of `order`, with a checkpoint in folder `kept` every `save_steps` updates. Returns
     the last loss. `moving_seed`: the seed by which images are `moved`; None leaves them as they are."""
-    done, last = restore(kept, parts) if kept else (0, None)
+    done, last = load_checkpoint(kept, parts) if kept else (0, None)
     steps = range(done, len(order))
     for step in tqdm(steps, initial=done, total=len(order), desc="vision warm-up", leave=False):
         shown = pixels[order[step]]
@@ -382,7 +381,7 @@ def _fit(
             shown = moved(shown, np.random.default_rng([moving_seed, step]))
         last = _update(parts, shown, targets[order[step]])
         if kept and (step + 1) % save_steps == 0:
-            keep(kept, step + 1, parts, last)
+            save_checkpoint(kept, step + 1, parts, last)
     return last
 
 # %% ../../nbs/policy/00_tiny.ipynb #9b0f0048

@@ -33,7 +33,18 @@ from torch.nn import Module
 from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 
-from ..config import BENCHMARKS, Config, key_of, parts_in, preset, resolve_device, runs_dir, seed_of
+from valor.config import (
+    BENCHMARKS,
+    Config,
+    is_first,
+    key_of,
+    parts_in,
+    preset,
+    processes,
+    resolve_device,
+    runs_dir,
+    seed_of,
+)
 from ..data.benchmarks import benchmark_note, benchmark_of, leaked, load_benchmark, rerender
 from ..data.pairs import erased_pairs
 from valor.data.phantom import (
@@ -79,7 +90,7 @@ from valor.runs.phases import (
     read_json,
     write_json,
 )
-from .processes import RunError, is_first, processes, share
+from .processes import RunError, share
 
 # %% ../../nbs/runs/02_makers.ipynb #26f66176
 from ..train.grpo import Rewards, align

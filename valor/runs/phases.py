@@ -32,7 +32,18 @@ import torch
 from datasets import DatasetDict, load_from_disk
 
 # %% ../../nbs/runs/01_phases.ipynb #bd274774
-from ..config import BENCHMARKS, Config, cpu_model, is_prompt_file, key_of, runs_dir, seed_of, versions
+from valor.config import (
+    BENCHMARKS,
+    Config,
+    cpu_model,
+    is_first,
+    is_prompt_file,
+    key_of,
+    processes,
+    runs_dir,
+    seed_of,
+    versions,
+)
 from ..contents import cache_dir, fingerprint_once
 from ..data.benchmarks import benchmark_of
 from ..data.restricted import PlaceError, check_place, guarded_output
@@ -46,9 +57,7 @@ from valor.runs.processes import (
     JOINT,
     RunError,
     end_with_parent,
-    is_first,
     on_first_process,
-    processes,
     setup,
 )
 from ..train.sft import TrainingError

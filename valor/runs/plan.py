@@ -24,11 +24,19 @@ from typing import NamedTuple
 import pandas as pd
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..config import BENCHMARKS, Config, cpu_model, figures_dir, repo_root, resolve_device, runs_dir
+from valor.config import (
+    BENCHMARKS,
+    Config,
+    cpu_model,
+    figures_dir,
+    is_first,
+    repo_root,
+    resolve_device,
+    runs_dir,
+)
 from ..data.benchmarks import clean_openi, read_openi
 from ..data.studies import load_studies
 from .phases import LISTENERS, PHASES, chooses, load_data, phase_folder, read_json, write_json
-from .processes import is_first
 from ..train.grpo import snapshot_every, steps_of, whole_generations
 from ..train.memory import adapter_parameters, fewest_parts, llava_med_7b, shape_of, step_limit
 

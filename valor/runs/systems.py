@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 
 # %% ../../nbs/runs/03_systems.ipynb #f301d4f1
-from ..config import Config, key_of, preset, runs_dir
+from ..config import Config, is_first, key_of, preset, processes, runs_dir
 from ..contents import fingerprint_once
 from ..data.benchmarks import benchmark_of
 from ..figures import save, save_page, use_style
@@ -46,7 +46,6 @@ from valor.runs.makers import (
 )
 from .phases import MISTAKES, check_updates, ensure, load_data, phase_folder, phase_key
 from .plan import job, print_plan
-from .processes import is_first, processes
 from .trust import can_be_tested, check_testable, trust_note
 from ..train.grpo import vllm_args
 

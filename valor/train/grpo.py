@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['MOST_SNAPSHOTS', 'grpo_loss', 'group_correlation', 'Similarity', 'distinct', 'Rewards', 'RewardThread',
            'candidate_rows', 'CompletionTable', 'completions_of', 'TimedRollout', 'time_columns', 'CountedRollout',
-           'RewardedRollout', 'WholeGeneration', 'set_advantages', 'keep_generation', 'LoggedRollout', 'ValorTrainer',
-           'check_references', 'vllm_args', 'whole_generations', 'steps_of', 'snapshot_every', 'Snapshots', 'Stage',
-           'linear_weights', 'grpo_args', 'prompt_length', 'settle_parts', 'make_trainer', 'read_references',
-           'stage_of', 'align']
+           'RewardedRollout', 'set_advantages', 'keep_generation', 'LoggedRollout', 'ValorTrainer', 'check_references',
+           'vllm_args', 'whole_generations', 'steps_of', 'snapshot_every', 'Snapshots', 'Stage', 'linear_weights',
+           'grpo_args', 'prompt_length', 'settle_parts', 'make_trainer', 'read_references', 'stage_of', 'align']
 
 # %% ../../nbs/train/00_grpo.ipynb #e93ea962
 import gzip
@@ -35,7 +34,6 @@ from peft import load_peft_weights, set_peft_model_state_dict
 from tqdm.auto import tqdm
 from transformers import (
     PreTrainedModel,
-    PrinterCallback,
     ProcessorMixin,
     TrainerCallback,
     TrainerState,
@@ -46,10 +44,10 @@ from trl import GRPOConfig
 from trl.data_utils import prepare_multimodal_messages
 
 # %% ../../nbs/train/00_grpo.ipynb #hh000001
-from ..config import Config, resolve_device, under_fsdp
+from ..config import Config, processes, resolve_device, under_fsdp
 from ..data.restricted import check_server
 from ..files import first_member
-from ..policy.adapter import ProjectorRate, adapter_in_float32, adapters_on, hold
+from ..policy.adapter import ProjectorRate, adapters_on, hold
 from valor.policy.models import (
     all_modules,
     explain_out_of_memory,
@@ -66,7 +64,7 @@ from ..rewards.guard import RewardError, alarms, checked_scores, distinct_share,
 from ..rewards.ranknorm import group_ranks
 from .memory import choose_parts, shape_of
 from .rollout import SharedRollout
-from .sft import Progress, shard_by_layer, train_to_end, trainer_args
+from .sft import Progress, settle_adapter, shard_by_layer, train_to_end, trainer_args
 from .trackers import track
 
 # %% ../../nbs/train/00_grpo.ipynb #2c0f3a51
@@ -441,9 +439,11 @@ def _given_to_rewards(inputs: list[dict], prompts: list, generated: tuple) -> di
 # %% ../../nbs/train/00_grpo.ipynb #ovl00012
 class RewardedRollout(CountedRollout):
     """A `CountedRollout` that can compute the rewards while the reference is scored: if `overlap_rewards` is
-    "on", or "auto" and a GPU trains."""
+    "on", or "auto" and a GPU trains. The thread has finished the batch in any case, even if the reference
+    fails."""
 
     _thread = None
+    _inputs = None  # the rows of the generation that is made
 
     def __init__(
         self, model: PreTrainedModel, rewards: Rewards, overlap_rewards: str = "off", **kw: Any
@@ -452,6 +452,15 @@ class RewardedRollout(CountedRollout):
         device = self.accelerator.device
         if overlap_rewards == "on" or (overlap_rewards == "auto" and device.type == "cuda"):
             self._thread = RewardThread(rewards, device)
+
+    def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
+        self._inputs = inputs
+        try:
+            with self._timed("rollout and rewards"):
+                return super()._generate_and_score_completions(inputs)
+        finally:
+            if self._thread is not None:
+                self._thread.abandon()
 
     def _generate(self, prompts: list) -> tuple:
         generated = super()._generate(prompts)
@@ -467,22 +476,9 @@ class RewardedRollout(CountedRollout):
             self._times["overlap"] = self._times.get("overlap", 0) + hidden
         return super()._calculate_rewards(*args)
 
-# %% ../../nbs/train/00_grpo.ipynb #de9197dd
-class WholeGeneration(RewardedRollout):
-    "Makes a generation; its reward thread has finished the batch in any case, even if the reference fails."
-
-    def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
-        self._inputs = inputs
-        try:
-            with self._timed("rollout and rewards"):
-                return super()._generate_and_score_completions(inputs)
-        finally:
-            if self._thread is not None:
-                self._thread.abandon()
-
 # %% ../../nbs/train/00_grpo.ipynb #578649b1
 def _record(
-    trainer: WholeGeneration, scores: dict[str, torch.Tensor], R: torch.Tensor, A: torch.Tensor | None = None
+    trainer: RewardedRollout, scores: dict[str, torch.Tensor], R: torch.Tensor, A: torch.Tensor | None = None
 ) -> None:
     """Replace TRL's rewards and advantages in the log with the composite reward `R` and our advantages `A`
     (None: TRL's stay). Add how each column agrees, inside the groups, with the composite, and with the truth
@@ -571,7 +567,7 @@ def _warnings(trainer: "LoggedRollout") -> dict[str, float]:
     return columns | {f"odd/{name}": sum(share.get(name, 0) for share in shares) for name in names}
 
 # %% ../../nbs/train/00_grpo.ipynb #fe85e36b
-class LoggedRollout(WholeGeneration):
+class LoggedRollout(RewardedRollout):
     "Adds k, the seconds of each part and the warnings to every line of the log."
 
     def __init__(self, model: PreTrainedModel, rewards: Rewards, cfg: Config, **kw: Any) -> None:
@@ -783,7 +779,7 @@ def settle_parts(cfg: Config, policy: PreTrainedModel, prompt: int, per_device: 
     group = math.gcd(rows, cfg.group_size)  # a process may hold a piece of a group
     sizes = dict(prompts=rows // group, group=group, prompt=prompt, new=cfg.max_new_tokens, r=cfg.lora_r)
     if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
-        sizes["shards"] = int(os.environ.get("WORLD_SIZE", 1))
+        sizes["shards"] = processes()
     decided = {"on": True, "off": False}.get(cfg.gradient_checkpointing)
     parts, recomputed = choose_parts(shape_of(policy.config), gpu, decided, held=cfg.policy_weights, **sizes)
     chosen = f"{parts} parts on this GPU of {gpu:.0f} GB"
@@ -847,8 +843,7 @@ def make_trainer(
     found, reached = groups(model), all_modules(stage.modules, stage.held)
     given |= dict(peft_config=lora_config(model, reached, cfg.lora_r, cfg.lora_alpha))
     trainer = ValorTrainer(model, rewards, cfg, stage.lambda_vis, **given)
-    trainer.remove_callback(PrinterCallback)
-    adapter_in_float32(trainer)
+    settle_adapter(trainer)
     _go_on_from(trainer, stage, found)
     trainer.projector, trainer.lr_projector = adapters_on(trainer.model, found["projector"]), cfg.lr_projector
     return trainer
@@ -916,17 +911,18 @@ def align(
     cfg: Config,
     stage: int,
     lambda_vis: float,
-    **before: Any,
+    k_start: int = 0,
+    adapter: Path | str | None = None,
 ) -> list[dict]:
     """Run stage 1 or 2 of Algorithm 1 and write the adapter to `out/adapter`; returns its log, a line for
     each update with the generation `k` that it used.
 
-    `before`: `k_start` and `adapter` of stage 2, see `Stage`. Also written are checkpoints (to
+    `k_start`, `adapter`: of stage 2, see `Stage`. Also written are checkpoints (to
     `out/checkpoints`), adapters on the way (`out/snapshots`) and every candidate (`CompletionTable`). A
     killed run that is started again ends with the same adapter: bit for bit on one CPU thread (on more
     threads any two runs may differ in the last bits)."""
-    this = stage_of(cfg, stage, lambda_vis, len(data), **before)
-    per_device = cfg.batch_size * cfg.group_size // int(os.environ.get("WORLD_SIZE", 1))
+    this = stage_of(cfg, stage, lambda_vis, len(data), k_start, adapter)
+    per_device = cfg.batch_size * cfg.group_size // processes()
     trainer = make_trainer(sft_folder, data, out, rewards, cfg, this, per_device)
     every = _keep_snapshots(trainer, out, cfg, stage)
     read_references(rewards, data, cfg, this.steps // cfg.num_iterations)

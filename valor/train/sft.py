@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIVE', 'trainer_args', 'Progress', 'SealCheckpoints', 'LiveLog', 'live_log', 'disk_line', 'TrainingError',
-           'train_to_end', 'shard_by_layer', 'ResumableSFT', 'keep_sft', 'Tuning', 'sft']
+           'train_to_end', 'shard_by_layer', 'ResumableSFT', 'keep_sft', 'Tuning', 'settle_adapter', 'sft']
 
 # %% ../../nbs/train/04_sft.ipynb #9b0f4002
 import contextlib
@@ -37,7 +37,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 # %% ../../nbs/train/04_sft.ipynb #785c7c78
-from ..config import under_fsdp
+from ..config import processes, under_fsdp
 from ..policy.adapter import KEPT, adapter_in_float32, beside, merged_share
 from ..policy.checkpoints import last_complete_checkpoint, seal
 from valor.policy.models import (
@@ -196,7 +196,7 @@ class TrainingError(RuntimeError):
 
 def _check_processes(trainer: Trainer, desc: str) -> None:
     "Raise `TrainingError` unless `trainer` knows of all the processes that were started together."
-    started = int(os.environ.get("WORLD_SIZE", 1))
+    started = processes()
     if trainer.args.world_size != started:
         raise TrainingError(
             f"{desc}: {started} processes were started together, but accelerate takes them for "
@@ -352,6 +352,15 @@ def _sft_config(folder: Path | str, tuning: Tuning) -> SFTConfig:
     )
     return SFTConfig(**args, max_length=None, completion_only_loss=True)
 
+# %% ../../nbs/train/04_sft.ipynb #settle01
+def settle_adapter(trainer: Trainer) -> None:
+    """Hold the adapter of `trainer` in float32 and let its layers round once (`beside`, unless weights are
+    spread over processes). The printing of every line of the log goes: `Progress` shows the loss."""
+    trainer.remove_callback(PrinterCallback)
+    adapter_in_float32(trainer)
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        beside(trainer.model)
+
 # %% ../../nbs/train/04_sft.ipynb #9b0f4035
 def _sft_trainer(model, processor, data: Dataset, folder: Path, desc: str, tuning: Tuning) -> ResumableSFT:
     "The trainer of all weights or of an adapter; `data` as from `_checked`."
@@ -366,10 +375,7 @@ def _sft_trainer(model, processor, data: Dataset, folder: Path, desc: str, tunin
         callbacks=[Progress(desc)],
         peft_config=lora,
     )
-    trainer.remove_callback(PrinterCallback)
-    adapter_in_float32(trainer)
-    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        beside(trainer.model)
+    settle_adapter(trainer)
     return trainer
 
 # %% ../../nbs/train/04_sft.ipynb #9b0f4040
