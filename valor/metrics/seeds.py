@@ -7,8 +7,7 @@ __all__ = ['Frames', 'FREE', 'MOST_SEEDS', 'CONTRASTS', 'CONTRASTS_LATER', 'CONT
            'commit_of', 'kept_systems', 'write_seed', 'read_seeds', 'kept_note', 'kept_runs', 'seed_values',
            'mean_interval', 'prediction_interval', 'seed_table', 'smallest_p', 'sign_flip_test', 'paired_seeds',
            'seed_differences', 'nested_draws', 'crossed_draws', 'hierarchical_interval', 'Contrast', 'contrasts_on',
-           'contrast_table', 'Noise', 'made_up_intervals', 'simulate', 'simulation_table', 'plot_simulation',
-           'plot_seeds']
+           'contrast_table', 'Noise', 'made_up_intervals', 'simulate', 'plot_seeds']
 
 # %% ../../nbs/metrics/03_seeds.ipynb #seed0002
 import dataclasses
@@ -552,31 +551,6 @@ def simulate(effect: float, seeds: int, noise: Noise = Noise(), n: int = 2000, s
     for kind, (lo, hi) in made_up_intervals(observed, noise.error, rng).items():
         row[f"covers: {kind}"] = float(((lo <= effect) & (effect <= hi)).mean())
     return row
-
-
-def simulation_table(
-    effects: Sequence[float] = (0.0, 0.05, 0.1), seeds: Sequence[int] = (4, 8), noise: Noise = Noise()
-) -> pd.DataFrame:
-    "`simulate` for every effect and number of seeds, a row each."
-    return pd.DataFrame([simulate(effect, n, noise) for n in seeds for effect in effects])
-
-# %% ../../nbs/metrics/03_seeds.ipynb #seed001r
-def plot_simulation(table: pd.DataFrame, title: str | None = None) -> plt.Figure:
-    "`table` of `simulation_table`: how often an effect is found, and how often an interval holds it."
-    fig, (left, right) = plt.subplots(1, 2, figsize=(PAGE, 2.4), layout="constrained")
-    for colour, (seeds, part) in zip(("#a0a0a0", "#0072b2", "#009e73"), table.groupby("seeds")):
-        left.plot(part.effect, part.found, "o", color=colour, label=f"{seeds} seeds")
-        kinds = [c for c in part if c.startswith("covers: ")]
-        names = [kind.removeprefix("covers: ") for kind in kinds]
-        right.plot(part[kinds].mean(), names, "o", color=colour)
-    left.axhline(0.05, ls=":", color="black", lw=0.8)
-    right.axvline(0.95, ls=":", color="black", lw=0.8, label="promised: .05 and .95")
-    left.set(xlabel="true difference", ylabel="share with p ≤ .05", ylim=(-0.03, 1.03))
-    right.set(xlabel="share of 95 % intervals that hold it", ylim=(-0.5, 2.5), xlim=(0, 1.03))
-    keys = left.get_legend_handles_labels()[0] + right.get_legend_handles_labels()[0]
-    fig.legend(handles=keys, loc="outside lower center", ncol=4)
-    fig.suptitle(title)
-    return fig
 
 # %% ../../nbs/metrics/03_seeds.ipynb #seed001w
 def _draw_system(ax: plt.Axes, at: int, each: np.ndarray, metric: str, colour: str) -> None:

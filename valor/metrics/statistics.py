@@ -11,11 +11,11 @@ __all__ = ['BLEU_COLUMNS', 'PATHOLOGIES', 'FINDING_COLUMNS', 'DRAWN', 'TRUTH_COL
            'with_patients', 'score_reports', 'read_with_texts', 'read_scores', 'ratio', 'f1', 'share', 'fresh_bleu',
            'micro_f1', 'macro_f1', 'micro5', 'macro5', 'false_labels', 'Metric', 'register_metric', 'registered',
            'finding_f1', 'located_f1', 'specificity', 'Live', 'heading', 'axis_name', 'within_limits', 'axis_label',
-           'measure', 'summarize', 'seeds_text', 'values_by_seed', 'seeds_in', 'system_table', 'aggregate',
-           'paired_difference', 'digits_of', 'cell', 'cells_of', 'result_table', 'as_completion', 'blank_images',
-           'normal_template', 'random_reports', 'perfect_findings', 'retrieval_by_true_codes', 'retrieval_by_expert',
-           'controls', 'fixed_scores', 'best_fixed_report', 'in_seeds', 'seeds_of_systems', 'plot_results',
-           'running_mean', 'plot_progression', 'describe', 'plot_cases']
+           'measure', 'seeds_text', 'values_by_seed', 'seeds_in', 'system_table', 'aggregate', 'paired_difference',
+           'digits_of', 'cell', 'cells_of', 'result_table', 'blank_images', 'normal_template', 'random_reports',
+           'perfect_findings', 'retrieval_by_true_codes', 'retrieval_by_expert', 'controls', 'fixed_scores',
+           'best_fixed_report', 'in_seeds', 'seeds_of_systems', 'plot_results', 'running_mean', 'plot_progression',
+           'describe', 'plot_cases']
 
 # %% ../../nbs/metrics/00_statistics.ipynb #9c760899
 import textwrap
@@ -53,7 +53,15 @@ from valor.metrics.bootstrap import (
 from ..rewards.chexbert import FIVE
 from ..rewards.radgraph import LEVELS
 from ..rewards.rules import RuleLabeler
-from ..rewards.text import is_well_formed, report_body, scorer, tokenize
+from valor.rewards.text import (
+    as_completion,
+    clipped_matches,
+    is_well_formed,
+    ngram_numbers,
+    report_body,
+    scorer,
+    tokenize,
+)
 from ..vocabulary import OBSERVATIONS
 
 # %% ../../nbs/metrics/00_statistics.ipynb #b423f9ef
@@ -67,11 +75,7 @@ BLEU_COLUMNS = (
 def bleu_statistics(candidate: Sequence[str], reference: Sequence[str]) -> list[int]:
     """The ten `BLEU_COLUMNS` of one pair of token lists: clipped n-gram matches, n-grams of the candidate
     (n = 1…4), both lengths."""
-
-    def grams(tokens: Sequence[str], n: int) -> Counter:
-        return Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
-
-    match = [sum((grams(candidate, n) & grams(reference, n)).values()) for n in (1, 2, 3, 4)]
+    match = clipped_matches(candidate, ngram_numbers(reference))
     return match + [max(0, len(candidate) - n + 1) for n in (1, 2, 3, 4)] + [len(candidate), len(reference)]
 
 # %% ../../nbs/metrics/00_statistics.ipynb #df0553a3
@@ -305,7 +309,7 @@ def score_reports(
     tokenizer: str = "field",
     seed: int = 0,
 ) -> pd.DataFrame:
-    """One row of additive statistics (columns `STATISTICS`) per study, for `summarize` and `aggregate`, and
+    """One row of additive statistics (columns `STATISTICS`) per study, for `measure` and `aggregate`, and
     the number of its `patient` where patients have several studies.
 
     `completions`: raw text with its tags, one for each row of `dataset` (schema of `valor.data.benchmarks`).
@@ -570,15 +574,6 @@ def measure(frame: pd.DataFrame, draws: np.ndarray | None = None, metrics: Metri
     "All `metrics` of a frame from `score_reports`, as `bootstrap.values_of` gives them."
     return values_of(frame, metrics, draws)
 
-
-def summarize(
-    frame: pd.DataFrame, n_boot: int = 1000, seed: int = 0
-) -> dict[str, tuple[float, float, float]]:
-    """metric -> (value, lo, hi): each metric of one system with its 95 % percentile bootstrap interval
-    over studies; NaN where it does not apply."""
-    found = drawn({0: frame}, METRICS, n_boot, seed)
-    return {name: with_interval(one) for name, one in found.items()}
-
 # %% ../../nbs/metrics/00_statistics.ipynb #3fbcd3c1
 # rows without training: where all seeds have the same test studies, one such row is compared with their mean
 UNTRAINED = ["normal template", "best fixed report", "random report", "perfect findings"]
@@ -714,11 +709,6 @@ def result_table(tidy: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd
         if name not in METRICS:
             raise ValueError(f"metrics: {name!r} is unknown; expected some of {', '.join(METRICS)}")
     return cells_of(tidy).loc[chosen].rename(index=heading).T
-
-# %% ../../nbs/metrics/00_statistics.ipynb #79f5bb3a
-def as_completion(report: str) -> str:
-    "A report as a well-formed completion."
-    return f"<report> {report} </report>"
 
 # %% ../../nbs/metrics/00_statistics.ipynb #72b5055a
 def blank_images(dataset: Dataset) -> list:

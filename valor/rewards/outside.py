@@ -26,6 +26,7 @@ from typing import IO, Any
 from fastcore.basics import patch
 from tqdm import tqdm
 
+from ..files import looks_like_path
 from .text import Scorer, bodies
 
 # %% ../../nbs/rewards/08_outside.ipynb #00b719f7
@@ -143,8 +144,7 @@ def model_source(parameter: str, model: Path | str, repo: str) -> tuple[str, boo
 
     Raises ValueError with the parameter, what is missing and the usual hub repository `repo`."""
     folder, wanted = Path(model).expanduser(), f"{parameter}={str(model)!r}"
-    looks_like_path = str(model).startswith(("/", ".", "~")) or str(model).count("/") != 1
-    if not folder.exists() and not looks_like_path:
+    if not folder.exists() and not looks_like_path(model) and str(model).count("/") == 1:
         return str(model), False
     advice = f"allowed are the name of a hub repository (usually {repo!r}) and a folder with its files"
     if not folder.is_dir():
