@@ -118,7 +118,7 @@ fingerprint_once = lru_cache(None)(fingerprint)
 def weights_digest(model: "torch.nn.Module", skip: str = "", begins: bytes = b"") -> str:
     """Sixteen hexadecimal digits that depend on the names, shapes and values of a model's weights.
 
-    Weights whose name starts with `skip`, if given, are left out; `begins`: what else the digits depend on."""
+    Weights whose name begins with `skip`, if given, are left out; `begins`: what else the digits tell."""
     import torch
 
     found = hashlib.sha256(begins)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ADDRESS', 'UNREADABLE', 'MEMBER', 'SURROGATE', 'LINE', 'REPORTS', 'one_line', 'looks_like_path', 'whole', 'sha256_of',
-           'whole_folder', 'repository_of', 'DataError', 'opened', 'first_member', 'check_archive', 'archive_files',
-           'check_weights', 'json_value', 'json_lines', 'report_lines', 'value_in', 'id_in', 'own_lines']
+           'commit_of', 'whole_folder', 'repository_of', 'DataError', 'opened', 'first_member', 'check_archive',
+           'archive_files', 'check_weights', 'json_value', 'json_lines', 'report_lines', 'value_in', 'id_in',
+           'own_lines']
 
 # %% ../nbs/00d_files.ipynb #79f64407
 import bz2
@@ -19,6 +20,7 @@ import os
 import re
 import secrets
 import shutil
+import subprocess
 import tarfile
 import zipfile
 import zlib
@@ -67,6 +69,18 @@ def sha256_of(path: Path | str) -> str:
     "SHA-256 of the file `path`, read in pieces."
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+# %% ../nbs/00d_files.ipynb #filcom01
+def commit_of(folder: Path | str, digits: int | None = None, edited: str = "-dirty") -> str | None:
+    """The commit of the checkout `folder` in so many hexadecimal `digits` (None: as few as tell it apart), with
+    `edited` behind it if files differ from it. None if `folder` is no checkout or git does not answer."""
+    asked = ["git", "-C", str(folder), "describe", "--always", "--exclude=*", f"--dirty={edited}"]
+    asked += [f"--abbrev={digits}"] if digits else []
+    try:
+        found = subprocess.run(asked, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None
 
 # %% ../nbs/00d_files.ipynb #a1f0f002
 @contextlib.contextmanager

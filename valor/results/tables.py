@@ -321,7 +321,6 @@ def main_table(
     missing: str = "run",
     models: Mapping = MappingProxyType({}),
     n: int = 20_000,
-    against: str = "VALOR",
     controls: bool = True,
     kept: Path | None = None,
 ) -> tuple[pd.DataFrame, dict[str, pd.DataFrame], dict[str, str], list[str]]:
@@ -344,7 +343,7 @@ def main_table(
     known = [m for m in metrics if m not in lacking and has_somewhere(frames, m)]
     runs = {folder.name for by_seed in rows.values() for folder, _ in by_seed.values()}
     runs = sorted(runs | set(kept_runs(cfgs[0].benchmark, kept)))
-    return compare(frames, known, against, n), by_leak(frames, known, against, n), why | lacking, runs
+    return compare(frames, known, n=n), by_leak(frames, known, "VALOR", n), why | lacking, runs
 
 # %% ../../nbs/results/00_tables.ipynb #e326737b
 def command_for(cfgs: Sequence[Config], notebook: str = "09_main_results") -> str:

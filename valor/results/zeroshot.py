@@ -14,9 +14,7 @@ __all__ = ['ZERO_SHOT', 'STATUSES', 'FINISHES', 'REFUSAL', 'LONGEST_PAUSE', 'LON
            'answered', 'how_to_run', 'score_rows', 'usable', 'table2', 'footnotes']
 
 # %% ../../nbs/results/04_zeroshot.ipynb #70c4569f
-import base64
 import hashlib
-import io
 import json
 import logging
 import math
@@ -50,6 +48,7 @@ from tqdm.auto import tqdm
 
 from ..config import key_of, resolve_device
 from ..data.benchmarks import benchmark_of
+from ..data.images import as_url
 from ..data.restricted import check_place, guarded_output
 from ..data.sources import check_endpoint, is_local
 from ..figures import slug
@@ -187,15 +186,9 @@ def question_key(settings: dict, images: list[Image.Image]) -> str:
     return seen.hexdigest()[:32]
 
 # %% ../../nbs/results/04_zeroshot.ipynb #zsa00006
-def _png_url(image: Image.Image) -> str:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
 def messages_of(prompt: str, images: list[Image.Image]) -> list[dict]:
     "The question in the protocol's form: every image as PNG in a `data:` URL, then the text."
-    content = [{"type": "image_url", "image_url": {"url": _png_url(image)}} for image in images]
+    content = [{"type": "image_url", "image_url": {"url": as_url(image, "PNG")}} for image in images]
     return [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
 
 # %% ../../nbs/results/04_zeroshot.ipynb #81ab0a28
@@ -985,7 +978,7 @@ def run_flamingo(
     with MedFlamingo(weights, max_new_tokens) as flamingo:
 
         def answer(images: list) -> dict:
-            shown = [_png_url(image).partition(",")[2] for image in images]
+            shown = [as_url(image, "PNG").partition(",")[2] for image in images]
             return _line_of(*flamingo_report(flamingo, shown, _asked(row.prompt, images)))
 
         try:
@@ -1143,7 +1136,6 @@ def score_rows(
     benchmark: str,
     folder: Path | str,
     draws: int = 20_000,
-    against: str = "VALOR",
     **options,
 ) -> tuple[pd.DataFrame, dict[str, str]]:
     """`(tidy, {metric: what it wants})` of `reports` `{system: {seed: [report, …]}}` on `studies` of
@@ -1164,7 +1156,7 @@ def score_rows(
     frames = {s: {seed: frame(s, texts) for seed, texts in seeds.items()} for s, seeds in reports.items()}
     known = TRUE if benchmark_of(benchmark).truth is not None else []
     measured = {m for n in gauges for m in MEASURES[n]} | set(known)
-    tidy = compare(frames, [m for m in SHOWN if m in measured], against, draws)
+    tidy = compare(frames, [m for m in SHOWN if m in measured], n=draws)
     return tidy, {m: wants for n, wants in not_run.items() for m in MEASURES[n] if m in SHOWN}
 
 # %% ../../nbs/results/04_zeroshot.ipynb #zsc00012

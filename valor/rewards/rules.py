@@ -603,8 +603,8 @@ def report_labels(report: str) -> Said:
     return found
 
 # %% ../../nbs/rewards/01_rules.ipynb #df2d3ca1
-# Names under which stored scores are kept. Give one any new value whenever labels or graphs of a report change;
-# tests/test_rules.py fails until you do.
+# Names under which stored scores are kept. Give one any new value whenever labels or graphs of a report
+# change; tests/test_rules.py fails until you do.
 LABEL_RULES = "c57ca60895"
 GRAPH_RULES = "5d1de87c4e"
 VALUE = {"present": 1.0, "absent": 0.0, "uncertain": -1.0}  # as in CheXpert's tables
