@@ -31,6 +31,9 @@ def test_packages_have_the_names_that_they_advertise():
         package = import_module(f"valor.{folder.parent.name}")
         for name in package.__all__:
             assert callable(getattr(package, name)), f"{package.__name__}.{name}"
+            assert not (folder.parent / f"{name}.py").exists(), (
+                f"{name} is a module of {package.__name__} too"
+            )
 
 
 def test_no_circle_of_imports():

@@ -72,8 +72,8 @@ def sha256_of(path: Path | str) -> str:
 
 # %% ../nbs/00d_files.ipynb #filcom01
 def commit_of(folder: Path | str, digits: int | None = None, edited: str = "-dirty") -> str | None:
-    """The commit of the checkout `folder` in so many hexadecimal `digits` (None: as few as tell it apart), with
-    `edited` behind it if files differ from it. None if `folder` is no checkout or git does not answer."""
+    """The commit of the checkout `folder` in so many hexadecimal `digits` (None: as few as tell it apart),
+    with `edited` behind it if files differ from it. None if `folder` is no checkout, or without git."""
     asked = ["git", "-C", str(folder), "describe", "--always", "--exclude=*", f"--dirty={edited}"]
     asked += [f"--abbrev={digits}"] if digits else []
     try:
