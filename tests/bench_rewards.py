@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 
-from valor.rewards.chexbert import LabelF1, package_chexbert
+from valor.rewards.chexbert import LabelF1
 from valor.rewards.radgraph import EntityF1, RadGraph, load_radgraph, radgraph_folder, shims
 from valor.rewards.text import BertScore, minilm_folder
-from valor.testing import miniature_chexbert, miniature_radgraph
+from valor.testing import miniature_chexbert, miniature_radgraph, package_chexbert
 
 PHRASES = [
     "the heart is normal in size .",

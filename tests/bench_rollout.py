@@ -25,8 +25,8 @@ from valor.data.benchmarks import load_benchmark
 from valor.policy.models import load_policy, lora_config, save_policy
 from valor.policy.prompt import conversations
 from valor.policy.tiny import build_policy
-from valor.rewards.text import minilm_folder, report_body
-from valor.runs.makers import target, text_scorers
+from valor.rewards.text import as_completion, minilm_folder, report_body
+from valor.runs.makers import text_scorers
 from valor.train.grpo import Rewards, Stage, make_trainer
 
 
@@ -111,7 +111,7 @@ def main():
     cfg = preset("laptop", threads=args.threads, **size)
     data = load_benchmark("phantom", 200, 8, 16, seed=0, size=96, sections="both")["train"]
     work = tempfile.mkdtemp()
-    save_policy(*build_policy([target(r) for r in data["report"]], 96), f"{work}/sft")
+    save_policy(*build_policy([as_completion(r) for r in data["report"]], 96), f"{work}/sft")
     scorers = text_scorers(cfg) if args.rewards else {n: Free() for n in text_scorers(cfg)}
     rewards = Rewards(scorers, None, similarity=lambda texts, rows: [float(len(t)) for t in texts])
     naive = (

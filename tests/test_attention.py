@@ -39,11 +39,15 @@ def policy():
 def batch(policy, n=6):
     "Inputs of the first `n` studies with a mention, and their mentions' rows."
     model, processor = policy
-    chosen = [i for i, r in enumerate(REPORTS[:n]) if at.stated(r)]
+    chosen = [i for i, r in enumerate(REPORTS[:n]) if at.mentions_of_findings(r)]
     inputs, spans = at.teacher_inputs(
         processor, [DATA[i]["image"] for i in chosen], [REPORTS[i] for i in chosen]
     )
-    return inputs, [[at.rows_for(s, m) for m in at.stated(REPORTS[i])] for i, s in zip(chosen, spans)], chosen
+    return (
+        inputs,
+        [[at.rows_for(s, m) for m in at.mentions_of_findings(REPORTS[i])] for i, s in zip(chosen, spans)],
+        chosen,
+    )
 
 
 # --- mentions
@@ -51,15 +55,15 @@ def batch(policy, n=6):
 
 def test_mentions_state_what_the_parser_reads():
     for report in REPORTS:
-        assert {m.what for m in at.stated(report)} == {f.what for f in parse_report(report)}
+        assert {m.what for m in at.mentions_of_findings(report)} == {f.what for f in parse_report(report)}
     for row, report in zip(DATA, REPORTS):
-        for m in at.stated(report):
+        for m in at.mentions_of_findings(report):
             assert at.boxes_of(m.what, row["truth"]), "a reference states what is there"
 
 
 def test_denials_are_left_out():
     assert (
-        at.stated("no pneumothorax. there is no effusion.")
+        at.mentions_of_findings("no pneumothorax. there is no effusion.")
         == []
         == at.observed("no pneumothorax. there is no effusion.")
     )
@@ -98,7 +102,7 @@ def looking_policy(cells):
 def test_known_attention_comes_out_where_it_was_put():
     cells = [0, 35, 17]
     model, processor = looking_policy(cells)
-    chosen = [i for i, r in enumerate(REPORTS) if at.stated(r)][:3]
+    chosen = [i for i, r in enumerate(REPORTS) if at.mentions_of_findings(r)][:3]
     frame, maps = at.attention_maps(
         model,
         processor,
@@ -288,8 +292,8 @@ def test_qwen_grids_lie_as_the_image_does():
     flow = at.token_attention(
         model,
         inputs,
-        [[at.rows_for(spans[0], at.stated(reports[0])[0])], []][:1]
-        + [[at.rows_for(spans[1], m) for m in at.stated(reports[1])]],
+        [[at.rows_for(spans[0], at.mentions_of_findings(reports[0])[0])], []][:1]
+        + [[at.rows_for(spans[1], m) for m in at.mentions_of_findings(reports[1])]],
     )
     positions = at.token_grid(model, inputs, [1, 1])[0][0]
     frame, maps = at.attention_maps(model, processor, images, reports, size=60)

@@ -390,7 +390,7 @@ def goers_on():
     yield "scores", lambda p: evaluate.kept_scores(p, "key")
     yield "samples", lambda p: preference.whole_lines(p, 2)
     yield "answers", lambda p: zeroshot.kept_answers(p, dict(model="m"))
-    yield "answers, to be counted", lambda p: zeroshot.written(p, dict(model="m"))
+    yield "answers, to be counted", lambda p: zeroshot.answers_in(p, dict(model="m"))
 
 
 @pytest.mark.parametrize(
@@ -446,7 +446,7 @@ def test_a_torn_last_line_is_cut_off_and_whole_ones_are_kept(tmp_path):
     assert preference.whole_lines(path, 2) == 2 and path.read_text() == '{"row": 1}\n{"row": 2}\n'
     tag, line = key_of(dict(model="m")), dict(id="a", key="k", status="ok", candidate="x\u2028")
     path.write_text(json.dumps(dict(settings=tag, **line)) + "\n" + '{"settings": "')
-    assert len(zeroshot.written(path, dict(model="m"))) == 1 and path.read_text().endswith(
+    assert len(zeroshot.answers_in(path, dict(model="m"))) == 1 and path.read_text().endswith(
         '"'
     )  # looks, and changes nothing
     assert list(zeroshot.kept_answers(path, dict(model="m"))[0]) == ["k"] and path.read_text().endswith("}\n")

@@ -18,19 +18,18 @@ from hypothesis import strategies as st
 from sklearn.metrics import classification_report
 from transformers import AutoTokenizer, BertTokenizer
 
+from valor.metrics.conventions import CONVENTIONS, convention_columns, label_f1
 from valor.rewards.chexbert import (
     FILE,
     FIVE,
     UNCERTAIN,
     CheXbert,
     LabelF1,
-    label_report,
     mentions,
-    package_chexbert,
 )
 from valor.rewards.rules import report_labels
 from valor.rewards.text import minilm_folder, scorer
-from valor.testing import miniature_chexbert
+from valor.testing import miniature_chexbert, package_chexbert
 from valor.vocabulary import OBSERVATIONS
 
 WORDS = (
@@ -98,11 +97,15 @@ def test_labels_equal_the_package_at_batch_sizes_1_8_and_32(weights):
         output_dict=True,
         zero_division=0,
     )
-    table = label_report(counted.labels(reports), counted.labels(reports[::-1]))
-    for name in ("micro", "macro"):
-        assert table.loc[name, ["precision", "recall", "f1"]].tolist() == pytest.approx(
-            [again[f"{name} avg"][k] for k in ("precision", "recall", "f1-score")], abs=1e-12
-        )
+    sums = summed(counted.labels(reports), counted.labels(reports[::-1]))
+    for average in ("micro", "macro"):
+        f1 = label_f1(sums, CONVENTIONS["radeval"], average, 14)
+        assert f1 == pytest.approx(again[f"{average} avg"]["f1-score"], abs=1e-12)
+
+
+def summed(said, true):
+    "What `label_f1` counts by, from the labels of both sides."
+    return dict(convention_columns(said, true).sum(), studies=len(said))
 
 
 def F1_names():
@@ -398,24 +401,26 @@ def test_mentions_are_the_labels_places(text):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 30), st.sampled_from([14, 5]), st.sampled_from(list(UNCERTAIN)))
-def test_tables_are_scikit_learn_s(seed, n, observations, uncertain):
+@given(
+    st.integers(0, 10**6), st.integers(1, 30), st.sampled_from([14, 5]), st.sampled_from(["radeval", "r2gen"])
+)
+def test_tables_are_scikit_learn_s(seed, n, observations, convention):
     rng, names = np.random.default_rng(seed), OBSERVATIONS if observations == 14 else FIVE
     said, true = (
         pd.DataFrame(rng.choice([1, 0, -1, np.nan], (n, 14), p=[0.2, 0.2, 0.1, 0.5]), columns=OBSERVATIONS)
         for _ in range(2)
     )
-    binary = {
-        "positive": lambda f: f.isin([1, -1]).values,
-        "negative": lambda f: (f == 1).values,
-        "class": lambda f: np.hstack([(f == 1).values, (f == -1).values]),
-    }[uncertain]
-    theirs = classification_report(
-        binary(true[names]), binary(said[names]), output_dict=True, zero_division=0
-    )
-    ours = label_report(said, true, uncertain, observations)
-    for i, name in enumerate([*ours.index[:-2], "micro avg", "macro avg"]):
-        row = theirs[str(i) if i < len(ours) - 2 else name]
-        assert ours.iloc[i].tolist() == pytest.approx(
-            [row["precision"], row["recall"], row["f1-score"], row["support"]], abs=1e-12
-        ), name
+    positive = [1, -1] if convention == "radeval" else [1]
+    binary = [frame[names].isin(positive).to_numpy() for frame in (true, said)]
+    theirs = classification_report(*binary, output_dict=True, zero_division=0)
+    sums = summed(said, true)
+    weighted = ["weighted"] if theirs["weighted avg"]["support"] else []  # ours is NaN where nothing is there
+    for average in ("micro", "macro", *weighted):
+        f1 = label_f1(sums, CONVENTIONS[convention], average, observations)
+        assert f1 == pytest.approx(theirs[f"{average} avg"]["f1-score"], abs=1e-12), average
+    kind = CONVENTIONS[convention].uncertain
+    for i, name in enumerate(names):
+        tp, fp, fn = (sums[f"{kind} {count} {name}"] for count in ("tp", "fp", "fn"))
+        assert tp + fn == theirs[str(i)]["support"]
+        assert tp == pytest.approx(theirs[str(i)]["precision"] * (tp + fp), abs=1e-9)
+        assert tp == pytest.approx(theirs[str(i)]["recall"] * (tp + fn), abs=1e-9)

@@ -4,6 +4,7 @@ arrows is import-linter's, in `make test`)."""
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from pathlib import Path
 
 import grimp
@@ -23,6 +24,16 @@ ROOT = Path(__file__).resolve().parents[1]
 )
 def test_doors(line):
     exec(line, {})
+
+
+def test_packages_have_the_names_that_they_advertise():
+    for folder in sorted((ROOT / "valor").glob("*/__init__.py")):
+        package = import_module(f"valor.{folder.parent.name}")
+        for name in package.__all__:
+            assert callable(getattr(package, name)), f"{package.__name__}.{name}"
+            assert not (folder.parent / f"{name}.py").exists(), (
+                f"{name} is a module of {package.__name__} too"
+            )
 
 
 def test_no_circle_of_imports():

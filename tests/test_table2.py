@@ -276,7 +276,7 @@ def test_weights_that_do_not_fit_are_one_line(flamingo_folder, studies, tmp_path
 
     given = given_in(flamingo_folder, checkpoint=str(tmp_path / "gate"))
     note = run_row(FLAMINGO, studies, tmp_path / "answers", "phantom", weights={FLAMINGO: given}).note
-    assert note.startswith("Med-Flamingo could not be loaded: ") and odd["gate"][1] in note
+    assert note.startswith("Med-Flamingo: the worker could not load. ") and odd["gate"][1] in note
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,6 @@ WAYS_OUT = {
     "figures._saved": "inside save, which opens the guard",
     "results.gallery.gallery": "guarded: guarded_output",
     "runs.watch.write_page": "guarded: guarded_output",
-    "runs.watch.Studies": MEMORY,
     "train.sft.LiveLog": IN_RUN,
     "runs.card.write_card": "settings and measures, beside weights",
     "runs.card.run_push": "after check_push, which refuses what restricted data taught",
@@ -80,7 +79,6 @@ WAYS_OUT = {
     "results.zeroshot.collect": "inside ask and run_row, which open the guard",
     "results.zeroshot.client_of": "asked by ask alone, after check_endpoint",
     "results.zeroshot.http_client_of": "follows nothing",
-    "results.zeroshot._png_url": MEMORY,
     **{
         f"runs.{f}": IN_RUN
         for f in (
@@ -113,8 +111,7 @@ WAYS_OUT = {
     "contents._connected": NUMBERS,
     "data.sources.read_mimic": "a scratch folder of its own, which is 0700 and goes",
     "data.images.to_png": MEMORY,
-    "data.phantom.png_bytes": MEMORY,
-    "results.gallery.data_url": MEMORY,
+    "data.images.as_url": MEMORY,
     **{
         name: WEIGHTS
         for name in (

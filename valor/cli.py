@@ -11,7 +11,6 @@ import argparse
 import errno
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from importlib import import_module
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from . import __version__
 from .config import ABOUT_PRESETS, BENCHMARKS, REAL_SOURCES, did_you_mean, parse_settings, versions
+from .files import commit_of
 
 # %% ../nbs/07i_cli.ipynb #482c7ba8
 Command = Callable[[argparse.Namespace, dict], None]
@@ -293,13 +293,7 @@ def _add_push(commands: argparse._SubParsersAction) -> None:
 def _commit() -> str:
     "The commit of the checkout that the package lies in, with -dirty if it was edited; empty without one."
     root = Path(find_spec("valor").origin).resolve().parents[1]
-    if not (root / ".git").exists():
-        return ""
-    asked = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
+    return commit_of(root) or "" if (root / ".git").exists() else ""
 
 # %% ../nbs/07i_cli.ipynb #55271c4c
 def version_text() -> str:

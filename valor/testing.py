@@ -6,7 +6,7 @@
 __all__ = ['Made', 'Make', 'KINDS', 'RELEASED', 'Shapes', 'SENTENCES', 'RATES', 'trained_tokenizer', 'PolicySize',
            'register_policy', 'miniature_policy', 'llava_tokenizer', 'llava_parts', 'llava_processor', 'LlavaMedSize',
            'original_shapes', 'train_sentencepiece', 'miniature_llava_med', 'miniature_biomedclip',
-           'miniature_chexbert', 'miniature_radgraph', 'write_dicom', 'made_up_runs']
+           'miniature_chexbert', 'package_chexbert', 'miniature_radgraph', 'write_dicom', 'made_up_runs']
 
 # %% ../nbs/00f_testing.ipynb #te570003
 import io
@@ -609,6 +609,22 @@ def miniature_chexbert(folder: Path | str, width: int = 64, layers: int = 2, see
     torch.save(checkpoint, Path(folder) / FILE)
     return Path(folder) / FILE
 
+# %% ../nbs/00f_testing.ipynb #d789b1f9
+def package_chexbert(path: Path | str, tokenizer: Any) -> torch.nn.Module:
+    """f1chexbert's own `F1CheXbert` around the weights in `path`, with the fewest shims that make its
+    `get_label` run. A referee for tests; it changes `tokenizer`."""
+    from f1chexbert.f1chexbert import F1CheXbert
+
+    from valor.rewards.chexbert import load_chexbert
+
+    judge = F1CheXbert.__new__(F1CheXbert)
+    torch.nn.Module.__init__(judge)
+    judge.device, judge.tokenizer, judge.model = torch.device("cpu"), tokenizer, load_chexbert(path)
+    tokenizer.encode_plus = lambda tokens: dict(
+        input_ids=[tokenizer.cls_token_id, *tokenizer.convert_tokens_to_ids(tokens), tokenizer.sep_token_id]
+    )
+    return judge
+
 # %% ../nbs/00f_testing.ipynb #te570034
 # BERT's vocabulary, which ModernBERT's own defaults do not fit
 _BERT_TOKENS = dict(
@@ -800,7 +816,7 @@ def _made_up_phase(folder: Path, name: str, cfg: Config) -> Path:
 def _made_up_report(truth: tuple, rate: float, rng: np.random.Generator) -> str:
     "A completion that states `truth`, each kind of error made with the chance 1 − `rate`."
     from valor.data.phantom import EDITS, compose_report, write_report
-    from valor.metrics.statistics import as_completion
+    from valor.rewards.text import as_completion
 
     for edit in [edit for edit in EDITS.values() if rng.random() > rate]:
         truth = edit(truth, rng) or truth

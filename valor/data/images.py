@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['DECODERS', 'PAD', 'ImageError', 'to_uint8', 'open_dicom', 'read_dicom', 'dicom_size', 'read_image', 'check_image',
-           'square', 'to_png', 'XRay']
+           'square', 'to_png', 'as_url', 'XRay']
 
 # %% ../../nbs/data/03_images.ipynb #5397cb95
+import base64
 import io
 import mmap
 import warnings
@@ -306,6 +307,13 @@ def to_png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
+
+
+def as_url(image: Image.Image, kind: str, **options: Any) -> str:
+    """`image` as a `data:` URL. `kind`: PNG, JPEG or WEBP; `options`: those of Pillow, such as `quality`."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 # %% ../../nbs/data/03_images.ipynb #8df9d157
 @dataclass

@@ -24,7 +24,7 @@ from valor.data.sources import (
     age_of,
     read_table,
     sex_of,
-    stated,
+    text_or_empty,
     view_of,
 )
 from ..files import DataError, id_in, json_lines, one_line
@@ -80,9 +80,9 @@ def _plus_study(row: Mapping[str, str], path: re.Match, where: str, valid: str) 
         age=age_of(row.get("age")),
         sex=sex_of(row.get("sex")),
         context=dict(
-            indication=stated(row.get("section_clinical_history", ""))
-            or stated(row.get("section_history", "")),
-            comparison=stated(row.get("section_comparison", "")),
+            indication=text_or_empty(row.get("section_clinical_history", ""))
+            or text_or_empty(row.get("section_history", "")),
+            comparison=text_or_empty(row.get("section_comparison", "")),
         ),
     )
 
@@ -310,7 +310,9 @@ def _rex_study(name: str, entry: Mapping, root: Path, split: str, where: str) ->
         age=age_of(entry.get("PatientAge")),
         sex=sex_of(entry.get("PatientSex")),
         positions=dict(zip(places, positions)),
-        context={name.lower(): stated(str(entry.get(name) or "")) for name in ("Indication", "Comparison")},
+        context={
+            name.lower(): text_or_empty(str(entry.get(name) or "")) for name in ("Indication", "Comparison")
+        },
     )
 
 # %% ../../nbs/data/04a_more_sources.ipynb #mor00018

@@ -10,7 +10,6 @@ __all__ = ['SIDES', 'ZONES', 'SEVERITIES', 'KINDS', 'FINDINGS', 'PHANTOM_NAMES',
            'sections_in', 'png_bytes', 'to_truth', 'from_truth', 'make_phantom']
 
 # %% ../../nbs/data/00_phantom.ipynb #463b2bbe
-import io
 import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -26,6 +25,7 @@ from PIL import Image, ImageDraw
 from scipy.interpolate import CubicSpline
 from tqdm.auto import tqdm
 
+from .images import to_png
 from ..vocabulary import OBSERVATIONS
 
 # %% ../../nbs/data/00_phantom.ipynb #e8382934
@@ -1447,9 +1447,7 @@ def sections_in(report: str) -> str:
 # %% ../../nbs/data/00_phantom.ipynb #81f220d4
 def png_bytes(image: np.ndarray) -> dict[str, bytes | None]:
     "A uint8 array (H, W) as PNG, in the form that `datasets` stores images."
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG", compress_level=1)
-    return {"bytes": buffer.getvalue(), "path": None}
+    return {"bytes": to_png(Image.fromarray(image)), "path": None}
 
 # %% ../../nbs/data/00_phantom.ipynb #ph0100
 def to_truth(findings: Iterable[Finding], boxes: Iterable[Sequence[float]]) -> list[dict]:

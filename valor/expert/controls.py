@@ -6,7 +6,6 @@
 __all__ = ['Judge', 'TEXT_REWARDS', 'partners', 'by_expert', 'by_placebo', 'by_chance', 'by_text', 'visual_judge']
 
 # %% ../../nbs/expert/02_controls.ipynb #ectl0003
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 from datasets import Dataset
 
 from ..config import VISUAL
+from ..data.benchmarks import hash_unit
 from .two_images import study_similarity
 from ..policy.prompt import study_images
 from ..rewards.compose import CLINICAL_SCORERS, TEXT_SCORERS
@@ -58,7 +58,7 @@ def by_chance(seed: int = 0) -> Judge:
 
     def judge(texts: Sequence[str], rows: Sequence[Mapping]) -> list[float]:
         told = (f"{seed} {row['study_id']} {text}" for text, row in zip(texts, rows))
-        return [int.from_bytes(hashlib.sha256(t.encode()).digest()[:8], "big") / 2**64 for t in told]
+        return [hash_unit(t) for t in told]
 
     return judge
 

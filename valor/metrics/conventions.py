@@ -5,19 +5,15 @@
 # %% auto #0
 __all__ = ['UNCERTAIN', 'UNDEFINED', 'AVERAGES', 'SIZES', 'FILL', 'CONVENTIONS', 'ALL', 'Convention', 'check_convention',
            'decisions', 'counted', 'study_columns', 'convention_columns', 'over_observations', 'over_studies',
-           'label_f1', 'row_name', 'register_convention', 'chosen_conventions', 'rows_of', 'convention_table',
-           'printing', 'small_films', 'nearest_other', 'borrowed']
+           'label_f1', 'row_name', 'register_convention', 'chosen_conventions', 'rows_of']
 
 # %% ../../nbs/metrics/05_conventions.ipynb #con00002
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
-from .bootstrap import drawn, with_interval
 from .statistics import Metric, Number, f1, ratio, register_metric
 from ..rewards.chexbert import FIVE
 from ..vocabulary import OBSERVATIONS
@@ -212,61 +208,3 @@ def chosen_conventions(names: str | Sequence[str] | None) -> list[Convention]:
 def rows_of(conventions: Sequence[Convention]) -> list[str]:
     "The names of the metrics that `conventions` show."
     return [row_name(c, average, size) for c in conventions for average, size in c.shown]
-
-# %% ../../nbs/metrics/05_conventions.ipynb #101a115b
-def convention_table(
-    labels: Mapping[str, pd.DataFrame], true: pd.DataFrame, n_boot: int = 1000
-) -> pd.DataFrame:
-    """Each F1 of every system, with 95 % intervals from `n_boot` bootstrap draws over studies, in rows
-    (system, uncertain, undefined, average, observations, conventions, value, lo, hi, studies).
-
-    `labels`: {system: labels of its reports}, `true`: labels of the references, rows in the same order.
-    `conventions`: the registered ones that print this number."""
-    rows = []
-    grid = [Convention("", u, z, ALL, "") for u in UNCERTAIN for z in UNDEFINED]
-    metrics = {(c, *pair): (lambda s, c=c, p=pair: label_f1(s, c, *p), "↑") for c in grid for pair in ALL}
-    for system, said in labels.items():
-        frame = convention_columns(said, true)
-        for (c, average, size), one in drawn({0: frame}, metrics, n_boot).items():
-            value, lo, hi = with_interval(one)
-            which = dict(uncertain=c.uncertain, undefined=c.undefined, average=average, observations=size)
-            named = ", ".join(printing(c, average, size))
-            rows.append(dict(system=system, **which, conventions=named, value=value, lo=lo, hi=hi))
-    return pd.DataFrame(rows).assign(studies=len(true))
-
-# %% ../../nbs/metrics/05_conventions.ipynb #con0001b
-def printing(c: Convention, average: str, size: int) -> list[str]:
-    "The registered conventions that print the same number as `c` with this average."
-    same = [x for x in CONVENTIONS.values() if (x.uncertain, x.undefined) == (c.uncertain, c.undefined)]
-    return [x.name for x in same if (average, size) in x.shown]
-
-# %% ../../nbs/metrics/05_conventions.ipynb #con0001e
-def small_films(paths: Sequence[Path | str], side: int = 32) -> np.ndarray:
-    "Each film as `side` × `side` grey values with mean 0 and norm 1, `(N, side²)`; a blank one as zeros."
-    films = [np.asarray(Image.open(p).convert("L").resize((side, side)), dtype=float).ravel() for p in paths]
-    centred = np.stack(films) - np.mean(films, axis=1, keepdims=True)
-    norms = np.linalg.norm(centred, axis=1, keepdims=True)
-    return centred / np.where(norms > 0, norms, 1)
-
-
-def nearest_other(films: np.ndarray) -> np.ndarray:
-    "For each row of `films` `(N, D)` the row that is most similar to it, itself left out."
-    similarity = films @ films.T
-    np.fill_diagonal(similarity, -np.inf)
-    return similarity.argmax(1)
-
-# %% ../../nbs/metrics/05_conventions.ipynb #con00020
-def borrowed(labels: pd.DataFrame, reports: Sequence[str], near: np.ndarray, seed: int = 0) -> dict:
-    """{system: labels} of three systems that give each study another one's report. `labels`: of each study's
-    own report; `near`: the study whose film is nearest."""
-    own = labels.reset_index(drop=True)
-    normal = [i for i in range(len(own)) if own["No Finding"][i] == 1]
-    usual = pd.Series([reports[i] for i in normal]).value_counts().index[0]
-    template = next(i for i in normal if reports[i] == usual)
-    step = np.random.default_rng(seed).integers(1, len(own), size=len(own))
-    chosen = {
-        "nearest film": near,
-        "normal report": np.full(len(own), template),
-        "random report": (np.arange(len(own)) + step) % len(own),  # never its own
-    }
-    return {system: own.loc[rows].reset_index(drop=True) for system, rows in chosen.items()}

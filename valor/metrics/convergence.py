@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'LENGTH', 'RECALL', 'KL', 'LIMITS', 'SHARES', 'NAMES', 'UNITS', 'ends', 'not_converged', 'plot_health']
 
 # %% ../../nbs/metrics/02_convergence.ipynb #40cf87e0
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -81,19 +81,12 @@ def _limits(name: str, first: float) -> list[float]:
     return [limit * scale for limit in LIMITS[name] if limit is not None]
 
 # %% ../../nbs/metrics/02_convergence.ipynb #b9668e66
-def plot_health(
-    logs: Mapping[str, pd.DataFrame],
-    axes: Sequence[plt.Axes] | None = None,
-    colours: Mapping[str, str] | None = None,
-) -> plt.Figure | None:
+def plot_health(logs: Mapping[str, pd.DataFrame], colours: Mapping[str, str] | None = None) -> plt.Figure:
     """The watched columns of training logs over k, as means of five updates.
 
     `logs`: {label: log}; `colours`: {label: colour}. Limits are dotted lines;
-    those that are shares are drawn for the first log.
-    Returns the figure, or None if `axes` (four) were given."""
-    fig = None
-    if axes is None:
-        fig, axes = plt.subplots(1, 4, figsize=(PAGE, 2.2), layout="constrained")
+    those that are shares are drawn for the first log."""
+    fig, axes = plt.subplots(1, 4, figsize=(PAGE, 2.2), layout="constrained")
     base = ends(next(iter(logs.values())))["first"]
     for ax, name in zip(axes, LIMITS):
         for label, log in logs.items():
@@ -104,8 +97,5 @@ def plot_health(
             ax.axhline(limit, ls=":", color="black", lw=0.8, label="limit")
         ax.set(title=f"{NAMES[name]}\n({UNITS[name]})", xlabel="update", ylim=(0, None))
     keys = dict(zip(*axes[0].get_legend_handles_labels()[::-1]))
-    if fig is None:
-        axes[0].legend(keys.values(), keys, fontsize=6, frameon=False)
-    else:
-        fig.legend(keys.values(), keys, loc="outside lower center", ncol=5)
+    fig.legend(keys.values(), keys, loc="outside lower center", ncol=5)
     return fig

@@ -7,7 +7,7 @@ __all__ = ['DEFAULTS', 'Pairs', 'Gauge', 'GAUGES', 'ON_REQUEST', 'SIDES', 'RADEV
            'NotRun', 'lexical', 'mean_of', 'bertscore', 'chexbert', 'radgraph', 'meteor', 'ratescore', 'green',
            'labels_of_both', 'counts_of_both', 'RadEvalMetric', 'radeval_gauge', 'register_radeval', 'measures',
            'scorer_gauge', 'check_metric', 'measures_of', 'asked_for', 'shown_of', 'pair_key', 'kept_scores', 'gauged',
-           'cider_column', 'image_columns', 'tidy_table', 'made', 'Request', 'measured', 'provenance', 'evaluate',
+           'cider_column', 'image_columns', 'tidy_table', 'gauges_for', 'Request', 'measured', 'provenance', 'evaluate',
            'formatted', 'footnotes', 'run_command']
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #612646ff
@@ -498,7 +498,7 @@ def tidy_table(frames: dict[str, pd.DataFrame], metrics: Mapping, n_boot: int, s
     return table.drop(columns=["seeds", "studies"])
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #6756b1fa
-def made(names: Sequence[str], options: dict) -> tuple[dict[str, tuple[Gauge, str]], dict[str, str]]:
+def gauges_for(names: Sequence[str], options: dict) -> tuple[dict[str, tuple[Gauge, str]], dict[str, str]]:
     """The gauges of `names` as {name: (gauge, key)}, and {name: what it wants} of those that cannot be
     had. Called before anything is scored, so that whatever is wrong shows at once."""
     gauges, not_run = {}, {}
@@ -622,7 +622,7 @@ def evaluate(
     chosen, options = asked_for(metrics, DEFAULTS | options)
     systems, out = systems_in(paths), Path(out)
     (out / "scores").mkdir(parents=True, exist_ok=True)
-    request = Request(systems, chosen, *made(chosen, options), options, out, image_root)
+    request = Request(systems, chosen, *gauges_for(chosen, options), options, out, image_root)
     table = tidy_table(*measured(request), n_boot, seed)
     info = provenance(request, paths, n_boot, seed)
     _write_tables(out, table, info)

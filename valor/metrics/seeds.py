@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['Frames', 'FREE', 'MOST_SEEDS', 'CONTRASTS', 'CONTRASTS_LATER', 'CONTRASTS_ON_FILMS', 'stacked', 'settings_of',
-           'commit_of', 'kept_systems', 'write_seed', 'read_seeds', 'kept_note', 'kept_runs', 'seed_values',
-           'mean_interval', 'prediction_interval', 'seed_table', 'smallest_p', 'sign_flip_test', 'paired_seeds',
-           'seed_differences', 'nested_draws', 'crossed_draws', 'hierarchical_interval', 'Contrast', 'contrasts_on',
-           'contrast_table', 'Noise', 'made_up_intervals', 'simulate', 'simulation_table', 'plot_simulation',
-           'plot_seeds']
+           'kept_systems', 'write_seed', 'read_seeds', 'kept_note', 'kept_runs', 'seed_values', 'mean_interval',
+           'prediction_interval', 'seed_table', 'smallest_p', 'sign_flip_test', 'paired_seeds', 'seed_differences',
+           'nested_draws', 'crossed_draws', 'hierarchical_interval', 'Contrast', 'contrasts_on', 'contrast_table',
+           'Noise', 'made_up_intervals', 'simulate', 'plot_seeds']
 
 # %% ../../nbs/metrics/03_seeds.ipynb #seed0002
 import dataclasses
@@ -19,7 +18,6 @@ import itertools
 import json
 import re
 import shutil
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,7 +32,7 @@ from ..config import ComputeSettings, Config, figures_dir, repo_root
 from ..data.benchmarks import benchmark_of
 from ..data.restricted import guarded_output
 from ..figures import COLOURS, PAGE, place_of, sidecar
-from ..files import DataError, whole
+from ..files import DataError, commit_of, whole
 from .bootstrap import Metrics, draws_for, holm, interval
 from .statistics import METRICS, axis_label, measure, seeds_text, within_limits
 
@@ -70,17 +68,6 @@ def settings_of(cfg: Config) -> dict[str, Any]:
     settings = _without_folders(asdict(cfg))
     return settings | dict(data_root=cfg.data_root and Path(cfg.data_root).name)
 
-# %% ../../nbs/metrics/03_seeds.ipynb #seed000d
-def commit_of(folder: Path | str | None = None) -> str | None:
-    """The commit of the checkout `folder` (default: this project's), with `+` behind it if files differ
-    from it. None if `folder` is no checkout or git is not installed."""
-    command = ["git", "-C", str(folder or repo_root()), "describe", "--always", "--abbrev=40", "--dirty=+"]
-    try:
-        found = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True)
-    except OSError:
-        return None
-    return found.stdout.strip() if found.returncode == 0 else None
-
 # %% ../../nbs/metrics/03_seeds.ipynb #seed000g
 def _stem_of(name: str, seed: int) -> str:
     "How the files of one seed are called, without their endings. Raises ValueError for an unfit `name`."
@@ -91,7 +78,8 @@ def _stem_of(name: str, seed: int) -> str:
 
 def _sidecar_of(stem: str, cfg: Config, runs: Iterable, note: str) -> dict:
     "What the JSON file beside the table of one seed says of the run; `write_seed` adds the table's digest."
-    return sidecar(stem, [cfg], runs, note) | dict(settings=settings_of(cfg), commit=commit_of())
+    commit = commit_of(repo_root(), digits=40, edited="+")
+    return sidecar(stem, [cfg], runs, note) | dict(settings=settings_of(cfg), commit=commit)
 
 # %% ../../nbs/metrics/03_seeds.ipynb #seed000l
 def _read_seed(path: Path) -> tuple[dict[str, pd.DataFrame], dict]:
@@ -275,26 +263,27 @@ def seed_values(frames: Frames, metrics: Sequence[str], known: Metrics = METRICS
     return pd.DataFrame(rows)
 
 # %% ../../nbs/metrics/03_seeds.ipynb #seed000v
-def _around(values: np.ndarray, factor: float, level: float) -> tuple[Any, Any]:
-    "Mean ± t · s · `factor` over the last axis of `values`; NaN where that has fewer than two numbers."
+def _around(values: np.ndarray, factor: float) -> tuple[Any, Any]:
+    """Mean ± t · s · `factor` over the last axis of `values`, t for 95 %; NaN where that has fewer than two
+    numbers."""
     values = np.asarray(values, float)
     n = values.shape[-1]
     mean = values.mean(-1)
     if n < 2:
         return mean * np.nan, mean * np.nan
-    half = stats.t.ppf((1 + level) / 2, n - 1) * values.std(-1, ddof=1) * factor
+    half = stats.t.ppf(0.975, n - 1) * values.std(-1, ddof=1) * factor
     return mean - half, mean + half
 
 
-def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[Any, Any]:
-    "(lo, hi) for the mean of which `values` (one a seed, over the last axis) are drawn: Student's t."
-    return _around(values, np.shape(values)[-1] ** -0.5, level)
+def mean_interval(values: np.ndarray) -> tuple[Any, Any]:
+    "(lo, hi), 95 %, for the mean of which `values` (one a seed, over the last axis) are drawn: Student's t."
+    return _around(values, np.shape(values)[-1] ** -0.5)
 
 
-def prediction_interval(values: np.ndarray, level: float = 0.95) -> tuple[Any, Any]:
-    """(lo, hi) in which the value of one more seed lies with chance `level`, from `values` (one a seed, over
-    the last axis), if these are normally distributed."""
-    return _around(values, (1 + 1 / np.shape(values)[-1]) ** 0.5, level)
+def prediction_interval(values: np.ndarray) -> tuple[Any, Any]:
+    """(lo, hi) in which the value of one more seed lies in 95 % of cases, from `values` (one a seed, over the
+    last axis), if these are normally distributed."""
+    return _around(values, (1 + 1 / np.shape(values)[-1]) ** 0.5)
 
 # %% ../../nbs/metrics/03_seeds.ipynb #seed000x
 def seed_table(values: pd.DataFrame) -> pd.DataFrame:
@@ -553,31 +542,6 @@ def simulate(effect: float, seeds: int, noise: Noise = Noise(), n: int = 2000, s
         row[f"covers: {kind}"] = float(((lo <= effect) & (effect <= hi)).mean())
     return row
 
-
-def simulation_table(
-    effects: Sequence[float] = (0.0, 0.05, 0.1), seeds: Sequence[int] = (4, 8), noise: Noise = Noise()
-) -> pd.DataFrame:
-    "`simulate` for every effect and number of seeds, a row each."
-    return pd.DataFrame([simulate(effect, n, noise) for n in seeds for effect in effects])
-
-# %% ../../nbs/metrics/03_seeds.ipynb #seed001r
-def plot_simulation(table: pd.DataFrame, title: str | None = None) -> plt.Figure:
-    "`table` of `simulation_table`: how often an effect is found, and how often an interval holds it."
-    fig, (left, right) = plt.subplots(1, 2, figsize=(PAGE, 2.4), layout="constrained")
-    for colour, (seeds, part) in zip(("#a0a0a0", "#0072b2", "#009e73"), table.groupby("seeds")):
-        left.plot(part.effect, part.found, "o", color=colour, label=f"{seeds} seeds")
-        kinds = [c for c in part if c.startswith("covers: ")]
-        names = [kind.removeprefix("covers: ") for kind in kinds]
-        right.plot(part[kinds].mean(), names, "o", color=colour)
-    left.axhline(0.05, ls=":", color="black", lw=0.8)
-    right.axvline(0.95, ls=":", color="black", lw=0.8, label="promised: .05 and .95")
-    left.set(xlabel="true difference", ylabel="share with p ≤ .05", ylim=(-0.03, 1.03))
-    right.set(xlabel="share of 95 % intervals that hold it", ylim=(-0.5, 2.5), xlim=(0, 1.03))
-    keys = left.get_legend_handles_labels()[0] + right.get_legend_handles_labels()[0]
-    fig.legend(handles=keys, loc="outside lower center", ncol=4)
-    fig.suptitle(title)
-    return fig
-
 # %% ../../nbs/metrics/03_seeds.ipynb #seed001w
 def _draw_system(ax: plt.Axes, at: int, each: np.ndarray, metric: str, colour: str) -> None:
     """Draws a system at height `at`: a dot for the `metric` of `each` seed, the mean, and from three seeds on
@@ -620,7 +584,6 @@ def plot_seeds(
     metrics: Sequence[str] | None = None,
     title: str | None = None,
     zero: bool = False,
-    known: Metrics = METRICS,
 ) -> plt.Figure:
     """A panel per metric of `values` (from `seed_values`): systems in their order, each seed a dot, the mean,
     its 95 % interval and that of a single rerun. `zero`: let every axis begin at zero.
@@ -635,7 +598,7 @@ def plot_seeds(
     fig, axes = plt.subplots(1, len(metrics), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for ax, metric in zip(axes[0], metrics):
         _draw_panel(ax, values, metric, systems)
-        ax.set_xlabel(axis_label(metric, known))
+        ax.set_xlabel(axis_label(metric))
         ax.set_xlim(left=0 if zero else None)
     fig.legend(handles=_keys(), loc="outside lower center", ncol=4)
     fig.suptitle(title)

@@ -7,6 +7,5 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "models": ["load_policy"],
-        "tiny": ["generate"],
     },
 )

@@ -10,17 +10,13 @@ __all__ = ['INSTRUCTION', 'CLIP', 'DTYPES', 'PROGRAM', 'flamingo_prompt', 'read_
 import base64
 import hashlib
 import json
-import os
-import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from ..files import DataError, json_lines, one_line
-from ..rewards.outside import DEVICES, OFFLINE, QUIET, Worker, model_source, one_of
+from ..rewards.outside import DEVICES, OFFLINE, QUIET, Child, model_source, one_of, python_with
 
 # %% ../../nbs/results/08_flamingo.ipynb #flc00006
 INSTRUCTION = (
@@ -94,12 +90,8 @@ def flamingo_weights(given: Mapping | str | Path, name: str = "Med-Flamingo") ->
 def flamingo_python(python: Path | str | None = None) -> str:
     """Path of the Python that has open-flamingo: `python`, else $VALOR_FLAMINGO, else the one that
     `make flamingo` built. Raises ValueError if there is none."""
-    path = python or os.environ.get("VALOR_FLAMINGO")
-    path = str(path or Path(find_spec("valor").origin).parents[1] / ".flamingo/bin/python")
-    question = (
-        "import sys; from importlib.util import find_spec; sys.exit(find_spec('open_flamingo') is None)"
-    )
-    if not shutil.which(path) or subprocess.run([path, "-I", "-c", question], capture_output=True).returncode:
+    path, there = python_with(python, "VALOR_FLAMINGO", ".flamingo/bin/python", "open_flamingo")
+    if not there:
         raise ValueError(
             f"open-flamingo is not installed for {path}; `make flamingo` installs it in .flamingo/ of this "
             "repository, and the environment variable VALOR_FLAMINGO names another Python that has it"
@@ -120,39 +112,18 @@ def weights_key(weights: FlamingoWeights) -> str:
 PROGRAM = Path(find_spec("valor").origin).parent / "results" / "flamingo_worker.py"
 
 # %% ../../nbs/results/08_flamingo.ipynb #flc00021
-class MedFlamingo:
+class MedFlamingo(Child):
     "Med-Flamingo in its own Python. Use it in a `with` block, or `close` it."
+
+    name, environment = "Med-Flamingo", QUIET | OFFLINE
 
     def __init__(self, weights: FlamingoWeights, max_new_tokens: int = 512):
         self.weights, self.shots = weights, read_shots(weights.shots)
-        self.python, self.child, self.versions = flamingo_python(weights.python), None, None
+        self.python, self.timeout = flamingo_python(weights.python), weights.timeout
         paths = {key: Path(getattr(weights, key)).expanduser() for key in ("llama", "checkpoint", "clip")}
         settings = {key: str(path.resolve()) for key, path in paths.items()}
         settings |= dict(device=weights.device, dtype=weights.dtype, max_new_tokens=max_new_tokens)
         self.command = [self.python, "-I", str(PROGRAM), "med-flamingo", json.dumps(settings)]
-
-    def start(self) -> Worker:
-        "The running child. Raises RuntimeError, in one line, if it cannot load the weights."
-        if self.child is None:
-            self.child = Worker(self.command, self.weights.timeout, QUIET | OFFLINE)
-            hello = self.child.hear()
-            if not hello.get("ready"):
-                self.close()
-                raise RuntimeError(f"Med-Flamingo could not be loaded: {one_line(hello.get('error', hello))}")
-            self.versions = hello.get("versions", {})
-        return self.child
-
-    def close(self) -> None:
-        "End the child, if there is one."
-        if self.child:
-            self.child.stop()
-        self.child = None
-
-    def __enter__(self) -> "MedFlamingo":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
 
 # %% ../../nbs/results/08_flamingo.ipynb #flc00022
 def flamingo_report(flamingo: MedFlamingo, images: list[str], question: str) -> tuple[str, str]:

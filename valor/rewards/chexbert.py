@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['REPO', 'FILE', 'EMBEDDED', 'SIZES', 'STATUS', 'FIVE', 'UNCERTAIN', 'chexbert_state', 'check_sizes', 'bert_config',
-           'configured', 'check_shapes', 'load_chexbert', 'load_tokenizer', 'normalised', 'key_of', 'CheXbert',
-           'package_chexbert', 'check_options', 'mentions', 'LabelF1', 'label_frame', 'label_detail', 'decisions',
-           'ratio', 'label_report']
+           'configured', 'check_shapes', 'load_chexbert', 'load_tokenizer', 'normalised', 'labeler_key', 'CheXbert',
+           'check_options', 'mentions', 'LabelF1']
 
 # %% ../../nbs/rewards/02_chexbert.ipynb #df54a480
 import hashlib
@@ -24,7 +23,7 @@ from torch import Tensor
 
 # %% ../../nbs/rewards/02_chexbert.ipynb #5cca1564
 from ..config import resolve_device
-from ..files import check_weights
+from ..files import check_weights, one_line, sha256_of
 from .rules import RuleLabeler, mentioned, sentences, set_f1, status_table
 from valor.rewards.text import (
     ModelScorer,
@@ -59,7 +58,7 @@ def chexbert_state(path: Path) -> dict[str, Tensor]:
                 state[name.replace("module.", "")] = tensor.float()
     except Exception as e:
         raise ValueError(
-            f"{path}: not a CheXbert checkpoint ({type(e).__name__}: {str(e)[:120].partition(chr(10))[0]}); "
+            f"{path}: not a CheXbert checkpoint ({one_line(e, kind=True, longest=120)}); "
             f"expected a torch file with 'model_state_dict'. It is part of {REPO}; or give {EMBEDDED}"
         ) from None
     check_sizes(state, path)
@@ -163,10 +162,9 @@ def normalised(report: str) -> str:
     return " ".join(report.split()).encode("utf-8", "replace").decode()
 
 # %% ../../nbs/rewards/02_chexbert.ipynb #token003
-def key_of(path: Path, tokenizer: Any, heads: int, dtype: str) -> str:
+def labeler_key(path: Path, tokenizer: Any, heads: int, dtype: str) -> str:
     "Names everything that a label depends on: weights, tokenizer, number of attention heads and precision."
-    with path.open("rb") as f:
-        weights = hashlib.file_digest(f, "sha256").hexdigest()[:16]
+    weights = sha256_of(path)[:16]
     words = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:8]
     return f"chexbert 1 {weights} {words} {heads} {dtype}"
 
@@ -186,7 +184,7 @@ class CheXbert:
         self.model = load_chexbert(path).to(self.device, resolve_dtype(dtype))
         config = self.model.bert.config
         self.tokenizer = load_tokenizer(path, config.vocab_size)
-        self.key = key_of(path, self.tokenizer, config.num_attention_heads, dtype)
+        self.key = labeler_key(path, self.tokenizer, config.num_attention_heads, dtype)
 
     def token_ids(self, reports: list[str]) -> list[list[int]]:
         "The token ids of each report, at most as many as the network has positions, never more than 512."
@@ -219,20 +217,6 @@ def statuses(self: CheXbert, reports: list[str]) -> list[dict[str, str]]:
     """Per report, observation → "present", "absent" or "uncertain"; observations that are not mentioned
     are left out."""
     return [{o: STATUS[c] for o, c in zip(OBSERVATIONS, row) if c} for row in self.classes(reports)]
-
-# %% ../../nbs/rewards/02_chexbert.ipynb #d789b1f9
-def package_chexbert(path: Path | str, tokenizer: Any) -> torch.nn.Module:
-    """f1chexbert's own `F1CheXbert` around the weights in `path`, with the fewest shims that make its
-    `get_label` run. A referee for tests; it changes `tokenizer`."""
-    from f1chexbert.f1chexbert import F1CheXbert
-
-    judge = F1CheXbert.__new__(F1CheXbert)
-    torch.nn.Module.__init__(judge)
-    judge.device, judge.tokenizer, judge.model = torch.device("cpu"), tokenizer, load_chexbert(path)
-    tokenizer.encode_plus = lambda tokens: dict(
-        input_ids=[tokenizer.cls_token_id, *tokenizer.convert_tokens_to_ids(tokens), tokenizer.sep_token_id]
-    )
-    return judge
 
 # %% ../../nbs/rewards/02_chexbert.ipynb #a11d3f60
 FIVE = ["Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion"]
@@ -309,34 +293,25 @@ def compare(self: LabelF1, candidate: dict[str, str], reference: dict[str, str])
 @patch
 def labels(self: LabelF1, reports: list[str]) -> pd.DataFrame:
     """A row per report and the 14 observations as columns: 1 present, 0 absent, -1 uncertain, NaN not
-    mentioned."""
-    return label_frame(self, reports)
-
-
-@patch
-def _detail(self: LabelF1, candidate: str, reference: str) -> dict:
-    return label_detail(self, candidate, reference)
-
-# %% ../../nbs/rewards/02_chexbert.ipynb #frame001
-def label_frame(judge: LabelF1, reports: list[str]) -> pd.DataFrame:
-    "See `LabelF1.labels`. Raises ValueError unless `reports` is a list of strings."
+    mentioned. Raises ValueError unless `reports` is a list of strings."""
     check_texts("reports", reports)
     texts = [report_body(report) for report in reports]
-    said = judge.analysed(texts)
+    said = self.analysed(texts)
     return status_table([said[text] for text in texts])
 
 # %% ../../nbs/rewards/02_chexbert.ipynb #detail01
-def label_detail(judge: LabelF1, candidate: str, reference: str) -> dict:
+@patch
+def _detail(self: LabelF1, candidate: str, reference: str) -> dict:
     """What a detail record says of two texts.
 
     `spans`: (start, end, 1 or 0) of the candidate's positive mentions, by the rules only, 1 if the reference
     has the observation; `matched`, `missing` and `extra`: names of observations; and both texts' statuses."""
-    ours, theirs = (judge.analysed([text])[text] for text in (candidate, reference))
-    a, b = judge.positives(ours), judge.positives(theirs)
+    ours, theirs = (self.analysed([text])[text] for text in (candidate, reference))
+    a, b = self.positives(ours), self.positives(theirs)
     spans = []
-    if isinstance(judge.labeler, RuleLabeler):
+    if isinstance(self.labeler, RuleLabeler):
         for observation, status, start, end in mentions(candidate):
-            label = (observation, judge.counted.get(status))
+            label = (observation, self.counted.get(status))
             if label in a:
                 spans.append((start, end, float(label in b)))
     names = dict(missing=_named(b - a), matched=_named(a & b), extra=_named(a - b))
@@ -346,45 +321,3 @@ def label_detail(judge: LabelF1, candidate: str, reference: str) -> dict:
 def _named(labels: set[tuple[str, str]]) -> list[str]:
     "Observations by name, with what they count as unless that is present."
     return sorted(o if status == "present" else f"{o} ({status})" for o, status in labels)
-
-# %% ../../nbs/rewards/02_chexbert.ipynb #67c44eff
-def decisions(labels: pd.DataFrame, uncertain: str, names: list[str]) -> pd.DataFrame:
-    """1 where a report is positive and 0 elsewhere, from a frame of `LabelF1.labels`.
-
-    A column per observation in `names`; with `uncertain="class"` also one for each that is uncertain."""
-    labels = labels[names]
-    if uncertain == "class":
-        both = [(labels == 1), (labels == -1).add_suffix(" uncertain")]
-        return pd.concat(both, axis=1).astype(int)
-    return labels.isin([1, -1] if uncertain == "positive" else [1]).astype(int)
-
-
-def ratio(a: pd.Series, b: pd.Series) -> pd.Series:
-    "a / b, and 0 where b is 0."
-    return (a / b).where(b > 0, 0.0)
-
-# %% ../../nbs/rewards/02_chexbert.ipynb #table002
-def label_report(
-    candidates: pd.DataFrame, references: pd.DataFrame, uncertain: str = "positive", observations: int = 14
-) -> pd.DataFrame:
-    """Precision, recall, F1 and support per observation, and rows "micro" and "macro", of two frames from
-    `LabelF1.labels`; a ratio is 0 where its denominator is.
-
-    With `uncertain="class"` a decision is right if present matches present or uncertain matches uncertain."""
-    names = check_options(uncertain, observations)
-    said, true = (decisions(frame, uncertain, names) for frame in (candidates, references))
-    right = (said.values & true.values).sum(0)
-    counts = dict(tp=right, said=said.values.sum(0), support=true.values.sum(0))
-    counts = pd.DataFrame(counts, index=said.columns)
-    counts.loc["micro"] = counts.sum()
-    table = pd.DataFrame(
-        dict(
-            precision=ratio(counts.tp, counts.said),
-            recall=ratio(counts.tp, counts.support),
-            f1=ratio(2 * counts.tp, counts.said + counts.support),
-            support=counts.support,
-        )
-    )
-    means = table.drop(index="micro")[["precision", "recall", "f1"]].mean()
-    table.loc["macro"] = [*means, counts.support["micro"]]
-    return table

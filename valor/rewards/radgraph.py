@@ -84,7 +84,7 @@ def unpacked(archive: Path) -> Path:
         if (folder / "config.json").is_file():
             return folder  # another process was quicker
         raise ValueError(
-            f"{archive}: cannot be unpacked ({type(e).__name__}: {e}); expected a .tar.gz of {REPO}, or "
+            f"{archive}: cannot be unpacked ({one_line(e, kind=True)}); expected a .tar.gz of {REPO}, or "
             f"give {EMBEDDED}"
         ) from None
     return folder

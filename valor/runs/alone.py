@@ -108,17 +108,18 @@ def changes(log: pd.DataFrame, column: str, window: int = 10) -> pd.Series:
     return smoothed(log[column], window) / log[column].iloc[:window].mean()
 
 
-def alarm(
-    log: pd.DataFrame, trained: str, window: int = 10, drop: float = 0.1, longer: float = 0.4
-) -> int | None:
-    "The first update (its place in `log`) with an alarm; None without. `trained`: the reward's column."
+def alarm(log: pd.DataFrame, trained: str) -> int | None:
+    """The first update (its place in `log`) with an alarm; None without: another reward has fallen by a tenth
+    while the trained one rises, reports are 40 % longer or shorter, or the share of distinct ones has halved.
+    `trained`: the reward's column."""
+    window = 10
     rising = smoothed(log[trained], window) > log[trained].iloc[:window].mean()
     raised = pd.Series(False, index=log.index)
     for column in OTHERS:
         if column != trained:
-            raised |= rising & (changes(log, column, window) < 1 - drop)
+            raised |= rising & (changes(log, column, window) < 0.9)
     length = changes(log, "completions/mean_length", window)
-    raised |= (length > 1 + longer) | (length < 1 - longer)
+    raised |= (length > 1.4) | (length < 0.6)
     raised |= changes(log, "rewards/distinct/mean", window) < 0.5
     raised.iloc[: 2 * window] = False
     return int(raised.to_numpy().argmax()) if raised.any() else None

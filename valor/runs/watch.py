@@ -8,10 +8,8 @@ __all__ = ['CURVES', 'WatchError', 'find_job', 'states_of', 'seconds_left', 'hea
            'write_page', 'show', 'run_watch']
 
 # %% ../../nbs/runs/07_watch.ipynb #wat00003
-import base64
 import dataclasses
 import html
-import io
 import json
 import math
 import shutil
@@ -28,6 +26,7 @@ import pandas as pd
 
 # %% ../../nbs/runs/07_watch.ipynb #f3adb7a6
 from ..config import runs_dir
+from ..data.images import as_url
 from ..data.restricted import guarded_output
 from ..files import first_member, whole
 from ..policy.prompt import side_by_side, study_images
@@ -245,9 +244,7 @@ class Studies:
         films = study_images(row)
         film = side_by_side(films).convert("L")
         film.thumbnail((side * len(films), side))
-        buffer = io.BytesIO()
-        film.save(buffer, "JPEG", quality=85)
-        return row["report"], f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        return row["report"], as_url(film, "JPEG", quality=85)
 
 # %% ../../nbs/runs/07_watch.ipynb #wat00024
 def fill(view: View, folder: Path, reader: Candidates, studies: Studies, recalls: dict[int, float]) -> None:
