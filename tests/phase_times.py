@@ -1,6 +1,6 @@
-"""What the phases of the embedded policy took on this machine, for the plans of people who have run nothing yet
-(`valor run --dry-run`). By hand, after runs: the newest finished phase of each kind in the runs folder goes into
-figures/phase_times.csv; kinds that only the table has stay.
+"""What the phases of the embedded policy took on this machine, for the plans of people who have run nothing
+yet (`valor run --dry-run`). By hand, after runs: the newest finished phase of each kind in the runs folder
+goes into figures/phase_times.csv; kinds that only the table has stay.
 
 python tests/phase_times.py"""
 

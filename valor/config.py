@@ -513,17 +513,26 @@ def _check_extra_rewards(extras: dict) -> None:
             )
         load_attribute(name)
 
+# %% ../nbs/00_config.ipynb #chkwgt01
+def _check_weights(cfg: Config) -> None:
+    "The policy's weights are held in a type that its training and its rollout can use."
+    if cfg.policy_weights != "float32" and cfg.sft_mode == "full":
+        raise ValueError(
+            f"policy_weights={cfg.policy_weights!r}: weights that are trained are held in float32; "
+            f"expected sft_mode='lora' or policy_weights='float32'"
+        )
+    if cfg.policy_weights == "nf4" and cfg.rollout.startswith("vllm"):
+        raise ValueError(
+            f"policy_weights='nf4', rollout={cfg.rollout!r}: an adapter cannot be added to 4-bit weights for vLLM; "
+            "expected rollout='merged' or policy_weights='bfloat16'"
+        )
+
 # %% ../nbs/00_config.ipynb #cfg14ch4
 def _check_models(cfg: Config) -> None:
     "The expert and the base policy can be found, and suit the images and the weights."
     if cfg.expert.startswith("embedded") and cfg.image_size % 32:
         raise ValueError(
             f"image_size={cfg.image_size} is not allowed; the embedded expert expects a multiple of 32"
-        )
-    if cfg.policy_weights != "float32" and cfg.sft_mode == "full":
-        raise ValueError(
-            f"policy_weights={cfg.policy_weights!r}: weights that are trained are held in float32; "
-            f"expected sft_mode='lora' or policy_weights='float32'"
         )
     if cfg.base.startswith(("/", ".", "~")) and not Path(cfg.base).expanduser().is_dir():
         raise ValueError(f"base={cfg.base!r}: no such folder")
@@ -641,6 +650,7 @@ def validate(cfg: Config) -> Config:
     _check_rewards(cfg)
     _check_training(cfg)
     _check_truth(cfg)
+    _check_weights(cfg)
     _check_models(cfg)
     _check_extra_rewards(cfg.extra_rewards)
     _check_trackers(cfg.report_to)

@@ -285,6 +285,7 @@ def by_measurement(step: Step, policy: PreTrainedConfig, studies: dict[str, int]
     adapter = 4 * adapter_parameters(shape, cfg.lora_r)
     disk = adapter * (1 + (updates - 1) // every + 9)  # snapshots, the result, three checkpoints with moments
     sizes = dict(prompts=cfg.batch_size, group=cfg.group_size, new=cfg.max_new_tokens, r=cfg.lora_r)
+    sizes["packed"] = cfg.rollout == "merged"
     fit = fewest_parts(shape, 1e6, held=cfg.policy_weights, **sizes)
     return Estimate(seconds and seconds * updates, fit[1]["peak"] * 1e9, disk, gpu=True, measured=True)
 

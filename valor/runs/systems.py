@@ -46,6 +46,7 @@ from valor.runs.makers import (
 )
 from .phases import MISTAKES, STAND_INS, check_updates, ensure, load_data, phase_folder, phase_key
 from .plan import job, print_plan
+from .processes import on_first_process
 from .trust import can_be_tested, check_testable, trust_note
 from ..train.grpo import vllm_args
 
@@ -284,6 +285,7 @@ def start_run(args: Namespace, settings: dict) -> Config:
     policy it names can be loaded. Exits with a message of one line if something is wrong or missing."""
     try:
         cfg = preset(args.preset, **settings)
+        on_first_process(lambda: None)  # each process takes its own GPU, before scorers are tried on it
         check_packages(cfg)
         check_testable(cfg)
         check_scorers([cfg])

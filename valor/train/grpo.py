@@ -63,6 +63,7 @@ from ..rewards.compose import CLINICAL_SCORERS, advantages, extras_of, is_clinic
 from ..rewards.guard import RewardError, alarms, checked_scores, distinct_share, odd_line, probe
 from ..rewards.ranknorm import group_ranks
 from .memory import choose_parts, shape_of
+from .packed import can_pack
 from .rollout import SharedRollout
 from .sft import Progress, settle_adapter, shard_by_layer, train_to_end, trainer_args
 from .trackers import track
@@ -762,6 +763,12 @@ def prompt_length(processor: ProcessorMixin, row: dict) -> int:
     given = dict(tokenize=True, return_dict=True, add_generation_prompt=True)
     return len(processor.apply_chat_template(turns, **given)["input_ids"][0])
 
+# %% ../../nbs/train/00_grpo.ipynb #gr20c003
+def _gpu_room(cfg: Config, device: torch.device) -> float:
+    "GB of the GPU `device` that training may have: all but what vLLM takes of the same one."
+    size = torch.cuda.get_device_properties(device).total_memory / 1e9
+    return size * (1 - cfg.vllm_gpu_memory_utilization) if cfg.rollout == "vllm_colocate" else size
+
 # %% ../../nbs/train/00_grpo.ipynb #gr20c004
 def settle_parts(cfg: Config, policy: PreTrainedModel, prompt: int, per_device: int | None = None) -> Config:
     """`cfg` with `gradient_accumulation_steps="auto"` replaced by a number, and with the setting of
@@ -774,10 +781,11 @@ def settle_parts(cfg: Config, policy: PreTrainedModel, prompt: int, per_device: 
     device = resolve_device()
     if device.type != "cuda" or under_fsdp():
         return replace(cfg, gradient_accumulation_steps=1)
-    gpu = torch.cuda.get_device_properties(device).total_memory / 1e9
+    gpu = _gpu_room(cfg, device)
     rows = per_device or cfg.batch_size * cfg.group_size
     group = math.gcd(rows, cfg.group_size)  # a process may hold a piece of a group
     sizes = dict(prompts=rows // group, group=group, prompt=prompt, new=cfg.max_new_tokens, r=cfg.lora_r)
+    sizes["packed"] = cfg.rollout == "merged" and can_pack(policy)
     if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
         sizes["shards"] = processes()
     decided = {"on": True, "off": False}.get(cfg.gradient_checkpointing)

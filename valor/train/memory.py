@@ -158,13 +158,17 @@ def memory(
     prompt: int = PLANNED_PROMPT,
     new: int = 256,
     shards: int = 1,
+    packed: bool = True,
 ) -> dict[str, float]:
     """GB on one GPU, by part, for a rollout batch of `prompts` × `group` reports on it, `prompt` tokens (576
     of them the image's) and `new` tokens each. The update is computed in `parts`; `shards` GPUs share weights
-    and adapter (FSDP2, ZeRO-3)."""
+    and adapter (FSDP2, ZeRO-3). `packed`: whether the candidates of a prompt share it (rollout="merged");
+    if not, each has the prompt in a row of its own."""
+    rows, each = sizes_of_part(prompts, group, parts)
+    if not packed:
+        prompts, group, rows, each = prompts * group, 1, rows * each, 1
     fixed = fixed_bytes(s, held, r, room_bytes(s, prompts, group, prompt, new), shards)
     rollout = rollout_bytes(s, prompts, prompt)
-    rows, each = sizes_of_part(prompts, group, parts)
     logits = 4 * 4 * s.vocab * rows * each * new
     update = activation_bytes(s, r, rows, each, prompt, new, checkpointing) + logits
     sizes = dict(fixed=fixed, rollout=rollout, update=update, peak=fixed + max(rollout, update))

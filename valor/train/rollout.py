@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['IMAGE_FIELDS', 'stays_beside', 'copy_frozen', 'give_back_frozen', 'merged', 'mean_gap', 'gap_alarm', 'sampling_line',
-           'EpochSampler', 'PolicyTrainer', 'WatchedAdapter', 'WatchedGap', 'ScoredTwice', 'WatchedNoise',
-           'WatchedLoss', 'prompt_numbers', 'PreparedOnce', 'PromptsOnce', 'PackedPrompts', 'PackedScores',
-           'PackedWatch', 'DrawnByTRL', 'DrawnByPrompt', 'WholeGroups', 'SharedRollout']
+           'EpochSampler', 'DecodedOnce', 'PolicyTrainer', 'WatchedAdapter', 'WatchedGap', 'ScoredTwice',
+           'WatchedNoise', 'WatchedLoss', 'prompt_numbers', 'PreparedOnce', 'PromptsOnce', 'PackedPrompts',
+           'PackedScores', 'PackedWatch', 'DrawnByTRL', 'DrawnByPrompt', 'WholeGroups', 'SharedRollout']
 
 # %% ../../nbs/train/01_rollout.ipynb #fc0f61c8
 from collections.abc import Callable, Iterator
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -178,6 +179,28 @@ class EpochSampler(RepeatSampler):
                 torch.randperm(self.num_samples, generator=self.generator)
         return super().__iter__()
 
+# %% ../../nbs/train/01_rollout.ipynb #decod001
+class DecodedOnce:
+    """The studies of `rows`, for a loader that asks for the same batch again and again.
+
+    TRL's loader fetches a generation once for every part of its update and uses the first copy alone; each
+    fetch would decode all images anew, and that of a study once for each of its candidates."""
+
+    def __init__(self, rows: Dataset):
+        self.rows, self._asked, self._last = rows, None, []
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.rows[index]
+
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        if indices != self._asked:
+            row = {index: self.rows[index] for index in dict.fromkeys(indices)}
+            self._asked, self._last = list(indices), [row[index] for index in indices]
+        return [dict(row) for row in self._last]
+
 # %% ../../nbs/train/01_rollout.ipynb #72a487ab
 class PolicyTrainer(GRPOTrainer):
     "TRL's GRPO trainer, with access to the plain policy inside its wrappers."
@@ -203,7 +226,12 @@ class PolicyTrainer(GRPOTrainer):
         return EpochSampler(given.data_source, **{name: getattr(given, name) for name in names})
 
     def get_train_dataloader(self) -> DataLoader:
-        loader = super().get_train_dataloader()
+        rows = self.train_dataset
+        self.train_dataset = DecodedOnce(rows)
+        try:
+            loader = super().get_train_dataloader()
+        finally:
+            self.train_dataset = rows
         shard = loader.batch_sampler
         if hasattr(shard, "batch_sampler"):
             # accelerate's loader looks for `set_epoch` here when a resumed epoch skips its first batches
@@ -601,7 +629,7 @@ def _check_not_spread(spread: bool) -> None:
     if spread:
         raise ValueError(
             "rollout='merged': the weights are spread over processes (FSDP, ZeRO); expected "
-            "rollout='transformers' or a vLLM one"
+            "rollout='transformers'"
         )
 
 
