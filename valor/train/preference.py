@@ -51,7 +51,7 @@ from ..rewards.compose import advantages
 from ..rewards.guard import odd_line
 from ..rewards.text import TAG
 from .grpo import Rewards, steps_of
-from .sft import Progress, shard_by_layer, train_to_end, trainer_args
+from .sft import Progress, settle_adapter, shard_by_layer, train_to_end, trainer_args
 from .trackers import track
 
 # %% ../../nbs/train/03_preference.ipynb #0237bf34
