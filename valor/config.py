@@ -523,8 +523,8 @@ def _check_weights(cfg: Config) -> None:
         )
     if cfg.policy_weights == "nf4" and cfg.rollout.startswith("vllm"):
         raise ValueError(
-            f"policy_weights='nf4', rollout={cfg.rollout!r}: an adapter cannot be added to 4-bit weights for vLLM; "
-            "expected rollout='merged' or policy_weights='bfloat16'"
+            f"policy_weights='nf4', rollout={cfg.rollout!r}: an adapter cannot be added to 4-bit weights for "
+            "vLLM; expected rollout='merged' or policy_weights='bfloat16'"
         )
 
 # %% ../nbs/00_config.ipynb #cfg14ch4

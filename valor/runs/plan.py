@@ -236,8 +236,8 @@ def _committed(name: str) -> Path | None:
 
 
 def times_elsewhere() -> list[Past]:
-    """What phases of the embedded policy took on the machine of the committed results, told as if it were this
-    one. Empty on a GPU, and where the table is not at hand."""
+    """What phases of the embedded policy took on the machine of the committed results, as if it were this.
+    Empty on a GPU, and where the table is not at hand."""
     table = _committed("phase_times.csv")
     if table is None or resolve_device().type != "cpu":
         return []
