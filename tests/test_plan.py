@@ -19,7 +19,7 @@ CFG = preset("smoke", threads=1)
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
     monkeypatch.setenv("VALOR_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr(plan, "times_elsewhere", lambda: [])
+    monkeypatch.setattr(plan, "times_elsewhere", lambda threads: [])
     return tmp_path / "runs"
 
 
@@ -94,7 +94,7 @@ def test_somebody_who_has_run_nothing_yet_is_told_the_times_of_another_machine(t
     found = plan.estimates(steps)[steps[-1].folder]
     assert found.seconds == 60 and found.elsewhere
     plan.print_plan([("stage1", CFG, "")])
-    assert "as on another machine (figures/phase_times.csv)" in capsys.readouterr().out
+    assert "as on another machine, one thread each (figures/phase_times.csv)" in capsys.readouterr().out
     finished(steps[-1], 5)
     other = plan.steps_for([("stage1", dataclasses.replace(CFG, seed=1), "")])
     assert plan.estimates(other)[other[-1].folder][:1] == (5,)  # what ended here tells more

@@ -575,7 +575,9 @@ def _draw_panel(ax: plt.Axes, values: pd.DataFrame, metric: str, systems: Sequen
         each = here.value[here.system == system].to_numpy()
         if len(each):
             _draw_system(ax, at, each, metric, COLOURS.get(system, "#444444"))
-    ax.set(yticks=range(len(systems)), yticklabels=systems, ylim=(len(systems) - 0.5, -0.5))
+    many = values.groupby("system").seed.nunique()
+    names = [f"{system} ({many[system]} seed{'' if many[system] == 1 else 's'})" for system in systems]
+    ax.set(yticks=range(len(systems)), yticklabels=names, ylim=(len(systems) - 0.5, -0.5))
     ax.grid(axis="x", alpha=0.3)
 
 # %% ../../nbs/metrics/03_seeds.ipynb #seed001x

@@ -811,7 +811,7 @@ def best_fixed_report(
     scores = fixed_scores(candidates, reports[sample:] or reports)
     return [as_completion(candidates[int(scores.argmax())])] * n
 
-# %% ../../nbs/metrics/00_statistics.ipynb #56732181
+# %% ../../nbs/metrics/00_statistics.ipynb #seedsof1
 def in_seeds(n: float) -> str:
     "'1 seed', '4 seeds'."
     return "1 seed" if n == 1 else f"{n:.0f} seeds"
@@ -821,7 +821,7 @@ def seeds_of_systems(tidy: pd.DataFrame) -> pd.Series:
     "How many seeds each system has, in the order of `tidy`: those of the metric that most seeds have."
     return tidy.groupby("system", sort=False).seeds.max()
 
-
+# %% ../../nbs/metrics/00_statistics.ipynb #56732181
 def _draw_systems(ax: plt.Axes, tidy: pd.DataFrame, metric: str) -> None:
     "Every system's value of one metric with its interval and seeds, in the order of `tidy`."
     systems = list(tidy.system.drop_duplicates())
@@ -832,11 +832,13 @@ def _draw_systems(ax: plt.Axes, tidy: pd.DataFrame, metric: str) -> None:
         ax.plot(row.value, i, "o", color=colour, ms=4.5)
         seeds = seeds_in(row.by_seed) if row.seeds > 1 else []
         ax.plot(seeds, [i + 0.32] * len(seeds), "o", color="#666666", ms=1.6)
-    fewest, most = rows.seeds.min(), rows.seeds.max()
-    where = ""
-    if (rows.seeds < seeds_of_systems(tidy)).any():  # fewer than of another metric
-        where = f"\n(of {f'{fewest:.0f} to ' if fewest < most else ''}{in_seeds(most)})"
-    ax.set(xlabel=axis_label(metric) + where, yticks=range(len(systems)))
+    usual = seeds_of_systems(tidy)
+    for i, row in enumerate(rows.itertuples()):
+        if np.isnan(row.value):
+            ax.text(0.02, i, "not measured", transform=ax.get_yaxis_transform(), va="center", fontsize=5)
+        elif row.seeds < usual[row.Index]:  # fewer than of another metric
+            ax.text(row.hi, i, f" {in_seeds(row.seeds)}", va="center", fontsize=5)
+    ax.set(xlabel=axis_label(metric), yticks=range(len(systems)))
     ax.set_ylim(-0.6, len(systems) - 0.4)
     ax.grid(axis="x", alpha=0.3)
 
@@ -846,7 +848,7 @@ def _keys_of_systems() -> list[plt.Line2D]:
     dark = dict(color="#444444")
     return [
         plt.Line2D([], [], ls="", marker="o", ms=4.5, label="mean", **dark),
-        plt.Line2D([], [], lw=2, label="95 % interval, over seeds and studies", **dark),
+        plt.Line2D([], [], lw=2, label="95 % interval, over studies and, where several, seeds", **dark),
         plt.Line2D([], [], ls="", marker="o", ms=1.6, label="one seed", **dark),
     ]
 

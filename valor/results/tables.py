@@ -391,13 +391,14 @@ def _on_shared_seeds(here: pd.DataFrame) -> pd.Series:
 
 
 def best_in_words(tidy: pd.DataFrame, metrics: Sequence[str], among: Sequence[str] = ROWS[1:]) -> str:
-    """Which of the systems `among` has the best value of each metric, as a sentence: "Best trained
-    system: GRPO in BLEU-4 and ROUGE-L; VALOR in F1 of findings in their place". Systems are compared on the
+    """Which of the systems `among` has the best value of each metric, as a sentence: "Best of the
+    paper's systems: GRPO in BLEU-4; VALOR in F1 of findings in their place". Systems are compared on the
     seeds that all of them have. Metrics of which neither direction is better are passed over."""
-    won = {}
+    won, uneven = {}, False
     for metric in metrics:
         here = tidy[(tidy.metric == metric) & tidy.system.isin(list(among)) & tidy.value.notna()]
         values = _on_shared_seeds(here) if "by_seed" in here else here.set_index("system").value
+        uneven |= here.seeds.nunique() > 1 if "seeds" in here else False
         arrow = TABLE_METRICS[metric][1] if metric in TABLE_METRICS else ""
         if len(values) and arrow:
             won.setdefault(values.idxmax() if arrow == "↑" else values.idxmin(), []).append(
@@ -406,7 +407,8 @@ def best_in_words(tidy: pd.DataFrame, metrics: Sequence[str], among: Sequence[st
     said = []
     for system, (*others, last) in won.items():
         said.append(f"{system} in {', '.join(others)} and {last}" if others else f"{system} in {last}")
-    return f"Best trained system: {'; '.join(said)}" if said else ""
+    where = ", on the seeds that all of them have" if uneven else ""
+    return f"Best of the paper's systems{where}: {'; '.join(said)}" if said else ""
 
 # %% ../../nbs/results/00_tables.ipynb #bestwd01
 def plot_systems(tidy: pd.DataFrame, metrics: Sequence[str], title: str | None = None) -> plt.Figure:

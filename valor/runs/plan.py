@@ -235,15 +235,16 @@ def _committed(name: str) -> Path | None:
     return next((place for place in places if place.exists()), None)
 
 
-def times_elsewhere() -> list[Past]:
-    """What phases of the embedded policy took on the machine of the committed results, as if it were this.
-    Empty on a GPU, and where the table is not at hand."""
+def times_elsewhere(threads: int) -> list[Past]:
+    """What phases of the embedded policy took on the machine of the committed results, on one thread, as if it
+    were this one with `threads`. Empty on a GPU, and where the table is not at hand."""
     table = _committed("phase_times.csv")
     if table is None or resolve_device().type != "cpu":
         return []
     found = []
     for row in pd.read_csv(table).itertuples():
         *kind, _, processes = json.loads(row.kind)
+        kind[KIND.index("threads")] = threads
         as_here = (*kind, device_name(), processes)
         found.append(Past(row.phase, as_here, row.seconds, row.memory, row.disk, row.work, False, 0.0))
     return found
@@ -292,14 +293,14 @@ def by_measurement(step: Step, policy: PreTrainedConfig, studies: dict[str, int]
 # %% ../../nbs/runs/06_plan.ipynb #c726d7e9
 def estimates(steps: Sequence[Step], processes: int = 1) -> dict[Path, Estimate]:
     "{folder: what it is expected to take} for the `steps` that are not finished."
-    past, others, found = past_phases(), times_elsewhere(), {}
+    past, found = past_phases(), {}
     for step in steps:
         if step.state == "finished":
             continue
         studies, policy = studies_of(step.cfg), policy_config(step.cfg.base)
         estimate = by_past(step, past, studies, processes)
         if estimate.seconds is None:
-            estimate = by_past(step, others, studies, processes)
+            estimate = by_past(step, times_elsewhere(step.cfg.threads), studies, processes)
             estimate = estimate._replace(elsewhere=estimate.seconds is not None)
         if estimate.seconds is None and policy is not None:
             estimate = by_measurement(step, policy, studies)
@@ -373,7 +374,7 @@ def plan_notes(steps: Sequence[Step], expected: dict[Path, Estimate], processes:
         lines.append(f"{by}, without real reward models")
     if any(e.elsewhere for e in known):
         lines.append(
-            "until phases of this kind have ended here: as on another machine (figures/phase_times.csv)"
+            "until phases of this kind have ended here: as on another machine, one thread each (figures/phase_times.csv)"
         )
     return lines
 
