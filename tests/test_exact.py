@@ -76,6 +76,7 @@ class Recorder:
     "Stands for the trainer: keeps what it is made with."
 
     is_deepspeed_enabled = True  # there is no adapter to cast
+    is_fsdp_enabled = False
 
     def __init__(self, model, rewards, cfg, lambda_vis, k_start, args, **kw):
         self.args, self.model = args, model
