@@ -236,8 +236,8 @@ def _committed(name: str) -> Path | None:
 
 
 def times_elsewhere(threads: int) -> list[Past]:
-    """What phases of the embedded policy took on the machine of the committed results, on one thread, as if it
-    were this one with `threads`. Empty on a GPU, and where the table is not at hand."""
+    """What phases of the embedded policy took on the machine of the committed results, on one thread, as if
+    it were this one with `threads`. Empty on a GPU, and where the table is not at hand."""
     table = _committed("phase_times.csv")
     if table is None or resolve_device().type != "cpu":
         return []
@@ -373,9 +373,8 @@ def plan_notes(steps: Sequence[Step], expected: dict[Path, Estimate], processes:
         by = "stages by the step measured on an H200 (figures/bench_gpu.csv)"
         lines.append(f"{by}, without real reward models")
     if any(e.elsewhere for e in known):
-        lines.append(
-            "until phases of this kind have ended here: as on another machine, one thread each (figures/phase_times.csv)"
-        )
+        until = "until phases of this kind have ended here: as on another machine, one thread each"
+        lines.append(f"{until} (figures/phase_times.csv)")
     return lines
 
 # %% ../../nbs/runs/06_plan.ipynb #pla00031
