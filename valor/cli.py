@@ -145,9 +145,7 @@ def _add_evaluate_on(commands: argparse._SubParsersAction) -> None:
     p.add_argument("benchmark", help=f"the other data set: {', '.join([*BENCHMARKS, *REAL_SOURCES])}")
     p.add_argument("--root", help="its folder or file, as data_root")
     p.add_argument("--options", metavar="JSON", help="how it is read, as data_options")
-    p.add_argument(
-        "--n-test", type=int, metavar="N", help="N of its test studies (default: as the preset)"
-    )
+    p.add_argument("--n-test", type=int, metavar="N", help="N of its test studies (default: as the preset)")
     p.add_argument(
         "--systems", metavar="NAME[,NAME]", help="default: SFT,VALOR w/o visual,VALOR,VALOR, placebo"
     )
