@@ -34,7 +34,7 @@ from ..data.restricted import guarded_output
 from ..figures import COLOURS, PAGE, place_of, sidecar
 from ..files import DataError, commit_of, whole
 from .bootstrap import Metrics, draws_for, holm, interval
-from .statistics import METRICS, axis_label, measure, seeds_text, within_limits
+from .statistics import METRICS, axis_label, in_seeds, measure, seeds_text, within_limits
 
 # %% ../../nbs/metrics/03_seeds.ipynb #seed0005
 Frames = Mapping[str, Mapping[int, pd.DataFrame]]  # {system: {seed: frame}}
@@ -576,7 +576,7 @@ def _draw_panel(ax: plt.Axes, values: pd.DataFrame, metric: str, systems: Sequen
         if len(each):
             _draw_system(ax, at, each, metric, COLOURS.get(system, "#444444"))
     many = values.groupby("system").seed.nunique()
-    names = [f"{system} ({many[system]} seed{'' if many[system] == 1 else 's'})" for system in systems]
+    names = [f"{system} ({in_seeds(many[system])})" for system in systems]
     ax.set(yticks=range(len(systems)), yticklabels=names, ylim=(len(systems) - 0.5, -0.5))
     ax.grid(axis="x", alpha=0.3)
 

@@ -294,13 +294,14 @@ def by_measurement(step: Step, policy: PreTrainedConfig, studies: dict[str, int]
 def estimates(steps: Sequence[Step], processes: int = 1) -> dict[Path, Estimate]:
     "{folder: what it is expected to take} for the `steps` that are not finished."
     past, found = past_phases(), {}
+    elsewhere = {threads: times_elsewhere(threads) for threads in {step.cfg.threads for step in steps}}
     for step in steps:
         if step.state == "finished":
             continue
         studies, policy = studies_of(step.cfg), policy_config(step.cfg.base)
         estimate = by_past(step, past, studies, processes)
         if estimate.seconds is None:
-            estimate = by_past(step, times_elsewhere(step.cfg.threads), studies, processes)
+            estimate = by_past(step, elsewhere[step.cfg.threads], studies, processes)
             estimate = estimate._replace(elsewhere=estimate.seconds is not None)
         if estimate.seconds is None and policy is not None:
             estimate = by_measurement(step, policy, studies)
