@@ -83,7 +83,6 @@ WAYS_OUT = {
         f"runs.{f}": IN_RUN
         for f in (
             "phases.write_json",
-            "phases.locked",
             "makers.make_data",
             "makers.real_data",
             "makers.make_sft",
@@ -103,6 +102,7 @@ WAYS_OUT = {
     "train.grpo.CompletionTable": IN_RUN,
     "policy.checkpoints.save_checkpoint": WEIGHTS,
     "policy.checkpoints.seal": NUMBERS,
+    "files.locked": "an empty file, the lock",
     "files.own_lines": "cuts a torn line off what this program wrote",
     "train.preference.whole_lines": IN_RUN,
     "train.preference.sample_reports": IN_RUN,

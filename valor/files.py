@@ -6,7 +6,7 @@
 __all__ = ['ADDRESS', 'UNREADABLE', 'MEMBER', 'SURROGATE', 'LINE', 'REPORTS', 'one_line', 'looks_like_path', 'whole', 'sha256_of',
            'commit_of', 'whole_folder', 'repository_of', 'DataError', 'opened', 'first_member', 'check_archive',
            'archive_files', 'check_weights', 'json_value', 'json_lines', 'report_lines', 'value_in', 'id_in',
-           'own_lines']
+           'own_lines', 'locked']
 
 # %% ../nbs/00d_files.ipynb #79f64407
 import bz2
@@ -394,3 +394,17 @@ def own_lines(path: Path | str, begins: str, mend: bool = True) -> list[tuple[in
         with open(path, "r+b") as f:
             f.truncate(end)
     return found
+
+# %% ../nbs/00d_files.ipynb #flock002
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of the file or folder `path`, which is a file `PATH.lock` beside it; wait, and say so,
+    while another process holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{path}.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that works in {path}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

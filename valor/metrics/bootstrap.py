@@ -67,6 +67,11 @@ def holm(ps: Sequence[float]) -> np.ndarray:
     return adjusted
 
 # %% ../../nbs/metrics/00_bootstrap.ipynb #97262d1e
+def _independent(frame: pd.DataFrame) -> int:
+    "How many patients (without them: studies) `frame` has."
+    return frame["patient"].nunique() if "patient" in frame else len(frame)
+
+
 def _added(
     frame: pd.DataFrame, metrics: Metrics, times: np.ndarray, seed: int, crossed: bool
 ) -> dict[str, np.ndarray]:
@@ -89,7 +94,8 @@ def drawn(
     `value` is the mean over seeds; each draw takes seeds and studies with replacement. Systems with as
     many seeds and the same number of studies are drawn alike, so that their draws may be subtracted.
     Seeds with other studies than the first draw studies of their own, anew each time they are taken. Where
-    a seed has no value, neither the mean nor a draw has one."""
+    a seed has no value, neither the mean nor a draw has one; one seed with one study (or patient) has a
+    value and no draws (NaN), because nothing varies."""
     each = [by_seed[number] for number in sorted(by_seed)]
     crossed = all(f.index.equals(each[0].index) for f in each)
     taken = study_draws(len(each), n_boot, seed + 1).astype(int)  # (n_boot, seeds)
@@ -100,6 +106,8 @@ def drawn(
     means = {name: float(np.mean([v[name] for v in values])) for name in metrics}
     draws = {name: sum(one[name] for one in added) / len(each) for name in metrics}
     undefined = np.full(n_boot, np.nan)
+    if len(each) == 1 and _independent(each[0]) < 2:
+        return {name: (mean, undefined) for name, mean in means.items()}
     return {name: (mean, undefined if np.isnan(mean) else draws[name]) for name, mean in means.items()}
 
 # %% ../../nbs/metrics/00_bootstrap.ipynb #boot000e

@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 from ..contents import fingerprint
 from ..data.images import read_image, square
 from ..expert.two_images import study_features
-from ..files import own_lines, report_lines, sha256_of, value_in
+from ..files import locked, own_lines, report_lines, sha256_of, value_in
 from . import statistics as ev
 from .conventions import chosen_conventions, convention_columns, rows_of
 from ..rewards.radgraph import LEVELS, graph_set
@@ -623,9 +623,10 @@ def evaluate(
     systems, out = systems_in(paths), Path(out)
     (out / "scores").mkdir(parents=True, exist_ok=True)
     request = Request(systems, chosen, *gauges_for(chosen, options), options, out, image_root)
-    table = tidy_table(*measured(request), n_boot, seed)
-    info = provenance(request, paths, n_boot, seed)
-    _write_tables(out, table, info)
+    with locked(out / "scores"):  # a second process with the same folder waits, and then reads these scores
+        table = tidy_table(*measured(request), n_boot, seed)
+        info = provenance(request, paths, n_boot, seed)
+        _write_tables(out, table, info)
     return table, info
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #abeb8612

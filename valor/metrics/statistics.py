@@ -688,9 +688,11 @@ def digits_of(metric: str) -> int:
 
 
 def cell(value: float, lo: float, hi: float, digits: int = 3) -> str:
-    "`value [lo, hi]`, or n/a for a value that is not a number."
+    "`value [lo, hi]`, the value alone where it has no interval, n/a where there is no value."
     if np.isnan(value):
         return "n/a"
+    if np.isnan(lo):
+        return f"{value:.{digits}f}"
     return f"{value:.{digits}f} [{lo:.{digits}f}, {hi:.{digits}f}]"
 
 # %% ../../nbs/metrics/00_statistics.ipynb #56be3d92

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from ..config import resolve_device
 from ..data.images import ImageError, read_image, square
 from ..data.restricted import closed_to_others
-from ..files import id_in, json_lines, json_value, own_lines, repository_of, whole, whole_folder
+from ..files import id_in, json_lines, json_value, locked, own_lines, repository_of, whole, whole_folder
 from .adapter import add_in, merged_share, with_policy
 from .models import film_side, load_policy, save_policy
 from .prompt import asked_by
@@ -354,7 +354,7 @@ def write_reports(
     lines_of = _lines_of(model, processor, size, cut=cut, **how)
     settings = dict(model=name, weights=weights_digest(model), max_new_tokens=max_new_tokens, size=size)
     films = [Film(*each) for each in images]
-    with closed_to_others():
+    with closed_to_others(), locked(out.with_name(f".{out.name}")):
         done = begin_or_go_on(out, settings, films)
         todo = [film for film in films if film.id not in done]
         with open(out, "a") as f:

@@ -24,7 +24,7 @@ from ..config import Config, sweeps
 from ..config import preset as configure
 from ..data.benchmarks import benchmark_of
 from ..data.sources import DataError
-from ..files import one_line
+from ..files import locked, one_line
 from ..metrics import evaluate as judging
 from ..metrics import statistics as ev
 from ..metrics.bootstrap import holm, values_of
@@ -33,7 +33,7 @@ from ..metrics.seeds import Frames, kept_runs, read_seeds, write_seed
 from ..rewards.guard import RewardError
 from ..rewards.text import report_body
 from ..runs.makers import note_of, read_frame, read_reports
-from ..runs.phases import ensure, load_data, locked, phase_folder
+from ..runs.phases import ensure, load_data, phase_folder
 from ..runs.processes import RunError
 from ..runs.systems import SYSTEMS, phase_of
 

@@ -52,7 +52,7 @@ from ..data.images import as_url
 from ..data.restricted import check_place, guarded_output
 from ..data.sources import check_endpoint, is_local
 from ..figures import slug
-from ..files import looks_like_path, one_line, own_lines, report_lines
+from ..files import locked, looks_like_path, one_line, own_lines, report_lines
 from ..metrics.evaluate import DEFAULTS, MEASURES, gauged, gauges_for
 from ..metrics.statistics import cell, digits_of, true_columns
 from ..policy.generate import ENDINGS
@@ -64,7 +64,6 @@ from .paper import TABLE2
 from .tables import compare
 from ..rewards.rules import RuleLabeler
 from ..rewards.text import report_body
-from ..runs.phases import locked
 
 # %% ../../nbs/results/04_zeroshot.ipynb #ed43e783
 ZERO_SHOT = (

@@ -6,14 +6,13 @@
 __all__ = ['LABELER', 'SCORING', 'PHASES', 'AT_PATHS', 'STAND_INS', 'NO_PATHS', 'SEEDS', 'LATER', 'CHOICE', 'MAKERS', 'OUTSIDE',
            'LISTENERS', 'MISTAKES', 'Phase', 'comes_after', 'chooses', 'fields_reaching', 'sees_two', 'tells_by_report',
            'phase_config', 'phase_key', 'phase_folder', 'looks_like_a_path', 'held_by', 'by_content', 'explain',
-           'read_json', 'write_json', 'inspect_phase', 'check_machine', 'locked', 'finish', 'drop_checkpoints',
-           'cost_of', 'maker', 'announced', 'data_behind', 'ensure', 'give_memory_back', 'note_paths', 'begin',
-           'load_data', 'check_updates', 'in_own_process', 'own_job']
+           'read_json', 'write_json', 'inspect_phase', 'check_machine', 'finish', 'drop_checkpoints', 'cost_of',
+           'maker', 'announced', 'data_behind', 'ensure', 'give_memory_back', 'note_paths', 'begin', 'load_data',
+           'check_updates', 'in_own_process', 'own_job']
 
 # %% ../../nbs/runs/01_phases.ipynb #phs00002
 import contextlib
 import dataclasses
-import fcntl
 import gc
 import json
 import os
@@ -49,7 +48,7 @@ from ..data.benchmarks import benchmark_of
 from ..data.restricted import PlaceError, check_place, guarded_output
 from ..data.sources import DataError, terms_of
 from ..data.studies import reading
-from ..files import sha256_of, whole
+from ..files import locked, sha256_of, whole
 from ..policy.models import LOADING
 from ..rewards.guard import RewardError
 from ..rewards.text import StoreError
@@ -423,19 +422,6 @@ def check_machine(folder: Path, status: str) -> None:
             f"{folder.name}: was begun on another CPU ({record['cpu']}) and goes on on {cpu_model()}: "
             "its last bits may differ from those of a run on one of them"
         )
-
-# %% ../../nbs/runs/01_phases.ipynb #b56c2b47
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    "Hold the lock of `folder` (a file beside it); wait, and say so, while another process holds it."
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{folder}.lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process that works in {folder}", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 # %% ../../nbs/runs/01_phases.ipynb #phs0000d
 def finish(folder: Path, cost: dict | None = None) -> None:

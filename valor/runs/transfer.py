@@ -24,6 +24,7 @@ from ..data.benchmarks import leaked
 from ..data.restricted import check_place, guarded_output
 from ..data.sources import terms_of
 from ..figures import save, save_page, slug
+from ..files import locked
 from ..metrics import statistics as ev
 from ..metrics.seeds import Frames
 from ..policy.prompt import asked_by
@@ -48,7 +49,6 @@ from valor.runs.phases import (
     ensure,
     finish,
     load_data,
-    locked,
     phase_key,
 )
 from .plan import job
