@@ -389,8 +389,9 @@ def with_policy(model: nn.Module, said: Callable[[str], None] = print) -> nn.Mod
     return beside(model, holds=True).get_base_model().eval()
 
 # %% ../../nbs/policy/03_adapter.ipynb #ad2c
-def add_in(model: nn.Module, dtype: torch.dtype, what: str) -> nn.Module:
-    """The plain model of the PEFT `model`, its adapter added in float32 and the sum held in `dtype`.
+def add_in(model: nn.Module, dtype: torch.dtype, what: str) -> tuple[nn.Module, float]:
+    """The plain model of the PEFT `model`, its adapter added in float32 and the sum held in `dtype`, and the
+    share of the adapter that this keeps (`merged_share`).
 
     Raises `ValueError`, which begins with `what`, if `dtype` would keep less than `KEPT` of the adapter."""
     share = merged_share(model, dtype, None)
@@ -399,4 +400,4 @@ def add_in(model: nn.Module, dtype: torch.dtype, what: str) -> nn.Module:
             f"{what}: {_name(dtype)} weights would keep {share:.2f} of the adapter (expected {KEPT} or "
             "more); write float32, or keep the adapter beside the base"
         )
-    return model.float().merge_and_unload().to(dtype)
+    return model.float().merge_and_unload().to(dtype), share

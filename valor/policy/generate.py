@@ -27,7 +27,7 @@ from ..config import resolve_device
 from ..data.images import ImageError, read_image, square
 from ..data.restricted import closed_to_others
 from ..files import id_in, json_lines, json_value, locked, own_lines, repository_of, whole, whole_folder
-from .adapter import add_in, merged_share, with_policy
+from .adapter import add_in, with_policy
 from .models import film_side, load_policy, save_policy
 from .prompt import asked_by
 from .tiny import cut_note, generate
@@ -109,8 +109,7 @@ def merge(base: Path | str, adapter: Path | str, out: Path | str, dtype: str = "
         raise ValueError(f"out={str(out)!r} exists; choose another name or move it away")
     model, processor = load_policy(base)
     adapted = load_adapter(model, adapter)
-    share = merged_share(adapted, getattr(torch, dtype), None)
-    plain = add_in(adapted, getattr(torch, dtype), f"dtype={dtype}")
+    plain, share = add_in(adapted, getattr(torch, dtype), f"dtype={dtype}")
     with whole_folder(out) as making:
         save_policy(plain, processor, making)
         for_older_readers(making)
