@@ -192,6 +192,15 @@ def test_a_time_out_is_tried_again_and_counts_against_the_budget(policy, server,
     )  # one dollar for what nobody knows the fate of, and a part of one
 
 
+def test_another_attempt_is_not_made_where_the_budget_has_no_room_for_it(policy, server, tmp_path):
+    server.faults = [lambda handler: time.sleep(3), says("clear lungs")]
+    endpoint = at(server, timeout=1.5, prices=dict(input=0.0, output=1e6 / TOKENS))
+    out = asks(endpoint, policy[0].select(range(1)), tmp_path / "a.jsonl", budget=1.5)
+    assert (
+        list(out.status) == ["error"] and len(server.asked_at) == 1
+    )  # two attempts might have cost two dollars
+
+
 def test_an_error_costs_its_study_only_and_is_asked_again(policy, server, tmp_path, capsys):
     data = policy[0].select(range(3))
     server.faults = [(400,), (500,), (500,)]
@@ -480,7 +489,7 @@ def test_an_answer_is_written_before_it_is_paid(policy, tmp_path):
             tmp_path / "a.jsonl",
             Questioning(
                 dict(model="m", prompt="p", parameters={}),
-                lambda images: dict(status="ok", candidate="clear"),
+                lambda images, again: dict(status="ok", candidate="clear"),
                 paid=bill,
             ),
         )

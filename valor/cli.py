@@ -50,7 +50,7 @@ def _add_preset(parser: argparse.ArgumentParser, default: str | None = "laptop")
 
 
 def _count(text: str) -> int:
-    "The whole number of at least 1 that `text` states; for another text argparse names the option."
+    "The whole number of at least 1 that `text` states. Raises ArgumentTypeError for any other text."
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected a whole number of at least 1")
     return int(text)
@@ -302,7 +302,7 @@ def version_text() -> str:
 
 # %% ../nbs/07i_cli.ipynb #f23d0395
 class _Version(argparse.Action):
-    "Prints the version when it is asked for; it takes a moment to read, so not before."
+    "Prints the version. It is read only when it is asked for, since reading it takes a moment."
 
     def __init__(self, option_strings: list[str], dest: str, **kw: object):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help="version, commit and libraries")
@@ -313,7 +313,7 @@ class _Version(argparse.Action):
 
 # %% ../nbs/07i_cli.ipynb #cli0dym1
 def near_miss(message: str, options: Iterable[str]) -> str:
-    "argparse's `message` about a wrong word, with the nearest that it allows; `options`: those of commands."
+    "argparse's `message` about a wrong word, with the nearest allowed one; `options`: those of all commands."
     if wrong := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
         return message + did_you_mean(wrong[1], re.findall(r"[\w.-]+", wrong[2]))
     if wrong := re.search(r"unrecognized arguments: (--[\w-]+)", message):
@@ -393,7 +393,7 @@ def in_one_line(work: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         print("\nvalor: interrupted; the same command goes on", file=sys.stderr, flush=True)
         sys.exit(130)
-    except BrokenPipeError:  # `valor config | head`: who reads has enough
+    except BrokenPipeError:  # `valor config | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as e:

@@ -178,7 +178,7 @@ IMAGE_MARK, CONTEXT_MARK = "<image>", "<context>"
 
 
 def is_prompt_file(prompt: str) -> bool:
-    "Whether the parameter `prompt` names a file (a path, or a .txt; no blank in it) and is no text itself."
+    "Whether the parameter `prompt` names a file (a path or a .txt, without a blank) instead of being a text."
     return re.fullmatch(r"\S+\.txt|[~./]\S*", prompt.strip()) is not None
 
 
@@ -193,7 +193,7 @@ def prompt_file(prompt: str) -> Path | None:
 
 # %% ../nbs/00_config.ipynb #cfgprm02
 def _check_marks(said: str, text: str, placed: bool) -> None:
-    "Raise ValueError unless `text` has words and a place for the images; `placed`: other prompts name it."
+    "Raise ValueError unless `text` has words and the marks it needs; `placed`: some prompt has IMAGE_MARK."
     images, contexts = text.count(IMAGE_MARK), text.count(CONTEXT_MARK)
     if images > 1 or contexts > 1:
         raise ValueError(
@@ -209,7 +209,7 @@ def _check_marks(said: str, text: str, placed: bool) -> None:
 
 # %% ../nbs/00_config.ipynb #68b2ade5
 def prompt_texts(prompt: str) -> tuple[str, ...]:
-    """The texts that the parameter `prompt` stands for: itself, or the lines of a file without empty ones.
+    """The texts that the parameter `prompt` stands for: itself, or the lines of its file that are not empty.
 
     Raises ValueError for a missing file, and for a text that has no place for the image or no words."""
     path = prompt_file(prompt)
@@ -393,7 +393,7 @@ RULES.update(stage1_modules=_MODULES, stage2_modules=_MODULES, lr_projector=POSI
 # %% ../nbs/00_config.ipynb #cfg10ro1
 @dataclass(frozen=True)
 class ComputeSettings:
-    "Rollouts and updates at size."
+    "How rollouts and updates are computed."
 
     # "merged" reads each prompt once, for rollout and update, and samples with a CUDA graph on a GPU
     # (train/01_rollout); "transformers" is TRL's own way; "vllm_colocate" and "vllm_server" use vLLM
@@ -610,7 +610,7 @@ def _check_source(cfg: Config) -> None:
 
 # %% ../nbs/00_config.ipynb #cfg20che
 def _check_truth(cfg: Config) -> None:
-    "Only made-up references leave out what they are told to, and only planted truth can be a reward."
+    "`omit` is for made-up references alone, and visual='truth' for benchmarks whose findings were drawn."
     if cfg.omit and cfg.benchmark in ("openi_rendered", *REAL_SOURCES):
         raise ValueError(
             f"omit={cfg.omit} is not allowed with benchmark={cfg.benchmark!r}: real references leave out "
@@ -978,7 +978,7 @@ def processes() -> int:
 
 
 def is_first() -> bool:
-    "Whether this is the first of them."
+    "Whether this process is the first of those that were started together."
     return int(os.environ.get("RANK", 0)) == 0
 
 # %% ../nbs/00_config.ipynb #cfg10pt1

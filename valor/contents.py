@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # %% ../nbs/00e_contents.ipynb #c0a1c005
 def cache_dir() -> Path:
-    "The folder of what can be made again: `$VALOR_CACHE`, or `~/.cache/valor`."
+    "The folder for files that can be made again: `$VALOR_CACHE`, or `~/.cache/valor`."
     return Path(os.environ.get("VALOR_CACHE") or "~/.cache/valor").expanduser()
 
 
@@ -118,7 +118,7 @@ fingerprint_once = lru_cache(None)(fingerprint)
 def weights_digest(model: "torch.nn.Module", skip: str = "", begins: bytes = b"") -> str:
     """Sixteen hexadecimal digits that depend on the names, shapes and values of a model's weights.
 
-    Weights whose name begins with `skip`, if given, are left out; `begins`: what else the digits tell."""
+    Weights whose name begins with `skip`, if given, are left out; `begins`: bytes that are hashed first."""
     import torch
 
     found = hashlib.sha256(begins)

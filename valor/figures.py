@@ -122,7 +122,7 @@ def line_of(system: str) -> dict:
 
 # %% ../nbs/00a_figures.ipynb #096c3fd7
 def _kept_abouts(seeds: Path | None) -> list[dict]:
-    "What lies beside the numbers of kept seeds in the folder `seeds` (see `metrics.seeds.write_seed`)."
+    "The JSON records of the kept seeds in the folder `seeds` (see `metrics.seeds.write_seed`); [] for None."
     return [json.loads(path.read_text()) for path in sorted(seeds.glob("*.json"))] if seeds else []
 
 
@@ -161,8 +161,8 @@ def sidecar(
     seeds: Path | None = None,
 ) -> dict[str, Any]:
     """What the figure `stem` was made from: see `save`. `computed_on` says on how many threads of which
-    CPUs its runs were computed, `drawn_on` the same of the process that writes it. Of runs that are not at
-    hand, the kept seeds in the folder `seeds` know it."""
+    CPUs its runs were computed, `drawn_on` the same of the process that writes it. For runs that
+    are not at hand it is read from the kept seeds in the folder `seeds`."""
     cfgs, records = list(cfgs), {Path(run).name: _records(run) for run in runs}
     if not all(records.values()):  # only then are the kept seeds read
         abouts = _kept_abouts(seeds)
@@ -190,7 +190,7 @@ def slug(name: str) -> str:
 
 
 def place_of(cfgs: Iterable[Config] = ()) -> Path:
-    "The folder for figures of the runs `cfgs`, unless another is named."
+    "The folder in which figures of the runs `cfgs` are saved by default."
     cfgs = list(cfgs)
     presets = {cfg.preset for cfg in cfgs} - {"laptop"}
     restricted = {cfg.benchmark for cfg in cfgs if terms_of(cfg.benchmark).restricted}

@@ -72,8 +72,9 @@ def sha256_of(path: Path | str) -> str:
 
 # %% ../nbs/00d_files.ipynb #filcom01
 def commit_of(folder: Path | str, digits: int | None = None, edited: str = "-dirty") -> str | None:
-    """The commit of the checkout `folder` in so many hexadecimal `digits` (None: as few as tell it apart),
-    with `edited` behind it if files differ from it. None if `folder` is no checkout, or without git."""
+    """The commit of the checkout `folder` in hexadecimal, with `edited` behind it if files differ from it.
+    `digits`: how many are given (None: as few as tell it apart). Returns None if `folder` is no checkout,
+    or without git."""
     asked = ["git", "-C", str(folder), "describe", "--always", "--exclude=*", f"--dirty={edited}"]
     asked += [f"--abbrev={digits}"] if digits else []
     try:
@@ -143,7 +144,7 @@ UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 
 def opened(path: Path | str) -> BinaryIO:
-    "The contents of the file `path`, unpacked if its first bytes say gzip, bzip2 or xz (or its name gzip)."
+    "The contents of the file `path`, unpacked if its first bytes say gzip, bzip2 or xz, or its name gzip."
     with open(path, "rb") as f:
         head = f.read(6)
     plain = gzip.open if str(path).endswith(".gz") else open
@@ -262,7 +263,7 @@ LINE = 1 << 26  # most bytes of a line
 
 
 def _bounded_lines(f: BinaryIO) -> Iterator[bytes]:
-    "Lines of the open file `f`, without a byte-order mark. A line of more than `LINE` bytes comes cut."
+    "Lines of the open file `f`, without a byte-order mark. A line of more than `LINE` bytes is cut."
     mark = b"\xef\xbb\xbf"
     for number, line in enumerate(iter(lambda: f.readline(LINE + 1), b"")):
         yield line if number else line.removeprefix(mark)
@@ -344,7 +345,7 @@ def report_lines(
 
 # %% ../nbs/00d_files.ipynb #vin00002
 def value_in(row: Mapping, column: str) -> Any:
-    "What stands in a `column` of a `row`; empty where it is absent, None or NaN."
+    "What stands in a `column` of a `row`; an empty text where it is absent, None or NaN."
     value = row.get(column)
     return "" if value is None or isinstance(value, float) and value != value else value
 

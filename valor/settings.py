@@ -74,7 +74,7 @@ def all_settings() -> dict[str, Setting]:
 
 # %% ../nbs/00g_settings.ipynb #set00015
 def setting_lines(setting: Setting, value: object, width: int = 110) -> str:
-    "Two or more lines about `setting`, which is `value` here."
+    "Two or more lines about `setting`, whose value here is `value`."
     changed = f"   (default {setting.default!r})" if value != setting.default else ""
     head = f"  {setting.name} = {value!r}{changed}   [{setting.source}]"
     allowed = f" Allowed: {setting.allowed}." if setting.allowed else ""

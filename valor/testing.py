@@ -167,7 +167,7 @@ def llava_parts(size: PolicySize, tokenizer: transformers.PreTrainedTokenizerBas
 def llava_processor(
     size: PolicySize, tokenizer: transformers.PreTrainedTokenizerBase
 ) -> transformers.LlavaProcessor:
-    "LLaVA's processor, which scales images to their shorter side and cuts them to a square."
+    "LLaVA's processor, which scales the shorter side of an image to `size.image` and crops a square."
     square = dict(height=size.image, width=size.image)
     images = transformers.CLIPImageProcessor(size=dict(shortest_edge=size.image), crop_size=square)
     features = dict(vision_feature_select_strategy="default", num_additional_image_tokens=1)
@@ -611,8 +611,8 @@ def miniature_chexbert(folder: Path | str, width: int = 64, layers: int = 2, see
 
 # %% ../nbs/00f_testing.ipynb #d789b1f9
 def package_chexbert(path: Path | str, tokenizer: Any) -> torch.nn.Module:
-    """f1chexbert's own `F1CheXbert` around the weights in `path`, with the fewest shims that make its
-    `get_label` run. A referee for tests; it changes `tokenizer`."""
+    """f1chexbert's own `F1CheXbert` around the weights in `path`, with the fewest changes that make its
+    `get_label` run. Tests compare our labels with its labels. It changes `tokenizer`."""
     from f1chexbert.f1chexbert import F1CheXbert
 
     from valor.rewards.chexbert import load_chexbert
@@ -714,8 +714,8 @@ def _scores_of(reader, layer: torch.nn.Module) -> torch.Tensor:
 
 # %% ../nbs/00f_testing.ipynb #te570039
 def _sharpen(reader) -> None:
-    """Scale and shift the scorers of `reader`, a `RadGraph`, so that of a few words one span in fifty is an
-    entity of each kind, and one pair in 200 is related in each way."""
+    """Scale and shift the scorers of `reader`, a `RadGraph`, so that for short texts one span in fifty is an
+    entity of each kind, and one pair of spans in 200 is related in each way."""
     network, model_type = reader.network, reader.model_type
     entities = network._ner._ner_scorers[f"{model_type}__ner_labels"][1]._module
     relations = network._relation._relation_scorers[f"{model_type}__relation_labels"]
@@ -772,7 +772,7 @@ def write_dicom(
     """Write a minimal, valid DICOM file of the unsigned 16-bit `values` (H, W).
 
     `photometric`: 'MONOCHROME2', in which 0 is black, or 'MONOCHROME1', in which 0 is white; `window`:
-    (centre, width) of the values to show; `bits`: of 16 that are in use."""
+    (centre, width) of the values to show; `bits`: how many of the 16 are in use."""
     ds = _empty_dicom(path)
     ds.Modality, ds.PhotometricInterpretation = "DX", photometric
     ds.Rows, ds.Columns = values.shape
@@ -846,7 +846,7 @@ def made_up_runs(
     """Write a made-up run on the phantom benchmark; returns {system: folder of its evaluation}.
 
     `n`: studies, of `size` × `size` pixels; `rates`: chance that a report is free of a kind of error, by
-    system; `reports`: {(system, index of the study): completion} in place of those."""
+    system; `reports`: {(system, index of the study): completion} that replace made-up ones."""
     from valor.data.phantom import make_phantom
     from valor.runs.systems import SYSTEMS
 

@@ -371,8 +371,7 @@ def clean_openi(
 def code_labels(codes: Sequence[str]) -> list[int | None]:
     """The 14 CheXpert observations (1 present, 0 absent, None where the codes do not tell) that the MeSH
     `codes` of a study state. No Finding is 1 where the codes say `normal` and nowhere else; it is None
-    where they name only what none of the other 13 stands for (`Hernia, Hiatal`): that is a finding, and
-    no observation."""
+    where they name only findings for which none of the other 13 stands, such as `Hernia, Hiatal`."""
     pneumonia = [c for c in codes if parse_code(c).head == "Pneumonia"]
     row = list(labels(codes_to_findings([c for c in codes if c not in pneumonia])[0]))
     if pneumonia:

@@ -99,8 +99,8 @@ def _add_plus_row(study: Study, row: Mapping[str, str], root: Path, labels: Mapp
 def read_chexpert_plus(
     root: Path | str, valid: str = "test", labels_of: str = "impression"
 ) -> Iterator[Study | Fault]:
-    """CheXpert Plus under `root`. `valid`: which split its valid is ("test" or "val"); `labels_of`: whose
-    CheXbert labels are read (findings, impression or report), where they are there."""
+    """CheXpert Plus under `root`. `valid`: the split that its `valid` becomes ("test" or "val");
+    `labels_of`: the text (findings, impression or report) whose CheXbert labels are read, if any."""
     if valid not in ("test", "val"):
         raise DataError(f"valid={valid!r}: expected 'test' or 'val'")
     root = _folder(root, "df_chexpert_plus_240401.csv")

@@ -945,7 +945,7 @@ def _place(side, zone):
 # %% ../../nbs/data/00_phantom.ipynb #919ab0d5
 def _phrase(f, rng, place=None, severity=True):
     """Noun phrase of a finding with everything that is known of it: (text, takes a plural verb). `place`:
-    does the place stand behind the noun? None: in half of the cases."""
+    whether the place stands behind the noun (None: in half of the cases)."""
     noun = _pick(rng, _NOUNS[f.what])
     plural = f.side == "bilateral" and f.name in ("effusion", "opacity")
     if plural:
@@ -1045,8 +1045,8 @@ _ORDER |= {"fracture": 3, "device": 4}  # heart, lungs, pleura, bones, devices
 
 # %% ../../nbs/data/00_phantom.ipynb #ph0074
 def _negatives(findings, rng):
-    """Sentences (organ, text) about absent findings: heart and pleura first, each name denied once, fewer
-    when much is present."""
+    """Sentences (organ, text) about absent findings: heart, lungs and pleura first, each name denied
+    once, fewer when much is present."""
     present, said, out = {f.name for f in findings}, set(), []
     room = 6 - len(present)
     for names, ways in _NEGATIVES:
@@ -1273,9 +1273,9 @@ _NO_CLAIM = (  # the impression where every finding is left out: it does not say
 
 # %% ../../nbs/data/00_phantom.ipynb #ref00006
 def write_reference(findings: Sequence[Finding], rng: Generator, omit: float = 0.0) -> tuple[str, str]:
-    """(FINDINGS, IMPRESSION) as a radiologist writes them who leaves findings out (see `omission_chance`).
+    """(FINDINGS, IMPRESSION) as written by a radiologist who leaves findings out (see `omission_chance`).
 
-    Only what is absent is denied. An impression of which everything was left out makes no claim. FINDINGS
+    Only what is absent is denied. Where every finding is left out, the impression makes no claim. FINDINGS
     may begin with the technique and end with a comparison. Raises ValueError for a finding outside the
     phantom benchmark."""
     said = tuple(f for f in findings if rng.random() >= omission_chance(f, omit))
@@ -1360,7 +1360,7 @@ def duplicates(text: str) -> int:
 # %% ../../nbs/data/00_phantom.ipynb #b5b411d0
 def labels(findings: Iterable[Finding]) -> list[int]:
     """The 14 CheXpert observations of a set of findings: 1 present, 0 absent; No Finding is 1 when none
-    of the other 13 is present but, as CheXpert counts, Support Devices."""
+    of the other 13 is present, where Support Devices do not count, as in CheXpert."""
     present = {FINDINGS[f.name].observation for f in findings} & set(OBSERVATIONS)
     return [
         int(o in present) if o != "No Finding" else int(not present - {"Support Devices"})
@@ -1396,7 +1396,7 @@ def add_one(findings: Sequence[Finding], rng: Generator) -> tuple[Finding, ...] 
 
 # %% ../../nbs/data/00_phantom.ipynb #06d9fce9
 def swap_finding(findings: Sequence[Finding], rng: Generator) -> tuple[Finding, ...] | None:
-    "Replace one finding by another one that is absent; None when there is nothing to replace."
+    "Replace one finding by another one that is absent; None when nothing can be replaced."
     if not findings:
         return None
     i = int(rng.integers(len(findings)))
@@ -1428,7 +1428,7 @@ FEATURES = datasets.Features(
 # %% ../../nbs/data/00_phantom.ipynb #ph0098
 def compose_report(findings: str, impression: str, sections: str = "both") -> str:
     """The report text a policy writes: "findings: … impression: …", for sections="impression_first" the other
-    way round, or, for sections="findings", the findings alone."""
+    way round, or, for sections="findings", the findings alone. Raises ValueError for other `sections`."""
     if sections not in ("both", "impression_first", "findings"):
         expected = "expected 'both', 'impression_first' or 'findings'"
         raise ValueError(f"sections={sections!r} is not allowed; {expected}")
@@ -1439,7 +1439,7 @@ def compose_report(findings: str, impression: str, sections: str = "both") -> st
 
 # %% ../../nbs/data/00_phantom.ipynb #0222feeb
 def sections_in(report: str) -> str:
-    "The `sections` that `compose_report` made a `report` of."
+    "The value of `sections` with which `compose_report` made the `report`."
     if report.startswith("impression: "):
         return "impression_first"
     return "both" if report.startswith("findings: ") else "findings"

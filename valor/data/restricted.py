@@ -60,8 +60,8 @@ def guarded_output(
 
 # %% ../../nbs/data/08_restricted.ipynb #44a5ab31
 def safe_name(identifier: object) -> str:
-    """`identifier` as a plain file name: itself where it is one (letters, digits, `_`, `-`, `.`; at most
-    100), else its plain part with a digest of the whole."""
+    """`identifier` as a plain file name: itself where it is one (at most 100 letters, digits, `_`, `-`
+    and `.`, not beginning with `.`), else its plain part with a digest of the whole."""
     text = str(identifier)
     if re.fullmatch(r"[\w-][\w.-]{0,99}", text, re.ASCII):
         return text

@@ -83,7 +83,7 @@ class Study:
     positions: dict[str, str] = field(default_factory=dict)  # {path: such as AP}
     # {field of `CONTEXT_FIELDS`: text, or a function that reads it}
     context: dict[str, str | Callable[[], str]] = field(default_factory=dict)
-    previous_patient: str | None = None  # whose the report before is
+    previous_patient: str | None = None  # the patient whom the previous report is about
 
     def __post_init__(self) -> None:
         "Tidies texts and identifiers (see `_strip`)."
@@ -871,7 +871,7 @@ def _own_told(row: dict, where: str, base: Path, name: str, before: dict) -> Stu
 
 # %% ../../nbs/data/04_sources.ipynb #62291219
 def read_own_table(root: Path | str) -> Iterator[Study | Fault]:
-    "A user's own `.csv`, `.csv.gz`, `.jsonl` or `.jsonl.gz` (the file `root`)."
+    "The studies and faults of a user's own `.csv`, `.csv.gz`, `.jsonl` or `.jsonl.gz`, the file `root`."
     path, known = Path(root).expanduser(), False
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "no such file"

@@ -103,8 +103,8 @@ def reading(preset: str = "valor", source: str | None = None, **changes: Any) ->
     `ValueError` naming a parameter that is unknown or out of range.
 
     `sections`: `both`, `impression_first` (both, the impression before the findings), `findings`,
-    `impression`, `report`, or `auto` (see `sections_of`; a user's own
-    table unless it is given). `view`: `frontal` (one image), `both` (a frontal and a lateral one),
+    `impression`, `report`, or `auto` (see `sections_of`; the default for
+    a user's own table). `view`: `frontal` (one image), `both` (a frontal and a lateral one),
     `listed` (the first two as they come), `first` (the first alone) or `none` (text only).
     `unknown_view`, for images whose view nobody states and whose picture is `unsure`: `keep` (used where
     no image is known to be right), `drop`, or `guess` (the first image of a study is frontal, the others
@@ -289,7 +289,7 @@ def _no_image(images: list[tuple], how: dict[str, Any]) -> str:
 
 # %% ../../nbs/data/05_studies.ipynb #387e5d26
 def _not_its_own(study: Study, how: dict[str, Any]) -> str | None:
-    "Why the report before `study`, if it is asked for, must not be told; None where it may be."
+    "Why the previous report of `study`, if it is asked for, must not be used; None where it may be."
     if "previous" not in how.get("context", ()) or study.previous_patient in (None, study.patient_id):
         return None
     return (
@@ -302,7 +302,7 @@ SEXES = dict(F="female", M="male")
 
 
 def _view_told(study: Study, image: str | bytes, view: str) -> str:
-    "The stated position of an image, such as AP, or else its view; empty where nobody knows it for certain."
+    "The stated position of an image, such as AP, or else its view; empty where the view is in doubt."
     stated = study.positions.get(image) if isinstance(image, str) else None
     return stated or ("" if in_doubt(view) else view.removeprefix("guessed "))
 

@@ -576,7 +576,7 @@ STAND_INS = {
 
 
 def xrv() -> ModuleType:
-    "The package torchxrayvision. Importing it would silence all warnings of the process, so they are kept."
+    "The package torchxrayvision. Importing it would silence all warnings of the process; here they stay on."
     with warnings.catch_warnings():
         import torchxrayvision
     # else it warns of the scale of every dark image; `prepared` always gives the right scale

@@ -64,7 +64,7 @@ def check_convention(convention: Convention) -> None:
 
 # %% ../../nbs/metrics/05_conventions.ipynb #con00009
 def decisions(labels: pd.DataFrame, uncertain: str) -> np.ndarray:
-    "True where a report is positive, `(N, 14)`, from labels of 1, 0, −1 and NaN; uncertain as told."
+    "True where a report is positive, `(N, 14)`, from labels of 1, 0, −1 and NaN; −1 as `uncertain` says."
     return labels[OBSERVATIONS].isin([1, -1] if uncertain == "positive" else [1]).to_numpy()
 
 

@@ -44,7 +44,7 @@ def ends(log: pd.DataFrame, window: int = 10) -> pd.DataFrame:
 
 # %% ../../nbs/metrics/02_convergence.ipynb #51451c19
 def _fault(name: str, first: float, last: float) -> str | None:
-    "Why column `name`, which moved from `first` to `last`, shows no convergence; None if it does."
+    "Why column `name`, which moved from `first` to `last`, shows no convergence; None if it converged."
     if not np.isfinite(last) or (name != RECALL and not np.isfinite(first)):
         return f"{NAMES[name]} is not a number"
     value, share = last, ""

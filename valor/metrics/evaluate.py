@@ -110,7 +110,7 @@ DEFAULTS = dict(
 
 
 class NotRun(Exception):
-    "A metric cannot be had with these options; the message says what would give it."
+    "A metric cannot be computed with these options; the message says what it needs."
 
 # %% ../../nbs/metrics/01_evaluate.ipynb #127fa6a7
 Pairs = Sequence[tuple[str, str]]  # (candidate, reference) of each study
@@ -614,8 +614,9 @@ def evaluate(
     """Score the JSONL files `paths` (one system each, see `read_reports`) and write `table.csv`,
     `table.md` and `table.json` to folder `out`. Returns `(table, info)`: tidy rows, and their `provenance`.
 
-    `metrics`: some of `MEASURES` (all), and names of rewards (see `scorer`). `n_boot`: bootstrap draws; a
-    corrected p-value cannot be below 2 × comparisons / draws. `options`: which models, see `DEFAULTS`.
+    `metrics`: some of `MEASURES`, and names of rewards (see `scorer`); by default all `MEASURES` but those
+    on request. `n_boot`: bootstrap draws; a corrected p-value cannot be below 2 × comparisons / draws.
+    `options`: which models, see `DEFAULTS`.
     A metric that cannot run is in `info["not_run"]` with what it wants. Raises `ValueError` for bad input,
     before anything is scored."""
     _check_request(metrics, n_boot, options)

@@ -69,7 +69,7 @@ def last_complete_checkpoint(folder: Path | str) -> str | None:
 
 # %% ../../nbs/policy/06_checkpoints.ipynb #9b0f7013
 def save_checkpoint(folder: Path | str, step: int, parts: dict, extra=None) -> None:
-    """Write the sealed checkpoint `folder/checkpoint-{step}`, then remove older ones.
+    """Write the sealed checkpoint `folder/checkpoint-{step}`, then remove the others in `folder`.
 
     `parts`: name → module, optimizer or schedule (anything with a `state_dict`).
     `extra`: numbers, or lists of them."""
@@ -78,9 +78,9 @@ def save_checkpoint(folder: Path | str, step: int, parts: dict, extra=None) -> N
     states = {name: part.state_dict() for name, part in parts.items()}
     torch.save(dict(extra=extra) | states, checkpoint / "state.pt")
     seal(checkpoint)
-    for older in Path(folder).glob("checkpoint-*"):
-        if older != checkpoint:
-            shutil.rmtree(older)
+    for other in Path(folder).glob("checkpoint-*"):
+        if other != checkpoint:
+            shutil.rmtree(other)
 
 
 def load_checkpoint(folder: Path | str, parts: dict) -> tuple:

@@ -84,7 +84,9 @@ def with_adapter(model: PreTrainedModel, adapter: Path | str) -> PreTrainedModel
 
 # %% ../../nbs/policy/04_generate.ipynb #ge000004
 def for_older_readers(folder: Path) -> None:
-    "Write `rope_theta` into `folder/config.json` wherever it has `rope_parameters` alone."
+    """Write `rope_theta` into `folder/config.json` where it has only `rope_parameters`, for transformers 4.
+    That is all it needs of plain rotary embeddings (Mistral, Llama); scaled ones (Qwen's, Gemma 3's) need
+    transformers 5."""
     config = json.loads((folder / "config.json").read_text())
     for part in (config, config.get("text_config", {})):
         theta = (part.get("rope_parameters") or {}).get("rope_theta")
@@ -100,8 +102,8 @@ def merge(base: Path | str, adapter: Path | str, out: Path | str, dtype: str = "
     """Write `base` with `adapter` merged, and its processor, as one transformers folder `out`; returns a
     line on what the weights keep. If it is interrupted, `out` is not there.
 
-    Added in float32, written in `dtype`, one of `MERGED`. Raises ValueError if `out` exists, the adapter is
-    none or for another base, or `dtype` would not keep it."""
+    Added in float32, written in `dtype`, one of `MERGED`. Raises ValueError if `out` exists, if the folder
+    `adapter` holds no adapter or one for another base, or if `dtype` would not keep it."""
     out = Path(out)
     if dtype not in MERGED:
         raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(MERGED)}")
@@ -120,7 +122,7 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".dcm")
 
 
 class Film(NamedTuple):
-    "What a report is wanted of."
+    "A study for which a report is to be written."
 
     id: str
     path: Path  # of its image; of a study with two, the frontal one
@@ -274,13 +276,14 @@ def begin_or_go_on(out: Path, settings: dict, films: Listed = ()) -> set[str]:
         _record_of(out).write_text(json.dumps(settings, indent=1) + "\n")
     else:
         _check_same(out, then, settings)
-    lines = own_lines(out, '{"id": ')
+    lines = own_lines(out, '{"id": ', mend=False)
     broken = [n for n, line in lines if not {"report", "error"} & set(line)]
     if broken:
         raise ValueError(
             f"{out}:{broken[0]}: no report of valor generate; choose another file or move it away"
         )
     _check_films(out, lines, films)
+    own_lines(out, '{"id": ')  # nothing speaks against the file: cut a torn last line off
     mended = _mended(lines, films)
     _leave_out(out, lines, mended)
     return {line["id"] for _, line in lines} - mended
@@ -391,7 +394,8 @@ def _say_of_place(out: str) -> None:
 
 # %% ../../nbs/policy/04_generate.ipynb #2739678d
 def _say_of_training(args: argparse.Namespace, images: Listed, processor: ProcessorMixin) -> None:
-    "Lines on stderr where the films tell or show something that the policy was not trained with."
+    """Print to stderr what stated context is left out because the policy was not trained with it, and whether
+    the size of the films that it was trained with is unknown."""
     if unasked := sorted({field for film in images for field in film.known} - {*asked_by(processor).context}):
         print(
             f"{args.images}: states {', '.join(unasked)}, which {args.model} was not trained to be told; it "

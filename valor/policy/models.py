@@ -236,7 +236,7 @@ def ending(model: PreTrainedModel, processor: ProcessorMixin) -> str:
 
 # %% ../../nbs/policy/01_models.ipynb #d0de1a31
 ORIGINAL_LLAVA = {  # LLaVA's original format, by model_type: what to do instead
-    "llava_mistral": "run valor convert-llava-med on it and give the folder that makes",
+    "llava_mistral": "run valor convert-llava-med on it and give the folder that it makes",
     "llava_llama": "take the converted checkpoint, such as llava-hf/llava-1.5-7b-hf",
 }
 

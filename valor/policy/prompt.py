@@ -206,8 +206,8 @@ def _both(rows: dict[str, list], drop: bool) -> dict[str, list]:
 
 # %% ../../nbs/policy/00a_prompt.ipynb #8f8fe1fe
 def longest_asked(rows: Dataset) -> dict:
-    """The row of `conversations` that has the longest prompt: two images before one, then by its characters.
-    It tells how much memory a batch can take."""
+    """The row of `conversations` that has the longest prompt: two images count as longer than one, then the
+    number of characters decides. It tells how much memory a batch can take."""
     plain = rows.with_format(None)
     views = plain["second_view"] if "second_view" in rows.column_names else [""] * len(rows)
     sizes = [(bool(view), len(str(prompt))) for view, prompt in zip(views, plain["prompt"])]

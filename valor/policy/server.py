@@ -178,10 +178,11 @@ def as_trained(turns: list[dict], known: dict | None, prompt: Prompt) -> list[di
         raise RequestError(
             400, f"context: a {type(known).__name__}; expected an object such as {{indication: …}}"
         )
-    if untold := [field for field in known or {} if field not in prompt.context]:
+    known = {field: str(value) for field, value in (known or {}).items() if value is not None}
+    if untold := [field for field in known if field not in prompt.context]:
         told = ", ".join(prompt.context) or "nothing"
         raise RequestError(400, f"context: {', '.join(untold)}: the policy was trained to be told {told}")
-    question = prompt.question({field: str(value) for field, value in (known or {}).items()})
+    question = prompt.question(known)
     return [*turns[:-1], dict(turns[-1], content=parts_of(question, len(parts)))]
 
 # %% ../../nbs/policy/05_server.ipynb #se000006
@@ -293,6 +294,7 @@ class Reader(TimedReader):
     def body(self) -> bytes:
         """The body of a request. Raises RequestError if its length is wrong, or if it is not received
         completely."""
+        last = self.close_connection  # as the request's line and headers say
         self.close_connection = True  # until the body is read, the next bytes are not a new request
         length = body_length(self.headers)
         try:
@@ -302,7 +304,7 @@ class Reader(TimedReader):
         self.watch.cancel()
         if len(data) < length:
             raise RequestError(408, f"the body did not come whole; expected it within {self.timeout} seconds")
-        self.close_connection = self.headers.get("Connection", "").lower() == "close"
+        self.close_connection = last
         return data
 
 # %% ../../nbs/policy/05_server.ipynb #se00000e
@@ -393,7 +395,7 @@ def _completion(model_id: str, text: str, finish: str, usage: dict) -> dict:
 
 # %% ../../nbs/policy/05_server.ipynb #se000017
 class _Admission(ThreadingHTTPServer):
-    "A server with at most `CONNECTIONS` connections at the same time. It runs while a `with` block runs."
+    "A server with at most `CONNECTIONS` connections at the same time."
 
     daemon_threads = True
 

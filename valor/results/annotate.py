@@ -38,6 +38,7 @@ from valor.results.gallery import (
     embed,
     read_systems,
 )
+from ..rewards.text import report_body
 
 # %% ../../nbs/results/07_annotate.ipynb #ann00006
 def sentences_of(text: str) -> list[str]:
@@ -55,9 +56,9 @@ def blinded(texts: Mapping[str, Mapping[str, str]], ids: Sequence[str], seed: in
 
 # %% ../../nbs/results/07_annotate.ipynb #ann00008
 NOTE = (
-    "Mark every sentence: right agrees with film and reference; wrong is minor without and major with "
-    "consequence for the patient. Write what a report lacks below it. Reports stand in another order for "
-    "every study. j and k turn pages."
+    "Mark every sentence. Right: it agrees with film and reference. Wrong, minor: it does not, without "
+    "consequence for the patient. Wrong, major: with consequence for the patient. Below each report, write "
+    "what it lacks. Reports stand in another order for every study. The keys j and k turn pages."
 )
 
 
@@ -76,9 +77,11 @@ def key_path(page: Path | str) -> Path:
 
 # %% ../../nbs/results/07_annotate.ipynb #d43d8888
 def shown_and_key(systems: Sequence[System], test: Dataset, side: int, seed: int) -> tuple[dict, dict]:
-    "What the page shows of the studies `test`, films of at most `side` pixels; and its key."
+    """What the page shows of the studies `test`, films of at most `side` pixels; and its key. Of each
+    completion only the report is shown: tags or thoughts would tell which system wrote it."""
     ids, references = list(test["study_id"]), list(test["report"])
-    reports, orders = blinded({s.name: s.texts for s in systems}, ids, seed)
+    written = {s.name: {i: report_body(text) for i, text in s.texts.items()} for s in systems}
+    reports, orders = blinded(written, ids, seed)
     rows = tqdm(image_lists(test), leave=False, disable=None)
     films = [[data_url(image, side) for image in row] for row in rows]
     shown = zip(ids, films, references, reports)
@@ -142,10 +145,16 @@ def _is_sentence(place: str, key: Mapping) -> bool:
     return report < len(counts) and sentence < counts[report]
 
 
+def _is_report(place: str, key: Mapping) -> bool:
+    "Whether `place`, `study/report`, is a report of the page of `key`."
+    study, _, number = place.rpartition("/")
+    return number.isdecimal() and int(number) < len(key["sentences"].get(study, []))
+
+
 def _is_missing(entry: object) -> bool:
     "Whether `entry` is what the page saves of a report that lacks something: pairs (what, minor or major)."
     pairs = entry if isinstance(entry, list) else [None]
-    return all(isinstance(pair, list) and len(pair) == 2 and pair[1] in MARKS for pair in pairs)
+    return all(isinstance(pair, list) and len(pair) == 2 and pair[1] in MARKS[1:] for pair in pairs)
 
 # %% ../../nbs/results/07_annotate.ipynb #78ab8706
 def read_marks(path: Path | str, key: Mapping) -> tuple[str, dict[str, str], dict[str, list]]:
@@ -161,6 +170,8 @@ def read_marks(path: Path | str, key: Mapping) -> tuple[str, dict[str, str], dic
         if mark not in MARKS or not _is_sentence(place, key):
             raise ValueError(f"{path}: {place!r} is marked {mark!r}; no such sentence or mark on this page")
     for report, entry in found["missing"].items():
+        if not _is_report(report, key):
+            raise ValueError(f"{path}: {report!r} lacks {entry!r}; no such report on this page")
         if not _is_missing(entry):
             raise ValueError(f"{path}: what {report!r} lacks is {entry!r}; expected pairs (what, severity)")
     return str(found.get("reader") or Path(path).stem), found["marks"], found["missing"]
@@ -174,9 +185,12 @@ def kappa(a: Sequence, b: Sequence) -> float:
 
 
 def read_whole(marks: Mapping[str, str], key: Mapping) -> set[str]:
-    "The reports (`study/report`) of which every sentence is marked."
+    """The reports (`study/report`) of which every sentence is marked. One without sentences counts where
+    another report of its study has a mark."""
     counts = {f"{i}/{k}": n for i, row in key["sentences"].items() for k, n in enumerate(row)}
-    return {r for r, n in counts.items() if all(f"{r}/{j}" in marks for j in range(n))}
+    begun = {place.rsplit("/", 2)[0] for place in marks}  # studies
+    whole = {r for r, n in counts.items() if all(f"{r}/{j}" in marks for j in range(n))}
+    return {report for report in whole if report.rpartition("/")[0] in begun}
 
 # %% ../../nbs/results/07_annotate.ipynb #3c283d4b
 def agreement(one: tuple, other: tuple, key: Mapping) -> pd.DataFrame:

@@ -515,7 +515,8 @@ def score(
     """`frame` (of `attention_maps`, where `row` counts the rows of `dataset`) with `study_id`, `present` and
     `SCORES`.
 
-    Other's box: that of the same finding in another study, drawn by `seed` (NaN if no other study has it)."""
+    Other's box: that of the same finding in another study, drawn by `seed` (NaN if no other study has it,
+    or this one has not)."""
     size, truths, ids = maps.shape[-1], dataset["truth"], dataset["study_id"]
     own = [boxes_of(what, truths[row]) for row, what in zip(frame["row"], frame["what"])]
     others = _boxes_elsewhere(frame, truths, np.random.default_rng(seed))

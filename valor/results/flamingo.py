@@ -26,7 +26,7 @@ INSTRUCTION = (
 
 
 def flamingo_prompt(question: str, images: int, shots: Sequence[tuple[int, str]] = ()) -> str:
-    "The prompt for `question` on so many `images`, after examples `shots`: (images, report) each."
+    "The prompt for a `question` about `images` images, after examples `shots`: (number of images, report)."
     turns = [f"{'<image>' * n}Question: {question} Answer: {report}<|endofchunk|>" for n, report in shots]
     return INSTRUCTION + "".join(turns) + f"{'<image>' * images}Question: {question} Answer:"
 

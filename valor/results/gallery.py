@@ -34,7 +34,7 @@ from ..config import Config
 from ..data.benchmarks import benchmark_of
 
 # %% ../../nbs/results/03_gallery.ipynb #9e55b2fe
-from ..data.images import as_url
+from ..data.images import as_url, to_uint8
 from valor.data.phantom import (
     Finding,
     from_truth,
@@ -325,8 +325,9 @@ def _words(text: str) -> list[str]:
 # %% ../../nbs/results/03_gallery.ipynb #b1d58444
 def data_url(image: Image.Image, side: int = 384, quality: int = 82) -> str:
     "`image` as a `data:` URL: WebP, its longer side at most `side` pixels."
-    grey = image.mode in ("L", "1", "I", "F", "I;16")
-    image = image.convert("L" if grey else "RGB")
+    if image.mode in ("I", "F", "I;16"):  # more than 256 grey levels
+        image = Image.fromarray(to_uint8(image))
+    image = image.convert("L" if image.mode in ("L", "1") else "RGB")
     image.thumbnail((side, side), Image.LANCZOS)
     return as_url(image, "WEBP", quality=quality, method=2)
 

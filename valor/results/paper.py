@@ -161,7 +161,8 @@ class _Ours:
             return {column: _our_cell(self, system, column) for column in self.metrics}
         run = self.command if isinstance(self.command, str) else self.command.get(system, "")
         why = f": {self.missing[system]}" if system in self.missing else ""
-        return dict.fromkeys(self.metrics, "not run" + self.mark(f"{system}: not run{why}; `{run}` runs it"))
+        remedy = f"; `{run}` runs it" if run else ""
+        return dict.fromkeys(self.metrics, "not run" + self.mark(f"{system}: not run{why}{remedy}"))
 
 # %% ../../nbs/results/01_paper.ipynb #a22417d1
 def _our_cell(ours: _Ours, system: str, column: str) -> str:

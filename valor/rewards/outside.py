@@ -51,8 +51,9 @@ def end(process: subprocess.Popen, log: IO) -> None:
 
 # %% ../../nbs/rewards/08_outside.ipynb #0281213f
 def own_gpu(variables: Mapping[str, str]) -> dict[str, str]:
-    """What a child is told where torchrun or accelerate started several processes, by the `variables` of this
-    one: this process's GPU alone. Otherwise the children of all of them would take the first."""
+    """The variables that give a child only this process's GPU, where torchrun or accelerate started several
+    processes; else {}. Without them the children of all processes would use the first GPU. `variables`:
+    those of this process."""
     if "LOCAL_RANK" not in variables or not torch.cuda.is_available():
         return {}
     named = variables.get("CUDA_VISIBLE_DEVICES")
@@ -177,7 +178,7 @@ def model_source(parameter: str, model: Path | str, repo: str) -> tuple[str, boo
 
 # %% ../../nbs/rewards/08_outside.ipynb #45e23907
 class Child:
-    """A program in another Python, from the first question on. Use it in a `with` block, or `close` it.
+    """A program in another Python; the first question starts it. Use it in a `with` block, or `close` it.
 
     Subclasses have a `name`, the `command`, its `timeout` in seconds and its `environment` (variables)."""
 
@@ -347,7 +348,8 @@ class ModelWorker(OutsideScorer):
 class RaTEScore(ModelWorker):
     """RaTEScore (Zhao et al. 2024) by its package 0.6.0.
 
-    A report without a sentence scores 0, one without entities .5, as the package does."""
+    A pair in which a report has no sentence scores 0 (the package would leave that report out). A pair in
+    which a report has no entity scores .5, as in the package."""
 
     name = "ratescore"
 
@@ -392,7 +394,8 @@ class Green(ModelWorker):
 # %% ../../nbs/rewards/08_outside.ipynb #rad10002
 def radeval_python(python: Path | str | None = None) -> str:
     """Path of the Python that has RadEval: `python`, else $VALOR_RADEVAL, else the one that `make scorers`
-    built for it (it needs transformers 5, RaTEScore's package an older one). ValueError if there is none."""
+    built for it (it needs transformers 5, and RaTEScore's package needs an older version). Raises ValueError
+    if there is none."""
     path, there = python_with(python, "VALOR_RADEVAL", ".scorers/radeval/bin/python", "radeval")
     if not there:
         raise ValueError(
@@ -403,7 +406,7 @@ def radeval_python(python: Path | str | None = None) -> str:
 
 
 def radeval_caches(weights: Path | str) -> dict[str, str]:
-    "The variables that lead RadEval to its weights in the folder `weights`. ValueError if it is not there."
+    "The variables that point RadEval to the folder `weights`. Raises ValueError if it does not exist."
     folder = Path(weights).expanduser().resolve()
     if not folder.is_dir():
         raise ValueError(
@@ -418,14 +421,15 @@ class RadEval(OutsideScorer):
     """A metric of RadEval 2.2. `weights`: the folder with what RadEval downloads, see above.
 
     A pair with an empty report scores 0 and is not sent. With `whole_set` all pairs of a call are sent
-    together, because the numbers depend on all references; then an empty report gets the metric's number."""
+    together, because the numbers depend on all references; then a pair with an empty
+    report gets the number that the metric gives it."""
 
     name = "radeval"
 
     def __init__(
         self,
         metric: str,  # RadEval's name of the metric
-        key: str,  # of its number per report
+        key: str,  # RadEval's name of its number per report
         weights: Path | str,
         options: Mapping | None = None,  # for the metric's class
         batch_size: int = 64,
@@ -443,7 +447,7 @@ class RadEval(OutsideScorer):
 # %% ../../nbs/rewards/08_outside.ipynb #rad10006
 @patch
 def score(self: RadEval, candidates: list[str], references: list[str]) -> list[float]:
-    "One number per pair, see `Scorer.score`. With `whole_set` of all pairs as one set."
+    "One number per pair, see `Scorer.score`. With `whole_set` all pairs are scored as one set."
     if not self.whole_set:
         return super(RadEval, self).score(candidates, references)
     pairs = bodies(candidates, references)

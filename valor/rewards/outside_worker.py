@@ -21,7 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 # %% ../../nbs/rewards/09_outside_worker.ipynb #3c53bca5
 def clean(text: str) -> str:
-    "`text` with question marks for halves of surrogate pairs, which JSON allows and UTF-8 does not."
+    "`text` with a question mark in place of each lone surrogate, which JSON allows and UTF-8 does not."
     return text.encode("utf-8", "replace").decode()
 
 
@@ -91,7 +91,7 @@ NO_SENTENCE = "no sentence of three or more characters on one side: scored 0"
 
 
 def aligned(score: Callable, split: Callable[[str], list]) -> Callable[[Pairs], list[dict]]:
-    """A function of pairs, with one dict per pair, from `score(candidates, references)`.
+    """A function that returns one dict for each of its pairs, made from `score(candidates, references)`.
 
     `score` leaves out texts without a sentence (see `split`); pairs with such a text get 0 and a warning."""
 
@@ -125,7 +125,8 @@ def load_ratescore(
 ) -> Callable[[Pairs], list[dict]]:
     """A function from pairs to dicts with RaTEScore's `score`.
 
-    `model` (tagger), `embedder` (BioLORD): folders or hub names; `affinity`: "long", "short", a JSON file."""
+    `model` (tagger), `embedder` (BioLORD): folders or hub names; `affinity`: "long", "short"
+    or a JSON file."""
     import RaTEScore.score as inner
     import torch
     from RaTEScore import RaTEScore
@@ -339,8 +340,8 @@ def load_radeval(
 def numbers_of(judge: object, key: str, whole_set: bool = False) -> Callable[[Pairs], list[dict]]:
     """A function from pairs to dicts with the number `key` of a RadEval metric. KeyError for another key.
 
-    If it fails, the program tries halves of the pairs. With `whole_set` it may not, since its numbers would
-    be those of other sets; then each pair gets the error."""
+    If it fails on a batch, the program tries halves of the batch (`replies`). With `whole_set` that is not
+    allowed, because the numbers of a half belong to another set; then each pair gets the error."""
 
     def scored(pairs: Pairs) -> list[dict]:
         inner = getattr(judge, "_scorer", None)

@@ -14,6 +14,7 @@ __all__ = ['REPO', 'TYPES', 'EMBEDDED', 'PAIRS', 'REWRITTEN', 'LEVELS', 'shims',
 import hashlib
 import json
 import math
+import secrets
 import tarfile
 import tempfile
 import warnings
@@ -473,7 +474,7 @@ def package_and_key(
 ) -> tuple[torch.nn.Module, str]:
     "The package's object, loaded unless `model` is one, and the key that names all an analysis depends on."
     if isinstance(model, torch.nn.Module):
-        return model, f"{model_type} in memory"
+        return model, f"{model_type} in memory {secrets.token_hex(8)}"  # nobody knows which weights it has
     folder = radgraph_folder(model, model_type)
     package = load_radgraph(folder, model_type, encoder)
     return package, f"{model_type} 2 {digest(folder, package)} {dtype} {longest}"

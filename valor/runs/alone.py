@@ -139,9 +139,9 @@ def alarm_record(
     """One row for each run `{(reward, seed): log of stage 2}`: the update at which reward and truth parted,
     that of the alarm, and its lead (updates before the parting; negative: after it). NaN: never.
 
-    `text_only`: {seed: log of stage 2 without the visual reward}. The truth is then counted above that of
-    the seed's text-only run. Both read the same studies in the same order, so which studies these are no
-    longer moves it."""
+    `text_only`: {seed: log of stage 2 without the visual reward}. From the truth that of the seed's
+    text-only run is then subtracted. Both runs read the same studies in the same order, so the difference
+    does not depend on which studies an update read."""
     rows = []
     for (name, seed), log in runs.items():
         trained, truth = paid_column(name), log[TRUTH]

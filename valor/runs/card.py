@@ -65,7 +65,7 @@ _FAILURES = """\
 - Not for clinical use. It leaves findings out, invents some, and may put them on the wrong side.
 - Trained on text rewards, a policy drifts towards "no finding": watch abnormal recall.
 - Real reports leave things out and mention films that nobody gave it; it learns that too.
-- It knows films as it was trained on, and nothing of the patient but what `context` says."""
+- It knows only films like those it was trained on, and of the patient only what `context` says."""
 
 
 _WITHOUT_REWARDS = {

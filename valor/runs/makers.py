@@ -227,8 +227,8 @@ def cohort(cfg: Config, train: datasets.Dataset) -> tuple[datasets.Dataset, Edit
 
 # %% ../../nbs/runs/02_makers.ipynb #716c139e
 def fit_expert(cfg: Config, train: datasets.Dataset, edits: Edits) -> Expert:
-    """The embedded expert, trained on the studies `train`: also on three new renderings of each where its
-    images can be drawn again, and on the second images of those that have two."""
+    """The embedded expert, trained on the studies `train`: also on three new renderings of each where the
+    planted truth is observations (openi_rendered), and on the second images of those that have two."""
     known, seed = benchmark_of(cfg.benchmark), seed_of(cfg, "expert_seed")
     drawn = (1, 2, 3) if known.truth == "observations" else ()
     anew = [rerender(train, s) for s in drawn]
@@ -635,7 +635,7 @@ def snapshots_of(stage: str, cfg: Config) -> dict[int, Path | None]:
 
 # %% ../../nbs/runs/02_makers.ipynb #0c4e4cc2
 def check_choice(cfg: Config) -> None:
-    "Raises ValueError unless `choose_by` of the run `cfg` is None or a measure that has a better direction."
+    "Raise ValueError unless `choose_by` of `cfg` is None or a measure of which higher, or lower, is better."
     better = [name for name, (_, arrow) in ev.METRICS.items() if arrow]
     if cfg.choose_by is not None and cfg.choose_by not in better:
         raise ValueError(f"choose_by={cfg.choose_by!r}: expected one of {', '.join(better)}, or None")

@@ -238,7 +238,7 @@ def phase_config(name: str, cfg: Config) -> dict:
         after={before: phase_key(before, cfg) for before in after},
     )
     if name == "expert" and sees_two(cfg):
-        # once it was the first alone; every phase that asks the expert comes after it
+        # earlier versions used the first image alone; every phase that asks the expert comes after this one
         found["images"] = "all of a study"
     if name == "expert" and tells_by_report(cfg):
         found["apart"] = "by report"
@@ -401,8 +401,8 @@ def inspect_phase(folder: Path, expected: dict) -> str:
 # %% ../../nbs/runs/01_phases.ipynb #phs0000c
 def check_machine(folder: Path, status: str) -> None:
     """Raise `RunError` where an interrupted phase would be resumed with other libraries, threads or
-    processes than it began with. Another CPU is printed, and so are other libraries than those that made
-    a finished phase."""
+    processes than it began with. If only the CPU is another, a line is printed; the same if a finished
+    phase was made with other libraries."""
     record, now = _read_dict(folder / "config.json", "versions", "threads"), versions()
     changed = [f"{n} {old} → {now.get(n)}" for n, old in record["versions"].items() if now.get(n) != old]
     if status == "finished":
@@ -419,7 +419,7 @@ def check_machine(folder: Path, status: str) -> None:
         )
     if record.get("cpu") not in (None, cpu_model()):
         print(
-            f"{folder.name}: was begun on another CPU ({record['cpu']}) and goes on on {cpu_model()}: "
+            f"{folder.name}: was begun on another CPU ({record['cpu']}) and continues on {cpu_model()}: "
             "its last bits may differ from those of a run on one of them"
         )
 
@@ -537,7 +537,7 @@ def _made(name: str, cfg: Config) -> Path:
 # %% ../../nbs/runs/01_phases.ipynb #d73e5761
 def give_memory_back() -> None:
     """Free what a finished phase held. Trainers and their models refer to each other, so Python frees them
-    only when it looks for such circles; a GPU's memory is then still reserved for this process."""
+    only when it looks for reference cycles; a GPU's memory is then still reserved for this process."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -609,8 +609,8 @@ def load_data(folder: Path | str) -> DatasetDict:
 # %% ../../nbs/runs/01_phases.ipynb #08f43865
 def check_updates(name: str, cfg: Config) -> None:
     """Raise `RunError` where the phase `name`, or one before it, samples rollout batches that the
-    training studies cannot fill, so that no update would be made. Makes the data phase where it is
-    missing, and begins nothing else."""
+    training studies cannot fill, so that no update would be made; or where `choose_by` is set and there are
+    no validation studies. Makes the data phase where it is missing, and begins nothing else."""
     if "stage1" not in comes_after(name):
         return
     data = load_data(ensure("data", cfg))
@@ -634,7 +634,7 @@ def check_updates(name: str, cfg: Config) -> None:
         )
 
 # %% ../../nbs/runs/01_phases.ipynb #phs00015
-# errors of a user, which end a command in one line
+# errors that a user can cause: they end a command with a message of one line
 MISTAKES = (RunError, RewardError, DataError, TrainingError, StoreError, MemoryError, PlaceError)
 _LAUNCHED = _fields(
     "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK MASTER_ADDR MASTER_PORT"

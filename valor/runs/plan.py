@@ -146,7 +146,7 @@ KIND += ("chexbert", "radgraph", "bertscore_model")
 
 def _kind(phase: str, values: dict, device: str, processes: int) -> tuple:
     "What must be equal for one phase to tell how long another takes."
-    # drawing images tells nothing of reading films
+    # the time for drawing images says nothing about that for reading films
     source = values.get("benchmark") if phase == "data" else None
     return (*(values.get(name) for name in KIND), source, device, processes)
 
@@ -218,7 +218,7 @@ def device_name() -> str:
 
 # %% ../../nbs/runs/06_plan.ipynb #84314f81
 def by_past(step: Step, past: Sequence[Past], studies: dict[str, int], processes: int = 1) -> Estimate:
-    "What `step` takes by the newest phase of `past` that tells about it."
+    "What `step` takes, in proportion to the newest comparable phase of `past`; unknown if there is none."
     kind = _kind(step.phase, dataclasses.asdict(step.cfg), device_name(), processes)
     alike = [p for p in past if p.kind == kind and _alike(p.phase) == _alike(step.phase)]
     same = [p for p in alike if p.phase == step.phase] or alike
@@ -430,7 +430,7 @@ class Job:
 # %% ../../nbs/runs/06_plan.ipynb #pla00038
 @contextlib.contextmanager
 def job(wanted: Iterable[tuple[str, Config, str]], name: str, processes: int = 1) -> Iterator[None]:
-    "While this is open, what is made of the phases `wanted` is followed as the job `name`."
+    "Inside, the job `name` follows the making of the phases `wanted` and of all that come before them."
     following = Job(steps_for(wanted), name, processes)
     left = [step for step in following.steps if step.state != "finished"]
     if left and is_first():

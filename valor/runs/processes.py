@@ -26,7 +26,7 @@ from ..config import Config, is_first, processes
 
 # %% ../../nbs/runs/00_processes.ipynb #b52349ad
 class RunError(RuntimeError):
-    "A run cannot go on as it is; the message says which, why and what to do. Nothing of it was touched."
+    "A run cannot go on as it is; the message says which run, why, and what to do. No file was changed."
 
 # %% ../../nbs/runs/00_processes.ipynb #59b56929
 JOINT = ("sft", "stage1", "stage2", "dpo", "mmedpo")  # phases in which every process takes part
@@ -38,7 +38,7 @@ def on_first_process(f: Callable[[], Any]) -> Any:
     if processes() == 1:
         return f()
     if not torch.cuda.is_available():
-        # else accelerate takes each process that torchrun started for the only one
+        # otherwise accelerate believes that each process that torchrun started is the only one
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     # a phase of the first process may take long
     PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
@@ -69,8 +69,8 @@ def share(n: int, name: str, parts: int = 1) -> int:
 # %% ../../nbs/runs/00_processes.ipynb #b03a866f
 @lru_cache
 def end_with_parent() -> None:
-    """Where VALOR_ENDS_WITH names a process of this machine (the graph's, which started this one), end
-    this process when that one is gone."""
+    """End this process when another one ends: that of the graph of jobs that started it, whose id is in the
+    environment variable VALOR_ENDS_WITH. Without that variable, and outside Linux, do nothing."""
     parent = os.environ.get("VALOR_ENDS_WITH")
     if not parent or not os.path.exists("/proc/self"):
         return  # only Linux shows processes as files

@@ -384,6 +384,6 @@ def run_train(args: Namespace, settings: dict) -> None:
     print(f"{folder}")
     if args.until != "sft":
         print(
-            f"one folder of it: valor merge --base {policy_in('sft', cfg)} --adapter "
+            f"to merge it into one folder: valor merge --base {policy_in('sft', cfg)} --adapter "
             f"{folder / 'adapter'} --out FOLDER"
         )

@@ -73,7 +73,7 @@ def target_of(
         raise RunError(f"evaluate-on {benchmark}: the run was trained on it; `valor run` evaluates it there")
     given = dict(benchmark=benchmark, data_root=root, data_options=options or {}, n_train=1, n_val=1)
     found = preset(cfg.preset, **given, **({} if n_test is None else dict(n_test=n_test)))
-    same = ["seed", "data_seed", "image_size", "threads", "context"]  # told abroad what it was told at home
+    same = ["seed", "data_seed", "image_size", "threads", "context"]  # `context` as at home
     if benchmark in BENCHMARKS:  # a real source says itself which sections its reports have
         same.append("sections")
     return replace(found, omit=0.0, **{name: getattr(cfg, name) for name in same})
@@ -220,8 +220,8 @@ def rows_in(folder: Path, system: str) -> dict[str, pd.DataFrame]:
 
 # %% ../../nbs/runs/06_transfer.ipynb #trf00011
 def transfer_name(cfg: Config, target: Config, systems: Sequence[str]) -> str:
-    """The name of the files of a transfer: the benchmarks, where the studies lie if that is a place of one's
-    own, and the systems if these are others than `TESTED`."""
+    """The name of the files of a transfer: the benchmarks, the name of the target's `data_root` if it
+    has one, and the systems if these are others than `TESTED`."""
     parts = ["transfer", cfg.benchmark, "to", target.benchmark]
     if target.data_root is not None:
         parts.append(slug(Path(target.data_root).stem))

@@ -180,8 +180,8 @@ def compare_experts(
     cfgs: Sequence[Config], experts: Sequence[str] = ("embedded", "embedded-labels")
 ) -> pd.DataFrame:
     """What each of `experts` is worth on the SFT policies of the runs `cfgs` (one per seed): a row for
-    each expert and seed, with f1, hallucinated, missed and correlation of the best candidate by it, and
-    f1 and hallucinated of the greedy report. Missing phases are run."""
+    each expert and seed, with whether it is accepted, the columns of `trust_table` for the best candidate
+    by it, and f1 and hallucinated of the greedy report. Missing phases are run."""
     rows = []
     for cfg in cfgs:
         for expert in experts:

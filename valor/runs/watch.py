@@ -460,4 +460,4 @@ def run_watch(args: Namespace, settings: dict) -> None:
                 return
             time.sleep(args.every)
     except KeyboardInterrupt:
-        print()  # who watches may stop; the job goes on
+        print()  # only the watching ends; the job goes on

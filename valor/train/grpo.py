@@ -298,7 +298,7 @@ def _packed(rows: list[dict]) -> bytes:
 
 
 def _missing_line(path: Path, update: int) -> str:
-    "What is told where candidates of before `update` are missing in the file `path`."
+    "The message if candidates from before `update` are missing in the file `path`."
     return f"{path}: candidates of before update {update} are missing here; those that follow are kept"
 
 # %% ../../nbs/train/00_grpo.ipynb #c0mp1e71
@@ -440,8 +440,8 @@ def _given_to_rewards(inputs: list[dict], prompts: list, generated: tuple) -> di
 # %% ../../nbs/train/00_grpo.ipynb #ovl00012
 class RewardedRollout(CountedRollout):
     """A `CountedRollout` that can compute the rewards while the reference is scored: if `overlap_rewards` is
-    "on", or "auto" and a GPU trains. The thread has finished the batch in any case, even if the reference
-    fails."""
+    "on", or "auto" and a GPU trains. The thread has always finished with a batch when its generation ends,
+    even if the reference fails."""
 
     _thread = None
     _inputs = None  # the rows of the generation that is made

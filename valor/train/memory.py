@@ -184,8 +184,8 @@ def fewest_parts(
     s: Shape, gpu: float, prompts: int = 8, group: int = 8, **settings: Any
 ) -> tuple[int, dict[str, float]] | None:
     """The fewest parts in which an update fits on `gpu` GB, a tenth of it left free, with the memory it
-    takes; None where the rollout or a single sequence does not. A part holds whole groups, or an equal
-    piece of one: candidates whose group is cut elsewhere are not packed (`by_prompt`)."""
+    takes; None where the rollout, or an update in single candidates, does not fit. A part holds whole
+    groups, or an equal piece of one: candidates whose group is cut elsewhere are not packed (`by_prompt`)."""
     rows = prompts * group
     for parts in (n for n in range(1, rows + 1) if rows % n == 0 and _keeps_groups(rows // n, group)):
         m = memory(s, prompts=prompts, group=group, parts=parts, **settings)
@@ -222,8 +222,8 @@ def choose_parts(
     """`(parts, checkpointing)` of an update on `gpu` GB.
 
     The fewest parts that fit without checkpointing, which costs a second forward pass, as long as each
-    holds whole groups; otherwise the fewest with it. `checkpointing`: decided already. Raises ValueError
-    if nothing fits."""
+    holds whole groups; otherwise the fewest with it. `checkpointing`: True or False if that is
+    decided already. Raises ValueError if nothing fits."""
     sizes = dict(prompts=prompts, group=group, **settings)
     for recomputed in (False, True) if checkpointing is None else (checkpointing,):
         found = fewest_parts(s, gpu, checkpointing=recomputed, **sizes)

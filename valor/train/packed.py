@@ -23,7 +23,7 @@ from .prompts import BY_TOKEN
 @dataclass(frozen=True)
 class Packing:
     """How a row is packed: `prompt` tokens that all share, then `group` candidates of `length` tokens each;
-    `mask` `(P, prompt)`: which of the prompts' tokens are no padding, None where all are."""
+    `mask` `(P, prompt)`: which of the prompts' tokens are real, None if there is no padding."""
 
     prompt: int
     group: int

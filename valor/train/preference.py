@@ -96,7 +96,7 @@ def whole_lines(path: Path, chunk: int) -> int:
 
 # %% ../../nbs/train/03_preference.ipynb #odd00001
 def _tell_odd(rewards: Rewards) -> None:
-    "Print a line for each reward that gave numbers that cannot be used, which were replaced; forget them."
+    "Print a line for each reward with scores that were unusable and had to be replaced; then forget them."
     for name, studies in rewards.odd.items():
         if studies:
             tqdm.write(odd_line(name, studies, rewards.where))
@@ -120,7 +120,7 @@ def _sampled(
     how = dict(seed=seed, asked=[question for question in asked for _ in range(G)])
     at_once = min(len(images), cfg.eval_batch_size)
     said = generate(*policy, images, cfg.max_new_tokens, cfg.temperature, at_once, **how)
-    # a template's blank before the report would tell a sampled report from a reference
+    # otherwise a template's blank before the report would distinguish samples from references
     said = [report.strip() for report in said]
     columns = {c: [v for v in studies[c] for _ in range(G)] for c in studies.column_names}
     rewards.where = "the drawing of samples"
@@ -491,7 +491,7 @@ def preference_settings(
 
 # %% ../../nbs/train/03_preference.ipynb #f15ae7cb
 def _with_ending(pairs: list[dict], model: torch.nn.Module, processor: ProcessorMixin) -> list[dict]:
-    """`pairs` with what tells the policy that a report has ended (see `ending`).
+    """`pairs` with the model's own ending behind each of their reports (see `ending`).
 
     Raises ValueError if a report contains an image token."""
     sides = ("chosen", "rejected")

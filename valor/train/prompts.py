@@ -94,7 +94,7 @@ def read_prompts(
 
 # %% ../../nbs/train/00a_prompts.ipynb #pr17
 def _fields(made: Any, place: int, layer: int | list[int]) -> dict:
-    "What a tower `made` of image number `place`; of its hidden states those that the policy reads, `layer`."
+    "What a tower `made` of image number `place`, and only the hidden states that the policy reads (`layer`)."
     wanted, fields = {layer} if isinstance(layer, int) else set(layer), {}
     for name, value in made.items():
         if torch.is_tensor(value):
@@ -129,7 +129,7 @@ class SeenImages:
 
     @contextmanager
     def coming_from(self, images: list[tuple[int, int]]) -> Iterator[None]:
-        "Inside, the rows that the tower is given are these `(prompt, image of it)`."
+        "Inside, the tower's rows belong to `images`, each `(number of the prompt, number of its image)`."
         self.coming = images
         try:
             yield

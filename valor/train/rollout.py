@@ -88,8 +88,8 @@ def merged(
     The adapter is added to float32 weights. Weights of 16 bits would round most of it away, and quantised
     weights cannot take it; there it stays beside the weights (`valor.policy.adapter`).
 
-    `copies`: a dict for those of the frozen weights in host memory, filled by the first call; `dtype`:
-    what the model computes in, if that differs from the weights' type."""
+    `copies`: a dict for the copies of the frozen weights in host memory, filled by the first call;
+    `dtype`: what the model computes in, if that differs from the weights' type."""
     if not stays_beside(model, dtype):
         with _added(model, copies) as plain:
             yield plain
@@ -183,8 +183,8 @@ class EpochSampler(RepeatSampler):
 class DecodedOnce:
     """The studies of `rows`, for a loader that asks for the same batch again and again.
 
-    TRL's loader fetches a generation once for every part of its update and uses the first copy alone; each
-    fetch would decode all images anew, and that of a study once for each of its candidates."""
+    TRL's loader fetches a generation once for every part of its update and uses only the first copy.
+    Without this class, every fetch would decode all images again, a study's once for each candidate."""
 
     def __init__(self, rows: Dataset):
         self.rows, self._asked, self._last = rows, None, []

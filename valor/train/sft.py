@@ -193,7 +193,7 @@ def disk_line(trainer: Trainer, desc: str, copies: int = 1) -> str:
 
 # %% ../../nbs/train/04_sft.ipynb #15042c2a
 class TrainingError(RuntimeError):
-    "Training ended before its last update; the message says how many updates were made."
+    "Training did not reach its last update, or was not begun; the message says why."
 
 
 def _check_processes(trainer: Trainer, desc: str) -> None:
@@ -209,7 +209,7 @@ def _check_processes(trainer: Trainer, desc: str) -> None:
 # %% ../../nbs/train/04_sft.ipynb #undef001
 class StopWhereUndefined(TrainerCallback):
     """Ends training at the first update whose loss or gradient is not finite, before a checkpoint is written:
-    its weights would be NaN, and every report that is sampled from then on the same."""
+    its weights would be NaN, and all reports that are sampled from then on identical."""
 
     def on_log(
         self,
@@ -243,8 +243,9 @@ def train_to_end(trainer: Trainer, desc: str, copies: int = 1) -> None:
     """Train `trainer` to its last update, from its newest whole checkpoint if there is one.
 
     `copies`: how often the result is kept, for the line on disk space.
-    Raises `TrainingError` if fewer updates were made, or before any if the trainer does not know of all the
-    processes that were started together: each would then train alone and overwrite the other's files."""
+    Raises `TrainingError` if fewer updates were made, or at the first update whose loss or gradient is not
+    finite. It is raised before the first update if the trainer does not know of all the processes that were
+    started together, because each would then train alone and overwrite the others' files."""
     _check_processes(trainer, desc)
     if trainer.is_world_process_zero() and (line := disk_line(trainer, desc, copies)):
         print(line, flush=True)
@@ -380,7 +381,8 @@ def _sft_config(folder: Path | str, tuning: Tuning) -> SFTConfig:
 # %% ../../nbs/train/04_sft.ipynb #settle01
 def settle_adapter(trainer: Trainer) -> None:
     """Hold the adapter of `trainer` in float32 and let its layers round once (`beside`, unless weights are
-    spread over processes). The printing of every line of the log goes: `Progress` shows the loss."""
+    spread over processes). The callback that prints every line of the log
+    is removed; `Progress` shows a bar instead."""
     trainer.remove_callback(PrinterCallback)
     adapter_in_float32(trainer)
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
@@ -436,7 +438,8 @@ def sft(
     """Fine-tune the policy in folder `base` on `data` (of `conversations`, with completions) by Eq. 2, write
     the merged result to `out`, and return the log, one dict per update. `prompt`: what the data ask, which is
     kept with the policy (None: what the base is asked). `settings`: those of `Tuning` and `load_policy`.
-    Raises `ValueError` for a completion with an image token, `TrainingError` if updates are missing."""
+    Raises `ValueError` for a completion with an image token or an unclosed thought, and `TrainingError` as
+    `train_to_end` does."""
     tuning, loading = _split(settings | dict(mode=mode))
     set_seed(tuning.seed)
     model, processor, data = _loaded(base, data, prompt, tuning, loading)
