@@ -31,7 +31,7 @@ def test_the_command_shows_both_rows_and_keeps_what_it_wrote(runs, capsys):
     assert "located F1" not in shown
     for row in ("SFT", "best fixed report", "random report", "retrieval by expert"):
         assert f"{row}, phantom" in shown and f"{row}, openi_rendered" in shown
-    table = pd.read_csv(next((runs / "runs/results").rglob("transfer_phantom_to_openi_rendered_sft.csv")))
+    table = pd.read_csv(next((runs / "runs/results").rglob("transfer_phantom_to_openi_rendered_n*_sft.csv")))
     assert dict(table.groupby("data").studies.first()) == {"openi_rendered": 10, "phantom": 16}
     home = table[(table.data == "phantom") & (table.system == "SFT")]
     assert (home.kept.dropna() == 1).all() and "finding F1" in set(home.metric)

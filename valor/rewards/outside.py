@@ -189,7 +189,11 @@ class Child:
         "The running child. Raises RuntimeError if it cannot load."
         if self.child is None:
             self.child = Worker(self.command, self.timeout, self.environment)
-            hello = self.child.hear()
+            try:
+                hello = self.child.hear()
+            except Exception:
+                self.close()  # it has died, or did not answer in time
+                raise
             if not hello.get("ready"):
                 self.close()
                 raise RuntimeError(f"{self.name}: the worker could not load. {hello.get('error', hello)}")
@@ -294,6 +298,8 @@ def _score(self: OutsideScorer, pairs: list[tuple[str, str]]) -> list[float]:
         failed, [self.known[pair]["warning"] for pair in new if "warning" in self.known.get(pair, {})]
     )
     scores = [float(self.known[pair]["score"]) if all(pair) else 0.0 for pair in pairs]
+    for pair in filter(all, pairs):  # these are the newest now
+        self.known[pair] = self.known.pop(pair)
     while len(self.known) > max(self.keep, len(pairs)):
         del self.known[next(iter(self.known))]  # the oldest
     return scores

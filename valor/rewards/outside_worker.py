@@ -268,22 +268,24 @@ class GreenModel:
 
 # %% ../../nbs/rewards/09_outside_worker.ipynb #d80b51d5
 def green_answers(green: GreenModel, prompts: list[str]) -> list[str]:
-    "The model's answer to each prompt, without the explanation's heading."
+    """The model's answer to each prompt, without the explanation's heading. Prompt and answer together have
+    at most `green.limit` tokens, however long the other prompts are."""
     import torch
 
     inputs = green.tokenizer(prompts, return_tensors="pt", padding=True).to(green.device)
+    room = green.limit - inputs["attention_mask"].sum(1)  # (prompts,) tokens that each answer may have
     with torch.inference_mode():
         tokens = green.network.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
-            max_length=green.limit,
+            max_new_tokens=int(room.max()),
             do_sample=False,
             temperature=None,
             top_p=None,
             eos_token_id=green.tokenizer.eos_token_id,
             pad_token_id=green.tokenizer.pad_token_id,
         )
-    new = tokens[:, inputs["input_ids"].shape[1] :]
+    new = [row[:most] for row, most in zip(tokens[:, inputs["input_ids"].shape[1] :], room)]
     texts = green.tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=True)
     return [text.split("<|assistant|>")[-1].split("[Explanation]:")[-1] for text in texts]
 

@@ -22,7 +22,7 @@ from ..data.sources import terms_of
 from ..metrics import statistics as ev
 from ..policy import generate
 from ..rewards.compose import extras_of
-from .phases import data_behind, read_json
+from .phases import STAND_INS, data_behind, read_json
 
 # %% ../../nbs/runs/08_card.ipynb #6008ffdb
 def origin(folder: Path | str) -> tuple[Path, Config]:
@@ -90,8 +90,9 @@ def _rewards_of(cfg: Config, phase: str) -> str:
         lines.append(f"- Eq. 8: image ({cfg.visual}: {cfg.expert}) × {cfg.lambda_vis}")
     lines.append(f"- format × {cfg.lambda_format}")
     lines += [f"- added: {name}, equation {eq}, × {w}" for name, (eq, w) in extras_of(cfg).items()]
-    if "rules" in (cfg.chexbert, cfg.radgraph) or cfg.expert.startswith("embedded"):
-        lines.append("- `rules` and `embedded` are stand-ins, and not the models that the paper names.")
+    models = [cfg.bertscore_model, cfg.chexbert, cfg.radgraph, *([cfg.expert] if phase == "stage2" else [])]
+    if ours := [f"`{model}`" for model in dict.fromkeys(models) if model in STAND_INS]:
+        lines.append(f"- These are stand-ins, not the models that the paper names: {', '.join(ours)}.")
     return "\n".join(lines)
 
 # %% ../../nbs/runs/08_card.ipynb #4f61a835
@@ -175,7 +176,8 @@ def card_of(folder: Path | str, merged: bool = False) -> ModelCard:
     terms = terms_of(cfg.benchmark)
     adapter = (Path(folder) / "adapter_config.json").exists() and not merged
     auto = "AutoModelForImageTextToText.from_pretrained(FOLDER)"
-    shared = "; restricted: do not share" if terms.restricted else ""
+    restricted = any(terms_of(benchmark).restricted for benchmark in benchmarks_of(cfg, _phase_in(phase)))
+    shared = "; restricted: do not share" if restricted else ""
     text = _CARD.format(
         head=_head_of(phase, cfg, adapter),
         name=phase.name,

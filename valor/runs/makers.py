@@ -716,8 +716,9 @@ def read_reports(folder: Path, condition: str) -> list[str]:
 
 # %% ../../nbs/runs/02_makers.ipynb #00d47e39
 def has_image_controls(evaluation: str, cfg: Config) -> bool:
-    "Whether a phase also shows the policy other images than a study's own: VALOR's, rewarded by the expert."
-    return evaluation == "eval_stage2" and cfg.visual == "expert"
+    """Whether a phase also shows the policy other images than a study's own: VALOR's, rewarded by the expert,
+    and that of a stage 2 without the visual reward, for which `visual` says nothing."""
+    return evaluation == "eval_stage2" and (cfg.visual == "expert" or cfg.lambda_vis == 0)
 
 
 def shown_images(studies: datasets.Dataset, controls: bool) -> dict[str, list[list]]:

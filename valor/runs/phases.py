@@ -50,6 +50,7 @@ from ..data.sources import DataError, terms_of
 from ..data.studies import reading
 from ..files import locked, sha256_of, whole
 from ..policy.models import LOADING
+from ..rewards.compose import extras_of
 from ..rewards.guard import RewardError
 from ..rewards.text import StoreError
 from valor.runs.processes import (
@@ -128,7 +129,10 @@ _BASELINES = {
         ("sft",),
         _fields("threads dpo_pairs lambda_lex lambda_sem lambda_format bertscore_model bertscore_layer")
         + _fields("extra_rewards lambda_length lambda_repetition stage1_steps stage2_steps")
-        + _SAMPLED,
+        + _fields("eval_batch_size")  # reports are drawn batch by batch
+        + _SAMPLED
+        + LABELER
+        + _RADGRAPH,
         1,
     ),
     "dpo": Phase(("samples",), _fields("threads dpo_margin dpo_beta dpo_lr") + _ADAPTED, 1),
@@ -197,6 +201,8 @@ def _idle(name: str, cfg: Config) -> set[str]:
     trained = stages.get(name, f"{cfg.stage1_modules}+{cfg.stage2_modules}").split("+")
     if "projector" not in trained:
         idle.add("lr_projector")
+    if name == "samples" and not {"chexbert", "radgraph"} & extras_of(cfg).keys():
+        idle |= {*LABELER, *_RADGRAPH}  # the rewards of samples are text rewards, and those that are added
     if name == "mmedpo" and cfg.mmedpo_lr is not None:
         idle.add("dpo_lr")
     if name in ("dpo", "mmedpo") and set(trained) == set(cfg.stage2_modules.split("+")):
@@ -610,7 +616,14 @@ def load_data(folder: Path | str) -> DatasetDict:
 def check_updates(name: str, cfg: Config) -> None:
     """Raise `RunError` where the phase `name`, or one before it, samples rollout batches that the
     training studies cannot fill, so that no update would be made; or where `choose_by` is set and there are
-    no validation studies. Makes the data phase where it is missing, and begins nothing else."""
+    no validation studies; or where an update of DPO cannot be computed in so many parts. Makes the data
+    phase of a stage where it is missing, and begins nothing else."""
+    pairs, parts = cfg.batch_size * cfg.group_size // 2, cfg.gradient_accumulation_steps
+    if comes_after(name) & {"dpo", "mmedpo"} and parts != "auto" and pairs % parts:
+        raise RunError(
+            f"gradient_accumulation_steps={parts} does not divide batch_size * group_size / 2 = {pairs}, the "
+            f"pairs of an update of DPO; expected a divisor of it"
+        )
     if "stage1" not in comes_after(name):
         return
     data = load_data(ensure("data", cfg))
@@ -625,12 +638,6 @@ def check_updates(name: str, cfg: Config) -> None:
             f"batch_size = {cfg.batch_size}, but there are {len(train)} training studies: no rollout batch "
             f"would be whole and no update be made; lower batch_size to {len(train)} or less, or give more "
             f"studies"
-        )
-    pairs, parts = cfg.batch_size * cfg.group_size // 2, cfg.gradient_accumulation_steps
-    if comes_after(name) & {"dpo", "mmedpo"} and parts != "auto" and pairs % parts:
-        raise RunError(
-            f"gradient_accumulation_steps={parts} does not divide batch_size * group_size / 2 = {pairs}, the "
-            f"pairs of an update of DPO; expected a divisor of it"
         )
 
 # %% ../../nbs/runs/01_phases.ipynb #phs00015

@@ -37,8 +37,9 @@ from valor.config import (
 from ..data.benchmarks import clean_openi, read_openi
 from ..data.studies import load_studies
 from .phases import LISTENERS, PHASES, chooses, load_data, phase_folder, read_json, write_json
+from .processes import JOINT
 from ..train.grpo import snapshot_every, steps_of, whole_generations
-from ..train.memory import adapter_parameters, fewest_parts, llava_med_7b, shape_of, step_limit
+from ..train.memory import adapter_parameters, llava_med_7b, memory, shape_of, step_limit
 
 # %% ../../nbs/runs/06_plan.ipynb #pla00006
 class Step(NamedTuple):
@@ -137,7 +138,9 @@ def work_of(phase: str, cfg: Config, studies: dict[str, int]) -> float:
     if phase.startswith("progress_"):
         updates = updates_in(phase.removeprefix("progress_"), cfg, studies)
         return (updates / (cfg.eval_steps or updates) + 1) * min(cfg.eval_studies, studies["val"])
-    return test * (3 if phase == "eval_stage2" and cfg.visual == "expert" else 1)
+    if phase == "trust":
+        return studies["val"] * (cfg.group_size + 1)
+    return test * (3 if phase == "eval_stage2" and (cfg.visual == "expert" or cfg.lambda_vis == 0) else 1)
 
 # %% ../../nbs/runs/06_plan.ipynb #pla00015
 KIND = ("base", "tower", "expert", "image_size", "max_new_tokens", "threads", "policy_weights", "rollout")
@@ -219,7 +222,8 @@ def device_name() -> str:
 # %% ../../nbs/runs/06_plan.ipynb #84314f81
 def by_past(step: Step, past: Sequence[Past], studies: dict[str, int], processes: int = 1) -> Estimate:
     "What `step` takes, in proportion to the newest comparable phase of `past`; unknown if there is none."
-    kind = _kind(step.phase, dataclasses.asdict(step.cfg), device_name(), processes)
+    together = processes if step.phase in JOINT else 1
+    kind = _kind(step.phase, dataclasses.asdict(step.cfg), device_name(), together)
     alike = [p for p in past if p.kind == kind and _alike(p.phase) == _alike(step.phase)]
     same = [p for p in alike if p.phase == step.phase] or alike
     if not same:
@@ -276,19 +280,25 @@ def policy_config(base: str) -> PreTrainedConfig | None:
         return None
 
 # %% ../../nbs/runs/06_plan.ipynb #pla00022
-def by_measurement(step: Step, policy: PreTrainedConfig, studies: dict[str, int]) -> Estimate:
-    "What a stage takes by the measured step and the memory model; nothing is known of other phases."
+def by_measurement(
+    step: Step, policy: PreTrainedConfig, studies: dict[str, int], processes: int = 1
+) -> Estimate:
+    """What a stage takes by the measured step and the memory model, where `processes` share a batch; nothing
+    is known of other phases."""
     if step.phase not in ("stage1", "stage2"):
         return Estimate()
-    cfg, shape = step.cfg, shape_of(policy)
-    updates, seconds = updates_in(step.phase, cfg, studies), measured_step(policy, cfg)
+    updates, shape = updates_in(step.phase, step.cfg, studies), shape_of(policy)
+    cfg = dataclasses.replace(step.cfg, batch_size=-(-step.cfg.batch_size // processes))
+    seconds = measured_step(policy, cfg)
     every = snapshot_every(whole_generations(cfg.eval_steps or updates, cfg), updates)
     adapter = 4 * adapter_parameters(shape, cfg.lora_r)
     disk = adapter * (1 + (updates - 1) // every + 9)  # snapshots, the result, three checkpoints with moments
     sizes = dict(prompts=cfg.batch_size, group=cfg.group_size, new=cfg.max_new_tokens, r=cfg.lora_r)
     sizes["packed"] = cfg.rollout == "merged"
-    fit = fewest_parts(shape, 1e6, held=cfg.policy_weights, **sizes)
-    return Estimate(seconds and seconds * updates, fit[1]["peak"] * 1e9, disk, gpu=True, measured=True)
+    sizes["parts"] = 1 if cfg.gradient_accumulation_steps == "auto" else cfg.gradient_accumulation_steps
+    sizes["checkpointing"] = cfg.gradient_checkpointing != "off"
+    peak = memory(shape, held=cfg.policy_weights, **sizes)["peak"] * 1e9
+    return Estimate(seconds and seconds * updates, peak, disk, gpu=True, measured=True)
 
 # %% ../../nbs/runs/06_plan.ipynb #c726d7e9
 def estimates(steps: Sequence[Step], processes: int = 1) -> dict[Path, Estimate]:
@@ -304,7 +314,7 @@ def estimates(steps: Sequence[Step], processes: int = 1) -> dict[Path, Estimate]
             estimate = by_past(step, elsewhere[step.cfg.threads], studies, processes)
             estimate = estimate._replace(elsewhere=estimate.seconds is not None)
         if estimate.seconds is None and policy is not None:
-            estimate = by_measurement(step, policy, studies)
+            estimate = by_measurement(step, policy, studies, processes)
         found[step.folder] = estimate
     return found
 
@@ -387,8 +397,11 @@ def print_plan(wanted: Iterable[tuple[str, Config, str]], processes: int = 1) ->
     print("\n".join(plan_notes(steps, expected, processes)))
 
 # %% ../../nbs/runs/06_plan.ipynb #edd48c26
-def _write_job(path: Path, name: str, steps: Sequence[Step], expected: dict[Path, Estimate]) -> None:
-    "Write the job's file with its `steps` and their estimates, unless the runs folder is read-only."
+def _write_job(
+    path: Path, name: str, steps: Sequence[Step], expected: dict[Path, Estimate], begun: dict[Path, tuple]
+) -> None:
+    """Write the job's file with its `steps`, their estimates and when each was begun or resumed, after which
+    update, unless the runs folder is read-only."""
     if not os.access(next(p for p in path.parents if p.exists()), os.W_OK):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -396,7 +409,8 @@ def _write_job(path: Path, name: str, steps: Sequence[Step], expected: dict[Path
     for step in steps:
         seconds = expected.get(step.folder, Estimate()).seconds
         listed.append(dict(phase=step.phase, label=step.label, folder=step.folder.name, seconds=seconds))
-    write_json(path, dict(name=name, process=os.getpid(), steps=listed))
+    since = {folder.name: when for folder, when in begun.items()}
+    write_json(path, dict(name=name, process=os.getpid(), steps=listed, begun=since))
 
 # %% ../../nbs/runs/06_plan.ipynb #pla00033
 class Job:
@@ -404,7 +418,7 @@ class Job:
 
     def __init__(self, steps: Sequence[Step], name: str, processes: int = 1):
         self.steps, self.name, self.processes = list(steps), name, processes
-        self.began = {}
+        self.began = {}  # folder: (when its work began or went on, after which update)
         self.expected = estimates(steps, processes)
 
     @property
@@ -414,15 +428,16 @@ class Job:
 
     def keep(self) -> None:
         "Write the file, unless the runs folder is read-only."
-        _write_job(self.path, self.name, self.steps, self.expected)
+        _write_job(self.path, self.name, self.steps, self.expected, self.began)
 
     def __call__(self, event: str, phase: str, cfg: Config) -> None:
         "What `valor.runs.phases.LISTENERS` calls."
         folder = phase_folder(phase, cfg)
         if event == "begins":
-            self.began[folder] = time.time()
+            kept = [int(path.name.split("-")[1]) for path in folder.glob("checkpoints/checkpoint-*[0-9]")]
+            self.began[folder] = (time.time(), max(kept, default=0))
             return self.keep()
-        seconds = time.time() - self.began.get(folder, time.time())
+        seconds = time.time() - self.began.get(folder, (time.time(), 0))[0]
         self.expected = estimates(self.steps, self.processes)
         self.keep()
         print(closing_line(self.steps, folder, seconds, self.expected), flush=True)

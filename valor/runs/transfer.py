@@ -106,6 +106,8 @@ def transfer_config(system: str, cfg: Config, target: Config) -> dict:
         fields += ("reasoning",)  # what form a report must have
     name, changed = before.get("policy", (CONTROLS, cfg))
     keys = {role: phase_key(*phase) for role, phase in before.items()}
+    if system == "VALOR" and changed.lambda_vis == 0:
+        keys["system"] = system  # "VALOR w/o visual" is the same policy, and is shown its own images alone
     return dict(
         phase=f"transfer_{name}",
         version=VERSION,
@@ -157,6 +159,8 @@ def transferred(system: str, cfg: Config, target: Config) -> Path:
     folder = runs_dir() / f"{expected['phase']}-{key_of(expected)}"
     careful = target if terms_of(target.benchmark).restricted else cfg
     check_place(runs_dir(), target.benchmark, OUTSIDE)
+    if (folder / "done.json").exists() and begin(folder, expected, careful) == "finished":
+        return folder  # without a lock: the medium may be read-only
     with (
         guarded_output(folder, cfg.benchmark, OUTSIDE),
         guarded_output(folder, target.benchmark, OUTSIDE),
@@ -171,8 +175,9 @@ def transferred(system: str, cfg: Config, target: Config) -> Path:
 def places_of(frames: Frames, abroad: Frames, cfg: Config, target: Config) -> dict[str, Frames]:
     "{name of a data set: frames of all systems on it}, the run's own first."
     names = [cfg.benchmark, target.benchmark]
-    if names[0] == names[1]:
-        names = [f"{cfg.benchmark} ({found.data_root})" for found in (cfg, target)]
+    for told in ("data_root", "data_options", "n_test"):
+        if names[0] == names[1]:
+            names = [f"{cfg.benchmark} ({getattr(found, told)})" for found in (cfg, target)]
     return dict(zip(names, (frames, abroad)))
 
 
@@ -220,11 +225,14 @@ def rows_in(folder: Path, system: str) -> dict[str, pd.DataFrame]:
 
 # %% ../../nbs/runs/06_transfer.ipynb #trf00011
 def transfer_name(cfg: Config, target: Config, systems: Sequence[str]) -> str:
-    """The name of the files of a transfer: the benchmarks, the name of the target's `data_root` if it
-    has one, and the systems if these are others than `TESTED`."""
-    parts = ["transfer", cfg.benchmark, "to", target.benchmark]
-    if target.data_root is not None:
-        parts.append(slug(Path(target.data_root).stem))
+    """The name of the files of a transfer: the benchmarks, the target's `data_root` and `data_options` if it
+    has any, how many test studies if these are not the preset's, and systems other than `TESTED`."""
+    parts, place = ["transfer", cfg.benchmark, "to", target.benchmark], target.data_root
+    if place is not None:
+        parts.append(slug(Path(place).stem))
+    parts += [slug(f"{name} {value}") for name, value in target.data_options.items()]
+    if target.n_test != preset(cfg.preset, benchmark=target.benchmark, data_root=place).n_test:
+        parts.append(f"n{target.n_test}")
     if tuple(systems) != TESTED:
         parts += map(slug, systems)
     return "_".join(parts)
@@ -285,8 +293,9 @@ def run_transfer(args: Namespace, settings: dict) -> None:
         target = target_of(cfg, args.benchmark, args.root, parse_options(args.options), args.n_test)
         for system in systems:
             policy_phase(system, cfg)
-        wanted = [("data", target, ""), *((*phase_of(system, cfg), system) for system in systems)]
-        with job([*wanted, ("controls", cfg, "")], f"evaluate-on-{job_name(cfg)}"):
+        wanted = [(*phase_of(system, cfg), system) for system in systems]  # `valor watch`: its data first
+        wanted += [("controls", cfg, ""), ("data", target, "")]
+        with job(wanted, f"evaluate-on-{job_name(cfg)}"):
             rows, _, files = transfer_job(cfg, target, systems, results_folder(cfg))
     except (ValueError, *MISTAKES) as e:
         sys.exit(f"valor: {e}")

@@ -76,16 +76,15 @@ def states_of(job: Mapping, runs: Path) -> list[str]:
     return found
 
 # %% ../../nbs/runs/07_watch.ipynb #7a094be5
-def seconds_left(
-    job: Mapping, states: Sequence[str], spent: float, share: float | None
-) -> tuple[float, bool]:
+def seconds_left(job: Mapping, states: Sequence[str], spent: float, rest: float | None) -> tuple[float, bool]:
     """Seconds until the job ends, and whether a step of unknown length is among the rest. The step that is at
-    work began `spent` seconds ago and has done `share` of its updates (None: it does not say)."""
+    work began, or was resumed, `spent` seconds ago; it has `rest` times as much to do as it has done since
+    (None: it does not say)."""
     total, unknown = 0.0, False
     for step, state in zip(job["steps"], states):
         expected = step["seconds"]
-        if state == "begun" and share:
-            total += spent * (1 - share) / share
+        if state == "begun" and rest is not None:
+            total += spent * rest
         elif state == "begun" and expected is not None:
             total += max(0.0, expected - spent)
         elif state != "finished":
@@ -94,8 +93,11 @@ def seconds_left(
     return total, unknown
 
 # %% ../../nbs/runs/07_watch.ipynb #wat00010
-def headline(job: Mapping, states: Sequence[str], rows: Sequence[Mapping], spent: float) -> str:
-    "`step 7 of 12: stage 2, update 37 of 100, 9 min left`."
+def headline(
+    job: Mapping, states: Sequence[str], rows: Sequence[Mapping], spent: float, first: int = 0
+) -> str:
+    """`step 7 of 12: stage 2, update 37 of 100, 9 min left`. `spent`: seconds since the step at work
+    began, or was resumed after the update `first`."""
     done, of = states.count("finished"), len(states)
     if done == of:
         return f"{job['name']}: all {of} steps are finished"
@@ -103,8 +105,10 @@ def headline(job: Mapping, states: Sequence[str], rows: Sequence[Mapping], spent
     line = f"{job['name']}: step {done + 1} of {of}, {job['steps'][at]['label']}"
     if rows:
         line += f", update {rows[-1]['step']} of {rows[-1]['of']}"
-    share = rows[-1]["step"] / rows[-1]["of"] if rows else None
-    seconds, unknown = seconds_left(job, states, spent, share)
+    rest = None
+    if rows and rows[-1]["step"] > first:
+        rest = (rows[-1]["of"] - rows[-1]["step"]) / (rows[-1]["step"] - first)
+    seconds, unknown = seconds_left(job, states, spent, rest)
     if seconds:
         line += f", {'at least ' if unknown else ''}{in_words(seconds)} left"
     return line
@@ -269,8 +273,12 @@ def fill(view: View, folder: Path, reader: Candidates, studies: Studies, recalls
 def _line_of(job: Mapping, states: Sequence[str], runs: Path) -> str:
     "The headline of `job`; the log of the step that is at work says how far that is."
     begun = [runs / s["folder"] for s, state in zip(job["steps"], states) if state == "begun"]
-    spent = time.time() - (begun[0] / "config.json").stat().st_mtime if begun else 0
-    return headline(job, states, live_log(begun[0]) if begun else [], spent)
+    if not begun:
+        return headline(job, states, [], 0)
+    at, first = job.get("begun", {}).get(begun[0].name, (None, 0))
+    if at is None:  # a job of an older version did not say
+        at = (begun[0] / "config.json").stat().st_mtime
+    return headline(job, states, live_log(begun[0]), time.time() - at, first)
 
 # %% ../../nbs/runs/07_watch.ipynb #a3834a06
 def _studies_of(job: Mapping, runs: Path) -> Studies:

@@ -546,8 +546,8 @@ def prefer(
     name = "MMedPO" if weighted else "DPO"
     if not pairs:
         raise ValueError(
-            f"{name}: no pairs (dpo_pairs={cfg.dpo_pairs!r}, dpo_margin={cfg.dpo_margin}); expected at "
-            f"least one: lower dpo_margin or raise the temperature"
+            f"{name}: no pairs (dpo_pairs={cfg.dpo_pairs!r}); expected at least one: raise the temperature"
+            + ("" if weighted else f" or lower dpo_margin={cfg.dpo_margin}")
         )
     seed = 10 * cfg.seed + 3 + weighted
     settings = preference_settings(out, cfg, updates_of(cfg, len(data)), seed, per_device, weighted)

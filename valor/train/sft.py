@@ -158,13 +158,17 @@ class LiveLog(TrainerCallback):
 
 # %% ../../nbs/train/04_sft.ipynb #2733dc65
 def live_log(folder: Path | str) -> list[dict]:
-    "The rows that a trainer has logged so far below `folder`, by step; a half-written line is left out."
-    rows = {}
+    """The rows that a trainer has logged so far below `folder`, by step; a half-written line is left out, and
+    after an interruption what lies behind the update that training has come to since."""
+    rows, last = {}, 0
     for path in Path(folder).rglob(LIVE):
         for line in path.read_text().splitlines():
             with contextlib.suppress(ValueError):
                 row = json.loads(line)
-                rows[row["step"]] = rows.get(row["step"], {}) | row
+                if row["step"] < last:
+                    rows = {step: old for step, old in rows.items() if step <= row["step"]}
+                last = row["step"]
+                rows[last] = rows.get(last, {}) | row
     return [rows[step] for step in sorted(rows)]
 
 # %% ../../nbs/train/04_sft.ipynb #c18014b8

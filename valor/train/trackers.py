@@ -41,8 +41,8 @@ NAMES = {  # a name of TRL's log, or the part of it that names a reward: what it
 # %% ../../nbs/train/05_trackers.ipynb #72a1e7d3
 def clear_name(column: str) -> str:
     "What the `column` of the trainer's log is called in a tracker; unknown ones keep their names."
-    if column.startswith("rewards/"):
-        name, measure = column.split("/")[1:]
+    if column.startswith("rewards/") and column.count("/") == 2:  # DPO's are rewards/chosen, …
+        _, name, measure = column.split("/")
         return f"reward/{NAMES.get(name, name)}{' (spread)' if measure == 'std' else ''}"
     return NAMES.get(column, column)
 
