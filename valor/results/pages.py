@@ -51,7 +51,7 @@ FIRST_IN_NAMES = ("omit", "stage1_steps", "stage2_steps", "sft_lr", "sft_epochs"
 def _word(value: Any) -> str:
     "`value` as a part of a file name: a number or a plain word as it is, all else by `slug` (-1 is m1)."
     text = str(value)
-    return text if re.fullmatch(r"[\w.+-]+", text) else slug(re.sub(r"-(?=\d)", "m", text))
+    return text if re.fullmatch(r"[\w.+-]+", text) else slug(re.sub(r"(?<!\w)-(?=\d)", "m", text))
 
 
 def name_with(benchmark: str, settings: Mapping) -> str:
