@@ -110,7 +110,9 @@ def as_text(change):
 
 def settings(names):
     "Jobs of the sweeps `names`."
-    return [as_text(change) for name in names for change in SWEEPS[name].values() if change]
+    changes = [change for name in names for change in SWEEPS[name].values()]
+    own = vars(DEFAULT).items()
+    return [as_text(change) for change in changes if not change.items() <= own]
 
 
 PROGRESS = ["lambda_vis=0.0", f"lambda_vis={DEFAULT.lambda_vis}", "lambda_vis=1.0", "k_clin=1", "k_clin=null"]

@@ -98,7 +98,7 @@ def test_only_what_changed_runs_again(place):
     )
     assert int(said[1]) > 2 * 17, done.stderr[:2000]  # of two seeds
     assert (
-        sum("papermill" in j for j in jobs) == 4 and len(jobs) == 4 + 2 + 2 * (5 + 7) + 2 * 5
+        sum("papermill" in j for j in jobs) == 4 and len(jobs) == 4 + 2 + 2 * (3 + 7) + 2 * 5
     )  # pages, systems, settings, progress
     assert any('"group_size": 8, "batch_size": 1' in j for j in jobs)
     assert any('"lambda_vis": 1.0' in j and j.endswith("progress_stage1 progress_stage2 ") for j in jobs)

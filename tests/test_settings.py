@@ -38,7 +38,7 @@ def test_config_explains_every_setting(capsys):
     for field in dataclasses.fields(Config):
         assert re.search(rf"^  {field.name} = ", page, re.M), field.name
         assert len(all_settings()[field.name].meaning) > 5, f"{field.name}: say in a comment what it is"
-    assert "[paper, §5.1]" in page and "[ours: the paper does not give it]" in page
+    assert "[see the paper, §5.1]" in page and "[ours: the paper does not give it]" in page
     for name in PRESETS:
         assert f"  {name}: " in page
 

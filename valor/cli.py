@@ -19,7 +19,7 @@ from pathlib import Path
 
 from . import __version__
 from .config import ABOUT_PRESETS, BENCHMARKS, REAL_SOURCES, did_you_mean, parse_settings, versions
-from .files import commit_of
+from .files import commit_of, one_line
 
 # %% ../nbs/07i_cli.ipynb #482c7ba8
 Command = Callable[[argparse.Namespace, dict], None]
@@ -28,14 +28,17 @@ Command = Callable[[argparse.Namespace, dict], None]
 def _late(module: str, function: str, *mistakes: type[Exception]) -> Command:
     """A command that calls `function` of `valor.{module}`, and imports that module only when it runs.
 
-    Exceptions of the types `mistakes`, which a user's input causes, end the command in one line."""
+    Exceptions of the types `mistakes`, which a user's input causes, end the command in one line; what
+    disk, place, network or a reader who has gone cause is left to `in_one_line`."""
 
     def run(args: argparse.Namespace, settings: dict) -> None:
         work = getattr(import_module(f"valor.{module}"), function)
         try:
             work(args, settings)
         except mistakes as e:
-            sys.exit(f"valor: {e}")
+            if isinstance(e, BrokenPipeError) or _of_the_machine(e):
+                raise
+            sys.exit(f"valor: {one_line(e)}")
 
     return run
 

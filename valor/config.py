@@ -214,7 +214,7 @@ def prompt_texts(prompt: str) -> tuple[str, ...]:
     Raises ValueError for a missing file, and for a text that has no place for the image or no words."""
     path = prompt_file(prompt)
     try:
-        lines = [prompt] if path is None else path.read_text("utf-8").splitlines()
+        lines = [prompt] if path is None else path.read_text("utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise ValueError(f"prompt={prompt!r}: not UTF-8; expected a text file") from None
     texts = {number: line.strip() for number, line in enumerate(lines, 1) if line.strip()}
@@ -874,33 +874,32 @@ def seed_of(cfg: Config, name: str) -> int:
         return 0
     return cfg.seed + (101 if name == "expert_seed" else 0)
 
+# %% ../nbs/00_config.ipynb #swpexp00
+def _experts_around(cfg: Config) -> dict[str, dict]:
+    "The experts that are compared with that of `cfg`: the embedded ones, and its own, less trained."
+    embedded = cfg.expert.startswith("embedded")
+    steps = dict(expert_steps=max(1, cfg.expert_steps // 10))
+    own = {"a tenth trained": steps} if embedded else {cfg.expert.rpartition("/")[2]: dict(expert=cfg.expert)}
+    return {"embedded": dict(expert="embedded")} | own | {"labels": dict(expert="embedded-labels")}
+
 # %% ../nbs/00_config.ipynb #c57b3e88
 def sweeps(cfg: Config) -> dict[str, dict]:
     """What is varied around `cfg`: {parameter: {label: change of the configuration}}.
 
-    The change is empty, or changes nothing, for the label of `cfg` itself."""
-    smoke = cfg.preset == "smoke"
-    weights = (0.0, 0.5, 1.0) if smoke else (0.0, 0.25, 0.5, 0.75, 1.0)
-    steps = {"1 (dense)": 1, f"{cfg.k_clin}": cfg.k_clin}
-    if not smoke:
-        steps |= {"16 (rare)": 16, "never": None}
-    reports, G = cfg.batch_size * cfg.group_size, cfg.group_size
-    sizes = {size: dict(group_size=size, batch_size=reports // size) for size in (G // 2, 2 * G)}
-
-    def family(expert: str) -> dict:
-        return {} if cfg.expert == expert else dict(expert=expert)
-
+    A change states its value, and one in each parameter is that of `cfg` itself, which changes nothing."""
+    smoke, reports, G = cfg.preset == "smoke", cfg.batch_size * cfg.group_size, cfg.group_size
+    weights = {0.0, 0.5, 1.0} if smoke else {0.0, 0.25, 0.5, 0.75, 1.0}
+    steps = {1, cfg.k_clin} if smoke else {1, cfg.k_clin, 16, None}
+    said = {1: "1 (dense)", 16: "16 (rare)", None: "never"}
+    in_order = sorted(steps, key=lambda k: math.inf if k is None else k)
+    norms = dict.fromkeys(["centered", "unit", "standardized", cfg.rank_norm])
     return {
-        "lambda_vis": {weight: dict(lambda_vis=weight) for weight in weights},  # Table 3
-        "k_clin": {label: dict(k_clin=k) for label, k in steps.items()},  # Table 4
-        "rank_norm": {"centered": {}} | {mode: dict(rank_norm=mode) for mode in ("unit", "standardized")},
-        "text_in_mix": {"raw": {}, "ranked": dict(text_in_mix="ranked")},
-        "group_size": {G // 2: sizes[G // 2], G: {}, 2 * G: sizes[2 * G]},
-        "expert": {
-            "embedded": family("embedded"),
-            "a tenth trained": dict(expert_steps=max(1, cfg.expert_steps // 10)),
-            "labels": family("embedded-labels"),
-        },
+        "lambda_vis": {w: dict(lambda_vis=w) for w in sorted(weights | {cfg.lambda_vis})},  # Table 3
+        "k_clin": {said.get(k, str(k)): dict(k_clin=k) for k in in_order},  # Table 4
+        "rank_norm": {norm: dict(rank_norm=norm) for norm in norms},
+        "text_in_mix": {mix: dict(text_in_mix=mix) for mix in ("raw", "ranked")},
+        "group_size": {g: dict(group_size=g, batch_size=reports // g) for g in (G // 2, G, 2 * G)},
+        "expert": _experts_around(cfg),
     }
 
 # %% ../nbs/00_config.ipynb #3ee57893

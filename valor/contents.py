@@ -62,6 +62,11 @@ def _connected() -> sqlite3.Connection:
     db.execute(_TABLE)
     return db
 
+# %% ../nbs/00e_contents.ipynb #c0a1k000
+def _key(path: str) -> str:
+    "`path` as SQLite can keep it, also where its bytes are not UTF-8."
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
 # %% ../nbs/00e_contents.ipynb #c0a1c006
 class Digests:
     "SHA-256 of the files under `root`, kept by path, size and time in an SQLite file in `cache_dir()`."
@@ -69,17 +74,17 @@ class Digests:
     def __init__(self, root: Path | str):
         self.db = _connected()
         query = "SELECT path, size, mtime, digest FROM digests WHERE path >= ? AND path < ?"
-        found = self.db.execute(query, (str(root), f"{root}\U0010ffff"))
+        found = self.db.execute(query, (_key(str(root)), _key(str(root)) + "\U0010ffff"))
         self.known, self.new = {path: (state, digest) for path, *state, digest in found}, []
 
     def of(self, path: str, stat: os.stat_result) -> str:
         "The digest of the file `path`, whose `os.stat` is `stat`."
-        state = [stat.st_size, stat.st_mtime_ns]
-        if path in self.known and self.known[path][0] == state:
-            return self.known[path][1]
+        state, key = [stat.st_size, stat.st_mtime_ns], _key(path)
+        if key in self.known and self.known[key][0] == state:
+            return self.known[key][1]
         digest = sha256_of(path)[:32]
         if time.time_ns() - stat.st_mtime_ns > SETTLED:
-            self.new.append((path, *state, digest))
+            self.new.append((key, *state, digest))
         return digest
 
     def close(self) -> None:

@@ -282,7 +282,7 @@ def json_lines(
     """`(line number, value)` of each line of the JSONL file `path` (or `.jsonl.gz`) that is not blank.
 
     A broken line raises `DataError` naming it and what is `expected`; with `stop=False` the error is yielded
-    in place of its value."""
+    in place of its value, unless the line is longer than `LINE`: that one is raised all the same."""
     try:
         if not Path(path).is_file():
             raise DataError(f"{path}: no such file; expected {expected}")
@@ -312,8 +312,8 @@ def _report_of(row: Any, needed: Collection[str]) -> dict:
     absent = next((name for name in needed if name not in row), None)
     if "id" not in row:
         absent = "id"
-    elif field is None and "error" not in row and not needed:
-        absent = "candidate"
+    elif field is None and "error" not in row:
+        absent = absent or "candidate"
     if absent:
         raise ValueError(f"no field {absent!r} but {', '.join(map(repr, row))[:200]}")
     for name in (*needed, field):

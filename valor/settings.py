@@ -40,10 +40,10 @@ _PLACES = re.compile(r"(?:Eqs?\. \d+(?: to \d+)?|§\d+(?:\.\d+)*|Algorithm \d|Fi
 
 
 def source_of(meaning: str) -> str:
-    "Where the setting that `meaning` explains comes from, in a few words."
+    "Where the paper speaks of the setting that `meaning` explains, or that it is ours."
     places = ", ".join(dict.fromkeys(_PLACES.findall(meaning)))
     if places:
-        return f"paper, {places}"
+        return f"see the paper, {places}"
     return "ours: the paper does not give it" if "not given" in meaning else "ours"
 
 # %% ../nbs/00g_settings.ipynb #set00011
@@ -54,7 +54,7 @@ class Setting(NamedTuple):
     group: str  # the docstring of the dataclass that declares it
     default: object
     meaning: str
-    source: str
+    source: str  # where the paper speaks of it, or that it is ours
     allowed: str  # what its rule says; "" where its type alone decides
 
 

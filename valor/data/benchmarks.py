@@ -391,6 +391,7 @@ def study_seed(study_id: str, seed: int) -> int:
 def render_study(study_id: str, findings: Iterable[Finding], seed: int, size: int) -> tuple[dict, list[dict]]:
     """`(image, truth)` of one row of the schema: the PNG, and the `findings` with their boxes (x0, y0,
     x1, y1 in [0, 1])."""
+    findings = tuple(findings)
     pixels, boxes = render(findings, study_seed(study_id, seed), size)
     return png_bytes(pixels), to_truth(findings, boxes)
 
@@ -530,8 +531,8 @@ def load_benchmark(
     n_test: int | None = None,
     seed: int = 0,  # makes the studies of `phantom`
     size: int = 96,  # pixels of the square images
-    sections: str = "both",  # what `report` holds: "both" or "findings"
-    render_seed: int = 0,  # chooses the anatomy that `openi_rendered` draws
+    sections: str = "both",  # what `report` holds: "both", "impression_first" or "findings"
+    render_seed: int = 0,  # another one draws the same findings in other patients
     omit: float = 0.0,  # share of findings that `phantom`'s training references leave out
     context: Sequence[str] = (),  # fields that a column `context` tells of each study
 ) -> DatasetDict:

@@ -11,7 +11,7 @@ import base64
 import io
 import mmap
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
@@ -336,7 +336,8 @@ class XRay(datasets.Image):
         made = []
         for value in storage.to_pylist():
             if value is not None:
-                value = {"bytes": to_png(self.decode_example(value)), "path": value["path"]}
+                image = replace(self, decode=True).decode_example(value)
+                value = {"bytes": to_png(image), "path": value["path"]}
             made.append(value)
         return pa.array(made, type=self.pa_type)
 

@@ -17,6 +17,7 @@ import ijson
 
 from .benchmarks import split_of
 from valor.data.sources import (
+    _TEXTS,
     BROKEN_ROW,
     Fault,
     Study,
@@ -52,18 +53,24 @@ def _plus_image(root: Path, path: str) -> str:
     return str(first_there(root / "PNG" / png, root / "PNG" / "PNG" / png, root / png, root / path))
 
 # %% ../../nbs/data/04a_more_sources.ipynb #587108a4
-def _plus_labels(root: Path, part: str) -> dict[str, list[int | None]]:
-    "{path_to_image: labels}, the distributor's CheXbert labels of `part`; {} where they are not there."
+def _plus_labels(root: Path, part: str) -> tuple[dict[str, list[int | None]], list[Fault]]:
+    """({path_to_image: labels}, broken lines): the distributor's CheXbert labels of the text `part`; both are
+    empty where these are not there. Raises `DataError` for a text that has none."""
+    if part not in _TEXTS:
+        raise DataError(f"labels_of={part!r}: expected one of {', '.join(map(repr, _TEXTS))}")
     name = f"{part}_fixed.json"
     file = first_there(root / "chexbert_labels" / name, root / "CheXpert_Labels" / name)
     if not file.is_file():
-        return {}
-    found = {}
-    for _, row in json_lines(file, stop=False):
-        if isinstance(row, dict) and "path_to_image" in row:
+        return {}, []
+    found, broken = {}, []
+    for number, row in json_lines(file, stop=False):
+        try:
             values = [row.get(o) for o in OBSERVATIONS]
             found[row["path_to_image"]] = [None if v is None or v != v else int(v) for v in values]
-    return found
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
+            wanted = "expected an object with path_to_image, and numbers or null as labels"
+            broken.append(Fault(f"line {number}", "broken labels", f"{file}:{number}", wanted, "image"))
+    return found, broken
 
 # %% ../../nbs/data/04a_more_sources.ipynb #mor0000a
 def _plus_study(row: Mapping[str, str], path: re.Match, where: str, valid: str) -> Study:
@@ -104,7 +111,8 @@ def read_chexpert_plus(
     if valid not in ("test", "val"):
         raise DataError(f"valid={valid!r}: expected 'test' or 'val'")
     root = _folder(root, "df_chexpert_plus_240401.csv")
-    table, labels = root / "df_chexpert_plus_240401.csv", _plus_labels(root, labels_of)
+    table, (labels, broken) = root / "df_chexpert_plus_240401.csv", _plus_labels(root, labels_of)
+    yield from broken
     studies: dict[str, Study] = {}
     for number, row in read_table(table, ["path_to_image", "section_findings", "section_impression"]):
         where = f"{table}:{number}"
@@ -326,6 +334,9 @@ def _rex_entries(path: Path, root: Path, split: str) -> Iterator[Study | Fault]:
                     yield _rex_study(name, entry, root, split, where)
                 else:
                     yield Fault(name, "broken entry", where, "expected an object for each study")
+            file.seek(0)
+            if not file.read(4096).lstrip().startswith(b"{"):  # of a list ijson finds no entry
+                raise DataError(f"{path}: no JSON object; expected one with an entry for each study")
     except (ijson.JSONError, UnicodeDecodeError) as e:
         raise DataError(f"{path}: not readable as JSON ({one_line(e)})") from e
 

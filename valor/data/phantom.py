@@ -545,6 +545,7 @@ def render(
 
     Deterministic in its arguments; anatomy, exposure and whatever the findings leave open vary with
     `seed`. Raises ValueError for a finding that is not in FINDINGS or a size under 32."""
+    findings = tuple(findings)
     for f in findings:
         if f.name not in FINDINGS:
             raise ValueError(f"finding {f.name!r} is unknown; expected one of {', '.join(FINDINGS)}")
@@ -786,7 +787,7 @@ def _scarring(film, finding, rng):
 @_painter("interstitial")
 def _interstitial(film, finding, rng):
     net = np.abs(_noise(rng, film.size, 44))
-    where = 1 if finding.side in (None, "bilateral") else film.u * _sides(finding, rng)[0] > 0
+    where = 1 if finding.side == "bilateral" else film.u * _sides(finding, rng)[0] > 0
     zone = {"upper": 0.3, "mid": 0.48, "lower": 0.64}.get(finding.zone)
     if zone:
         where = where * _bump(film.y - zone, 0.12)
@@ -1089,7 +1090,7 @@ def _written(said, findings, rng):
     "The report of a study with `findings` that states `said` of them."
     for f in findings:
         if f.what not in _NOUNS:
-            raise ValueError(f"finding {f.what!r} has no words; expected one of {', '.join(PHANTOM_NAMES)}")
+            raise ValueError(f"finding {f.what!r} has no words; expected one of {', '.join(_NOUNS)}")
     sentences = [(_ORDER[f.name], _sentence(f, rng)) for f in said] + _negatives(findings, rng)
     turn = _pick(rng, (0, 0, 1))  # some start with the lungs, some with devices
     sentences.sort(key=lambda s: (s[0] - turn) % 5)
@@ -1338,6 +1339,7 @@ def spans(text: str, truth: Iterable[Finding]) -> list[tuple[int, int, str]]:
     "wrong" or "mislocated".
 
     Denials are judged too: one of what is there is "wrong", one of what is absent is not listed."""
+    truth = tuple(truth)
     places, whats, out = {t.where for t in truth}, {t.what for t in truth}, []
     for f, start, end, negated in _mentions(text):
         if negated and f.what not in whats:
@@ -1408,6 +1410,7 @@ def swap_finding(findings: Sequence[Finding], rng: Generator) -> tuple[Finding, 
     return None
 
 # %% ../../nbs/data/00_phantom.ipynb #74a43c3d
+# "flipped" has another finding in the place of one, "moved" a finding on the other side
 EDITS = {"flipped": swap_finding, "dropped": drop_one, "added": add_one, "moved": flip_side}
 
 # %% ../../nbs/data/00_phantom.ipynb #08cb3758

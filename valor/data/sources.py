@@ -110,9 +110,8 @@ def _folder(root: Path | str, *expected: str) -> Path:
     root = Path(root).expanduser()
     if not root.is_dir():
         found = "is a file" if root.exists() else "no such folder"
-        raise DataError(
-            f"root={str(root)!r}: {found}; expected the folder that holds {' and '.join(expected)}"
-        )
+        wanted = f"the folder that holds {' and '.join(expected)}" if expected else "a folder"
+        raise DataError(f"root={str(root)!r}: {found}; expected {wanted}")
     for name in expected:
         if not (root / name).exists():
             raise DataError(f"{root}: no {name} in it; expected {' and '.join(expected)}")
@@ -749,6 +748,8 @@ def _own_images(row: dict) -> tuple[list, list[str]]:
         images = [images] if images else []
     if isinstance(views, str):
         views = [v.strip() for v in views.split(";")] if views else []
+    if not isinstance(views, list):
+        views = [views] if views is not None else []
     return images, views
 
 # %% ../../nbs/data/04_sources.ipynb #6229121b
@@ -760,6 +761,8 @@ def _own_fault(row: dict, base: Path) -> tuple[str, str] | None:
             found = f"{type(value).__name__} ({str(value)[:30]!r})"
             return "not a text", f"{column} is {found}; expected text"
     images, views = _own_images(row)
+    if wrong := [view for view in views if view is not None and not isinstance(view, str)]:
+        return "not a text", f"view {wrong[0]!r}; expected text such as PA, or one for each image"
     if views and len(views) != len(images):
         counts = f"{len(images)} images and {len(views)} views"
         return "views do not fit", f"{counts}; expected one view for each"
@@ -1011,13 +1014,16 @@ def text_columns(source: str, root: Path | str) -> set[str] | None:
 
 # %% ../../nbs/data/04_sources.ipynb #bfdf5726
 def terms_of(benchmark: str) -> Terms:
-    "The `Terms` of a source or embedded benchmark. Raises `ValueError` for an unknown name."
+    """The `Terms` of a source or embedded benchmark; one that states none counts as restricted.
+
+    Raises `ValueError` for an unknown name."""
     if benchmark in SOURCES:
         return SOURCES[benchmark].terms
     if benchmark not in BENCHMARKS:
         known = ", ".join([*SOURCES, *BENCHMARKS])
         raise ValueError(f"source={benchmark!r} is unknown; expected one of {known}")
-    return BENCHMARKS[benchmark].terms
+    unstated = Terms(benchmark, "its terms are not stated", restricted=True)
+    return BENCHMARKS[benchmark].terms or unstated
 
 # %% ../../nbs/data/04_sources.ipynb #c216318e
 def _host(endpoint: str) -> str | None:

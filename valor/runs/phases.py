@@ -48,7 +48,7 @@ from ..data.benchmarks import benchmark_of
 from ..data.restricted import PlaceError, check_place, guarded_output
 from ..data.sources import DataError, terms_of
 from ..data.studies import reading
-from ..files import locked, sha256_of, whole
+from ..files import locked, one_line, sha256_of, whole
 from ..policy.models import LOADING
 from ..rewards.compose import extras_of
 from ..rewards.guard import RewardError
@@ -671,4 +671,4 @@ def own_job() -> None:
     try:
         ensure(sys.argv[1], Config(**json.loads(sys.argv[2])))
     except (ValueError, *MISTAKES) as e:
-        sys.exit(f"valor: {e}")
+        sys.exit(f"valor: {one_line(e)}")

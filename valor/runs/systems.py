@@ -28,6 +28,7 @@ from ..config import Config, is_first, key_of, preset, processes, runs_dir
 from ..contents import fingerprint_once
 from ..data.benchmarks import benchmark_of
 from ..figures import save, save_page, use_style
+from ..files import one_line
 from ..metrics import statistics as ev
 from ..metrics.groups import fewest_studies, group_section, is_fresh, part_of
 from ..metrics.seeds import Frames
@@ -292,7 +293,7 @@ def start_run(args: Namespace, settings: dict) -> Config:
         if cfg.base != "embedded":
             check_policy(cfg.base, cfg.trust_remote_code)
     except (ValueError, *MISTAKES) as e:
-        sys.exit(f"valor: {e}")
+        sys.exit(f"valor: {one_line(e)}")
     return cfg
 
 # %% ../../nbs/runs/03_systems.ipynb #s3sys012
@@ -328,7 +329,7 @@ def dry_run(args: Namespace, settings: dict, wanted_by: Callable) -> None:
             raise ValueError(f"data_root={cfg.data_root!r}: no such folder or file")
         print_plan(wanted_by(cfg), processes())
     except (ValueError, *MISTAKES) as e:
-        sys.exit(f"valor: {e}")
+        sys.exit(f"valor: {one_line(e)}")
 
 # %% ../../nbs/runs/03_systems.ipynb #s3sys008
 def stand_ins(cfg: Config) -> str:
@@ -354,7 +355,7 @@ def run_main(args: Namespace, settings: dict) -> None:
         with job(wanted_by_run(cfg), out.name):
             table, _, files = main_job([cfg], out)
     except MISTAKES as e:
-        sys.exit(f"valor: {e}")
+        sys.exit(f"valor: {one_line(e)}")
     for start in range(0, table.shape[1], 4):
         print(f"\n{table.iloc[:, start : start + 4].to_string()}")
     print()
@@ -378,7 +379,7 @@ def run_train(args: Namespace, settings: dict) -> None:
         with job([(args.until, cfg, "")], f"{args.until}-{job_name(cfg)}", processes()):
             folder = ensure(args.until, cfg)
     except (ValueError, *MISTAKES) as e:
-        sys.exit(f"valor: {e}")
+        sys.exit(f"valor: {one_line(e)}")
     if not is_first():
         return
     print(f"{folder}")
