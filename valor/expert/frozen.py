@@ -226,8 +226,6 @@ def check_own(name: str) -> None:
     """Raises ValueError unless `package.module:attribute` can be imported and, as far as can be said without
     making an expert, is one or can be called without arguments to make one."""
     found = _named(name)
-    if inspect.isclass(found) or hasattr(found, "image_features"):
-        with_methods(found, name)
     if inspect.isclass(found) or not hasattr(found, "image_features"):
         try:
             inspect.signature(found).bind()
@@ -236,6 +234,8 @@ def check_own(name: str) -> None:
             raise ValueError(f"expert={name!r}: cannot be made without arguments ({why})") from e
         except ValueError:  # a callable that does not tell its arguments
             pass
+    if inspect.isclass(found) or hasattr(found, "image_features"):
+        with_methods(found, name)
 
 
 def own_expert(name: str) -> Any:
