@@ -103,16 +103,16 @@ def film_seed(study_id: str) -> int:
 def erase(row: Mapping, which: int) -> dict:
     """The phantom study `row` without the finding number `which` of its truth: a row with `FEATURES`.
 
-    Image, truth, labels and texts are those of what is left; the texts state all of it. Raises ValueError
-    if the study is not of the phantom benchmark or its film is not the one that its name stands for, and
-    IndexError if there is no such finding."""
+    Image, truth, labels and texts are those of what is left; the texts state all of it. A negative `which`
+    counts from the end. Raises ValueError if the study is not of the phantom benchmark or its film is not
+    the one that its name stands for, and IndexError if there is no such finding."""
     findings, seed = from_truth(row["truth"]), film_seed(row["study_id"])
     film = np.asarray(row["image"])
     if not np.array_equal(film, render(findings, seed, len(film))[0]):
         raise ValueError(f"study {row['study_id']}: its film is not the one that is drawn for it")
     image, boxes = render_without(findings, which, seed, len(film))
     left = [f for i, f in enumerate(findings) if i != which % len(findings)]
-    found, impression = write_report(left, np.random.default_rng([seed, which]))
+    found, impression = write_report(left, np.random.default_rng([seed, which % len(findings)]))
     sections = sections_in(row["report"])
     texts = dict(findings=found, impression=impression, report=compose_report(found, impression, sections))
     same = dict(study_id=row["study_id"], split=row["split"])

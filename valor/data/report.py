@@ -118,7 +118,7 @@ def views_table(views: pd.DataFrame) -> pd.DataFrame:
     """A row for each view that the source states (`tag`): how many of its images show which view by their
     picture (data/06_views). `contradicted`: it surely shows the other one."""
     if not len(views):
-        why = "the stated views are trusted; check='full' compares them with the pictures"
+        why = "no picture was read; check='full' reads all, unless view='none'"
         return pd.DataFrame({"pictures read": [0]}, index=pd.Index([why], name="tag"))
     table = pd.crosstab(views.tag, views.picture)
     other = {"frontal": "lateral", "lateral": "frontal"}
@@ -126,10 +126,22 @@ def views_table(views: pd.DataFrame) -> pd.DataFrame:
     return table.rename_axis(columns=None)
 
 # %% ../../nbs/data/07_report.ipynb #ef0911f6
+def _views_from(info: dict[str, Any]) -> str:
+    "Where the views of a source's images come from, by the `info` of its `Studies`."
+    view = info["how"]["view"]
+    if view == "none":
+        return "none: no image is read"
+    if view not in ("frontal", "both") and info["check"] != "full":
+        return "as stated; no picture is read"
+    stated = SOURCES[info["source"]].trusted_views
+    how = "as stated, by the picture where none is stated" if stated else "by the picture"
+    films, wrong = FIVE_FOLD["films"], FIVE_FOLD["wrong"]
+    return f"{how} (of {films:,} films the picture is read wrong in {wrong})"
+
+
 def _source_rows(studies: Studies) -> dict[str, Any]:
     "What the report says of the source: its terms, how it was read, and how far its views can be trusted."
     info, terms = studies.info, terms_of(studies.info["source"])
-    trusted = SOURCES[info["source"]].trusted_views
     used = Counter(p for d in studies.values() for p in paths(d))
     restricted = "yes: nothing leaves the machine unless the endpoint is named"
     return {
@@ -138,9 +150,8 @@ def _source_rows(studies: Studies) -> dict[str, Any]:
         "restricted": restricted if terms.restricted else "no",
         **info["how"],
         "images checked": "by a glance at both ends" if info["check"] == "glance" else "in full",
-        "views": f"{'as stated' if trusted else 'by the picture'}, by the picture where none is stated (of "
-        f"{FIVE_FOLD['films']:,} films the picture is read wrong in {FIVE_FOLD['wrong']})",
-        "images used by two studies": sum(n for n in used.values() if n > 1),
+        "views": _views_from(info),
+        "images used by several studies": sum(n > 1 for n in used.values()),
     }
 
 # %% ../../nbs/data/07_report.ipynb #a17aa29c
@@ -205,5 +216,6 @@ def run_report(args: argparse.Namespace, settings: dict[str, Any]) -> None:
         studies.set_aside.to_csv(args.out / "set_aside.csv", index=False)
         studies.views.to_csv(args.out / "views_read.csv", index=False)
         for title, table in report.items():
-            table.to_csv(args.out / f"{title.lower().replace(' ', '_')}.csv")
+            name = "set_aside_by_kind" if title == "Set aside" else title.lower()
+            table.to_csv(args.out / f"{name}.csv")
     print(f"{args.out}")

@@ -390,7 +390,7 @@ def add_labels(rows: list[dict], studies: list[Study], how: dict[str, Any]) -> d
         judged = _by_rules(rows)
     else:
         judged = list(map(_by_codes if how["labels"] == "codes" else _by_source, studies))
-    absent = "MeSH codes" if how["labels"] == "codes" else "row in the CheXpert table"
+    absent = "MeSH codes" if how["labels"] == "codes" else "row in the source's table of labels"
     why = f"no {absent}; labels={how['labels']!r} needs them (labels='rules' reads the report instead)"
     faults = {}
     for i, (row, study, labels) in enumerate(zip(rows, studies, judged)):
@@ -711,10 +711,11 @@ def _what_was_lacking(seen: Counter, first: Fault | None, sections: str) -> str:
     "What to do where no study is left: other sections if these are missing, else the first fault."
     texts = [t for t in ("findings", "impression", "report") if seen[f"with {t}"]]
     lacks = [t for t in ("findings", "impression", "report") if seen[f"study: no {t}"]]
-    if lacks and texts:
+    others = [t for t in texts if t not in lacks] or [t for t in texts if t != sections]
+    if lacks and others:
         return (
             f"; sections={sections!r} needs {' and '.join(lacks)}, and what the studies have is "
-            f"{', '.join(texts)}: give sections={texts[-1]!r}"
+            f"{', '.join(texts)}: give sections={others[-1]!r}"
         )
     return f"; the first fault is {first}" if first else ""
 
@@ -785,7 +786,8 @@ def load_studies(
     `DataError` where the source cannot be read (or, if `strict`, has any fault) or no study is left."""
     _check_arguments(source, check, size)
     how = _how(source, root, preset, changes)
-    plan = Plan(source, root, how, size, check, splits, dict(options or {}))
+    given = {name: str(v) if isinstance(v, Path) else v for name, v in (options or {}).items()}
+    plan = Plan(source, root, how, size, check, splits, given)
     folder = Path(cache or cache_dir()).expanduser() / f"{source}-{_index_key(plan)}"
     with guarded_output(folder, source, "set VALOR_CACHE (or cache=) to a folder outside"):
         return _opened(folder, plan, strict, refresh)

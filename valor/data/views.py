@@ -110,8 +110,8 @@ class KnownViews:
         return found
 
     def put(self, views: dict[str, str]) -> None:
-        "Keep {path: view}."
-        rows = [(_file_key(path), view) for path, view in views.items()]
+        "Keep {path: view}; a file that is no longer there is left out."
+        rows = [(key, view) for path, view in views.items() if (key := _file_key(path))]
         self.db.execute("BEGIN IMMEDIATE")
         self.db.executemany("INSERT OR REPLACE INTO views VALUES (?, ?)", rows)
         self.db.execute("COMMIT")

@@ -401,12 +401,16 @@ def retrieval(
 # %% ../../nbs/expert/00_embedded.ipynb #em0024
 def quality(expert: Expert, dataset: Dataset, edits: Edits, rng: Generator) -> dict[str, float | int]:
     """How well `expert` judges the studies of `dataset`: R@1 among 8 (see `retrieval`) and, per kind of
-    edit, how often it prefers the true report, over how many pairs, and before a wrong image."""
+    edit, how often it prefers the true report, over how many pairs, and before a wrong image. A kind of edit
+    that fewer than two studies allow has 0 pairs, and NaN."""
     images, texts = study_features(expert, image_lists(dataset)), expert.text_features(dataset["report"])
     out = retrieval((texts @ images.T).numpy(), study_keys(dataset), rng)
     for kind in KINDS:
         edited = {i: t for i in range(len(dataset)) if (t := edits(i, kind, rng)) is not None}
         rows = list(edited)
+        if len(rows) < 2:  # no other study with such an edit has an image to lend
+            out |= {kind: np.nan, f"{kind}, pairs": 0, f"{kind}, wrong image": np.nan}
+            continue
         gain = texts[rows] - expert.text_features(list(edited.values()))
         right, wrong = (
             float(((images[of] * gain).sum(-1) > 0).float().mean()) for of in (rows, np.roll(rows, 1))

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EXPERTS', 'OWN', 'OWN_KIND', 'VOCABULARIES', 'STAND_INS', 'HARMLESS', 'image_key', 'ask', 'VectorCache',
-           'KnownImages', 'FrozenExpert', 'ExpertKind', 'register_expert', 'with_methods', 'own_expert', 'read_config',
-           'check_tokenizer_name', 'file_of_model', 'overlay', 'CountingTokenizer', 'open_clip_expert', 'LabelExpert',
-           'build_classifier', 'fit_classifier', 'learnable', 'train_classifier', 'classifier_expert',
+           'KnownImages', 'FrozenExpert', 'ExpertKind', 'register_expert', 'with_methods', 'check_own', 'own_expert',
+           'read_config', 'check_tokenizer_name', 'file_of_model', 'overlay', 'CountingTokenizer', 'open_clip_expert',
+           'LabelExpert', 'build_classifier', 'fit_classifier', 'learnable', 'train_classifier', 'classifier_expert',
            'embedded_expert', 'xrv', 'xrv_columns', 'prepared', 'Shell', 'tensors_of', 'TensorsOnly', 'ShellPickle',
            'read_module', 'read_weights', 'parse_xrv', 'xrv_weights', 'xrv_model', 'xrv_expert', 'kind_of',
            'check_expert', 'load_expert', 'try_expert']
@@ -174,7 +174,8 @@ class FrozenExpert(KnownImages):
 # %% ../../nbs/expert/01_frozen.ipynb #frz2reg1
 @dataclass(frozen=True)
 class ExpertKind:
-    "A kind of expert. `expert=NAME` and `expert=NAME:anything` in a configuration mean the kind `NAME`."
+    """A kind of expert. `expert=NAME` in a configuration means the kind `NAME`, and so does
+    `expert=NAME:anything`, unless the kind is `trained`."""
 
     name: str
     # (the name in the configuration, what labels reports) -> object with the methods of an expert
@@ -221,6 +222,22 @@ def with_methods(expert: Any, name: str) -> Any:
     return expert
 
 # %% ../../nbs/expert/01_frozen.ipynb #frz2own1
+def check_own(name: str) -> None:
+    """Raises ValueError unless `package.module:attribute` can be imported and, as far as can be said without
+    making an expert, is one or can be called without arguments to make one."""
+    found = _named(name)
+    if inspect.isclass(found) or not hasattr(found, "image_features"):
+        try:
+            inspect.signature(found).bind()
+        except TypeError as e:
+            why = one_line(e, kind=True, longest=200)
+            raise ValueError(f"expert={name!r}: cannot be made without arguments ({why})") from e
+        except ValueError:  # a callable that does not tell its arguments
+            pass
+    if inspect.isclass(found) or hasattr(found, "image_features"):
+        with_methods(found, name)
+
+
 def own_expert(name: str) -> Any:
     """The expert at `package.module:attribute`. A class or function there is called without arguments, and
     returns the expert.
@@ -236,7 +253,7 @@ def own_expert(name: str) -> Any:
     return with_methods(found, name)
 
 
-OWN_KIND = ExpertKind("package.module:attribute", lambda expert, labeler: own_expert(expert), own_expert)
+OWN_KIND = ExpertKind("package.module:attribute", lambda expert, labeler: own_expert(expert), check_own)
 
 # %% ../../nbs/expert/01_frozen.ipynb #fecc2e8c
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
@@ -790,7 +807,7 @@ def kind_of(name: str) -> ExpertKind:
     """The kind of expert that `name` means: a registered name (up to a colon), a folder with the file of a
     kind, or `package.module:attribute`. Raises ValueError if it is none of these."""
     word, folder = name.partition(":")[0], Path(name).expanduser()
-    if word in EXPERTS:
+    if name in EXPERTS or word in EXPERTS and not EXPERTS[word].trained:
         return EXPERTS[word]
     # a trained expert is an open_clip model with one more file, so its file is looked for first
     for kind in sorted(EXPERTS.values(), key=lambda kind: not kind.trained):
@@ -827,8 +844,14 @@ def load_expert(name: Path | str, labeler: Any = None, cache: Path | str | None 
         )
     if kind.check:
         kind.check(name)
-    inner = with_methods(kind.make(name, labeler or RuleLabeler()), name)
-    return FrozenExpert(inner, kind.name if kind.trained else name, cache)
+    try:
+        made = kind.make(name, labeler or RuleLabeler())
+    except Exception as e:
+        if isinstance(e, ValueError) and not kind.trained:
+            raise
+        why = one_line(e, kind=True, longest=200)
+        raise ValueError(f"expert={name!r}: cannot be loaded ({why}); expected a whole one") from e
+    return FrozenExpert(with_methods(made, name), kind.name if kind.trained else name, cache)
 
 # %% ../../nbs/expert/01_frozen.ipynb #frz7try0
 def try_expert(expert: FrozenExpert) -> FrozenExpert:

@@ -27,10 +27,10 @@ def age_band(age: int | None) -> str | None:
 
 def groups_of(studies: Dataset) -> dict[str, list[str | None]]:
     "{view, sex, age: the part of each study, or None}, without those that are the same for all."
-    rows = {name: studies[name][:] for name in ("position", "sex", "age") if name in studies.column_names}
-    if not rows:
-        return {}
-    parts = dict(view=rows["position"], sex=rows["sex"], age=[age_band(age) for age in rows["age"]])
+    names = dict(view="position", sex="sex", age="age")
+    parts = {by: studies[name][:] for by, name in names.items() if name in studies.column_names}
+    if "age" in parts:
+        parts["age"] = [age_band(age) for age in parts["age"]]
     return {by: values for by, values in parts.items() if len({v for v in values if v}) > 1}
 
 # %% ../../nbs/metrics/06_groups.ipynb #grp00009

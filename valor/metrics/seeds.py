@@ -149,8 +149,8 @@ def _put_aside(path: Path) -> None:
 def kept_systems(frames: Mapping, about: dict, path: Path) -> dict[str, pd.DataFrame]:
     """`{system: frame}` of the file `path` that may stand beside the new `frames` {system: frame}: those that
     these lack, or have with fewer columns, if the file was made with the settings, versions and CPU of the
-    new sidecar `about`. The names of the runs behind them are added to `about`. Where systems are left out,
-    a line says so, and the file stays as `.old`."""
+    new sidecar `about`. The names of the runs behind them are added to `about`. Where systems, or
+    columns of them, are left out, a line says so, and the file stays as `.old`."""
     if not path.exists():
         return {}
     try:
@@ -161,9 +161,13 @@ def kept_systems(frames: Mapping, about: dict, path: Path) -> dict[str, pd.DataF
         return {}
     more = {s: frame for s, frame in old.items() if s not in frames or _is_more(frame, frames[s])}
     if more and not _same_origin(beside, about):
-        if lost := [system for system in more if system not in frames]:
+        if lost := [
+            s
+            for s, frame in more.items()
+            if s not in frames or set(frame.dropna(axis=1, how="all")) - set(frames[s])
+        ]:
             _put_aside(path)
-            said = "left out, of another machine or other settings; kept in"
+            said = "left out, of another machine or other settings (in full, or further columns); kept in"
             print(f"{path.name}: {', '.join(lost)} {said} {path.name}.old")
         return {}
     about["runs"] = sorted({*about["runs"], *(beside["runs"] if more else ())})
@@ -466,7 +470,9 @@ def _contrast_row(frames: Frames, contrast: Contrast, n_boot: int, seed: int, kn
     if len(each):
         row |= dict(zip(("t_lo", "t_hi"), mean_interval(each)))
         row |= dict(zip(("rerun_lo", "rerun_hi"), prediction_interval(each)))
-        row |= dict(p=sign_flip_test(each), smallest_p=smallest_p(len(each)))
+        row |= dict(smallest_p=smallest_p(len(each)))
+    if 1 <= len(each) <= MOST_SEEDS:
+        row |= dict(p=sign_flip_test(each))
     return row | {f"seed {seed}": gap for seed, gap in gaps.items()}
 
 # %% ../../nbs/metrics/03_seeds.ipynb #seed001g
@@ -487,7 +493,8 @@ def contrast_table(
     smallest that so many seeds can give, Holm's `p_holm` within the family, and each seed's difference in
     a column of its own (`seed 0`, …).
 
-    A contrast without a seed stays in the table, as NaN."""
+    A contrast without a seed stays in the table, as NaN. `p` and `p_holm` are NaN too with more than
+    `MOST_SEEDS` seeds, for which `sign_flip_test` is not computed."""
     rows = [_contrast_row(frames, contrast, n_boot, seed, known) for contrast in contrasts]
     table = pd.DataFrame(rows, columns=list(dict.fromkeys([*_COLUMNS, *itertools.chain(*rows)])))
     for family in dict.fromkeys(table.family):

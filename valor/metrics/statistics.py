@@ -859,8 +859,11 @@ def plot_results(
     tidy: pd.DataFrame, metrics: Sequence[str], title: str | None = None, columns: int = 4
 ) -> plt.Figure:
     """One panel per metric, at most `columns` side by side: every system's value with its interval and its
-    seeds, in the order of the table. Metrics that do not apply are left out."""
+    seeds, in the order of the table. Metrics that do not apply are left out. Raises ValueError if none
+    applies."""
     metrics = [m for m in metrics if tidy.query("metric == @m").value.notna().any()]
+    if not metrics:
+        raise ValueError("tidy: none of the metrics is defined for these studies; expected a number of one")
     columns = min(columns, len(metrics))
     height = 0.7 + (0.19 * tidy.system.nunique() + 0.6) * -(-len(metrics) // columns)
     fig, axes = panels(len(metrics), columns, height, sharey=True, layout="constrained")
@@ -927,9 +930,12 @@ def _legend_of(fig: plt.Figure, systems: Sequence[str | None], marks: Sequence[t
 # %% ../../nbs/metrics/00_statistics.ipynb #cfdc1f59
 def plot_progression(log: pd.DataFrame, k_clin: int | None = None, title: str | None = None) -> plt.Figure:
     """Panels over k for a log with columns `k` and `stage`, one for each other column of numbers: the running
-    mean over `SMOOTH` updates, drawn over the faint raw values. `k_clin` marks the onset of injection."""
+    mean over `SMOOTH` updates, drawn over the faint raw values. `k_clin` marks the onset of injection.
+    Raises ValueError if no column has a number."""
     numbers = [c for c in log.select_dtypes("number") if c not in ("k", "stage", "seed")]
     quantities = [c for c in numbers if log[c].notna().any()]
+    if not quantities:
+        raise ValueError("log: no quantity in it; expected a column of numbers besides k, stage and seed")
     systems = list(log["system"].drop_duplicates()) if "system" in log else [None]
     columns = min(3, len(quantities))
     size = (PAGE * columns / 3, 1.5 * -(-len(quantities) // columns) + 0.35)

@@ -57,7 +57,7 @@ def sentence_of(row: Mapping) -> str:
     higher = REGISTERED[row["metric"]].higher_is_better
     if np.isnan(row["difference"]):
         return f"{row['a']} − {row['b']}, {row['metric']}: not measured on a common seed"
-    if row["lo"] <= 0 <= row["hi"]:
+    if not (row["lo"] > 0 or row["hi"] < 0):  # without an interval neither is known
         says = "undecided"
     else:
         says = "better" if (row["difference"] > 0) == higher else "worse"

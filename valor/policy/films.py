@@ -103,10 +103,12 @@ AutoModel.register(FilmTowerConfig, FilmTower)
 
 # %% ../../nbs/policy/00b_films.ipynb #flm00018
 def moved(pixels: Tensor, rng: np.random.Generator, amount: float = 1.0) -> Tensor:
-    """`pixels` `(B, C, H, W)`, each image with a small random shift, turn, stretch and change of contrast.
+    """`pixels` `(B, C, H, W)`, each image with a small random shift, turn, shear, stretch and change
+    of contrast.
 
     At `amount` 1 the standard deviations are 3 % of the side, 8 % of an angle (in radians) and of a stretch,
-    and 10 % of contrast. Nothing is mirrored. Zero stands where nothing was."""
+    and 10 % of contrast. The two entries of the matrix that turn an image are drawn apart, which shears it
+    too. Nothing is mirrored. Zero stands where nothing was."""
     draw = rng.standard_normal((len(pixels), 7)).clip(-2, 2) * amount
     stretch_x, stretch_y, turn_x, turn_y, shift_x, shift_y, contrast = torch.tensor(
         draw.T, dtype=pixels.dtype

@@ -241,6 +241,20 @@ ORIGINAL_LLAVA = {  # LLaVA's original format, by model_type: what to do instead
 }
 
 
+_AGAIN = "download or copy it again"
+
+
+def _json_in(path: Path) -> dict:
+    "The JSON object in the file `path`. Raises `ValueError`, naming it, if there is none."
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as e:
+        raise ValueError(f"{path}: truncated or damaged ({one_line(e)[:300]}); {_AGAIN}") from e
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: a {type(found).__name__}; expected a JSON object; {_AGAIN}")
+    return found
+
+# %% ../../nbs/policy/01_models.ipynb #d0de1a3a
 def _check_folder(path: Path | str) -> None:
     "Raise `ValueError` if the folder `path` has no `config.json`, or one of LLaVA's original format."
     folder, said = Path(path), f"model={str(path)!r}"
@@ -256,7 +270,7 @@ def _check_folder(path: Path | str) -> None:
             f"{said}: no config.json in it; expected a folder that transformers' save_pretrained wrote"
             + remedy
         )
-    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    kind = _json_in(folder / "config.json").get("model_type")
     if kind in ORIGINAL_LLAVA:
         raise ValueError(f"{said}: model_type={kind!r} is LLaVA's original format; {ORIGINAL_LLAVA[kind]}")
 
@@ -285,9 +299,6 @@ def check_kind(path: Path | str, trust_remote_code: bool = False) -> None:
     )
 
 # %% ../../nbs/policy/01_models.ipynb #d0de1a34
-_AGAIN = "download or copy it again"
-
-
 def _tensors_in(path: Path) -> set[str]:
     "Names of the tensors in the file `path`. Raises `ValueError` if it is cut off or damaged."
     try:
@@ -308,8 +319,11 @@ def check_files(path: Path | str) -> None:
     single = (folder / "model.safetensors").is_file()  # transformers' first choice
     names = () if single else ("model.safetensors.index.json", "pytorch_model.bin.index.json")
     index = next((folder / name for name in names if (folder / name).is_file()), None)
-    listed = json.loads(index.read_text())["weight_map"] if index else {}  # tensor → name of its file
+    listed = _json_in(index).get("weight_map") if index else {}  # tensor → name of its file
+    if not isinstance(listed, dict):
+        raise ValueError(f"{index}: no weight_map in it; expected where each tensor is; {_AGAIN}")
     unlisted = [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    unlisted = [folder / "model.safetensors"] if single else unlisted
     files = sorted({folder / name for name in listed.values()} or unlisted)
     if not files:
         raise ValueError(
@@ -359,7 +373,7 @@ def load_processor(path: Path | str, trust_remote_code: bool = False) -> Process
         )
     _begin_once(processor)
     kept = Path(path) / KEPT_WITH
-    known = json.loads(kept.read_text()) if kept.is_file() else {}
+    known = _json_in(kept) if kept.is_file() else {}
     processor.film_side, processor.prompt = known.get("film_side"), prompt_from_json(known.get("prompt", {}))
     return processor
 
@@ -500,6 +514,8 @@ def save_policy(model: PreTrainedModel, processor: ProcessorMixin, path: Path | 
     known = {name: value for name, value in known.items() if value}
     if known:
         (Path(path) / KEPT_WITH).write_text(json.dumps(known) + "\n")
+    else:  # what an earlier policy kept here is not this one's
+        (Path(path) / KEPT_WITH).unlink(missing_ok=True)
 
 # %% ../../nbs/policy/01_models.ipynb #d0de1a58
 def film_side(processor: ProcessorMixin) -> int | None:
