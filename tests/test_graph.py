@@ -85,7 +85,7 @@ def test_every_page_is_planned_for_slurm_too(place):
     assert done.returncode == 0, done.stderr[-3000:]
     pages = sum('"parameters"' in p.read_text() for p in (ROOT / "nbs").glob("[0-9]*.ipynb"))
     assert (
-        planned(done) == dict(all=1, page=pages + 3, systems=2 * 4, setting=2 * 4 * 9 + 4 * 7, progress=4 * 5)
+        planned(done) == dict(all=1, page=pages + 3, systems=2 * 4, setting=2 * 4 * 7 + 4 * 7, progress=4 * 5)
         and jobs == []
     )  # Tables 1, 3 and 4 twice, and the page with more sweeps
 
@@ -112,9 +112,9 @@ def test_only_what_changed_runs_again(place):
     assert jobs == []  # the page shows the first seed only
     _, jobs = graph(place, config=("preset=smoke", "seeds=0,1,2", "benchmarks=phantom", "pages=08_ablation"))
     assert (
-        sum('"seed": 2' in j for j in jobs) == 1 + 5 + 7
+        sum('"seed": 2' in j for j in jobs) == 1 + 3 + 7
         and sum("papermill" in j for j in jobs) == 2
-        and len(jobs) == 15
+        and len(jobs) == 13
     )
 
 
