@@ -12,7 +12,7 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -315,11 +315,14 @@ class _Version(argparse.Action):
         parser.exit()
 
 # %% ../nbs/07i_cli.ipynb #cli0dym1
-def near_miss(message: str, options: Iterable[str]) -> str:
-    "argparse's `message` about a wrong word, with the nearest allowed one; `options`: those of all commands."
+def near_miss(message: str, options: Mapping[str, list[str]]) -> str:
+    """argparse's `message` about a wrong word, with the nearest allowed one, or with the commands that take
+    the word; `options`: {option: the commands that have it}."""
     if wrong := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
         return message + did_you_mean(wrong[1], re.findall(r"[\w.-]+", wrong[2]))
     if wrong := re.search(r"unrecognized arguments: (--[\w-]+)", message):
+        if wrong[1] in options:
+            return f"{message}; it is an option of {', '.join(options[wrong[1]])}"
         return message + did_you_mean(wrong[1], options)
     return message
 
@@ -328,8 +331,11 @@ class Parser(argparse.ArgumentParser):
     "A parser whose errors name the nearest word that exists."
 
     def error(self, message: str) -> None:
-        options = {option for parser in self.all() for option in parser._option_string_actions}
-        super().error(near_miss(message, sorted(options)))
+        options = {}
+        for parser in self.all():
+            for option in parser._option_string_actions:
+                options.setdefault(option, []).append(parser.prog)
+        super().error(near_miss(message, options))
 
     def all(self) -> list[argparse.ArgumentParser]:
         "This parser and those of its commands."

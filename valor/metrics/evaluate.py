@@ -681,7 +681,8 @@ def footnotes(info: dict) -> str:
     "What the numbers were measured with, in a few lines."
     draws = f"{info['n_boot']} bootstrap draws over {info['drawn']}, seed {info['seed']}"
     models = ", ".join(f"{n}={info['options'][n]}" for n in ("chexbert", "radgraph", "bertscore_model"))
-    lines = [f"{info['studies']} studies; 95 % intervals from {draws}"]
+    several = f"{info['studies']} studies; 95 % intervals from {draws}"
+    lines = [several if info["studies"] > 1 else "1 study, which gives no intervals"]
     lines += [f'{models} ("rules" and "minilm" are embedded stand-ins)']
     lines += [f"F1 {c.name}: {c.says}" for c in chosen_conventions(info["options"].get("convention"))]
     lines += [f"not run: {name}; wants {wants}" for name, wants in info["not_run"].items()]
