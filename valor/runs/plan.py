@@ -36,6 +36,7 @@ from valor.config import (
 )
 from ..data.benchmarks import clean_openi, read_openi
 from ..data.studies import load_studies
+from .makers import has_image_controls
 from .phases import LISTENERS, PHASES, chooses, load_data, phase_folder, read_json, write_json
 from .processes import JOINT
 from ..train.grpo import snapshot_every, steps_of, whole_generations
@@ -140,7 +141,7 @@ def work_of(phase: str, cfg: Config, studies: dict[str, int]) -> float:
         return (updates / (cfg.eval_steps or updates) + 1) * min(cfg.eval_studies, studies["val"])
     if phase == "trust":
         return studies["val"] * (cfg.group_size + 1)
-    return test * (3 if phase == "eval_stage2" and (cfg.visual == "expert" or cfg.lambda_vis == 0) else 1)
+    return test * (3 if has_image_controls(phase, cfg) else 1)
 
 # %% ../../nbs/runs/06_plan.ipynb #pla00015
 KIND = ("base", "tower", "expert", "image_size", "max_new_tokens", "threads", "policy_weights", "rollout")

@@ -44,6 +44,7 @@ from valor.runs.phases import (
     CHOICE,
     MISTAKES,
     OUTSIDE,
+    _status_of_finished,
     begin,
     by_content,
     ensure,
@@ -159,7 +160,7 @@ def transferred(system: str, cfg: Config, target: Config) -> Path:
     folder = runs_dir() / f"{expected['phase']}-{key_of(expected)}"
     careful = target if terms_of(target.benchmark).restricted else cfg
     check_place(runs_dir(), target.benchmark, OUTSIDE)
-    if (folder / "done.json").exists() and begin(folder, expected, careful) == "finished":
+    if _status_of_finished(folder, expected, careful) == "finished":
         return folder  # without a lock: the medium may be read-only
     with (
         guarded_output(folder, cfg.benchmark, OUTSIDE),
