@@ -21,7 +21,7 @@ from valor.policy.prompt import asked_by, image_lists
 from valor.policy.tiny import generate
 from valor.runs.makers import labeler, note_of, policy_of
 from valor.runs.phases import ensure, load_data, phase_folder
-from valor.runs.systems import SYSTEMS
+from valor.runs.systems import changes_of
 
 SHOWN = ["BLEU-4", "ROUGE-L", "label micro F1", "label macro F1", "located F1", "hallucinated"]
 SHOWN += ["abnormal recall", "specificity", "words"]
@@ -57,8 +57,9 @@ if __name__ == "__main__":
     parser.add_argument("grid", nargs="+", metavar="NAME=VALUE,VALUE")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     args = parser.parse_args()
-    phase, baseline = ("stage2", SYSTEMS["GRPO"][1]) if args.phase == "grpo" else (args.phase, {})
-    base = parse_settings(args.set) | baseline
+    phase, base = args.phase, parse_settings(args.set)
+    if phase == "grpo":
+        phase, base = "stage2", base | changes_of("GRPO", preset("laptop", **base))
     tried = [(change, preset("laptop", **base | change)) for change in grid(args.grid)]
     rows = []
     for change, cfg in tried:

@@ -368,6 +368,7 @@ class GrpoSettings:
     stage2_steps: int | None = 50  # as stage1_steps
     rl_epochs: int = 3  # of each stage: our reading of "three epochs" (§5.1)
     lr: float = 7e-4  # learning rate, for a million parameters; §5.1 has 1e-6 for seven billion
+    grpo_lr: float | None = None  # that of the baseline GRPO (text rewards alone, in both stages); None: `lr`
     beta: float = 0.02  # weight of the KL divergence; not given (EditGRPO, of the same laboratory, has 0.01)
     epsilon: float = 0.2  # bound on the probability ratio; idle at num_iterations = 1, where the ratio is 1
     num_iterations: int = 1  # μ: updates on each rollout batch
@@ -384,7 +385,14 @@ class GrpoSettings:
     lr_projector: float | None = None
 
 # %% ../nbs/00_config.ipynb #7c83645a
-RULES.update(group_size=at_least(2), lr=POSITIVE, beta=at_least(0), epsilon=POSITIVE, temperature=POSITIVE)
+RULES.update(
+    group_size=at_least(2),
+    lr=POSITIVE,
+    grpo_lr=POSITIVE,
+    beta=at_least(0),
+    epsilon=POSITIVE,
+    temperature=POSITIVE,
+)
 _COUNTS = "batch_size stage1_steps stage2_steps rl_epochs num_iterations max_new_tokens lora_r lora_alpha"
 RULES.update(dict.fromkeys(_COUNTS.split(), at_least(1)))
 _MODULES = one_of("language", "projector", "language+projector", "language+projector+vision")

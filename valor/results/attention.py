@@ -11,7 +11,6 @@ __all__ = ['VARIANTS', 'COLUMNS', 'TOLERANCE', 'SCORES', 'Studies', 'READINGS', 
 
 # %% ../../nbs/results/02_attention.ipynb #39eef733
 import contextlib
-import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,7 +41,7 @@ from ..rewards.chexbert import mentions
 from ..rewards.text import as_completion
 from ..runs.makers import policy_of, read_reports
 from ..runs.phases import ensure, load_data
-from ..runs.systems import SYSTEMS
+from ..runs.systems import SYSTEMS, phase_of
 
 # %% ../../nbs/results/02_attention.ipynb #61194b34
 @dataclass(frozen=True)
@@ -625,8 +624,7 @@ def system_maps(
 
     Raises `ValueError` for an unknown system or reading."""
     _check_reading(system, reading)
-    phase, change = SYSTEMS[system]
-    cfg = dataclasses.replace(cfg, **change)
+    phase, cfg = phase_of(system, cfg)
     folder, test = ensure(phase, cfg), studies_of_test_split(cfg, n)
     if reading == "own":
         reports = read_reports(folder, "test")[: len(test)]
