@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ADDRESS', 'UNREADABLE', 'MEMBER', 'SURROGATE', 'LINE', 'REPORTS', 'one_line', 'looks_like_path', 'whole', 'sha256_of',
            'commit_of', 'whole_folder', 'repository_of', 'DataError', 'opened', 'first_member', 'check_archive',
-           'archive_files', 'check_weights', 'json_value', 'json_lines', 'report_lines', 'value_in', 'id_in',
-           'own_lines', 'locked']
+           'archive_files', 'check_weights', 'json_value', 'json_object', 'json_lines', 'report_lines', 'value_in',
+           'id_in', 'own_lines', 'locked']
 
 # %% ../nbs/00d_files.ipynb #79f64407
 import bz2
@@ -24,7 +24,7 @@ import subprocess
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -257,6 +257,24 @@ def json_value(text: str | bytes) -> Any:
     if found := SURROGATE.search(data):
         raise ValueError(f"holds half a surrogate pair ({found[0].decode()}), which is no character")
     return value
+
+# %% ../nbs/00d_files.ipynb #f1l0e0aa
+def json_object(path: Path | str, remedy: str, names: Iterable[str] = ()) -> dict:
+    """The JSON object in the file `path`, which must hold `names`.
+
+    Raises `ValueError`, which names the file, says what is wrong with it and ends with `remedy`."""
+    path = Path(path).expanduser()
+    try:
+        found = json_value(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; {remedy}") from None
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{path}: {one_line(e)}; {remedy}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: a {type(found).__name__}; expected a JSON object; {remedy}")
+    if missing := [name for name in names if name not in found]:
+        raise ValueError(f"{path}: no {missing[0]!r} in it; {remedy}")
+    return found
 
 # %% ../nbs/00d_files.ipynb #f1l0e007
 LINE = 1 << 26  # most bytes of a line

@@ -42,7 +42,7 @@ from tqdm.auto import tqdm
 from ..config import resolve_device
 from ..contents import weights_digest
 from .embedded import Expert, as_batch, load_embedded
-from ..files import one_line
+from ..files import json_object, one_line
 from ..policy.films import FilmClassifier, moved
 from ..rewards.chexbert import UNCERTAIN
 from ..rewards.guard import PROBES, RewardError
@@ -553,7 +553,8 @@ def train_classifier(
 def classifier_expert(folder: Path | str, labeler: Any) -> LabelExpert:
     "The `LabelExpert` of a classifier that `train_classifier` wrote to `folder`."
     folder = Path(folder).expanduser()
-    about = json.loads((folder / "classifier.json").read_text())
+    remedy = "expected the folder of an expert that was trained here"
+    about = json_object(folder / "classifier.json", remedy, ["size", "observations"])
     tower = about.get("tower", "patches")  # older ones do not say it
     model = build_classifier(about["size"], len(about["observations"]), tower=tower)
     model.load_state_dict(load_file(folder / "classifier.safetensors"))

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['ORIGINAL', 'FETCH', 'DTYPES', 'Listing', 'TOWER', 'RENAME', 'MODULES', 'BUFFERS', 'ELSEWHERE', 'FIXED',
            'SIZES_IN_CONFIG', 'Shapes', 'TEXT', 'SPECIAL', 'PROMPTS', 'CHAT', 'HUB_TOWER', 'Sources', 'Plan', 'NAMES',
-           'Read', 'read_json', 'safetensors_list', 'read_bin', 'Shards', 'rename', 'read_config', 'tower_config',
-           'new_config', 'load_sentencepiece', 'original_ids', 'merges_of', 'new_tokenizer', 'processor_files', 'Piece',
-           'find_tower', 'other_tower', 'make_plan', 'check_plan', 'read_piece', 'n_bytes', 'write_shard',
-           'write_weights', 'clip_by_hand', 'rotate', 'mistral_by_hand', 'logits_by_hand', 'check_tensors',
-           'check_tokens', 'probe_image', 'quiet', 'check_logits', 'check_room', 'convert_llava_med', 'run_command']
+           'Read', 'safetensors_list', 'read_bin', 'Shards', 'rename', 'read_config', 'tower_config', 'new_config',
+           'load_sentencepiece', 'original_ids', 'merges_of', 'new_tokenizer', 'processor_files', 'Piece', 'find_tower',
+           'other_tower', 'make_plan', 'check_plan', 'read_piece', 'n_bytes', 'write_shard', 'write_weights',
+           'clip_by_hand', 'rotate', 'mistral_by_hand', 'logits_by_hand', 'check_tensors', 'check_tokens',
+           'probe_image', 'quiet', 'check_logits', 'check_room', 'convert_llava_med', 'run_command']
 
 # %% ../../nbs/policy/02_convert.ipynb #07d46b0c
 import argparse
@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 from transformers.utils import logging as hf_logging
 
-from ..files import whole_folder
+from ..files import json_object, whole_folder
 
 # %% ../../nbs/policy/02_convert.ipynb #32119618
 ORIGINAL = dict(
@@ -64,20 +64,6 @@ ORIGINAL = dict(
 # %% ../../nbs/policy/02_convert.ipynb #29c86731
 FETCH = "download it again: hf download microsoft/llava-med-v1.5-mistral-7b --local-dir FOLDER"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
-
-
-def read_json(path: Path) -> dict:
-    "The JSON object in file `path`. Raises ValueError if there is none."
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; {FETCH}") from None
-    except ValueError as e:
-        raise ValueError(f"{path}: not JSON ({e}); {FETCH}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: a {type(found).__name__}; expected a JSON object; {FETCH}")
-    return found
-
 
 Listing = dict[str, tuple[tuple[int, ...], torch.dtype | None]]
 
@@ -150,7 +136,7 @@ class Shards:
     def __init__(self, folder: Path | str) -> None:
         self.folder, self.where, self.shapes, self.dtypes = Path(folder), {}, {}, {}
         entry = _entry_of(self.folder)
-        promised = read_json(entry).get("weight_map") if entry.suffix == ".json" else {}
+        promised = json_object(entry, FETCH).get("weight_map") if entry.suffix == ".json" else {}
         if not isinstance(promised, dict):
             raise ValueError(f"{entry}: no weight_map in it; expected an index of files; {FETCH}")
         files = [self.folder / name for name in sorted(set(promised.values()))] or [entry]
@@ -222,7 +208,7 @@ SIZES_IN_CONFIG = ("vocab_size", "num_hidden_layers", "num_attention_heads", "nu
 def read_config(folder: Path | str) -> dict:
     "The original `config.json`. Raises ValueError if the checkpoint is of another kind."
     path = Path(folder) / "config.json"
-    config = read_json(path)
+    config = json_object(path, FETCH)
     kind = config.get("model_type")
     if kind != "llava_mistral":
         raise ValueError(
@@ -546,7 +532,7 @@ def other_tower(folder: Path) -> tuple[dict, Sources]:
     """(configuration, {key without prefix: (shards, source key)}) of the CLIP model in `folder`.
 
     Raises ValueError if it holds another kind of model."""
-    config, shards = read_json(folder / "config.json"), Shards(folder)
+    config, shards = json_object(folder / "config.json", FETCH), Shards(folder)
     if config.get("model_type") not in ("clip", "clip_vision_model"):
         raise ValueError(
             f"{folder}/config.json: model_type={config.get('model_type')!r}; expected 'clip' or "

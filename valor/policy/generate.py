@@ -26,7 +26,17 @@ from transformers import PreTrainedModel, ProcessorMixin
 from ..config import resolve_device
 from ..data.images import ImageError, read_image, square
 from ..data.restricted import closed_to_others
-from ..files import id_in, json_lines, json_value, locked, own_lines, repository_of, whole, whole_folder
+from valor.files import (
+    id_in,
+    json_lines,
+    json_object,
+    json_value,
+    locked,
+    own_lines,
+    repository_of,
+    whole,
+    whole_folder,
+)
 from .adapter import add_in, with_policy
 from .models import film_side, load_policy, save_policy
 from .prompt import asked_by
@@ -38,7 +48,7 @@ from ..vocabulary import CONTEXT_FIELDS
 def _bare_parameters(adapter: Path | str) -> dict[str, str]:
     """{module: full name of its parameter} of the parameters that an adapter changes outside of linear
     layers, such as Gemma 3's projector, a bare matrix."""
-    config = json.loads((Path(adapter) / "adapter_config.json").read_text())
+    config = json_object(Path(adapter) / "adapter_config.json", "give the folder that training wrote")
     return {name.rpartition(".")[0]: name for name in config.get("target_parameters") or []}
 
 # %% ../../nbs/policy/04_generate.ipynb #9d7084d5
@@ -87,7 +97,7 @@ def for_older_readers(folder: Path) -> None:
     """Write `rope_theta` into `folder/config.json` where it has only `rope_parameters`, for transformers 4.
     That is all it needs of plain rotary embeddings (Mistral, Llama); scaled ones (Qwen's, Gemma 3's) need
     transformers 5."""
-    config = json.loads((folder / "config.json").read_text())
+    config = json_object(folder / "config.json", "write the model anew")
     for part in (config, config.get("text_config", {})):
         theta = (part.get("rope_parameters") or {}).get("rope_theta")
         if theta:

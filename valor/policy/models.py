@@ -38,7 +38,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ..config import Config
-from ..files import one_line
+from ..files import json_object, one_line
 from .prompt import asked_by, prompt_from_json, prompt_to_json, render_prompt
 
 # %% ../../nbs/policy/01_models.ipynb #d0de1a02
@@ -243,17 +243,6 @@ ORIGINAL_LLAVA = {  # LLaVA's original format, by model_type: what to do instead
 
 _AGAIN = "download or copy it again"
 
-
-def _json_in(path: Path) -> dict:
-    "The JSON object in the file `path`. Raises `ValueError`, naming it, if there is none."
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as e:
-        raise ValueError(f"{path}: truncated or damaged ({one_line(e)[:300]}); {_AGAIN}") from e
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: a {type(found).__name__}; expected a JSON object; {_AGAIN}")
-    return found
-
 # %% ../../nbs/policy/01_models.ipynb #d0de1a3a
 def _check_folder(path: Path | str) -> None:
     "Raise `ValueError` if the folder `path` has no `config.json`, or one of LLaVA's original format."
@@ -270,7 +259,7 @@ def _check_folder(path: Path | str) -> None:
             f"{said}: no config.json in it; expected a folder that transformers' save_pretrained wrote"
             + remedy
         )
-    kind = _json_in(folder / "config.json").get("model_type")
+    kind = json_object(folder / "config.json", _AGAIN).get("model_type")
     if kind in ORIGINAL_LLAVA:
         raise ValueError(f"{said}: model_type={kind!r} is LLaVA's original format; {ORIGINAL_LLAVA[kind]}")
 
@@ -319,7 +308,7 @@ def check_files(path: Path | str) -> None:
     single = (folder / "model.safetensors").is_file()  # transformers' first choice
     names = () if single else ("model.safetensors.index.json", "pytorch_model.bin.index.json")
     index = next((folder / name for name in names if (folder / name).is_file()), None)
-    listed = _json_in(index).get("weight_map") if index else {}  # tensor → name of its file
+    listed = json_object(index, _AGAIN).get("weight_map") if index else {}  # tensor → name of its file
     if not isinstance(listed, dict):
         raise ValueError(f"{index}: no weight_map in it; expected where each tensor is; {_AGAIN}")
     unlisted = [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]
@@ -373,7 +362,7 @@ def load_processor(path: Path | str, trust_remote_code: bool = False) -> Process
         )
     _begin_once(processor)
     kept = Path(path) / KEPT_WITH
-    known = _json_in(kept) if kept.is_file() else {}
+    known = json_object(kept, _AGAIN) if kept.is_file() else {}
     processor.film_side, processor.prompt = known.get("film_side"), prompt_from_json(known.get("prompt", {}))
     return processor
 

@@ -9,7 +9,6 @@ __all__ = ['REPO', 'FILE', 'EMBEDDED', 'SIZES', 'STATUS', 'FIVE', 'UNCERTAIN', '
 
 # %% ../../nbs/rewards/02_chexbert.ipynb #df54a480
 import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor
 
 # %% ../../nbs/rewards/02_chexbert.ipynb #5cca1564
 from ..config import resolve_device
-from ..files import check_weights, one_line, sha256_of
+from ..files import check_weights, json_object, one_line, sha256_of
 from .rules import RuleLabeler, mentioned, sentences, set_f1, status_table
 from valor.rewards.text import (
     ModelScorer,
@@ -95,7 +94,7 @@ def bert_config(state: dict[str, Tensor], folder: Path | str) -> "BertConfig":
     layers = [int(name.split("layer.")[1].split(".")[0]) for name in state if "encoder.layer." in name]
     heads, given = max(1, width // 64), Path(folder) / "config.json"
     if given.is_file():
-        heads = json.loads(given.read_text()).get("num_attention_heads", heads)
+        heads = json_object(given, "remove it, or give the model's own").get("num_attention_heads", heads)
     if width % heads:
         raise ValueError(
             f"{folder}: weights of width {width} cannot have {heads} attention heads; say "
