@@ -227,7 +227,8 @@ def _dicom_may_be_flat(data: bytes | mmap.mmap, size: int, name: str) -> bool:
         return True
     if compressed or not promised:
         return True
-    if size - head.tell() < promised:
+    element = 8 if syntax.is_implicit_VR else 12  # bytes of its tag, type and length, which come first
+    if size - head.tell() < element + promised:
         raise ImageError(
             f"{name}: a DICOM file that is cut off (its header promises {promised:,} bytes of pixels)"
         )
