@@ -1,9 +1,11 @@
 """Where a benchmark's settings of SFT, the stages, GRPO, DPO and MMedPO come from: a grid, judged on the
 validation studies of one seed (never on the test set). By hand, minutes to hours; finished phases are used
-again. Writes figures/tune_BENCHMARK_PHASE_PARAMETERS.csv.
+again. Writes figures/tune_BENCHMARK_PHASE_PARAMETERS.csv; with another seed than 0, that name ends in _seedN.
 
 `sight` is what label F1 loses when every study is shown another study's image: a policy that writes one
-report for all has none.
+report for all has none. Where the preset's own values are in the grid, `gain` is a row's label macro F1 less
+the preset's, with its paired 95 % interval over the same studies (`gain_lo`, `gain_hi`): a grid of one seed
+speaks against the preset only where that interval leaves out 0.
 
 python tests/tune_stages.py stage1 lr=7e-4,3e-4 beta=.02,.1 --set benchmark=r2gen_iu --set data_root=FOLDER"""
 
@@ -27,22 +29,31 @@ SHOWN = ["BLEU-4", "ROUGE-L", "label micro F1", "label macro F1", "located F1", 
 SHOWN += ["abnormal recall", "specificity", "words"]
 
 
-def measured(phase: str, cfg: Config, val: Dataset, images: list[list]) -> pd.Series:
-    "Measures of the greedy reports that the policy of `phase` writes for `val` when it is shown `images`."
+def scored(phase: str, cfg: Config, val: Dataset, images: list[list]) -> pd.DataFrame:
+    "Scores of the greedy reports that the policy of `phase` writes for `val` when it is shown `images`."
     model, processor = policy_of(phase, cfg)
     how = dict(batch_size=cfg.eval_batch_size, asked=asked_by(processor).questions(val))
     written = generate(model, processor, images, cfg.max_new_tokens, **how)
-    return pd.Series(ev.measure(ev.score_reports(written, val, cfg.benchmark, labeler=labeler(cfg))))
+    return ev.score_reports(written, val, cfg.benchmark, labeler=labeler(cfg))
 
 
-def on_validation(phase: str, cfg: Config) -> dict[str, float]:
-    "`SHOWN` measures of `phase` on the validation studies, and its `sight`."
+def on_validation(phase: str, cfg: Config) -> tuple[dict[str, float], pd.DataFrame]:
+    "`SHOWN` measures of `phase` on the validation studies and its `sight`; the scores of each study."
     ensure(phase, cfg)
     val = load_data(phase_folder("data", cfg))["val"]
     images = image_lists(val)
-    own = measured(phase, cfg, val, images)
-    other = measured(phase, cfg, val, [images[i] for i in partners(len(val))])
-    return dict(sight=own["label micro F1"] - other["label micro F1"]) | own[SHOWN].to_dict()
+    frame = scored(phase, cfg, val, images)
+    own = ev.measure(frame)
+    other = ev.measure(scored(phase, cfg, val, [images[i] for i in partners(len(val))]))
+    sight = own["label micro F1"] - other["label micro F1"]
+    return dict(sight=sight) | {name: own[name] for name in SHOWN}, frame
+
+
+def gains(frames: dict[str, pd.DataFrame], against: str) -> pd.DataFrame:
+    "`gain`, `gain_lo` and `gain_hi` of every row: its label macro F1 less that of the row `against`."
+    by_seed = {name: {0: frame} for name, frame in frames.items()}
+    found = [ev.paired_difference(by_seed, name, against, "label macro F1") for name in frames]
+    return pd.DataFrame(found, columns=["gain", "gain_lo", "gain_hi"])
 
 
 def grid(words: list[str]) -> list[dict]:
@@ -61,13 +72,20 @@ if __name__ == "__main__":
     if phase == "grpo":
         phase, base = "stage2", base | changes_of("GRPO", preset("laptop", **base))
     tried = [(change, preset("laptop", **base | change)) for change in grid(args.grid)]
-    rows = []
+    rows, frames, preset_row = [], {}, None
     for change, cfg in tried:
         name = ", ".join(f"{parameter} {value}" for parameter, value in change.items())
-        rows.append(dict(name=name) | change | on_validation(phase, cfg))
+        measures, frames[name] = on_validation(phase, cfg)
+        rows.append(dict(name=name) | change | measures)
+        if cfg == preset("laptop", **base):
+            preset_row = name
         print(rows[-1], flush=True)
+    table = pd.DataFrame(rows)
+    if preset_row is not None:
+        table = table.join(gains(frames, preset_row))
     cfgs = [cfg for _, cfg in tried]
     runs = [phase_folder(phase, cfg) for cfg in cfgs]
     stem = "_".join(["tune", cfgs[0].benchmark, args.phase, *tried[0][0]])
-    save(stem, pd.DataFrame(rows), cfgs=cfgs, runs=runs, note=note_of(cfgs[0]), out=figures_dir())
-    print(pd.DataFrame(rows).to_string(index=False, float_format="{:.4g}".format))
+    stem += f"_seed{cfgs[0].seed}" if cfgs[0].seed else ""
+    save(stem, table, cfgs=cfgs, runs=runs, note=note_of(cfgs[0]), out=figures_dir())
+    print(table.to_string(index=False, float_format="{:.4g}".format))

@@ -839,7 +839,8 @@ def _draw_systems(ax: plt.Axes, tidy: pd.DataFrame, metric: str) -> None:
         if np.isnan(row.value):
             ax.text(0.02, i, "not measured", transform=ax.get_yaxis_transform(), va="center", fontsize=5)
         elif row.seeds < usual[row.Index]:  # fewer than of another metric
-            ax.text(row.hi, i, f" {in_seeds(row.seeds)}", va="center", fontsize=5)
+            how = dict(xytext=(4, 0), textcoords="offset points", va="center", fontsize=5)
+            ax.annotate(in_seeds(row.seeds), (max(row.hi, row.value), i), **how)
     ax.set(xlabel=axis_label(metric), yticks=range(len(systems)))
     ax.set_ylim(-0.6, len(systems) - 0.4)
     ax.grid(axis="x", alpha=0.3)
