@@ -4,13 +4,19 @@ again. Writes figures/tune_BENCHMARK_PHASE_PARAMETERS.csv; with another seed tha
 
 `sight` is what label F1 loses when every study is shown another study's image: a policy that writes one
 report for all has none. Where the preset's own values are in the grid, `gain` is a row's label macro F1 less
-the preset's, with its paired 95 % interval over the same studies (`gain_lo`, `gain_hi`): a grid of one seed
-speaks against the preset only where that interval leaves out 0.
+the preset's, with its paired 95 % interval over the same studies (`gain_lo`, `gain_hi`). Where it holds 0,
+the two cannot be told apart. Where it leaves out 0, these two trained policies differ; whether the settings
+do is not known, because another training run with the same setting would differ, too.
 
-python tests/tune_stages.py stage1 lr=7e-4,3e-4 beta=.02,.1 --set benchmark=r2gen_iu --set data_root=FOLDER"""
+`overview` sets out all grids with a `gain` in one table, figures/tune_overview.csv.
+
+python tests/tune_stages.py stage1 lr=7e-4,3e-4 beta=.02,.1 --set benchmark=r2gen_iu --set data_root=FOLDER
+python tests/tune_stages.py overview"""
 
 import argparse
 import itertools
+import json
+from pathlib import Path
 
 import pandas as pd
 from datasets import Dataset
@@ -62,16 +68,46 @@ def grid(words: list[str]) -> list[dict]:
     return [dict(zip(axes, map(parse_value, chosen))) for chosen in itertools.product(*axes.values())]
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("phase", choices=["sft", "stage1", "stage2", "grpo", "dpo", "mmedpo"])
-    parser.add_argument("grid", nargs="+", metavar="NAME=VALUE,VALUE")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
-    args = parser.parse_args()
-    phase, base = args.phase, parse_settings(args.set)
+def line_of(path: Path) -> dict | None:
+    "What the grid in the file `path` says of the preset, as a row of `overview`; None without a `gain`."
+    table = pd.read_csv(path)
+    if "gain" not in table or len(table) < 2:
+        return None
+    about = json.loads(path.with_suffix(".json").read_text())
+    parameters = list(table.columns[1 : table.columns.get_loc("sight")])
+    values = [" ".join(f"{value:g}" for value in row) for row in table[parameters].itertuples(index=False)]
+    is_preset = (table.gain_lo == 0) & (table.gain_hi == 0)  # a row less itself has no spread
+    best = table[~is_preset].gain.idxmax()
+    benchmark = about["benchmarks"][0]
+    return dict(
+        name=path.stem,
+        benchmark=benchmark,
+        seed=about["seeds"][0],
+        method=path.stem.removeprefix(f"tune_{benchmark}_").split("_")[0],
+        parameter=" ".join(parameters),
+        tried=", ".join(values),
+        preset=values[is_preset.idxmax()],
+        best_other=values[best],
+        **table.loc[best, ["gain", "gain_lo", "gain_hi"]],
+    )
+
+
+def overview() -> None:
+    "Writes figures/tune_overview.csv: of each grid, how the best other value compares with the preset's."
+    paths = sorted(figures_dir().glob("tune_*.csv"))
+    table = pd.DataFrame([line for path in paths if (line := line_of(path))])
+    grids = [json.loads((figures_dir() / f"{name}.json").read_text()) for name in table.name]
+    runs = sorted({run for grid in grids for run in grid["runs"]})
+    save("tune_overview", table, runs=runs, note="see tests/tune_stages.py", out=figures_dir())
+    print(table.to_string(index=False, float_format="{:.3f}".format))
+
+
+def judge(phase: str, words: list[str], base: dict) -> None:
+    "Trains (where it is not done) and judges the grid `words`, and writes its table."
+    method = phase
     if phase == "grpo":
         phase, base = "stage2", base | changes_of("GRPO", preset("laptop", **base))
-    tried = [(change, preset("laptop", **base | change)) for change in grid(args.grid)]
+    tried = [(change, preset("laptop", **base | change)) for change in grid(words)]
     rows, frames, preset_row = [], {}, None
     for change, cfg in tried:
         name = ", ".join(f"{parameter} {value}" for parameter, value in change.items())
@@ -85,7 +121,21 @@ if __name__ == "__main__":
         table = table.join(gains(frames, preset_row))
     cfgs = [cfg for _, cfg in tried]
     runs = [phase_folder(phase, cfg) for cfg in cfgs]
-    stem = "_".join(["tune", cfgs[0].benchmark, args.phase, *tried[0][0]])
+    stem = "_".join(["tune", cfgs[0].benchmark, method, *tried[0][0]])
     stem += f"_seed{cfgs[0].seed}" if cfgs[0].seed else ""
     save(stem, table, cfgs=cfgs, runs=runs, note=note_of(cfgs[0]), out=figures_dir())
     print(table.to_string(index=False, float_format="{:.4g}".format))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("phase", choices=["sft", "stage1", "stage2", "grpo", "dpo", "mmedpo", "overview"])
+    parser.add_argument("grid", nargs="*", metavar="NAME=VALUE,VALUE")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
+    args = parser.parse_args()
+    if args.phase == "overview":
+        overview()
+    elif args.grid:
+        judge(args.phase, args.grid, parse_settings(args.set))
+    else:
+        parser.error("grid: none was given; expected NAME=VALUE,VALUE, such as lr=7e-4,3e-4")
