@@ -115,10 +115,12 @@ KEYS = ("system", "data", "metric", "name", "measure", "reading", "chosen by", "
 
 
 def three(value, column=""):
-    "A number as the tables show it."
+    "A number as the tables show it; a text as it is."
+    if isinstance(value, str):
+        return value
     if pd.isna(value):
         return ""
-    if column in ("n", "studies", "mentions", "tokens/s", "same_sign", "seeds", "accepted"):
+    if column in ("n", "studies", "mentions", "tokens/s", "same_sign", "seed", "seeds", "accepted"):
         return f"{int(value):,}"
     if column in ("p", "p_holm") and value < 0.001:
         return "< 0.001"

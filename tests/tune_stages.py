@@ -33,6 +33,7 @@ from valor.runs.systems import changes_of
 
 SHOWN = ["BLEU-4", "ROUGE-L", "label micro F1", "label macro F1", "located F1", "hallucinated"]
 SHOWN += ["abnormal recall", "specificity", "words"]
+NAMES = dict(sft="SFT", stage1="stage 1", stage2="VALOR", grpo="GRPO", dpo="DPO", mmedpo="MMedPO")
 
 
 def scored(phase: str, cfg: Config, val: Dataset, images: list[list]) -> pd.DataFrame:
@@ -74,29 +75,28 @@ def line_of(path: Path) -> dict | None:
     if "gain" not in table or len(table) < 2:
         return None
     about = json.loads(path.with_suffix(".json").read_text())
+    benchmark, seed = about["benchmarks"][0], about["seeds"][0]
+    method = NAMES[path.stem.removeprefix(f"tune_{benchmark}_").split("_")[0]]
     parameters = list(table.columns[1 : table.columns.get_loc("sight")])
-    values = [" ".join(f"{value:g}" for value in row) for row in table[parameters].itertuples(index=False)]
+    tried = table[parameters].map("{:g}".format).agg(" ".join, axis=1)
     is_preset = (table.gain_lo == 0) & (table.gain_hi == 0)  # a row less itself has no spread
     best = table[~is_preset].gain.idxmax()
-    benchmark = about["benchmarks"][0]
     return dict(
-        name=path.stem,
-        benchmark=benchmark,
-        seed=about["seeds"][0],
-        method=path.stem.removeprefix(f"tune_{benchmark}_").split("_")[0],
-        parameter=" ".join(parameters),
-        tried=", ".join(values),
-        preset=values[is_preset.idxmax()],
-        best_other=values[best],
+        name=f"{benchmark}, {method}: {' '.join(parameters)}",
+        tried=", ".join(tried),
+        preset=table.name[is_preset.idxmax()],
+        best_other=table.name[best],
         **table.loc[best, ["gain", "gain_lo", "gain_hi"]],
+        seed=seed,
+        file=path.stem,
     )
 
 
 def overview() -> None:
     "Writes figures/tune_overview.csv: of each grid, how the best other value compares with the preset's."
-    paths = sorted(figures_dir().glob("tune_*.csv"))
+    paths = sorted(path for path in figures_dir().glob("tune_*.csv") if path.stem != "tune_overview")
     table = pd.DataFrame([line for path in paths if (line := line_of(path))])
-    grids = [json.loads((figures_dir() / f"{name}.json").read_text()) for name in table.name]
+    grids = [json.loads((figures_dir() / f"{stem}.json").read_text()) for stem in table.file]
     runs = sorted({run for grid in grids for run in grid["runs"]})
     save("tune_overview", table, runs=runs, note="see tests/tune_stages.py", out=figures_dir())
     print(table.to_string(index=False, float_format="{:.3f}".format))
@@ -129,7 +129,7 @@ def judge(phase: str, words: list[str], base: dict) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("phase", choices=["sft", "stage1", "stage2", "grpo", "dpo", "mmedpo", "overview"])
+    parser.add_argument("phase", choices=[*NAMES, "overview"])
     parser.add_argument("grid", nargs="*", metavar="NAME=VALUE,VALUE")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     args = parser.parse_args()
