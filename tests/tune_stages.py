@@ -3,10 +3,10 @@ validation studies of one seed (never on the test set). By hand, minutes to hour
 again. Writes figures/tune_BENCHMARK_PHASE_PARAMETERS.csv; with another seed than 0, that name ends in _seedN.
 
 `sight` is what label F1 loses when every study is shown another study's image: a policy that writes one
-report for all has none. Where the preset's own values are in the grid, `gain` is a row's label macro F1 less
-the preset's, with its paired 95 % interval over the same studies (`gain_lo`, `gain_hi`). Where it holds 0,
-the two cannot be told apart. Where it leaves out 0, these two trained policies differ; whether the settings
-do is not known, because another training run with the same setting would differ, too.
+report for all has none. Where the preset's own values are in the grid (`is_preset`), `gain` is a row's label
+macro F1 less the preset's, with its paired 95 % interval over the same studies (`gain_lo`, `gain_hi`). Where
+it holds 0, the two cannot be told apart. Where it leaves out 0, these two trained policies differ; whether
+the settings do is not known, because another training run with the same setting would differ, too.
 
 `overview` sets out all grids with a `gain` in one table, figures/tune_overview.csv.
 
@@ -79,12 +79,11 @@ def line_of(path: Path) -> dict | None:
     method = NAMES[path.stem.removeprefix(f"tune_{benchmark}_").split("_")[0]]
     parameters = list(table.columns[1 : table.columns.get_loc("sight")])
     tried = table[parameters].map("{:g}".format).agg(" ".join, axis=1)
-    is_preset = (table.gain_lo == 0) & (table.gain_hi == 0)  # a row less itself has no spread
-    best = table[~is_preset].gain.idxmax()
+    best = table[~table.is_preset].gain.idxmax()
     return dict(
         name=f"{benchmark}, {method}: {' '.join(parameters)}",
         tried=", ".join(tried),
-        preset=table.name[is_preset.idxmax()],
+        preset=table.name[table.is_preset.idxmax()],
         best_other=table.name[best],
         **table.loc[best, ["gain", "gain_lo", "gain_hi"]],
         seed=seed,
@@ -108,17 +107,15 @@ def judge(phase: str, words: list[str], base: dict) -> None:
     if phase == "grpo":
         phase, base = "stage2", base | changes_of("GRPO", preset("laptop", **base))
     tried = [(change, preset("laptop", **base | change)) for change in grid(words)]
-    rows, frames, preset_row = [], {}, None
+    rows, frames = [], {}
     for change, cfg in tried:
         name = ", ".join(f"{parameter} {value}" for parameter, value in change.items())
         measures, frames[name] = on_validation(phase, cfg)
-        rows.append(dict(name=name) | change | measures)
-        if cfg == preset("laptop", **base):
-            preset_row = name
+        rows.append(dict(name=name) | change | measures | dict(is_preset=cfg == preset("laptop", **base)))
         print(rows[-1], flush=True)
     table = pd.DataFrame(rows)
-    if preset_row is not None:
-        table = table.join(gains(frames, preset_row))
+    if table.is_preset.any():
+        table = table.join(gains(frames, table.name[table.is_preset.idxmax()]))
     cfgs = [cfg for _, cfg in tried]
     runs = [phase_folder(phase, cfg) for cfg in cfgs]
     stem = "_".join(["tune", cfgs[0].benchmark, method, *tried[0][0]])
