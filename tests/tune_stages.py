@@ -69,7 +69,7 @@ def grid(words: list[str]) -> list[dict]:
     return [dict(zip(axes, map(parse_value, chosen))) for chosen in itertools.product(*axes.values())]
 
 
-def line_of(path: Path) -> dict | None:
+def overview_row(path: Path) -> dict | None:
     "What the grid in the file `path` says of the preset, as a row of `overview`; None without a `gain`."
     table = pd.read_csv(path)
     if "gain" not in table or len(table) < 2:
@@ -94,7 +94,7 @@ def line_of(path: Path) -> dict | None:
 def overview() -> None:
     "Writes figures/tune_overview.csv: of each grid, how the best other value compares with the preset's."
     paths = sorted(path for path in figures_dir().glob("tune_*.csv") if path.stem != "tune_overview")
-    table = pd.DataFrame([line for path in paths if (line := line_of(path))])
+    table = pd.DataFrame([row for path in paths if (row := overview_row(path))])
     grids = [json.loads((figures_dir() / f"{stem}.json").read_text()) for stem in table.file]
     runs = sorted({run for grid in grids for run in grid["runs"]})
     save("tune_overview", table, runs=runs, note="see tests/tune_stages.py", out=figures_dir())
@@ -107,11 +107,12 @@ def judge(phase: str, words: list[str], base: dict) -> None:
     if phase == "grpo":
         phase, base = "stage2", base | changes_of("GRPO", preset("laptop", **base))
     tried = [(change, preset("laptop", **base | change)) for change in grid(words)]
+    usual = preset("laptop", **base)
     rows, frames = [], {}
     for change, cfg in tried:
         name = ", ".join(f"{parameter} {value}" for parameter, value in change.items())
         measures, frames[name] = on_validation(phase, cfg)
-        rows.append(dict(name=name) | change | measures | dict(is_preset=cfg == preset("laptop", **base)))
+        rows.append(dict(name=name) | change | measures | dict(is_preset=cfg == usual))
         print(rows[-1], flush=True)
     table = pd.DataFrame(rows)
     if table.is_preset.any():

@@ -373,13 +373,13 @@ def wide(
     against VALOR, `not run` stands for a metric in `why` and for any of `systems` without numbers. A number
     that comes from fewer seeds than the system's others says so: `value [lo, hi] (2 seeds)`."""
     table = ev.cells_of(tidy) if len(tidy) else pd.DataFrame()
+    if "p_holm" in tidy:
+        for r in tidy[tidy.p_holm < 0.05].itertuples():
+            table.loc[r.metric, r.system] += "*"
     usual = ev.seeds_of_systems(tidy) if len(tidy) else {}
     for r in tidy.itertuples():
         if r.seeds < usual[r.system] and pd.notna(r.value):
             table.loc[r.metric, r.system] += f" ({ev.in_seeds(r.seeds)})"
-    if "p_holm" in tidy:
-        for r in tidy[tidy.p_holm < 0.05].itertuples():
-            table.loc[r.metric, r.system] += "*"
     for m in why:
         if m in TABLE_METRICS:
             table.loc[m] = "not run"
