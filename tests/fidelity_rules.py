@@ -1,4 +1,5 @@
-"""Measures how well the rules replace the real CheXbert and RadGraph: writes figures/fidelity_rules.csv.
+"""Measures how well the rules replace the real CheXbert and RadGraph: writes figures/fidelity_rules.csv, with
+its record beside it.
 
     VALOR_REAL=<folder that holds iu_xray/ and real_iu/> python tests/fidelity_rules.py
 
@@ -13,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 from scipy.stats import spearmanr
 
+from valor.figures import save
 from valor.rewards.radgraph import graph_set
 from valor.rewards.rules import RuleGraph, RuleLabeler, set_f1
 from valor.vocabulary import OBSERVATIONS
@@ -97,5 +99,6 @@ if __name__ == "__main__":
         sys.exit("set VALOR_REAL: the folder that holds iu_xray/ and real_iu/")
     place = Path(os.environ["VALOR_REAL"])
     table = pd.DataFrame(label_rows(place) + system_rows(place))
-    table.to_csv(ROOT / "figures" / "fidelity_rules.csv", index=False, float_format="%.4f")
+    note = "rules beside the labels and scores of the real CheXbert and RadGraph on reports of IU X-Ray"
+    save("fidelity_rules", table.round(4), note=note, out=ROOT / "figures")
     print(table.round(3).to_string(index=False))

@@ -215,6 +215,15 @@ def test_no_result_is_typed_by_hand():
         assert re.findall(r"\d*\.\d{3,}", text) == []
 
 
+def test_every_table_and_figure_has_its_record():
+    "A .json beside each file of figures/ says which runs it is from (phase_times.csv is itself a record)."
+    made = [*ROOT.glob("figures/*.csv"), *ROOT.glob("figures/*.png"), *ROOT.glob("figures/seeds/*.csv.gz")]
+    records = {path: path.with_name(re.sub(r"\.(csv|png|csv\.gz)$", ".json", path.name)) for path in made}
+    assert len(made) > 100
+    alone = [path.name for path, record in records.items() if not record.exists()]
+    assert alone == ["phase_times.csv"]
+
+
 # --- the pages themselves
 
 
