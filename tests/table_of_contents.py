@@ -15,7 +15,8 @@ CHAPTERS = ("data", "rewards", "expert", "policy", "metrics", "train", "runs", "
 # notebooks that lie in nbs/ itself, by the beginning of their name
 FIRST = "What every chapter builds on."
 COMMANDS = "The command `valor`."
-PAGES = "Pages that state the runs they need, start the missing ones, and show a table or figure."
+PAGES = "Pages that state the runs they need and show a table or figure. Most of them start the runs that "
+PAGES += "are missing; page 14 does so only with `-p train true`."
 
 
 def minutes(cells: list) -> int:

@@ -292,7 +292,10 @@ HOW = [  # (beginning of a command, how it is run at miniature size)
     ("valor run --set prompt=prompts.txt", run_to("data")),
     ("valor run --set prompt=", run_to("data")),
     ("valor run --set 'context=", run_to("data")),
-    ("valor train --until mmedpo", lambda words, monkeypatch, said: main(small(words))),
+    (
+        "valor train --preset paper --set base=llava-med-hf --set expert=",
+        lambda words, monkeypatch, said: main(small(words, **HUB)),
+    ),
     ("valor watch runs/", options_only),  # needs the newest job to have that phase: tests/test_watch.py
     (
         "valor watch",

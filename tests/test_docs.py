@@ -224,6 +224,23 @@ def test_every_table_and_figure_has_its_record():
     assert alone == ["phase_times.csv"]
 
 
+def test_each_setting_of_each_method_was_tried_on_each_benchmark():
+    "Learning rate, β and batch: a column with two values or more in a figures/tune_BENCHMARK_METHOD_*.csv."
+    of_stages = ["lr", "beta", "batch_size"]
+    settings = {"sft": ["sft_lr", "sft_batch_size"], "stage2": of_stages, "grpo": of_stages}
+    settings["dpo"] = ["dpo_lr", "dpo_beta", "batch_size"]
+    settings["mmedpo"] = ["mmedpo_lr", "dpo_beta", "batch_size"]
+    for benchmark in ("phantom", "openi_rendered", "r2gen_iu"):
+        for method, wanted in settings.items():
+            grids = [pd.read_csv(path) for path in ROOT.glob(f"figures/tune_{benchmark}_{method}_*.csv")]
+            tried = {name for grid in grids for name in grid if grid[name].nunique() > 1}
+            if (
+                method == "mmedpo" and "dpo_lr" in tried
+            ):  # an older grid, from before it had its own parameter
+                tried.add("mmedpo_lr")
+            assert not set(wanted) - tried, f"{benchmark}, {method}"
+
+
 # --- the pages themselves
 
 

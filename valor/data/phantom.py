@@ -308,16 +308,14 @@ def _anatomy(findings, rng):
 
 # %% ../../nbs/data/00_phantom.ipynb #ecbb5821
 # rows of the curves below: 0 is the apex of the lung, 1 its dome
-_KNOTS = np.array(
-    [-0.3, 0, 0.15, 0.25, 0.33, 0.42, 0.50, 0.62, 0.75, 0.88, 1.0, 1.3]
-)  # rows: 0 apex of the lung, 1 dome
+_KNOTS = np.array([-0.3, 0, 0.15, 0.25, 0.33, 0.42, 0.50, 0.62, 0.75, 0.88, 1.0, 1.3])
 
+# how far the mediastinum reaches from the midline to each side at the knots, in widths of the image
 _LEFT = np.array([0.10, 0.060, 0.056, 0.058, 0.060, 0.062, 0.078, 0.125, 0.175, 0.205, 0.200, 0.17])
-
 _RIGHT = np.array([0.10, 0.058, 0.054, 0.056, 0.058, 0.062, 0.072, 0.093, 0.105, 0.105, 0.095, 0.07])
 
+# a finer grid of rows, and the matrix that turns values at the knots into values at its rows
 _TABLE = np.linspace(-0.3, 1.3, 160)
-
 _TO_TABLE = CubicSpline(_KNOTS, np.eye(len(_KNOTS)))(_TABLE)
 
 # %% ../../nbs/data/00_phantom.ipynb #ph0023
@@ -396,8 +394,9 @@ def _tissue(f):
 
 # %% ../../nbs/data/00_phantom.ipynb #ph0030
 def _rib_course(s, y):
-    """How far a posterior rib has come down at `s`, its distance from the midline in half chests: first
-    up a little, then round."""
+    """How far below its start a posterior rib is, in image heights: it rises a little, then comes down.
+
+    `s`: distance from the midline, divided by half the width of the chest; `y`: the row."""
     return (0.155 * s**2.4 - 0.04 * s) * (0.75 + 0.6 * y)
 
 # %% ../../nbs/data/00_phantom.ipynb #77fd42c8
@@ -1338,7 +1337,8 @@ def spans(text: str, truth: Iterable[Finding]) -> list[tuple[int, int, str]]:
     """Stretches of `text` that state a finding: (start, end, verdict), where the verdict is "correct",
     "wrong" or "mislocated".
 
-    Denials are judged too: one of what is there is "wrong", one of what is absent is not listed."""
+    Denials are judged too: to deny a finding that is there is "wrong"; to deny one that is absent is right
+    and is not listed."""
     truth = tuple(truth)
     places, whats, out = {t.where for t in truth}, {t.what for t in truth}, []
     for f, start, end, negated in _mentions(text):

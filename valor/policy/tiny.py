@@ -273,8 +273,8 @@ def generate(
     batch_size: int = 50,
     seed: int = 0,
     desc: str = "reports",  # names the progress bar
-    asked: Sequence[str] | None = None,  # of each row (`Prompt.questions`); None: as of an unknown study
-    cut: list[str] | None = None,  # takes the completions that end inside a thought
+    asked: Sequence[str] | None = None,  # a question per row (`Prompt.questions`); None: the policy's own
+    cut: list[str] | None = None,  # completions that end inside a thought are appended to it
 ) -> list[str]:
     """One completion per row, tags included: greedy, or sampled at `temperature`. Without `cut`, the number
     of completions that were cut off inside a thought is printed to stderr."""

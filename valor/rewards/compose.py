@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEXT_SCORERS', 'CLINICAL_SCORERS', 'PAPER_SCORERS', 'Extras', 'is_clinical_step', 'needed', 'check_weight',
-           'verifiable', 'clinical', 'text_reward', 'composite', 'extras_of', 'extra', 'advantages']
+           'verifiable', 'clinical', 'text_reward', 'composite', 'extras_of', 'sum_of_extras', 'advantages']
 
 # %% ../../nbs/rewards/05_compose.ipynb #1e0c0674
 import math
@@ -129,7 +129,7 @@ def extras_of(cfg: Config) -> dict[str, tuple[int, float]]:
     return extras
 
 
-def extra(scores: Mapping[str, Tensor], extras: Extras, equation: int) -> Tensor | int:
+def sum_of_extras(scores: Mapping[str, Tensor], extras: Extras, equation: int) -> Tensor | int:
     "The weighted sum of the columns in `scores` that `extras` adds to one equation; 0 if there are none."
     return sum(weight * scores[name] for name, (joins, weight) in extras.items() if joins == equation)
 
@@ -143,16 +143,16 @@ def advantages(
     own = extras_of(cfg)
     bleu, rouge, bert = (scores[name] for name in TEXT_SCORERS)
     ver = verifiable(bleu, rouge, bert, cfg.lambda_lex, cfg.lambda_sem)  # Eq. 3
-    ver = ver + extra(scores, own, equation=3)
+    ver = ver + sum_of_extras(scores, own, equation=3)
     clin = None
     if is_clinical_step(k, cfg.k_clin):
         clin = clinical(scores["chexbert"], scores["radgraph"], cfg.lambda_cx, cfg.lambda_rg)  # Eq. 4
-        clin = clin + extra(scores, own, equation=4)
+        clin = clin + sum_of_extras(scores, own, equation=4)
     text = text_reward(ver, clin, k, cfg.k_clin, cfg.lambda_clin)  # Eq. 5
     vis = group_ranks(scores["similarity"], group_size) if lambda_vis else None  # Eq. 7
     if lambda_vis and cfg.text_in_mix == "ranked":
         text = group_ranks(text.round(decimals=6), group_size)  # rounding errors must not part equal sums
     reward = composite(text, vis, scores["format"], lambda_vis, cfg.lambda_format)  # Eq. 8
-    reward = reward + extra(scores, own, equation=8)
+    reward = reward + sum_of_extras(scores, own, equation=8)
     groups = reward.round(decimals=6).view(-1, group_size)
     return reward, rank_norm(groups, cfg.rank_norm).flatten()  # Eq. 9

@@ -10,29 +10,29 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/rewards/04_ranknorm.ipynb #7a1c0d52
-def _as_groups(rewards: Tensor) -> Tensor:
-    "`rewards` as a tensor (..., G). Raises ValueError if G < 2 or if a reward is NaN."
-    rewards = torch.as_tensor(rewards)
-    size = rewards.shape[-1] if rewards.ndim else 0
+def _as_groups(scores: Tensor) -> Tensor:
+    "`scores` as a tensor (..., G). Raises ValueError if G < 2 or if a score is NaN."
+    scores = torch.as_tensor(scores)
+    size = scores.shape[-1] if scores.ndim else 0
     if size < 2:
         raise ValueError(
-            f"rewards of shape {tuple(rewards.shape)}: ranking needs groups of G >= 2 on the last axis"
+            f"scores of shape {tuple(scores.shape)}: ranking needs groups of G >= 2 on the last axis"
         )
-    nan = rewards.isnan()
+    nan = scores.isnan()
     if nan.any():
         where = [str(tuple(index)) for index in nan.nonzero().tolist()]
         more = ", …" if len(where) > 5 else ""
-        raise ValueError(f"rewards hold {len(where)} NaN, at index {', '.join(where[:5])}{more}")
-    return rewards
+        raise ValueError(f"scores hold {len(where)} NaN, at index {', '.join(where[:5])}{more}")
+    return scores
 
 # %% ../../nbs/rewards/04_ranknorm.ipynb #23f92bbc
-def rank_reward(similarities: Tensor) -> Tensor:
+def rank_reward(scores: Tensor) -> Tensor:
     """Eq. 7: rank rewards (..., G) in [0, 1] from scores (..., G): 1 for the best of a group, 0 for the
     worst.
 
     Exactly equal scores get the mean of their ranks. Returns float64 for float64 scores, else float32.
     Raises ValueError if G < 2 or if a score is NaN."""
-    scores = _as_groups(similarities)
+    scores = _as_groups(scores)
     dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
     mine, others = scores.unsqueeze(-1), scores.unsqueeze(-2)  # (..., G, 1) against (..., 1, G)
     better = (others > mine).sum(-1).to(dtype)

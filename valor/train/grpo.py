@@ -504,8 +504,8 @@ def _record(
 def set_advantages(
     trainer: "ValorTrainer", output: dict, scores: dict[str, torch.Tensor], n: int
 ) -> torch.Tensor:
-    """Put the advantages of Eq. 5-9 in the generation `output`, which has `n` candidates of this process, and
-    return the composite rewards (N,) of all processes.
+    """Put the advantages of Eq. 3 to 9 in the generation `output`, which has `n` candidates of this process,
+    and return the composite rewards (N,) of all processes.
 
     `scores`: {name: (N,)}. With `rank_norm='grpo'` TRL's advantages stay."""
     cfg = trainer.cfg
@@ -587,7 +587,7 @@ class LoggedRollout(RewardedRollout):
 
 # %% ../../nbs/train/00_grpo.ipynb #b42f5a13
 class ValorTrainer(ProjectorRate, LoggedRollout):
-    "TRL's GRPO with the advantages of Eq. 5-9. `kw`: `k_start` and arguments of `GRPOTrainer`."
+    "TRL's GRPO with the advantages of Eq. 3 to 9. `kw`: `k_start` and arguments of `GRPOTrainer`."
 
     def __init__(
         self,

@@ -249,13 +249,13 @@ def step_limit(
     """Seconds that a step takes at the least on a device of `bandwidth` bytes and `flops` operations a
     second.
 
-    Each drawn token reads the weights, the prompts' keys and those drawn so far once; each token that is
-    scored costs two operations a weight, four more with gradients for its activations (the weights are
-    frozen)."""
+    Each drawn token reads the weights, the prompts' keys and those drawn so far once. Each token that is
+    scored costs two operations a weight, and two more in the update for the gradients of activations (the
+    weights are frozen). Checkpointing would cost another two and is not counted."""
     weights = 2 * (s.parameters + adapter_parameters(s, r))
     keys = kv_bytes(s, prompts * prompt + prompts * group * new // 2)
     tokens, read = prompts * (prompt + group * new), prompts * prompt
     forward = 2 * s.parameters / flops
     rollout = new * (weights + keys) / bandwidth + forward * read
-    sizes = dict(rollout=rollout, reference=forward * tokens, update=3 * forward * tokens)
+    sizes = dict(rollout=rollout, reference=forward * tokens, update=2 * forward * tokens)
     return sizes | dict(step=sum(sizes.values()))
