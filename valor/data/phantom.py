@@ -261,7 +261,13 @@ _CTR = {  # cardiothoracic ratio: the heart's width over the chest's, (lowest, h
 
 
 def _patient(rng):
-    "The shape parameters of one healthy patient, in units of the image."
+    """The shape parameters of one healthy patient; lengths are shares of the image.
+
+    `cx`, `tilt`, `curve`: the midline; `half`: half the width of the chest; `apex`, `dome`: rows of the top
+    of the lungs and of the diaphragm; `lift`: how far each side of the diaphragm is raised; `drop`: how far
+    it falls towards the wall; `wide`: extra width of the mediastinum; `knob`, `descend`: the aorta; `hila`:
+    how strong each hilum is; `ribs`, `phase`: distance and place of the ribs; `build`, `breast`, `bony`: how
+    much body, breast and bone there is."""
 
     def n(scale: float) -> float:
         return float(rng.normal(0, scale))

@@ -85,8 +85,8 @@ def merged(
     """The model inside the PEFT `model`, ready to sample what `model` would score. After the block every
     weight is what it was before, bit for bit.
 
-    The adapter is added to float32 weights. Weights of 16 bits would round most of it away, and quantised
-    weights cannot take it; there it stays beside the weights (`valor.policy.adapter`).
+    In spite of the name, only float32 weights have the adapter added. Weights of 16 bits would round most of
+    it away, and quantised weights cannot take it; there it stays beside the weights (`valor.policy.adapter`).
 
     `copies`: a dict for the copies of the frozen weights in host memory, filled by the first call;
     `dtype`: what the model computes in, if that differs from the weights' type."""
