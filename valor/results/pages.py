@@ -49,9 +49,12 @@ FIRST_IN_NAMES = ("omit", "stage1_steps", "stage2_steps", "sft_lr", "sft_epochs"
 
 
 def _word(value: Any) -> str:
-    "`value` as a part of a file name: a number or a plain word as it is, all else by `slug` (-1 is m1)."
+    """`value` as a part of a file name: a number or a plain word as it is, all else by `slug` (-1 is m1, an
+    empty list is none)."""
     text = str(value)
-    return text if re.fullmatch(r"[\w.+-]+", text) else slug(re.sub(r"(?<!\w)-(?=\d)", "m", text))
+    if re.fullmatch(r"[\w.+-]+", text):
+        return text
+    return slug(re.sub(r"(?<!\w)-(?=\d)", "m", text)) or "none"
 
 
 def name_with(benchmark: str, settings: Mapping) -> str:
