@@ -2,6 +2,7 @@
 without a number."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,9 @@ from valor.metrics.seeds import axis_label
 from valor.results import tables
 from valor.results.paper import TABLE1, beside, with_footnotes
 from valor.results.tables import compare, gauges_for, main_table, options_of, rows_of, wide
+from valor.runs.systems import SYSTEMS
+
+FIGURES = Path(__file__).resolve().parents[1] / "figures"
 
 
 def frame(values):
@@ -164,3 +168,11 @@ def test_the_rest_of_the_table_still_comes(cfg, tmp_path, monkeypatch):
         "'{preset: smoke, seeds: [0], benchmark: phantom}'` runs it" in text
     )
     assert "GREEN: not run; wants" in text and "27.03" in text
+
+
+def test_each_committed_table_has_the_controls_of_the_reward():
+    "SFT and a placebo in the expert's place beside VALOR; the page of one erased lesion has every system."
+    of_the_paper = ["table1_phantom", "table1_openi_rendered", "table1_r2gen_iu", "table2_phantom"]
+    for name in [*of_the_paper, "ablation_phantom", "attention_phantom_scores"]:
+        assert {"SFT", "VALOR, placebo"} <= set(pd.read_csv(FIGURES / f"{name}.csv").system), name
+    assert set(pd.read_csv(FIGURES / "one_lesion_phantom.csv").system) == set(SYSTEMS)
