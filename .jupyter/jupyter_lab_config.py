@@ -1,8 +1,9 @@
-"""Of `make lab`: notebooks open unmarked, and saving after Run All leaves them clean, so that `make test` stays green.
+"""Of `make lab`: notebooks open unmarked, and saving after Run All leaves them clean, so that `make test`
+stays green.
 
-A notebook on disk has no more metadata than every machine can agree on (tests/check_notebooks.py). JupyterLab takes
-a notebook for changed whose metadata differ from what the kernel says of itself, the version of Python included. So
-they are filled in when a notebook is read, and taken out again when it is saved.
+A notebook on disk has no more metadata than every machine can agree on (tests/check_notebooks.py).
+JupyterLab takes a notebook for changed whose metadata differ from what the kernel says of itself, the version
+of Python included. So they are filled in when a notebook is read, and taken out again when it is saved.
 """
 
 import sys
